@@ -1,0 +1,107 @@
+"""A corpus: from what the user wrote to documents with a name, a text and a side of the split.
+
+Three sources, told apart by the text alone:
+
+    builtin:stdlib                  the running Python's own library
+    books/  notes.txt  rows.jsonl   a local file, or every readable file below a folder
+    org/name[@revision][:config]    a Hugging Face data set
+
+``identity()`` is what enters a trial's fingerprint: it follows the content, never the place it lies in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from workloads.data.documents import Document, Split, files_digest
+from workloads.data.hub import HubSource
+from workloads.data.local import SUFFIXES, LocalSource
+from workloads.data.stdlib import stdlib_documents, stdlib_files
+from workloads.errors import InputError
+
+
+class Source(Protocol):
+    """Where documents come from; each knows what it is and streams its documents with their sides."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def documents(self) -> Iterator[Document]: ...
+
+
+@dataclass(frozen=True)
+class StdlibSource:
+    @cached_property
+    def identity(self) -> str:
+        return f"stdlib:{files_digest(stdlib_files())}"
+
+    def documents(self) -> Iterator[Document]:
+        for split in ("validation", "train"):
+            yield from (Document(name, text, split) for name, text in stdlib_documents(split))
+
+
+BUILTINS = {"builtin:stdlib": StdlibSource}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Named documents from one source. Make it with ``parse``."""
+
+    name: str
+    source: Source
+
+    @classmethod
+    def parse(cls, text: str, text_column: str | None = None) -> "Corpus":
+        """``builtin:stdlib``, a local file or folder, or ``org/name[@revision][:config]`` on the Hugging Face hub.
+
+        A local path wins over a hub id of the same form. ``text_column`` names the column that holds the text in
+        .jsonl, .parquet and hub rows (default: ``text``, else the only column of strings).
+
+        Raises:
+            InputError: the text is none of the three, or the folder holds nothing that can be read.
+        """
+        if text.startswith("builtin:"):
+            if text not in BUILTINS:
+                nearest = get_close_matches(text, BUILTINS, n=1, cutoff=0) or list(BUILTINS)
+                raise InputError(f"there is no corpus {text}; did you mean {nearest[0]}?")
+            if text_column is not None:
+                raise InputError(f"--text-column {text_column} has no effect on {text}. Leave it out.")
+            return cls(text, BUILTINS[text]())
+        path = Path(text).expanduser()
+        if text and path.exists():
+            source = LocalSource(path, text_column)
+            source.files  # noqa: B018 (a folder without readable files is refused here, not at the first document)
+            return cls(path.resolve().name, source)
+        hub = HubSource.parse(text, text_column)
+        if hub and not text.lower().endswith(SUFFIXES):
+            return cls(text, hub)
+        raise InputError(
+            f"corpus {text!r} is no local path (looked in {Path.cwd()}) and not of the form of a hub data set, "
+            "org/name[@revision][:config]. Give builtin:stdlib, an existing file or folder, or such an id."
+        )
+
+    def identity(self) -> str:
+        """What the documents are, for the fingerprint; computed once.
+
+        ``files:<SHA-256 over (relative path, content) of every file>``, ``stdlib:<the same>``, or
+        ``hub:org/name@<full commit>:<config>``.
+        """
+        return self.source.identity
+
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
+        """The documents of one side, or of both in one pass: streamed, in a fixed order, blank ones left out.
+
+        Raises:
+            InputError: there is none, or a file cannot be read.
+        """
+        empty = True
+        for document in self.source.documents():
+            if split in (None, document.split) and document.text:
+                empty = False
+                yield document
+        if empty:
+            which = "no text" if split is None else f"no {split} document"
+            raise InputError(f"corpus {self.name} is empty: {which} in it. Give one that holds text.")

@@ -1,0 +1,175 @@
+"""Token sequences of a corpus, read from a memory-mapped stream.
+
+``prepare`` (see packing.py) wrote all documents of a side one after the other, each followed by the tokenizer's
+end-of-sequence token, as one stream of unsigned integers:
+
+    <folder>/train.bin         tokens of the training documents
+    <folder>/validation.bin    tokens of the validation documents
+    <folder>/index.json        dtype, counts, names and offsets of the validation documents
+
+A context length is a view of that stream and costs no copy: training sequence i at context length N is the tokens
+[i * N, (i + 1) * N), the remainder dropped. Sequences cross documents, validation windows do not.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from workloads.data.documents import name_hash
+from workloads.errors import InputError
+
+# Raised when a folder written before can no longer be read, or would hold other tokens.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ValidationDocument:
+    """The first tokens of one validation document, in windows: (num_windows, context_length), int64."""
+
+    name: str
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCorpus:
+    """A prepared corpus. Cheap to open and to pickle: the tokens stay on disk until they are asked for.
+
+    ``validation_offsets[i]`` is where document i begins in the validation stream, counting end-of-sequence tokens;
+    its last entry is the stream's length.
+    """
+
+    folder: Path
+    corpus: str
+    corpus_identity: str
+    tokenizer_identity: str
+    dtype: str
+    eos_token_id: int
+    train_tokens: int
+    train_documents: int
+    validation_tokens: int
+    validation_names: list[str]
+    validation_offsets: list[int]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "PackedCorpus":
+        """Open what ``prepare`` wrote.
+
+        Raises:
+            InputError: it is not there, or its files do not have the sizes that its index says.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / "index.json").read_text("utf-8"))
+            if index.pop("format_version") != FORMAT_VERSION:
+                raise ValueError("it was written by another version of longspan")
+            packed = cls(folder=folder, **index)
+            for split, tokens in (("train", packed.train_tokens), ("validation", packed.validation_tokens)):
+                expected = tokens * np.dtype(packed.dtype).itemsize
+                found = (folder / f"{split}.bin").stat().st_size
+                if found != expected:
+                    raise ValueError(f"{split}.bin has {found} bytes, its index says {expected}")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"prepared corpus {folder} cannot be read ({error}). Delete that folder; the next run prepares it anew."
+            ) from error
+        return packed
+
+    def __reduce__(self):
+        return PackedCorpus.open, (self.folder,)  # a memory map would be pickled by its content
+
+    def num_train_sequences(self, context_length: int) -> int:
+        return self.train_tokens // context_length
+
+    def check(self, context_length: int, batch: int) -> None:
+        """Whether the training stream serves this context length; warns where one batch repeats a sequence.
+
+        Raises:
+            InputError: the stream is shorter than one context.
+        """
+        sequences = self.num_train_sequences(context_length)
+        if sequences == 0:
+            raise InputError(
+                f"corpus {self.corpus} has {self.train_tokens:,} training tokens, and one sequence needs "
+                f"{context_length:,}. Give a longer corpus or a shorter context length."
+            )
+        if sequences < batch:
+            warnings.warn(
+                f"corpus {self.corpus} has {sequences} sequences of {context_length:,} tokens, fewer than the batch of "
+                f"{batch}: a batch repeats some of them",
+                stacklevel=2,
+            )
+
+    def train_batch(
+        self, step: int, batch: int, context_length: int, seed: int, rows: slice = slice(None)
+    ) -> np.ndarray:
+        """Batch number ``step`` (from 0) as (batch, context_length), int64; ``rows`` reads only these of its rows.
+
+        Depends on the arguments alone, so a checkpoint's place in the data is its step, whatever the number of
+        workers. Every sequence comes once an epoch, each epoch in an order of its own; a batch may hold the end of
+        one epoch and the start of the next.
+        """
+        sequences = self.num_train_sequences(context_length)
+        if sequences == 0:
+            self.check(context_length, batch)
+        epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch)[rows], sequences)
+        order = [_permutation(sequences, seed, epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
+        view = self._train[: sequences * context_length].reshape(sequences, context_length)
+        return view[np.array(order, dtype=np.int64)].astype(np.int64)
+
+    def validation_windows(self, context_length: int, span: int, num_documents: int) -> list[ValidationDocument]:
+        """The first ``span`` tokens of up to ``num_documents`` validation documents, cut into windows.
+
+        Takes the documents that have at least ``span`` tokens of their own (the end-of-sequence token does not count
+        and is in no window), in the order of a hash of their names: an unbiased sample, which changes little when
+        documents are added. Windows neither overlap nor cross documents. The same span scores the same tokens at every
+        context length that divides it. Where fewer documents are long enough, all of those are returned.
+
+        Raises:
+            InputError: the context length does not divide the span, or no document is long enough.
+        """
+        if span % context_length:
+            raise InputError(
+                f"evaluation span {span:,} is not a multiple of the window of {context_length:,} tokens. "
+                f"Give {-(-span // context_length) * context_length:,}."
+            )
+        documents = []
+        for i in self._validation_order:
+            begin, end = self.validation_offsets[i], self.validation_offsets[i + 1] - 1
+            if end - begin >= span and len(documents) < num_documents:
+                tokens = self._validation[begin : begin + span].astype(np.int64).reshape(-1, context_length)
+                documents.append(ValidationDocument(self.validation_names[i], tokens))
+        if not documents:
+            longest = max(np.diff(self.validation_offsets) - 1, default=0)
+            raise InputError(
+                f"no validation document of corpus {self.corpus} has {span:,} tokens: the longest of "
+                f"{len(self.validation_names):,} has {longest:,}. Give a shorter context length (evaluation span), or "
+                "a corpus with longer documents."
+            )
+        return documents
+
+    @cached_property
+    def _train(self) -> np.ndarray:
+        return self._map("train", self.train_tokens)
+
+    @cached_property
+    def _validation(self) -> np.ndarray:
+        return self._map("validation", self.validation_tokens)
+
+    @cached_property
+    def _validation_order(self) -> list[int]:
+        return sorted(range(len(self.validation_names)), key=lambda i: name_hash(self.validation_names[i]))
+
+    def _map(self, split: str, tokens: int) -> np.ndarray:
+        if tokens == 0:  # an empty file cannot be mapped
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r", shape=(tokens,))
+
+
+@lru_cache(maxsize=2)  # two epochs can meet in a batch
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, since numpy promises never to change its streams: the order is part of a trial's result.
+    return np.random.RandomState([seed, epoch]).permutation(length)

@@ -1,0 +1,140 @@
+"""Tokenise a corpus once per tokenizer, for every context length (the layout is in packed.py).
+
+The folder is named by what is in it: a hash of the corpus's identity, the tokenizer's, and the format. It is written
+under a temporary name beside the final one and renamed when whole, so that a folder under the final name is complete,
+whenever a process died. A lock keeps two processes from doing the same work twice.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from filelock import FileLock
+
+from workloads.data.corpus import Corpus
+from workloads.data.documents import Document
+from workloads.data.packed import FORMAT_VERSION, PackedCorpus
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Characters tokenised at once: enough to keep the tokenizer's threads busy, and some 300 MB in its hands.
+_BATCH_CHARACTERS = 2**20
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase | Callable[[], PreTrainedTokenizerBase]",
+    tokenizer_identity: str,
+    root: Path | str,
+    on_progress: Callable[[int], None] | None = None,
+) -> PackedCorpus:
+    """The packed corpus below ``root``: made if it is not there, else opened.
+
+    Args:
+        tokenizer: a transformers tokenizer, or a function without arguments that loads one: it is called only if
+            there is something to tokenise, so that a second run need not import transformers.
+        tokenizer_identity: what the tokenizer is; it enters the folder's name.
+        on_progress: is called with the number of documents done so far, after each batch of documents.
+
+    Raises:
+        InputError: the corpus is empty or cannot be read, or the tokenizer has no end-of-sequence token.
+    """
+    root = Path(root)
+    key = json.dumps([FORMAT_VERSION, corpus.identity(), tokenizer_identity])
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if folder.exists():
+        return PackedCorpus.open(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{folder.name}.lock"):
+        if not folder.exists():
+            for leftover in root.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial = root / f".{folder.name}.{uuid.uuid4().hex}"
+            partial.mkdir()
+            try:
+                loaded = tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
+                _write(partial, corpus, loaded, tokenizer_identity, on_progress or (lambda done: None))
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return PackedCorpus.open(folder)
+
+
+def _write(
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer_identity: str,
+    on_progress: Callable[[int], None],
+) -> None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path or tokenizer_identity} has no end-of-sequence token, which separates "
+            "the documents. Set its eos_token, or take another tokenizer."
+        )
+    dtype = np.min_scalar_type(max(eos, *tokenizer.get_vocab().values()))
+    tokens = {"train": 0, "validation": 0}
+    documents = {"train": 0, "validation": 0}
+    names: list[str] = []
+    offsets = [0]
+    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        files = {"train": train, "validation": validation}
+        for batch in _batches(corpus.documents()):
+            for document, ids in zip(batch, _encode(tokenizer, [document.text for document in batch])):
+                split = document.split
+                files[split].write(np.array([*ids, eos], dtype=dtype).data)
+                tokens[split] += len(ids) + 1
+                documents[split] += 1
+                if split == "validation":
+                    names.append(document.name)
+                    offsets.append(tokens[split])
+            on_progress(sum(documents.values()))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    index = {
+        "format_version": FORMAT_VERSION,
+        "corpus": corpus.name,
+        "corpus_identity": corpus.identity(),
+        "tokenizer_identity": tokenizer_identity,
+        "dtype": dtype.name,
+        "eos_token_id": eos,
+        "train_tokens": tokens["train"],
+        "train_documents": documents["train"],
+        "validation_tokens": tokens["validation"],
+        "validation_names": names,
+        "validation_offsets": offsets,
+    }
+    (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[list[int]]:
+    if tokenizer.is_fast:
+        # Past transformers' wrapper, which also builds masks and offsets: 1.3 s against 3.2 s for 12 MB of bytes.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+    return iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
