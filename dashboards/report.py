@@ -1,0 +1,74 @@
+"""A comparison as one page and three pictures: `python -m dashboards.report COMPARISON.json [--out FOLDER]`.
+
+The page is one self-contained file: it opens from disk, offline, in light and dark, on a phone and on paper. The answer
+comes first, in words; then figures, tables, and how it was all measured.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dashboards import figures, wording
+from dashboards.comparison import check
+
+
+def render(comparison: dict, folder: Path) -> list[Path]:
+    """Writes report.html and the three PNG figures into `folder`, and returns their paths.
+
+    Raises ValueError where `comparison` is not of the shape that dashboards.comparison describes.
+    """
+    comparison = check(comparison)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "report.html"
+    page.write_text(html(comparison), encoding="utf-8")
+    return [page, *(figures.write_png(comparison, name, folder / f"{name}.png") for name in figures.FIGURES)]
+
+
+def html(comparison: dict) -> str:
+    """The page, from a checked comparison."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    words = ("count", "duration", "gibibytes", "method", "moment", "percent", "perplexity", "small")
+    environment.filters |= {name: getattr(wording, name) for name in words}
+    trials = [(context, trial) for context in comparison["contexts"] for trial in context["trials"]]
+    looks = figures.styles(comparison)
+    return environment.get_template("report.html").render(
+        comparison,
+        figures={name: (title, figures.svg_panels(comparison, name)) for name, (title, *_) in figures.FIGURES.items()},
+        colours=list(looks.values()),
+        colour_of={name: f"var(--method-{index})" for index, name in enumerate(looks)},
+        interval=lambda point: wording.interval(point["low"], point["high"]),
+        names=wording.trial_names,
+        explained={name: wording.EXPLAINED[name] for name in looks if name in wording.EXPLAINED},
+        troubled=[(context, trial) for context, trial in trials if trial["state"] != "finished"],
+        trials=trials,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dashboards.report", description="Draw a sweep's comparison.")
+    parser.add_argument("comparison", type=Path, help="the comparison.json that a sweep wrote")
+    parser.add_argument("--out", type=Path, help="where to write (default: the comparison's folder)")
+    options = parser.parse_args(arguments)
+    try:
+        paths = render(
+            json.loads(options.comparison.read_text(encoding="utf-8")), options.out or options.comparison.parent
+        )
+    except (OSError, ValueError) as error:
+        print(f"dashboards.report: {options.comparison}: {error}", file=sys.stderr)
+        return 2
+    print(*paths, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
