@@ -113,8 +113,8 @@ class Comparison(TypedDict):
 def check(value: Any, kind: Any = Comparison, where: str = "comparison") -> Any:
     """Returns `value` with absent optional keys set to None.
 
-    Raises ValueError that names the place, such as `comparison.contexts[0].trials[2].final`, what is wrong, and what was
-    expected there.
+    Raises ValueError that names the place, such as `comparison.contexts[0].trials[2].final`, what is wrong, and
+    what was expected there.
     """
     if isinstance(kind, UnionType):
         (kind,) = (option for option in get_args(kind) if option is not type(None))

@@ -43,7 +43,7 @@ def html(comparison: dict) -> str:
     looks = figures.styles(comparison)
     return environment.get_template("report.html").render(
         comparison,
-        figures={name: (title, figures.svg_panels(comparison, name)) for name, (title, *_) in figures.FIGURES.items()},
+        figures={name: (kind.title, figures.svg_panels(comparison, name)) for name, kind in figures.FIGURES.items()},
         colours=list(looks.values()),
         colour_of={name: f"var(--method-{index})" for index, name in enumerate(looks)},
         interval=lambda point: wording.interval(point["low"], point["high"]),

@@ -80,7 +80,7 @@ def moment(iso: str) -> str:
 
 
 def trial_names(trials: list[dict]) -> list[str]:
-    """A method's name; where a method has several trials, with what tells them apart: learning rate, seed or fingerprint."""
+    """A method's name; where a method has several trials, what tells them apart: learning rate, seed, fingerprint."""
 
     def name(trial: dict) -> str:
         siblings = [other for other in trials if other["method"] == trial["method"]]

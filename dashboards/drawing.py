@@ -1,0 +1,152 @@
+"""The parts that figures are drawn from: style, panels, scales, and labels that stand beside their lines.
+
+Lengths are in points. matplotlib is imported where it is used: it takes a second that a command line should not wait.
+"""
+
+import math
+import textwrap
+from contextlib import AbstractContextManager
+from typing import Any
+
+from dashboards import wording
+
+INK, MUTED, LINE = "#1b1f24", "#5c6670", "#dde2e7"
+LINE_HEIGHT = 10.5
+
+
+def style() -> AbstractContextManager:
+    """A context in which matplotlib draws as the report does."""
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+
+    known = {font.name for font in fontManager.ttflist}
+    settings = {
+        "font.family": [
+            name for name in ("Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans") if name in known
+        ],
+        "font.size": 8.5,
+        "text.color": INK,
+        "text.parse_math": False,  # a name with two dollar signs is a name, not a formula
+        "svg.fonttype": "none",
+        "svg.hashsalt": "longspan",  # the same comparison gives the same bytes
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "axes.edgecolor": LINE,
+        "axes.labelcolor": MUTED,
+        "axes.labelsize": 8.5,
+        "axes.labelpad": 5,
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.axisbelow": True,
+        "grid.color": LINE,
+        "grid.linewidth": 0.7,
+    }
+    for axis, tick in (("x", 3), ("y", 0)):
+        settings |= {f"{axis}tick.color": LINE, f"{axis}tick.labelcolor": MUTED, f"{axis}tick.labelsize": 8.5}
+        settings[f"{axis}tick.major.size"] = tick
+    return matplotlib.rc_context(settings)
+
+
+def new_figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    return Figure(figsize=(width / 72, height / 72))
+
+
+def panel(
+    figure: Any,
+    context: dict,
+    measure: str,
+    limits: tuple[float, float],
+    *,
+    above: list[str] | None = None,
+    left: float,
+    right: float,
+) -> Any:
+    """Axes under a heading: the context length, what is measured, and what lies above the chart.
+
+    Two lines are kept for the latter wherever `above` is a list, so that panels side by side align.
+    """
+    dpi = figure.get_figure(root=True).dpi
+    width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72
+    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 72) if above else []
+    top = 44 + LINE_HEIGHT * max(len(notes), 0 if above is None else 2)
+    figure.text(0.02, 1 - 16 / height, f"{context['context_length']:,} tokens", size=10.5, weight="bold")
+    figure.text(0.02, 1 - 29 / height, f"{measure}, log scale" if _logarithmic(*limits) else measure, color=MUTED)
+    for row, note in enumerate(notes):
+        figure.text(0.02, 1 - (41 + LINE_HEIGHT * row) / height, note, color=MUTED, size=8)
+    return figure.add_axes((left / width, 34 / height, (width - left - right) / width, (height - top - 34) / height))
+
+
+def limits(points: list[dict], references: list[dict], reach: float) -> tuple[float, float]:
+    """The range that shows every point with its interval, and each reference within a factor of `reach`."""
+    values = [point[key] for point in points or references for key in ("perplexity", "low", "high")]
+    values = [value for value in values if value is not None and 0 < value < math.inf] or [1, 10]
+    near = [one["perplexity"] for one in references if min(values) / reach <= one["perplexity"] <= max(values) * reach]
+    bottom, top = min(values + near), max(values + near)
+    margin = max(1.02, (top / bottom) ** 0.06)
+    return bottom / margin, top * margin
+
+
+def scale(axes: Any, axis: str, low: float, high: float) -> None:
+    """Sets an axis' range, with a grid and ticks at plain numbers such as 2, 3, 5, 10; the other has none."""
+    axes.set(**{f"{axis}scale": "log" if _logarithmic(low, high) else "linear", f"{axis}lim": (low, high)})
+    axes.grid(visible=True, axis=axis)
+    if axis == "x":
+        axes.set_yticks([])
+    line = getattr(axes, f"{axis}axis")
+    if _logarithmic(low, high):
+        line.set_ticks(_plain_ticks(low, high))
+        line.set_ticks([], minor=True)
+    else:
+        axes.locator_params(axis=axis, nbins=5)
+    line.set_major_formatter(lambda value, _: wording.short_count(round(value, 6)))
+
+
+def _logarithmic(low: float, high: float) -> bool:
+    return high > 2 * low
+
+
+def _plain_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    ticks = []
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
+        if len(ticks) >= 4:
+            break
+    return ticks
+
+
+def label_ends(axes: Any, labels: list[tuple[float | None, float, str, str]]) -> None:
+    """Names lines in the right margin: (x of the line's end or None for the edge, y, text, colour).
+
+    Labels that would touch are pushed apart; a thin line leads to each.
+    """
+    height = axes.bbox.height / axes.figure.get_figure(root=True).dpi * 72
+    to_axes, edge = axes.transScale + axes.transLimits, axes.get_xlim()[1]
+    heights = {label: to_axes.transform((edge, label[1]))[1] * height for label in labels}
+    labels = sorted(labels, key=heights.get)
+    texts = [textwrap.fill(text, 24) for _, _, text, _ in labels]
+    sizes = [LINE_HEIGHT * (1 + text.count("\n")) for text in texts]
+    places = spread([heights[label] for label in labels], sizes, height)
+    for label, text, place in zip(labels, texts, places):
+        x, y, _, colour = label
+        thin = {"color": colour, "linewidth": 0.6, "alpha": 0.6}
+        axes.plot([edge if x is None else x, edge], [y, y], dashes=(1, 2), **thin)
+        ends = [heights[label] / height, place / height]
+        axes.plot([1, 1.04], ends, transform=axes.transAxes, clip_on=False, **thin)
+        axes.annotate(text, (1, ends[1]), (10, 0), "axes fraction", "offset points", va="center", color=colour)
+
+
+def spread(wanted: list[float], sizes: list[float], height: float, passes: int = 200) -> list[float]:
+    """Places near the wanted ones (ascending) where labels of these sizes do not overlap, within 0 to `height`."""
+    places = list(wanted)
+    for _ in range(passes):
+        for at in range(len(places) - 1):
+            overlap = (sizes[at] + sizes[at + 1]) / 2 - (places[at + 1] - places[at])
+            if overlap > 0:
+                places[at] -= overlap / 2
+                places[at + 1] += overlap / 2
+        places = [min(max(place, size / 2 - 6), height - size / 2 + 6) for place, size in zip(places, sizes)]
+    return places
