@@ -36,7 +36,7 @@ def stdlib_files() -> list[tuple[str, Path]]:
 
 
 def split_of(relative_path: str) -> str:
-    """Which side a module falls on, by SHA-256 of the module's posix path relative to the standard-library folder."""
+    """Which side a module falls on, "train" or "validation": SHA-256 of its path in the library alone decides."""
     digest = hashlib.sha256(relative_path.encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64 else "train"
 
