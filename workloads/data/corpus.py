@@ -29,7 +29,9 @@ class Source(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def documents(self) -> Iterator[Document]: ...
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
+        """At least those of ``split`` (None: all); the rest may be passed over where that saves work."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class StdlibSource:
     def identity(self) -> str:
         return f"stdlib:{files_digest(stdlib_files())}"
 
-    def documents(self) -> Iterator[Document]:
-        for split in ("validation", "train"):
-            yield from (Document(name, text, split) for name, text in stdlib_documents(split))
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
+        sides: tuple[Split, ...] = ("validation", "train")
+        for side in sides:
+            if split in (None, side):
+                yield from (Document(name, text, side) for name, text in stdlib_documents(side))
 
 
 BUILTINS = {"builtin:stdlib": StdlibSource}
@@ -98,7 +102,7 @@ class Corpus:
             InputError: there is none, or a file cannot be read.
         """
         empty = True
-        for document in self.source.documents():
+        for document in self.source.documents(split):
             if split in (None, document.split) and document.text:
                 empty = False
                 yield document

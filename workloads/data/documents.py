@@ -13,8 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from workloads.errors import InputError
-
 Split = Literal["train", "validation"]
 
 VALIDATION_SHARE = 0.10
@@ -76,27 +74,3 @@ def files_digest(files: Iterable[tuple[str, Path]]) -> str:
             content = hashlib.file_digest(file, "sha256").digest()
         digest.update(hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest() + content)
     return digest.hexdigest()
-
-
-def choose_text_column(columns: list[str], string_columns: list[str], text_column: str | None, where: str) -> str:
-    """The column that holds the text: the one asked for, else ``text``, else the only one that holds strings.
-
-    Raises:
-        InputError: it is not there, or it is not clear which one is meant.
-    """
-    listing = f"its columns are {', '.join(columns) or '(none)'}; of these hold strings: {', '.join(string_columns)}"
-    if text_column is not None:
-        if text_column in string_columns:
-            return text_column
-        raise InputError(f"{where} has no column {text_column!r} of strings: {listing}. Name one with --text-column.")
-    if "text" in string_columns:
-        return "text"
-    if len(string_columns) == 1:
-        return string_columns[0]
-    raise InputError(f"{where}: which column holds the text? {listing}. Name one with --text-column.")
-
-
-def record_text_column(record: dict, text_column: str | None, where: str) -> str:
-    """``choose_text_column`` for rows without a schema: the first row decides (a null may stand for a string)."""
-    strings = [column for column, value in record.items() if isinstance(value, str) or value is None]
-    return choose_text_column(list(record), strings, text_column, where)

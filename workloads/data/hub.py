@@ -1,15 +1,17 @@
 """Documents from a Hugging Face data set: one a row, streamed, pinned to a commit.
 
-A data set that comes with a validation split (else a test split) is held out by that; of one with a single split, rows
-are held out by hash. With ``HF_HUB_OFFLINE=1`` the local cache is read instead of streaming.
+A data set's own validation split is held out, else its test split; of one with a single split, rows are held out by
+hash. Rows are streamed from the hub; where that cannot be reached, they come from the cache of the ``datasets``
+library, if it holds this very commit.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from workloads.data.documents import Document, hold_out, is_blank, record_text_column
+from workloads.data.columns import record_text, record_text_column
+from workloads.data.documents import Document, Split, hold_out, is_blank
 from workloads.errors import InputError
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
@@ -62,13 +64,13 @@ class HubSource:
         except Exception as error:  # the hub's client changes what it raises for a dead network from version to version
             raise self._error(
                 f"is no local path, and the Hugging Face hub cannot be reached ({type(error).__name__}: {error}). "
-                "Offline, give the full commit: org/name@<40 hexadecimal digits>, read from the local cache"
+                "A full commit, org/name@<40 hexadecimal digits>, needs no look-up"
             ) from error
         if any(file.rfilename == f"{self.repo.split('/')[1]}.py" for file in info.siblings or ()):
             raise self._error(_NEEDS_SCRIPT)
         return info.sha
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
         splits = self._load()
         if "train" in splits:
             train = "train"
@@ -80,36 +82,41 @@ class HubSource:
         if held_out is None:
             yield from hold_out(self._texts(train, splits[train]))
             return
-        for split, name in (("validation", held_out), ("train", train)):
-            for row_name, text in self._texts(name, splits[name]):
-                if not is_blank(text):
-                    yield Document(row_name, text, split)
+        sides: tuple[tuple[Split, str], ...] = (("validation", held_out), ("train", train))
+        for side, name in sides:
+            if split in (None, side):
+                texts = self._texts(name, splits[name])
+                yield from (Document(row, text, side) for row, text in texts if not is_blank(text))
 
-    def _load(self) -> dict[str, Iterable[dict]]:
-        import datasets
+    def _load(self) -> Mapping[str, Iterable[dict]]:
+        """Split name to its rows."""
+        from datasets import load_dataset_builder
+        from datasets.packaged_modules.cache.cache import Cache
 
+        commit = self.commit
         try:
-            return datasets.load_dataset(
-                self.repo, self.config, revision=self.commit, streaming=not datasets.config.HF_HUB_OFFLINE
-            )
-        except InputError:
-            raise
+            builder = load_dataset_builder(self.repo, self.config, revision=commit)
+            # Without the hub, datasets takes the newest commit in its cache, whichever was asked for.
+            if not isinstance(builder, Cache) or builder.hash == commit:
+                return builder.as_streaming_dataset()
+        except ConnectionError as error:
+            raise self._error(f"is not in the local cache, and the hub cannot be reached ({error})") from error
         except RuntimeError as error:
             if "script" in str(error):
-                raise self._error(
-                    "needs a loading script, which the datasets library refuses since version 4"
-                ) from error
+                raise self._error(_NEEDS_SCRIPT) from error
             raise
-        except ConnectionError as error:
-            raise self._error(f"cannot be loaded, since the Hugging Face hub cannot be reached ({error})") from error
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:  # an unknown configuration; nothing that can be loaded
             raise self._error(f"cannot be loaded ({error})") from error
+        raise self._error(
+            f"cannot be reached on the hub, and the local cache holds commit {builder.hash}, not {commit}"
+        )
 
     def _texts(self, split: str, rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
         column = None
         for number, row in enumerate(rows):
-            column = column or record_text_column(row, self.text_column, f"data set {self.repo}, split {split}")
-            yield f"{split}#{number}", row[column] or ""
+            where = f"data set {self.repo}, {split} row {number}"
+            column = column or record_text_column(row, self.text_column, where)
+            yield f"{split}#{number}", record_text(row, column, where)
 
     def _error(self, what: str) -> InputError:
         return InputError(f"data set {self.repo} {what}. {ALTERNATIVES}")

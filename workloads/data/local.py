@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from workloads.data.documents import Document, choose_text_column, files_digest, hold_out, record_text_column
+from workloads.data.columns import choose_text_column, record_text, record_text_column
+from workloads.data.documents import Document, Split, files_digest, hold_out
 from workloads.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".tex")
@@ -57,7 +58,7 @@ class LocalSource:
         column = "" if self.text_column in (None, "text") else f":{self.text_column}"
         return f"files:{files_digest(self.files)}{column}"
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
         return hold_out(self._texts())
 
     def _texts(self) -> Iterator[tuple[str, str]]:
@@ -108,21 +109,7 @@ def _jsonl_rows(path: Path, text_column: str | None) -> Iterator[str]:
             if not isinstance(record, dict):
                 raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}. Mend it.')
             column = column or record_text_column(record, text_column, where)
-            yield _text_of(record, column, where)
-
-
-def _text_of(record: dict, column: str, where: str) -> str:
-    text = record.get(column, ...)
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        what = "is missing" if text is ... else f"is of type {type(text).__name__}, not a string"
-        raise InputError(f"{where}: column {column!r} {what}. Mend the line.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer takes
-        raise InputError(f"{where}: column {column!r} has a lone surrogate. Mend the line.") from error
-    return text
+            yield record_text(record, column, where)
 
 
 def _parquet_rows(path: Path, text_column: str | None) -> Iterator[str]:

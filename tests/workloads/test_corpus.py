@@ -1,0 +1,417 @@
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workloads.data import Corpus
+from workloads.data.documents import hold_out, split_of
+from workloads.data.hub import HubSource
+from workloads.data.stdlib import stdlib_documents
+from workloads.errors import InputError
+
+TEXTS = [f"Chapter {i}.\r\n\tÜber die Dörfer, naïve 本 {'word ' * i}\n" for i in range(40)]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def error_of(function, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def reading_error(path: Path, **kwargs) -> str:
+    return error_of(lambda: list(Corpus.parse(str(path), **kwargs).documents()))
+
+
+# Which documents there are
+
+
+def test_the_same_documents_from_every_kind_of_file(tmp_path):
+    for suffix in ("txt", "md", "tex"):
+        folder = tmp_path / suffix
+        (folder / "part").mkdir(parents=True)
+        for i, text in enumerate(TEXTS):
+            (folder / "part" / f"{i:03}.{suffix}").write_bytes(text.encode())
+    write_jsonl(tmp_path / "rows.jsonl", [{"n": i, "text": text} for i, text in enumerate(TEXTS)])
+    pq.write_table(pa.table({"n": range(len(TEXTS)), "text": TEXTS}), tmp_path / "rows.parquet", row_group_size=7)
+    for source in ("txt", "md", "tex", "rows.jsonl", "rows.parquet"):
+        texts = [document.text for document in Corpus.parse(str(tmp_path / source)).documents()]
+        assert texts == TEXTS, source
+
+
+def test_names_are_relative_and_rows_are_numbered(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.txt").write_text("one")
+    (tmp_path / ".hidden.txt").write_text("not read")
+    (tmp_path / "notes.pdf").write_text("not read")
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "  "}, {"text": None}, {"text": "y"}])
+    names = [document.name for document in Corpus.parse(str(tmp_path)).documents()]
+    assert names == ["a.jsonl#0", "a.jsonl#3", "b/one.txt"]  # blank texts are no documents, and keep their number
+    assert [document.name for document in Corpus.parse(str(tmp_path / "a.jsonl")).documents()] == names[:2]
+
+
+def test_links_are_followed_and_do_not_lead_in_circles(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "one.txt").write_text("one")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
+    corpus = Corpus.parse(str(tmp_path / "corpus"))
+    assert {document.name for document in corpus.documents()} == {"link/one.txt"}
+
+
+def test_the_text_column_is_the_only_one_of_strings_or_the_one_named(tmp_path):
+    rows = [{"id": 1, "body": "b", "title": "t"}]
+    one = write_jsonl(tmp_path / "one.jsonl", [{"id": 1, "body": "b"}])
+    two = write_jsonl(tmp_path / "two.jsonl", rows)
+    table = tmp_path / "two.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    assert next(Corpus.parse(str(one)).documents("validation")).text == "b"
+    for path in (two, table):
+        message = reading_error(path)
+        assert str(path) in message and "id, body, title" in message and "--text-column" in message
+        assert next(Corpus.parse(str(path), text_column="title").documents("validation")).text == "t"
+        message = reading_error(path, text_column="id")
+        assert "'id'" in message and "body, title" in message
+
+
+def test_stdlib_is_the_library_with_its_own_split():
+    corpus = Corpus.parse("builtin:stdlib")
+    found = [(document.name, document.text) for document in corpus.documents("validation")]
+    assert found == list(stdlib_documents("validation"))
+    assert next(corpus.documents("train")).split == "train"
+    assert re.fullmatch("stdlib:[0-9a-f]{64}", corpus.identity())
+
+
+# The split
+
+
+@given(st.sets(st.text(min_size=1), min_size=2, max_size=60))
+def test_both_sides_have_a_document_and_each_document_one_side(names):
+    documents = list(hold_out((name, f"text of {name}") for name in sorted(names)))
+    assert Counter(document.name for document in documents) == Counter(names)
+    assert {document.split for document in documents} == {"train", "validation"}
+    moved = [document for document in documents if document.split != split_of(document.name)]
+    assert not moved or len({split_of(name) for name in names}) == 1  # only where one side would be empty
+
+
+@given(st.sets(st.text(min_size=1), min_size=2, max_size=12), st.randoms())
+def test_the_split_does_not_depend_on_the_order(names, random):
+    shuffled = sorted(names)
+    random.shuffle(shuffled)
+    assert {(d.name, d.split) for d in hold_out((name, "x") for name in sorted(names))} == {
+        (d.name, d.split) for d in hold_out((name, "x") for name in shuffled)
+    }
+
+
+def test_a_tenth_is_held_out():
+    share = sum(split_of(f"book-{i}.txt") == "validation" for i in range(5_000)) / 5_000
+    assert 0.08 < share < 0.12
+
+
+def test_of_a_single_document_the_last_tenth_is_held_out(tmp_path):
+    (tmp_path / "one.txt").write_text("0123456789" * 10)
+    train, validation = Corpus.parse(str(tmp_path)).documents()
+    assert (train.split, len(train.text), validation.split, len(validation.text)) == ("train", 90, "validation", 10)
+    assert train.text + validation.text == "0123456789" * 10
+
+
+def test_documents_are_streamed():
+    def texts():
+        for i in range(1_000):
+            pulled.append(i)
+            yield f"{i}", "text"
+
+    pulled: list[int] = []
+    next(hold_out(texts()))
+    assert len(pulled) < 100
+
+
+# Identity
+
+
+def test_identity_follows_content_and_names_not_the_place(tmp_path):
+    def corpus(folder: str, files: dict[str, str]) -> str:
+        for name, text in files.items():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(text)
+        return Corpus.parse(str(tmp_path / folder)).identity()
+
+    first = corpus("here", {"a.txt": "one", "b/c.md": "two"})
+    assert corpus("there/deeper", {"b/c.md": "two", "a.txt": "one"}) == first
+    assert corpus("with-pdf", {"b/c.md": "two", "a.txt": "one", "d.pdf": "not read"}) == first
+    others = {
+        corpus("content", {"a.txt": "one", "b/c.md": "twO"}),
+        corpus("name", {"a.txt": "one", "b/d.md": "two"}),
+        corpus("moved", {"a.txt": "onetwo", "b/c.md": ""}),
+        corpus("more", {"a.txt": "one", "b/c.md": "two", "d.txt": ""}),
+    }
+    assert len(others) == 4 and first not in others
+
+
+def test_identity_of_a_table_knows_its_text_column(tmp_path):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "title": "b"}]))
+    identity = Corpus.parse(path).identity()
+    assert Corpus.parse(path, text_column="text").identity() == identity
+    assert Corpus.parse(path, text_column="title").identity() != identity
+
+
+# What the user may get wrong
+
+
+def test_a_text_that_is_no_corpus_says_what_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = error_of(Corpus.parse, "builtin:stdlb")
+    assert "builtin:stdlb" in message and "did you mean builtin:stdlib" in message
+    for text in ("./missing", "missing", "a/b/c", "books/missing.txt", "", "org/name@"):
+        message = error_of(Corpus.parse, text)
+        assert repr(text) in message and "org/name[@revision][:config]" in message and str(tmp_path) in message
+
+
+def test_a_local_path_wins_over_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(Corpus.parse("org/name").source, HubSource)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "a.txt").write_text("local")
+    assert next(Corpus.parse("org/name").documents("validation")).name == "a.txt"
+
+
+def test_a_folder_without_readable_files_lists_what_is_read(tmp_path):
+    (tmp_path / "a.pdf").write_text("x")
+    for path in (tmp_path, tmp_path / "a.pdf"):
+        message = error_of(Corpus.parse, str(path))
+        assert str(path) in message and ".txt, .md, .tex, .jsonl, .parquet" in message
+
+
+def test_a_text_column_without_a_table_has_no_effect_and_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    for text in ("builtin:stdlib", str(tmp_path)):
+        message = error_of(Corpus.parse, text, text_column="body")
+        assert "--text-column body has no effect" in message and text in message
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text(" \n")
+    assert "corpus books is empty" in reading_error(tmp_path / "books")
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_offset(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    message = reading_error(tmp_path)
+    assert str(tmp_path / "a.txt") in message and "0xe9 at offset 3" in message and "iconv" in message
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
+    assert "0xe9 at offset 27" in reading_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": "b"', "not JSON"),
+        ('["b"]', "not a JSON object"),
+        ('{"title": "b"}', "column 'text' is missing"),
+        ('{"text": 3}', "of type int"),
+        ('{"text": "\\ud800"}', "lone surrogate"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a"}}\n\n{line}\n')
+    message = reading_error(path)
+    assert f"{path}, line 3" in message and says in message
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"not parquet at all")
+    assert str(path) in reading_error(path)
+    pq.write_table(pa.table({"text": TEXTS * 100}), path, row_group_size=1_000, compression="zstd")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 100] = bytes(100)
+    path.write_bytes(content)
+    message = reading_error(path)
+    assert re.search(r"at row \d{4} or after", message) and str(path) in message
+
+
+# The hub: a server that speaks as much of its protocol as loading a data set takes, so that the real clients are tested
+
+
+def parquet(texts: list[str]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"n": range(len(texts)), "text": texts}), file)
+    return file.getvalue()
+
+
+REPOSITORIES = {
+    "org/books": {
+        "README.md": b"---\nlicense: mit\n---\n",
+        "data/train-00000-of-00001.parquet": parquet([f"train {i}" for i in range(30)]),
+        "data/validation-00000-of-00001.parquet": parquet(["held out"]),
+        "data/test-00000-of-00001.parquet": parquet(["for the test"]),
+    },
+    "org/test-only": {"data/test-00000-of-00001.parquet": parquet(TEXTS)},
+    "org/configs": {
+        "README.md": b"---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n- config_name: two\n"
+        b"  data_files: two.jsonl\n---\n",
+        "one.jsonl": b'{"text": "first"}\n' * 3,
+        "two.jsonl": b'{"text": "second"}\n' * 3,
+    },
+    "org/script": {"script.py": b"raise SystemExit", "data.zip": b""},
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        repo = "/".join(path.removeprefix("/api").split("/")[2:4])
+        files = REPOSITORIES.get(repo)
+        if files is None:
+            return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        rest = [*path.split(repo, 1)[1].strip("/").split("/", 2), "", "", ""]
+        if rest[1] not in ("", "main", COMMIT):
+            return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        if rest[0] == "resolve":
+            return self.reply_file(files.get(rest[2]))
+        if rest[0] == "tree":
+            within = [name for name in files if Path(name).parent == Path(rest[2])]
+            answer = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in within]
+            folders = {Path(name).parts[0] for name in files if "/" in name} if not rest[2] else ()
+            answer += [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders]
+        else:
+            answer = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        return self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    do_HEAD = do_GET
+
+    def reply_file(self, content: bytes | None):
+        if content is None:
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.reply(206, content[first : last + 1], headers)
+        return self.reply(200, content, headers)
+
+    def reply(self, status: int, content: bytes, headers: dict[str, str]):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+ASK = """
+import json, sys
+from workloads.data import Corpus
+from workloads.errors import InputError
+for text in sys.argv[1:]:
+    try:
+        corpus = Corpus.parse(text)
+        documents = [(d.name, d.text, d.split) for d in corpus.documents()]
+        assert [d[0] for d in documents if d[2] == "train"] == [d.name for d in corpus.documents("train")]
+        answer = [corpus.identity(), documents]
+    except InputError as error:
+        answer = str(error)
+    print("answer", json.dumps(answer))
+"""
+
+
+def ask(endpoint: str, home: Path, *texts: str, script: str = ASK, **environment: str) -> list:
+    """Each corpus's [identity, documents] or error, from a process of its own (the endpoint is read at import)."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
+    process = subprocess.run([sys.executable, "-c", script, *texts], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line[7:]) for line in process.stdout.splitlines() if line.startswith("answer ")]
+
+
+def test_data_sets_load_from_the_hub(hub, tmp_path):
+    books, pinned, test_only, two, no_config, script, revision, missing = ask(
+        hub,
+        tmp_path,
+        "org/books",
+        f"org/books@{COMMIT}",
+        "org/test-only@main",
+        "org/configs:two",
+        "org/configs",
+        "org/script",
+        "org/books@v9",
+        "org/missing",
+    )
+    identity, documents = books
+    assert identity == f"hub:org/books@{COMMIT}:default"
+    assert documents[0] == ["validation#0", "held out", "validation"]  # its own split, and nothing of its test split
+    assert documents[1:] == [[f"train#{i}", f"train {i}", "train"] for i in range(30)]
+    assert pinned == books
+    identity, documents = test_only  # one split: its rows are held out by hash
+    assert [text for _, text, _ in documents] == TEXTS
+    assert all(split == split_of(name) for name, _, split in documents)
+    identity, documents = two
+    assert identity == f"hub:org/configs@{COMMIT}:two" and {text for _, text, _ in documents} == {"second"}
+    assert "org/configs" in no_config and "'one', 'two'" in no_config
+    assert "org/script" in script and "loading script" in script and "emozilla/pg19" in script
+    assert "no revision 'v9'" in revision
+    assert "org/missing is neither a local path nor on the Hugging Face hub" in missing
+
+
+def test_without_the_hub_a_full_commit_comes_from_the_cache_and_no_other(hub, tmp_path):
+    ask(hub, tmp_path, script=f"import datasets; datasets.load_dataset('org/books', revision='{COMMIT}')")
+    cached, other, branch, uncached = ask(
+        "http://127.0.0.1:9",
+        tmp_path,
+        f"org/books@{COMMIT}",
+        f"org/books@{'f' * 40}",
+        "org/books",
+        f"org/unseen@{COMMIT}",
+        HF_HUB_OFFLINE="1",
+    )
+    identity, documents = cached
+    assert identity == f"hub:org/books@{COMMIT}:default" and len(documents) == 31
+    assert f"the local cache holds commit {COMMIT}, not {'f' * 40}" in other
+    for message in (branch, uncached):
+        assert "cannot be reached" in message and "local folder" in message and "emozilla/pg19" in message
+
+
+def test_a_dead_network_is_said_at_once(tmp_path):
+    (message,) = ask("http://127.0.0.1:9", tmp_path, "org/books")
+    assert "org/books" in message and "hub cannot be reached" in message and "local folder" in message
+
+
+def test_importing_is_cheap():
+    heavy = "('torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub', 'filelock')"
+    script = f"import sys, workloads.data; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
