@@ -1,0 +1,26 @@
+"""Recipes: functions without arguments that return a complete sweep. The command line names one, overrides its fields.
+
+A recipe belongs in the file of its family; a new one is a function there and a line in ``RECIPES``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from orchestrator.recipes.convergence import convergence, convergence_llama2_7b
+from orchestrator.spec import SweepSpec
+from workloads.errors import InputError
+
+RECIPES: dict[str, Callable[[], SweepSpec]] = {
+    "convergence": convergence,
+    "convergence-llama2-7b": convergence_llama2_7b,
+}
+DEFAULT = "convergence"
+
+
+def find_recipe(name: str) -> Callable[[], SweepSpec]:
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0)[0]
+        raise InputError(f"recipe {name!r} is unknown; did you mean {nearest}? Known: {', '.join(RECIPES)}")
+    return RECIPES[name]

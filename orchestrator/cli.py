@@ -1,0 +1,85 @@
+"""The command line of a sweep: a recipe by its name, then flags for each of its fields and for where it runs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
+from orchestrator.spec import RunOptions, SweepSpec
+from workloads.errors import InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    sweep: tyro.conf.OmitArgPrefixes[SweepSpec]
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
+
+
+def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
+    """(name of the sweep, the sweep, how to run it) from command-line arguments.
+
+    ``[RECIPE] [flags]`` or ``--spec FILE [flags]``. An unknown flag, or a value of the wrong type, prints what was
+    expected and exits with status 2, as command lines do.
+
+    Raises:
+        InputError: an unknown recipe, a saved sweep that cannot be read, or values that no sweep can have.
+    """
+    recipe, arguments = DEFAULT, list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        recipe = arguments.pop(0)
+    default = find_recipe(recipe)()
+    file, arguments = _take_spec_flag(arguments)
+    if file is not None:
+        default = SweepSpec.from_json(_read(file), str(file))
+    command = tyro.cli(
+        Command,
+        prog="python -m orchestrator.sweep [RECIPE | --spec FILE]",
+        description=_description(),
+        default=Command(default, RunOptions()),
+        args=arguments,
+    )
+    return command.run.name or _name(recipe, command.sweep), command.sweep, command.run
+
+
+def _name(recipe: str, sweep: SweepSpec) -> str:
+    """The recipe's name, with a hash where fields differ from it: the same command is always the same sweep."""
+    if sweep == find_recipe(recipe)():
+        return recipe
+    return f"{recipe}-{hashlib.sha256(sweep.to_json().encode()).hexdigest()[:6]}"
+
+
+def _take_spec_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """--spec takes the place of a recipe, so it is read before the flags whose defaults it sets."""
+    for index, argument in enumerate(arguments):
+        if argument == "--spec":
+            if index + 1 == len(arguments):
+                raise InputError("--spec needs a file: the spec.json of a sweep's folder")
+            return Path(arguments[index + 1]), arguments[:index] + arguments[index + 2 :]
+        if argument.startswith("--spec="):
+            return Path(argument.removeprefix("--spec=")), arguments[:index] + arguments[index + 1 :]
+    return None, arguments
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise InputError(f"--spec {file} cannot be read: {error.strerror}") from error
+
+
+def _description() -> str:
+    lines = (
+        f"  {name}{' (default)' if name == DEFAULT else ''}: {make.__doc__.splitlines()[0]}"
+        for name, make in RECIPES.items()
+    )
+    recipes = "\n".join(lines)
+    return (
+        "Sweep ways to give a language model a longer context, and compare them.\n\n"
+        f"RECIPE is one of\n{recipes}\n\n"
+        "--spec FILE reruns a saved sweep (the spec.json of its folder) exactly. Every field can be overridden below. "
+        "The same command always continues: what is finished is not trained again."
+    )

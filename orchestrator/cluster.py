@@ -1,0 +1,85 @@
+"""The Ray cluster a sweep runs on: started on this machine, or joined."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from orchestrator.spec import RunOptions
+from workloads.errors import InputError
+
+# Set before Ray starts, so that its processes inherit them.
+ENVIRONMENT = {
+    # Train's controller polls its workers this often and each report waits for a poll: 10 reports took 18 s at the
+    # default of 2 s, 2.25 s at 0.1 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # The sweep has its own journals and its own way to end on Ctrl-C.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# A sweep passes metrics through Ray's object store, nothing large.
+OBJECT_STORE_BYTES = 150 * 2**20
+
+
+@dataclass(frozen=True)
+class Cluster:
+    cpus: float
+    gpus: float
+
+    def concurrency(self, options: RunOptions) -> int:
+        """How many trials fit at once.
+
+        Raises:
+            InputError: not one does.
+        """
+        need = self.trial_resources(options)
+        cpus, gpus = need["workers"] * need["cpus"], need["workers"] * need["gpus"]
+        fits = int(self.cpus // cpus) if not gpus else int(min(self.cpus // cpus, self.gpus // gpus))
+        if fits < 1:
+            has = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+            raise InputError(
+                f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has {has}; "
+                "lower --workers or --cpus-per-worker, or join a larger cluster with --address"
+            )
+        return min(fits, options.max_concurrent or fits)
+
+    def trial_resources(self, options: RunOptions) -> dict[str, float]:
+        """Of one trial: its workers, and the CPUs and GPUs of each."""
+        return {"workers": options.workers, "cpus": options.cpus_per_worker, "gpus": 1 if self.gpus else 0}
+
+
+def join_or_start(address: str | None) -> Cluster:
+    """Connects this process to Ray: to ``address``, the cluster of a submitted job (RAY_ADDRESS), or a new local one.
+
+    Raises:
+        InputError: the cluster does not answer.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address in (None, "local"):
+        # The CPUs that this process may use, where a container has fewer than the machine.
+        ray.init(
+            address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES, **quiet,
+        )  # fmt: skip
+    else:
+        try:
+            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
+                "out --address and unset RAY_ADDRESS to run on this machine"
+            ) from error
+    resources = ray.cluster_resources()
+    return Cluster(resources.get("CPU", 0), resources.get("GPU", 0))

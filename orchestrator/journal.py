@@ -1,0 +1,131 @@
+"""A trial's journal: what happened in it, one JSON object a line, in the order it happened.
+
+Workers append; everything else (the live view, MLflow, the comparison) reads. A line that a dying process left
+unfinished is passed over. A trial that went on from a checkpoint may tell of the same step twice: the later line holds.
+
+Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training``, and
+
+    started    attempt's hardware, packages, host, pid, workers
+    finished   the trial is complete
+    failed     reason, attempt: the attempt ended in an error
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["waiting", "running", "finished", "failed"]
+
+
+class Journal:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Adds a line and has it on disk before returning, since what follows may kill the process."""
+        line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+        with self.path.open("ab") as file:
+            if file.tell() and not self._ends_with_newline():
+                line = "\n" + line  # the line before was cut off
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """(complete lines from a byte offset on, the offset after them)."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                content = file.read()
+        except FileNotFoundError:
+            return [], offset
+        end = content.rfind(b"\n") + 1
+        events = []
+        for line in content[:end].splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue  # cut off by a process that died
+        return events, offset + end
+
+    def _ends_with_newline(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+
+@dataclass
+class TrialRecord:
+    """What a journal says of its trial so far; ``follow`` reads what has been added."""
+
+    journal: Journal
+    state: State = "waiting"
+    reason: str | None = None
+    failed_attempt: str | None = None
+    started: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evals: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # by (context length, step)
+    resumed_at: int = 0
+    saved_step: int = 0
+    offset: int = 0
+
+    @classmethod
+    def of(cls, journal: Journal) -> TrialRecord:
+        record = cls(journal)
+        record.follow()
+        return record
+
+    def follow(self) -> list[dict[str, Any]]:
+        """Takes in the lines added since the last call, and returns them."""
+        events, self.offset = self.journal.read(self.offset)
+        for event in events:
+            self._take(event)
+        return events
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "started":
+                self.state, self.reason, self.started = "running", None, event
+                self.resumed_at = 0
+            case "model":
+                self.model = event
+            case "resume":
+                self.resumed_at = event["step"]
+            case "step":
+                self.steps[event["step"]] = event
+            case "eval":
+                self.evals[event["context_length"], event["step"]] = event
+            case "saved":
+                self.saved_step = event["step"]
+            case "finished":
+                self.state, self.reason = "finished", None
+            case "failed":
+                self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
+
+    def curve(self, context_length: int) -> list[dict[str, Any]]:
+        """The evaluations at a length, by step."""
+        return [self.evals[key] for key in sorted(self.evals) if key[0] == context_length]
+
+    @property
+    def last_step(self) -> int:
+        return max(self.steps, default=0)
+
+    @property
+    def train_seconds(self) -> float:
+        return sum(step["seconds"] for step in self.steps.values())
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over all steps but each process's first, which also warms up: the median."""
+        speeds = sorted(step["tokens_per_second"] for step in self.steps.values())
+        return speeds[len(speeds) // 2] if speeds else None
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        return max((step["peak_memory_gib"] for step in self.steps.values()), default=None)

@@ -1,0 +1,40 @@
+"""What a sweep would do with each of its trials, and why, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.journal import TrialRecord
+from orchestrator.spec import TrialSpec
+from orchestrator.storage import Storage
+
+
+@dataclass(frozen=True)
+class Planned:
+    trial: TrialSpec
+    record: TrialRecord
+    action: Literal["run", "resume", "known"]
+    reason: str
+
+
+def plan(trials: list[TrialSpec], storage: Storage) -> list[Planned]:
+    """Each trial with what is to be done about it, from what its journal says."""
+    return [_plan(trial, TrialRecord.of(storage.trial(trial.fingerprint).journal)) for trial in trials]
+
+
+def _plan(trial: TrialSpec, record: TrialRecord) -> Planned:
+    if record.state == "finished":
+        return Planned(trial, record, "known", f"finished before, in trials/{trial.fingerprint}")
+    if record.saved_step:
+        return Planned(trial, record, "resume", f"from step {record.saved_step} of {trial.training.steps}")
+    if record.state == "failed":
+        return Planned(trial, record, "run", f"failed before ({record.reason}), tried again")
+    return Planned(trial, record, "run", "not trained yet" if trial.training.steps else "not evaluated yet")
+
+
+def summary(planned: list[Planned]) -> str:
+    """One line: how many trials run, resume and are known already."""
+    counts = {action: sum(p.action == action for p in planned) for action in ("run", "resume", "known")}
+    words = {"run": "to run", "resume": "to resume", "known": "finished before, not trained again"}
+    return f"{len(planned)} trials: " + ", ".join(f"{n} {words[action]}" for action, n in counts.items() if n)

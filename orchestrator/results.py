@@ -1,0 +1,47 @@
+"""The comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def result_table(comparison: dict[str, Any]) -> Table:
+    """One row a setting and context length; what is not there is a dash."""
+    table = Table(
+        title=f"\nPerplexity on held-out text, {comparison['confidence']:.0%} intervals over documents",
+        title_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("context", justify="right")
+    table.add_column("setting", no_wrap=True)
+    for name in ("perplexity", "interval", "gap to full", "within 1% from", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for context in comparison["contexts"]:
+        length = f"{context['context_length']:,}"
+        for reference in context["references"]:
+            table.add_row(length, reference["label"], *_interval(reference), "-", "-", "-", style="dim")
+        for trial in context["trials"]:
+            winner = trial["method"] == context["winner"]
+            gap = trial["gap_to_full"]
+            table.add_row(
+                length,
+                trial["method"] + (f" seed {trial['seed']}" if len(comparison["seeds"]) > 1 else ""),
+                *(_interval(trial["final"]) if trial["final"] else (trial["state"], "-")),
+                f"{gap['percent']:+.1f}%" if gap else "-",
+                _within(gap),
+                f"{trial['tokens_per_second']:,.0f}" if trial["tokens_per_second"] else "-",
+                style="bold" if winner else None,
+            )
+    return table
+
+
+def _within(gap: dict[str, Any] | None) -> str:
+    if gap is None:
+        return "-"
+    step = gap["within_1_percent_from_step"]
+    return f"step {step}" if step is not None else "not reached"
+
+
+def _interval(value: dict[str, float]) -> tuple[str, str]:
+    return f"{value['perplexity']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"

@@ -1,0 +1,260 @@
+"""A sweep and its trials as data: frozen, typed, checked where they are made; and a trial's identity.
+
+A recipe makes a :class:`SweepSpec`; with what its model and data turn out to be (:class:`Identities`) it becomes
+:class:`TrialSpec` s. A trial's fingerprint is a hash of all that changes its result and nothing else: the same
+fingerprint names its folder, its Ray Train run and its MLflow run, so that the same trial is never trained twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from workloads.config import (
+    RESULT_VERSION,
+    Attention,
+    Positions,
+    Precision,
+    TrainingConfig,
+    group_size_in_tokens,
+)
+from workloads.errors import InputError
+
+TrainedMethod = Literal["lora", "lora+", "full"]
+Reference = Literal["none", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec:
+    """What a sweep compares: every context length with every method and seed, and the untuned references."""
+
+    model: str = "builtin:tiny"
+    """Base model: builtin:tiny, a folder, or a Hugging Face id (org/name, or org/name@revision)."""
+    data: str = "builtin:stdlib"
+    """Corpus: builtin:stdlib, a file or folder of .txt, .md, .jsonl or .parquet, or a Hugging Face id."""
+    text_column: str | None = None
+    """Column of .jsonl, .parquet and Hugging Face data that holds the text; found by itself where there is but one."""
+    context_lengths: tuple[int, ...]
+    """Context lengths to train, in tokens."""
+    methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
+    """What trains: lora; lora+ (with embeddings and norms, the paper's improved LoRA); full."""
+    references: tuple[Reference, ...] = ("none", "yarn")
+    """Untuned models to compare with, by their positions: none (no change) and yarn."""
+    attention: Attention = "s2"
+    """Attention in training: s2 (shifted sparse attention) or full. Evaluation always attends fully."""
+    group_size: float = 0.25
+    """Group size of s2: a share of the context length (up to 1), or a number of tokens."""
+    positions: Positions = "linear"
+    """How positions reach beyond the original length: linear (position interpolation), yarn, none."""
+    lora_rank: int = 8
+    """Rank of both LoRA methods."""
+    lora_alpha: float = 16.0
+    """LoRA's alpha: updates are scaled by alpha / rank."""
+    steps: int = 1000
+    """Optimiser steps of each trial."""
+    batch: int = 64
+    """Sequences in an optimiser step, over all workers of a trial."""
+    learning_rate_lora: float = 2e-5
+    """Learning rate of the method lora."""
+    learning_rate_lora_plus: float = 2e-5
+    """Learning rate of the method lora+."""
+    learning_rate_full: float = 2e-5
+    """Learning rate of the method full."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up; the learning rate is constant afterwards."""
+    beta1: float = 0.9
+    """AdamW's beta1."""
+    beta2: float = 0.95
+    """AdamW's beta2."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of frozen weights and of computation: auto takes bfloat16 where the cluster has GPUs, else float32."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each is a trial of its own."""
+    eval_every: int = 100
+    """Steps between evaluations; step 0 and the last are always evaluated."""
+    eval_documents: int = 100
+    """Held-out documents that are scored."""
+    eval_span: int | None = None
+    """Tokens scored of each held-out document, the same at every context length; the longest one where not given."""
+
+    def __post_init__(self) -> None:
+        for field in ("context_lengths", "methods", "seeds"):
+            values = getattr(self, field)
+            if not values or len(set(values)) != len(values):
+                raise InputError(f"{field} is {values}; expected at least one value, none of them twice")
+
+    def learning_rate(self, method: TrainedMethod) -> float:
+        return {
+            "lora": self.learning_rate_lora,
+            "lora+": self.learning_rate_lora_plus,
+            "full": self.learning_rate_full,
+        }[method]
+
+    def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
+        """The trials of this sweep: by context length, references first.
+
+        Raises:
+            InputError: a setting that no trial can have, such as a context that is no multiple of the group size.
+        """
+        configs = []
+        for context_length in self.context_lengths:
+            shared = {
+                "context_length": context_length,
+                "precision": precision,
+                "eval_documents": self.eval_documents,
+                "eval_span": self.eval_span or max(self.context_lengths),
+            }
+            configs += [
+                TrainingConfig(method="untuned", attention="full", positions=reference, **shared)
+                for reference in self.references
+            ]
+            group_size = group_size_in_tokens(self.group_size, context_length) if self.attention == "s2" else None
+            for method in self.methods:
+                lora = {} if method == "full" else {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+                configs += [
+                    TrainingConfig(
+                        method=method,
+                        attention=self.attention,
+                        group_size=group_size,
+                        positions=self.positions,
+                        steps=self.steps,
+                        batch=self.batch,
+                        learning_rate=self.learning_rate(method),
+                        warmup_steps=self.warmup_steps,
+                        beta1=self.beta1,
+                        beta2=self.beta2,
+                        weight_decay=self.weight_decay,
+                        max_grad_norm=self.max_grad_norm,
+                        eval_every=self.eval_every,
+                        seed=seed,
+                        **lora,
+                        **shared,
+                    )
+                    for seed in self.seeds
+                ]
+        return [
+            TrialSpec(model=self.model, data=self.data, text_column=self.text_column, identities=identities, training=c)
+            for c in configs
+        ]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> SweepSpec:
+        """A saved sweep.
+
+        Raises:
+            InputError: it is no JSON object, or has a field that a sweep does not have.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON ({error}); expected the spec.json of a sweep's folder") from error
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+            found = f"the unknown fields {', '.join(unknown)}" if isinstance(values, dict) else "no object"
+            raise InputError(f"{where} has {found}; expected a sweep's fields: {', '.join(sorted(known))}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identities:
+    """What a model, its tokenizer and a corpus turned out to be: hashes of their content, or ids with a revision."""
+
+    model: str
+    tokenizer: str
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One trial. ``model`` and ``data`` say where things are; ``identities`` and ``training`` are what it is."""
+
+    model: str
+    data: str
+    text_column: str | None = None
+    identities: Identities
+    training: TrainingConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for the trial's result.
+
+        Fields at their default are left out of the hash, so that a new field orphans no trial; a default that changes
+        raises RESULT_VERSION.
+        """
+        training = {
+            field.name: value
+            for field in dataclasses.fields(TrainingConfig)
+            if (value := getattr(self.training, field.name)) != field.default
+        }
+        what = {"result_version": RESULT_VERSION, **dataclasses.asdict(self.identities), "training": training}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """How people call it: ``lora+ 2048``, ``untuned yarn 2048``."""
+        training = self.training
+        name = f"untuned {training.positions}" if training.method == "untuned" else training.method
+        seed = f" seed {training.seed}" if training.seed else ""
+        return f"{name} {training.context_length}{seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrialSpec:
+        return cls(
+            **{
+                **values,
+                "identities": Identities(**values["identities"]),
+                "training": TrainingConfig(**values["training"]),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where and how a sweep runs; nothing here changes its result."""
+
+    storage: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "./runs"
+    """Storage root: trials, prepared data, reports and (by default) MLflow's store. Every node must see it."""
+    name: str | None = None
+    """Name of the sweep: its folder, and its run in MLflow. By default the recipe's, with a hash if fields differ."""
+    tracking_uri: str | None = None
+    """MLflow tracking server; by default MLFLOW_TRACKING_URI, else a store under the storage root."""
+    experiment: str = "longspan"
+    """MLflow experiment."""
+    address: str | None = None
+    """Ray cluster to join (auto, or host:port); by default the one of a submitted job or RAY_ADDRESS, else a new one
+    on this machine."""
+    workers: int = 1
+    """Ray Train workers of each trial, one GPU each where there are GPUs; the batch must divide by it."""
+    cpus_per_worker: float = 1
+    """CPUs each worker reserves and computes with where it has no GPU."""
+    max_concurrent: int | None = None
+    """Trials at the same time; by default as many as the cluster has room for."""
+    max_failures: int = 2
+    """Times a trial is started again after its worker or node was lost."""
+    micro_batch: int | None = None
+    """Sequences in one forward and backward pass of a worker; by default the worker's whole share of the batch."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
+
+    def __post_init__(self) -> None:
+        for field in ("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise InputError(f"{field} is {value}; expected a positive number")

@@ -1,0 +1,320 @@
+"""``python -m orchestrator.sweep [RECIPE] [flags]``: plan, run or resume, and compare a sweep.
+
+The same command always continues: finished trials are known by their fingerprint and not trained again, others go on
+from their last checkpoint.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.cli import parse
+from orchestrator.cluster import Cluster, join_or_start
+from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.journal import TrialRecord
+from orchestrator.plan import Planned, plan, summary
+from orchestrator.provenance import Provenance
+from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
+from orchestrator.storage import Storage, write_json
+from orchestrator.tracking import Tracker, TrackingThread, tracking_uri
+from orchestrator.trial import drive_trial
+from orchestrator.view import LiveView, Row, make_console
+from workloads.config import ExecutionConfig
+from workloads.data import Corpus, PackedCorpus, prepare
+from workloads.errors import InputError
+from workloads.evaluation.bootstrap import CONFIDENCE, RULE
+from workloads.models import ModelSource
+from workloads.positions import original_context_length
+
+EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    console = make_console()
+    sweep = None
+    try:
+        # SIGTERM (a stopped job) ends as Ctrl-C does.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        name, spec, options = parse(sys.argv[1:] if arguments is None else arguments)
+        sweep = Sweep(name, spec, options, console)
+        return sweep.run()
+    except InputError as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        console.print("\ninterrupted.", markup=False)
+        if sweep:
+            sweep.explain_interruption()
+        return EXIT_INTERRUPTED
+    finally:
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
+
+
+class Sweep:
+    """One sweep on one storage root, from its spec to its report."""
+
+    def __init__(self, name: str, spec: SweepSpec, options: RunOptions, console: Console) -> None:
+        self.name, self.spec, self.options, self.console = name, spec, options, console
+        self.began = time.time()
+        self.planned: list[Planned] = []
+
+    def run(self) -> int:
+        self.storage = Storage.open(self.options.storage)
+        self.folder = self.storage.sweep(self.name)
+        self.provenance = Provenance.collect()
+        # Joining Ray, opening MLflow's store and reading model and corpus wait for each other nowhere.
+        self.tracker = Tracker(
+            tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
+        )
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            others = [pool.submit(self.resolve), pool.submit(self.tracker.connect)]
+            self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
+            for other in others:
+                other.result()
+        self.make_trials()
+        self.say_plan()
+        if any(p.action != "known" for p in self.planned):
+            self.train()
+        else:
+            self.console.print("Nothing is left to train: every trial of this sweep is finished.")
+        return self.conclude()
+
+    def resolve(self) -> None:
+        """What the model and the data are: identities, lengths, and the corpus prepared."""
+        self.source = ModelSource.parse(self.spec.model)
+        self.corpus = Corpus.parse(self.spec.data, self.spec.text_column)
+        self.identities = Identities(
+            model=self.source.identity, tokenizer=self.source.tokenizer_identity, data=self.corpus.identity()
+        )
+        self.original_length = original_context_length(self.source.config())
+        self.packed: PackedCorpus = prepare(
+            self.corpus, self.source.tokenizer, self.source.tokenizer_identity, self.storage.data
+        )
+
+    def make_trials(self) -> None:
+        """The sweep's trials, checked against the corpus and the cluster, and what is to be done about each."""
+        precision = self.spec.precision
+        if precision == "auto":
+            precision = "bfloat16" if self.cluster.gpus else "float32"
+        self.trials = self.spec.trials(self.identities, precision)
+        for trial in self.trials:
+            training = trial.training
+            if training.steps and training.batch % self.options.workers:
+                raise InputError(
+                    f"a batch of {training.batch} sequences does not divide among {self.options.workers} workers; "
+                    "change --batch or --workers"
+                )
+            self.packed.check(training.context_length, training.batch)
+            self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
+        self.concurrency = self.cluster.concurrency(self.options)
+        self.planned = plan(self.trials, self.storage)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "spec.json").write_text(self.spec.to_json())
+        write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
+
+    def say_plan(self) -> None:
+        print_line = self.console.print
+        print_line(f"sweep {self.name}: {self.spec.model} on {self.spec.data}, storage {self.options.storage}")
+        print_line(summary(self.planned))
+        for planned in self.planned:
+            print_line(f"  {planned.trial.label:<22} {planned.action:<7} {planned.reason}", markup=False)
+
+    def train(self) -> None:
+        """Runs every trial that is not finished, with Tune over Train."""
+        to_train = [p.trial for p in self.planned if p.action != "known"]
+        # The largest first, so that none is left to run alone at the end.
+        to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
+        for trial in to_train:
+            self.storage.add_trial(trial)
+        tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
+        rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
+        view = LiveView(rows, self.concurrency, self.console)
+        view.note = lambda: tracking.trouble
+        tracking.start()
+        try:
+            with view:
+                self.tune(to_train)
+        except KeyboardInterrupt:
+            self.end_ray()
+            tracking.stop()
+            self.tracker.interrupted()
+            raise
+        tracking.stop()
+        if tracking.trouble:
+            self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
+
+    def tune(self, trials: list[TrialSpec]) -> None:
+        from ray import tune
+
+        name = f"{self.name}-{uuid.uuid4().hex[:8]}"
+        attempt = uuid.uuid4().hex
+        tuner = tune.Tuner(
+            # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
+            tune.with_resources(drive_trial, {"CPU": 0.001}),
+            param_space=tune.grid_search([self.trial_config(trial, attempt) for trial in trials]),
+            tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrency, reuse_actors=True),
+            run_config=tune.RunConfig(name=name, storage_path=str(self.storage.ray_train), verbose=0),
+        )
+        try:
+            tuner.fit()
+        finally:
+            shutil.rmtree(self.storage.ray_train / name, ignore_errors=True)
+
+    def trial_config(self, trial: TrialSpec, attempt: str) -> dict[str, Any]:
+        """What :func:`drive_trial` and its workers need to know."""
+        options = self.options
+        execution = ExecutionConfig(
+            micro_batch=options.micro_batch,
+            gradient_checkpointing=options.gradient_checkpointing,
+            checkpoint_every=options.checkpoint_every,
+        )
+        return {
+            "trial": trial.to_dict(),
+            "model_location": self.source.location,
+            "model_revision": self.source.revision,
+            "folder": str(self.storage.trial(trial.fingerprint).path),
+            "corpus": str(self.packed.folder),
+            "execution": dataclasses.asdict(execution),
+            "resources": self.cluster.trial_resources(options),
+            "threads": options.cpus_per_worker,
+            "ray_storage": str(self.storage.ray_train),
+            "max_failures": options.max_failures,
+            "attempt": attempt,
+        }
+
+    def conclude(self) -> int:
+        """Compares the trials, writes and logs the report, and prints the answer."""
+        from dashboards.report import render
+        from orchestrator.results import result_table
+
+        outcomes = [
+            Outcome(trial, TrialRecord.of(folder.journal), os.path.relpath(folder.log))
+            for trial in self.trials
+            if (folder := self.storage.trial(trial.fingerprint))
+        ]
+        comparison = self.describe(outcomes)
+        write_json(self.folder / "comparison.json", comparison)
+        report = render(comparison, self.folder / "report")
+        self.log_to_mlflow(comparison, [*report, self.folder / "comparison.json"])
+
+        self.console.print(result_table(comparison))
+        for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
+            self.console.print(sentence, markup=False)
+        seconds = time.time() - self.began
+        self.console.print(f"\n{seconds:.0f} s in all.")
+        self.console.print(f"report: {os.path.relpath(self.folder / 'report' / 'report.html')}", soft_wrap=True)
+        self.console.print(f"MLflow: {comparison['mlflow_command']}", soft_wrap=True)
+        failed = [o for o in outcomes if not o.finished]
+        for outcome in failed:
+            self.console.print(
+                f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
+            )
+        return EXIT_FAILED_TRIALS if failed else 0
+
+    def log_to_mlflow(self, comparison: dict[str, Any], artifacts: list[Path]) -> None:
+        try:
+            self.tracker.follow(self.trials, self.name, self.provenance)
+            self.tracker.log_sweep(self.name, comparison, self.trials, artifacts)
+        except Exception as error:  # the results are on disk, and the next run of the command logs them
+            self.console.print(
+                f"note: MLflow does not answer ({str(error).splitlines()[0][:120]}); the results are kept in "
+                f"{self.options.storage}, and the same command logs them later",
+                markup=False,
+            )
+
+    def describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
+        contexts = compare(outcomes, self.original_length)
+        started = next((o.record.started for o in outcomes if o.record.started), {})
+        parameters = next((o.record.model["parameters"] for o in outcomes if o.record.model), None)
+        documents = self.packed.validation_windows(
+            self.trials[0].training.context_length,
+            self.trials[0].training.eval_span,
+            self.trials[0].training.eval_documents,
+        )
+        peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
+        storage = os.path.relpath(self.storage.root)
+        return {
+            "sweep": self.name,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "longspan_version": self.provenance.packages.get("longspan", "unknown"),
+            "question": "Which way to adapt wins at each context length, and how near do the others come?",
+            "sentences": summarise(contexts, list(self.spec.seeds)),
+            "rule": RULE,
+            "model": {
+                "name": self.spec.model,
+                "original_context_length": self.original_length,
+                "parameters": parameters,
+                "identity": self.identities.model,
+            },
+            "data": {
+                "name": self.spec.data,
+                "identity": self.identities.data,
+                "validation_documents": len(documents),
+                "scored_tokens": sum(document.tokens.size for document in documents),
+            },
+            "attention": self.spec.attention
+            + (
+                f", group size {self.spec.group_size:g} (of the context if up to 1)"
+                if self.spec.attention == "s2"
+                else ""
+            ),
+            "seeds": list(self.spec.seeds),
+            "confidence": CONFIDENCE,
+            "hardware": started.get("hardware", "unknown"),
+            "packages": self.provenance.packages,
+            "git_commit": self.provenance.git_commit,
+            "wall_seconds": time.time() - self.began,
+            "peak_memory_gib": max(peaks, default=None),
+            "storage": storage,
+            "mlflow_command": self.mlflow_command(storage),
+            "contexts": contexts,
+        }
+
+    def describe_attention(self) -> str:
+        if self.spec.attention != "s2":
+            return "full attention in training"
+        size = self.spec.group_size
+        group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
+        return f"shifted sparse attention (S²-Attn) in training, groups of {group}"
+
+    def mlflow_command(self, storage: str) -> str:
+        if self.tracker.uri.startswith("sqlite:"):
+            return f"{os.path.relpath(sys.executable)} -m dashboards.mlflow --storage {storage}"
+        return f"open {self.tracker.uri} and choose the experiment {self.options.experiment}"
+
+    def end_ray(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def explain_interruption(self) -> None:
+        """What is kept of each trial, and how to go on."""
+        for planned in self.planned:
+            record = TrialRecord.of(self.storage.trial(planned.trial.fingerprint).journal)
+            if record.state == "finished":
+                kept = "finished"
+            elif record.saved_step:
+                kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
+            elif record.started:
+                kept = "begins again (no checkpoint yet)"
+            else:
+                kept = "not begun"
+            self.console.print(f"  {planned.trial.label:<22} {kept}", markup=False)
+        self.console.print("The same command goes on from there.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

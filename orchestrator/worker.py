@@ -1,0 +1,142 @@
+"""What each Ray Train worker does: the glue between Ray and ``workloads``.
+
+Imported by name in the worker's process, so what it imports at its top is part of every trial's start-up time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import torch
+from filelock import FileLock
+
+from orchestrator.journal import TrialRecord
+from orchestrator.provenance import package_versions
+from orchestrator.spec import TrialSpec
+from orchestrator.storage import TrialFolder
+from workloads.config import ExecutionConfig
+from workloads.data import PackedCorpus
+from workloads.engine import Engine
+from workloads.errors import InputError
+from workloads.models import ModelSource
+from workloads.training import run
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Trains one trial. ``config``: trial, model_location, model_revision, folder, corpus, execution, threads,
+    attempt (names the drive of the trial that this worker belongs to)."""
+    context = ray.train.get_context()
+    folder = TrialFolder(Path(config["folder"]))
+    if not (folder.path / "trial.json").is_file():
+        raise InputError(
+            f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node sees"
+        )
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config["threads"])))
+    workers, first = context.get_world_size(), context.get_world_rank() == 0
+    journal = folder.journal
+
+    def emit(event: str, **fields: Any) -> None:
+        if first:
+            journal.append(event, **fields)
+        # Tells Ray of evaluations at the trained length only: each report costs one poll of Train's controller.
+        if event == "eval" and fields["context_length"] == config["trial"]["training"]["context_length"]:
+            ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(log_to(folder.log))
+        if first:
+            stack.enter_context(FileLock(folder.lock))
+        if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
+            return
+        try:
+            emit("started", **describe_attempt(device, workers))
+            _run(config, folder, device, emit)
+            emit("finished")
+        except Exception as error:
+            # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
+            journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])
+            raise
+
+
+def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
+    """Whether there is something left: another sweep may have finished the trial while this one waited for the lock,
+    and an error of this very attempt is final."""
+    record = TrialRecord.of(folder.journal)
+    return record.state != "finished" and record.failed_attempt != attempt
+
+
+def _agree(decision: bool, workers: int) -> bool:
+    """The decision of worker 0, for all."""
+    return ray.train.collective.broadcast_from_rank_zero(decision) if workers > 1 else decision
+
+
+def _run(config: dict[str, Any], folder: TrialFolder, device: torch.device, emit) -> None:
+    trial = TrialSpec.from_dict(config["trial"])
+    run(
+        ModelSource(trial.model, config["model_location"], config["model_revision"]),
+        trial.training,
+        ExecutionConfig(**config["execution"]),
+        PackedCorpus.open(Path(config["corpus"])),
+        folder.checkpoints,
+        Engine(device, trial.training.precision),
+        emit,
+    )
+
+
+def describe_attempt(device: torch.device, workers: int) -> dict[str, Any]:
+    """What the trial runs on, for the record."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "workers": workers,
+        "hardware": hardware(device, workers),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+    }
+
+
+def hardware(device: torch.device, workers: int) -> str:
+    """``2 x NVIDIA H200`` or ``1 x 1 CPU thread (AMD EPYC)``."""
+    if device.type == "cuda":
+        return f"{workers} x {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{workers} x {threads} CPU thread{'s' if threads > 1 else ''} ({cpu_name()})"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class log_to:
+    """A context in which this process's log records and an exception that leaves it go to the trial's log file."""
+
+    def __init__(self, path: Path) -> None:
+        self.handler = logging.FileHandler(path)
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def __enter__(self) -> None:
+        root = logging.getLogger()
+        root.addHandler(self.handler)
+        root.setLevel(min(root.level or logging.INFO, logging.INFO))
+        logging.captureWarnings(True)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is not None:
+            logging.getLogger(__name__).error("the attempt ended in an error", exc_info=(kind, error, traceback))
+        logging.getLogger().removeHandler(self.handler)
+        self.handler.close()

@@ -1,0 +1,73 @@
+"""Confidence intervals by bootstrap over documents (NumPy only).
+
+Tokens of one document are not independent, so documents are what is drawn again. Comparisons are paired: both models
+are scored on the same drawn documents, so that what makes a document hard cancels out. One seed shows nothing of the
+variance between training runs; these intervals speak of the choice of documents alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# How workloads.evaluation.perplexity scores.
+RULE = (
+    "non-overlapping windows of the evaluation length inside documents, every token scored but a window's first, "
+    "full attention"
+)
+
+CONFIDENCE = 0.95
+RESAMPLES = 4_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """What a model scored on each document: ``nll`` the summed negative log-likelihood (nats), ``tokens`` its tokens.
+
+    Both have the shape (documents,), in the same order of documents for every model that is compared.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.nll.sum() / self.tokens.sum()))
+
+
+def perplexity_interval(scores: DocumentScores) -> Interval:
+    """Perplexity over all tokens, with its bootstrap percentile interval over documents."""
+    low, high = np.quantile(np.exp(_mean_nll_of_resamples(scores)), _tails())
+    return Interval(scores.perplexity, float(low), float(high))
+
+
+def gap_interval(scores: DocumentScores, baseline: DocumentScores) -> Interval:
+    """How much higher the perplexity is than the baseline's, as a fraction (0.01: 1%), by paired bootstrap.
+
+    Raises:
+        ValueError: the two did not score the same tokens.
+    """
+    if not np.array_equal(scores.tokens, baseline.tokens):
+        raise ValueError("only models scored on the same documents can be compared pairwise")
+    ratios = np.exp(_mean_nll_of_resamples(scores) - _mean_nll_of_resamples(baseline)) - 1
+    low, high = np.quantile(ratios, _tails())
+    return Interval(scores.perplexity / baseline.perplexity - 1, float(low), float(high))
+
+
+def _mean_nll_of_resamples(scores: DocumentScores) -> np.ndarray:
+    """The mean negative log-likelihood of each resample, shape (RESAMPLES,): the same draws at every call."""
+    count = len(scores.tokens)
+    drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    return scores.nll[drawn].sum(axis=1) / scores.tokens[drawn].sum(axis=1)
+
+
+def _tails() -> list[float]:
+    return [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]

@@ -1,0 +1,131 @@
+"""Base models: ``builtin:tiny``, a local folder, or a Hugging Face id, as ``org/name`` or ``org/name@revision``.
+
+A :class:`ModelSource` names a model and knows what it is (its identity, its configuration) without loading it; the
+sweep's own process needs no more, and imports neither torch nor transformers for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workloads.config import Positions
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = Path(__file__).parent / "builtin"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: ``location`` is a folder, or with a ``revision`` (a commit) a Hugging Face id."""
+
+    name: str
+    location: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> ModelSource:
+        """What a user wrote, as a source.
+
+        Raises:
+            InputError: no such builtin, folder or id, or the hub cannot say which revision the id stands for.
+        """
+        if name.startswith("builtin:"):
+            known = sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+                raise InputError(f"model {name!r} is not built in; did you mean {nearest[0]}?")
+            return cls(name, str(BUILTIN / name.removeprefix("builtin:")))
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
+            return cls(name, str(folder.resolve()))
+        if name.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(name):
+            raise InputError(
+                f"model {name!r} is no folder here, and not of the form org/name or org/name@revision; "
+                "expected one of them, or builtin:tiny"
+            )
+        hub_id, _, revision = name.partition("@")
+        return cls(name, hub_id, _hub_revision(hub_id, revision or None))
+
+    @cached_property
+    def identity(self) -> str:
+        """What enters a trial's fingerprint: the content of a folder, the id and commit of a hub model."""
+        if self.revision:
+            return f"hub:{self.location}@{self.revision}"
+        return _content_hash(Path(self.location), ("*.json", "*.safetensors", "*.model", "*.txt"))
+
+    @cached_property
+    def tokenizer_identity(self) -> str:
+        if self.revision:
+            return self.identity
+        return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
+
+    def config(self) -> Any:
+        """The model's configuration, as transformers reads it."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.location, revision=self.revision)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+
+    def load(self, context_length: int, positions: Positions, dtype: torch.dtype) -> PreTrainedModel:
+        """The model, its positions extended to ``context_length``, weights in ``dtype``, on the CPU.
+
+        Raises:
+            InputError: the model has no rotary positions, or its weights are not safetensors (a pickle is never
+                loaded).
+        """
+        from transformers import AutoModelForCausalLM
+
+        from workloads.positions import extend
+
+        config = self.config()
+        extend(config, context_length, positions)
+        config.use_cache = False
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.location, revision=self.revision, config=config, dtype=dtype, use_safetensors=True
+            )
+        except OSError as error:
+            raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error
+
+
+def _hub_revision(hub_id: str, revision: str | None) -> str:
+    """The commit that a revision of a hub model stands for."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().model_info(hub_id, revision=revision, timeout=20).sha
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"model {hub_id!r}: the model hub does not say which commit it is at ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Check the name and the network, log in if the model is gated, give a full "
+            f"commit ({hub_id}@<40 hex digits>) if it is in the local cache, or name a local folder"
+        ) from error
+
+
+def _content_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

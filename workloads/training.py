@@ -1,0 +1,226 @@
+"""One trial's training loop, from a loaded model to its last evaluation, in plain PyTorch.
+
+What happens is told through ``emit(event, **fields)``, one call an event; whoever runs the trial writes them down.
+The events and their fields:
+
+    model    parameters, trainable_parameters
+    resume   step: training goes on from this checkpoint
+    eval     step, tokens, context_length, perplexity, nll and num_tokens (a list each, one entry a document)
+    step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib
+    saved    step
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
+from workloads.attention import AttentionPattern, use_pattern
+from workloads.checkpoint import load_newest, save_checkpoint
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.data import PackedCorpus
+from workloads.engine import Engine
+from workloads.evaluation.perplexity import next_token_losses, score_documents
+from workloads.models import ModelSource
+from workloads.positions import original_context_length
+
+Emit = Callable[..., None]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or a gradient became NaN or infinite."""
+
+
+def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
+    """The model of a trial, on its device, with its positions, its attention pattern and what trains."""
+    torch.manual_seed(config.seed)  # LoRA's A matrices are random
+    model = source.load(config.context_length, config.positions, compute_dtype(config.precision))
+    pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
+    use_pattern(model, pattern)
+    if execution.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = adapt(model, config.method, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+    return model.to(engine.device)
+
+
+def run(
+    source: ModelSource,
+    config: TrainingConfig,
+    execution: ExecutionConfig,
+    corpus: PackedCorpus,
+    checkpoints: Path,
+    engine: Engine,
+    emit: Emit,
+) -> None:
+    """Trains and evaluates one trial, from its newest checkpoint if it has one.
+
+    Raises:
+        InputError: the batch does not divide among the workers, or the model cannot be trained as asked.
+        NonFiniteLoss: in the step it happens.
+    """
+    model = build_model(source, config, engine, execution)
+    total, trainable = count_parameters(model)
+    emit("model", parameters=total, trainable_parameters=trainable)
+    Trial(model, config, execution, corpus, checkpoints, engine, emit).run()
+
+
+class Trial:
+    """The loop over steps, with what it needs between them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        execution: ExecutionConfig,
+        corpus: PackedCorpus,
+        checkpoints: Path,
+        engine: Engine,
+        emit: Emit,
+    ) -> None:
+        self.model, self.config, self.execution, self.corpus = model, config, execution, corpus
+        self.checkpoints, self.engine, self.emit = checkpoints, engine, emit
+        self.step = 0
+        self.original_length = original_context_length(model.config)
+
+    def run(self) -> None:
+        if self.config.steps == 0:
+            self.evaluate(at_original_length=True)
+            return
+        self.parameters = trainable_parameters(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.config.learning_rate,
+            betas=(self.config.beta1, self.config.beta2),
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        self.resume()
+        training_model = self.engine.wrap(self.model)
+        training_model.train()
+        if self.step == 0:
+            self.evaluate(at_original_length=True)
+        while self.step < self.config.steps:
+            self.train_step(training_model)
+            last = self.step == self.config.steps
+            if last or self.step % self.config.eval_every == 0:
+                self.evaluate(at_original_length=last)
+            if last or self.step % self.execution.checkpoint_every == 0:
+                self.save()
+
+    def train_step(self, training_model: nn.Module) -> None:
+        config, engine = self.config, self.engine
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        batch = self.corpus.train_batch(self.step, config.batch, config.context_length, config.seed)
+        mine = torch.from_numpy(batch[engine.rank :: engine.num_workers])
+        loss_sum = torch.zeros((), device=engine.device)
+        pieces = mine.split(self.execution.micro_batch or len(mine))
+        for index, piece in enumerate(pieces):
+            tokens = piece.to(engine.device, non_blocking=True)
+            with engine.accumulate(training_model, last=index == len(pieces) - 1):
+                with engine.autocast():
+                    logits = training_model(input_ids=tokens).logits
+                loss = next_token_losses(logits, tokens).mean() * (len(piece) / len(mine))
+                loss.backward()
+            loss_sum += loss.detach()
+        limit = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        loss_value = (engine.sum(loss_sum) / engine.num_workers).item()
+        if not (torch.isfinite(grad_norm) and loss_value == loss_value and abs(loss_value) != float("inf")):
+            raise NonFiniteLoss(
+                f"step {self.step + 1}: loss {loss_value}, gradient norm {grad_norm.item()}; nothing was updated. "
+                "Lower the learning rate, or train in float32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        engine.synchronize()
+        seconds = time.perf_counter() - started
+        self.emit(
+            "step",
+            step=self.step,
+            tokens=self.tokens,
+            loss=loss_value,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm.item(),
+            seconds=seconds,
+            tokens_per_second=batch.size / seconds,
+            peak_memory_gib=engine.peak_memory_gib(),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all workers."""
+        return self.step * self.config.batch * self.config.context_length
+
+    def evaluate(self, at_original_length: bool) -> None:
+        """Scores the held-out documents at the trained length, and on request at the model's original one too."""
+        lengths = [self.config.context_length]
+        if at_original_length and self.config.eval_span % self.original_length == 0:
+            lengths += [self.original_length] if self.original_length not in lengths else []
+        for length in lengths:
+            documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
+            scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
+            self.emit(
+                "eval",
+                step=self.step,
+                tokens=self.tokens,
+                context_length=length,
+                perplexity=scores.perplexity,
+                nll=scores.nll.tolist(),
+                num_tokens=scores.tokens.tolist(),
+            )
+
+    def save(self) -> None:
+        """What the next attempt needs: trainable parameters, optimiser state, random state; the data's position is
+        the step."""
+        if self.engine.rank == 0:
+            tensors: dict[str, torch.Tensor] = {f"model/{name}": p for name, p in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"optimizer/{key}/{name}"] = value
+            tensors["random/cpu"] = torch.get_rng_state()
+            if self.engine.device.type == "cuda":
+                tensors["random/cuda"] = torch.cuda.get_rng_state(self.engine.device)
+            save_checkpoint(self.checkpoints, self.step, tensors, state={})
+        self.engine.barrier()
+        self.emit("saved", step=self.step)
+
+    def resume(self) -> None:
+        """Goes on from the newest whole checkpoint, if there is one."""
+        found = load_newest(self.checkpoints)
+        if found is None:
+            return
+        tensors, state = found
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"model/{name}"])
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {
+                key: _place(key, tensors[f"optimizer/{key}/{name}"], parameter)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors and self.engine.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.engine.device)
+        self.step = state["step"]
+        self.emit("resume", step=self.step)
+
+
+def _place(key: str, value: Any, parameter: nn.Parameter) -> torch.Tensor:
+    # The fused optimiser keeps its step counter where the parameter is.
+    return value.to(parameter.device, torch.float32 if key == "step" else parameter.dtype)
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The learning rate of the update after ``step`` steps: linear warm-up, then constant."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    return config.learning_rate
