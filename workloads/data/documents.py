@@ -1,12 +1,14 @@
 """A document, and which side of the split it falls on.
 
 A document belongs to "train" or to "validation" by a hash of its name, so that the side neither depends on the order
-of the files nor changes when others are added. About a tenth of the documents is held out. Where so few documents
-exist that one side would be empty, exactly the one with the lowest hash is held out; of a single document, its last
-tenth.
+of the files nor changes when others are added: validation has the lowest tenth of all hashes. Where that holds out
+fewer than eight documents, chance would decide too much, and the count is exact instead: still those with the lowest
+hashes, a tenth of the documents (at most eight, at least one), and never more than half. Of a single document, the
+last tenth is held out.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +18,7 @@ from typing import Literal
 Split = Literal["train", "validation"]
 
 VALIDATION_SHARE = 0.10
+ENOUGH_HELD_OUT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +43,27 @@ def split_of(name: str) -> Split:
 def hold_out(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
     """Give each (name, text) its side, in one pass; blank texts are left out.
 
-    Holds back documents until both sides have one (some ten, as a rule), since only then is it known that the
+    Holds back documents until enough are held out (after some eighty, as a rule), since only then is it known that the
     documents are not too few.
     """
     texts = ((name, text) for name, text in texts if not is_blank(text))
     first: list[tuple[str, str]] = []
-    sides = set()
+    sides: Counter[Split] = Counter()
     for name, text in texts:
         first.append((name, text))
-        sides.add(split_of(name))
-        if len(sides) == 2:
-            break
-    if len(sides) == 2:
-        yield from (Document(name, text, split_of(name)) for name, text in chain(first, texts))
-    elif len(first) == 1:
+        sides[split_of(name)] += 1
+        if sides["validation"] >= ENOUGH_HELD_OUT and sides["train"]:
+            yield from (Document(name, text, split_of(name)) for name, text in chain(first, texts))
+            return
+    if len(first) == 1:
         name, text = first[0]
         cut = len(text) * 9 // 10
         yield from (Document(name, text[:cut], "train"), Document(name, text[cut:], "validation"))
-    elif first:
-        held_out = min((name for name, _ in first), key=name_hash)
-        yield from (Document(name, text, "validation" if name == held_out else "train") for name, text in first)
+        return
+    count = max(1, sides["validation"], min(ENOUGH_HELD_OUT, len(first) // 10))
+    by_hash = sorted((name for name, _ in first), key=name_hash)
+    held_out = frozenset(by_hash[: min(count, len(first) // 2)])
+    yield from (Document(name, text, "validation" if name in held_out else "train") for name, text in first)
 
 
 def is_blank(text: str) -> bool:
