@@ -360,20 +360,20 @@ def main() -> None:
         step.add_argument("--data", type=Path, required=True, help="the prepared file")
     training.add_argument("--out", type=Path, required=True, help="folder to save the model in")
     training.add_argument("--hidden", type=int, default=256)
-    training.add_argument("--intermediate", type=int, default=1024)
+    training.add_argument("--intermediate", type=int, default=512)
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--heads", type=int, default=4)
     training.add_argument("--kv-heads", type=int, default=2)
     training.add_argument("--batch", type=int, default=256, help=f"sequences of {CONTEXT} tokens in a step")
-    training.add_argument("--steps", type=int, default=10_000)
+    training.add_argument("--steps", type=int, default=8_000)
     training.add_argument("--seconds", type=float, default=math.inf, help="ends sooner, the schedule with it")
-    training.add_argument("--lr", type=float, default=3e-3)
+    training.add_argument("--lr", type=float, default=5e-3)
     training.add_argument("--weight-decay", type=float, default=0.1)
     training.add_argument(
         "--shares",
         type=float,
         nargs=3,
-        default=[0.2, 0.1, 0.7],
+        default=[0.25, 0.1, 0.65],
         help="of the tokens: standard library, its tests, packages",
     )
     training.add_argument("--seed", type=int, default=0)
