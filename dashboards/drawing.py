@@ -11,7 +11,7 @@ from typing import Any
 from dashboards import wording
 
 INK, MUTED, LINE = "#1b1f24", "#5c6670", "#dde2e7"
-LINE_HEIGHT = 10.5
+LINE_HEIGHT = 11.3
 
 
 def style() -> AbstractContextManager:
@@ -24,7 +24,7 @@ def style() -> AbstractContextManager:
         "font.family": [
             name for name in ("Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans") if name in known
         ],
-        "font.size": 8.5,
+        "font.size": 9.2,
         "text.color": INK,
         "text.parse_math": False,  # a name with two dollar signs is a name, not a formula
         "svg.fonttype": "none",
@@ -33,7 +33,7 @@ def style() -> AbstractContextManager:
         "axes.facecolor": "none",
         "axes.edgecolor": LINE,
         "axes.labelcolor": MUTED,
-        "axes.labelsize": 8.5,
+        "axes.labelsize": 9,
         "axes.labelpad": 5,
         "axes.spines.left": False,
         "axes.spines.right": False,
@@ -43,7 +43,7 @@ def style() -> AbstractContextManager:
         "grid.linewidth": 0.7,
     }
     for axis, tick in (("x", 3), ("y", 0)):
-        settings |= {f"{axis}tick.color": LINE, f"{axis}tick.labelcolor": MUTED, f"{axis}tick.labelsize": 8.5}
+        settings |= {f"{axis}tick.color": LINE, f"{axis}tick.labelcolor": MUTED, f"{axis}tick.labelsize": 9}
         settings[f"{axis}tick.major.size"] = tick
     return matplotlib.rc_context(settings)
 
@@ -70,12 +70,12 @@ def panel(
     """
     dpi = figure.get_figure(root=True).dpi
     width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72
-    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 72) if above else []
-    top = 44 + LINE_HEIGHT * max(len(notes), 0 if above is None else 2)
-    figure.text(0.02, 1 - 16 / height, f"{context['context_length']:,} tokens", size=10.5, weight="bold")
-    figure.text(0.02, 1 - 29 / height, f"{measure}, log scale" if _logarithmic(*limits) else measure, color=MUTED)
+    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 66) if above else []
+    top = 46 + LINE_HEIGHT * max(len(notes), 0 if above is None else 2)
+    figure.text(0.02, 1 - 16 / height, f"{context['context_length']:,} tokens", size=11, weight="bold")
+    figure.text(0.02, 1 - 30 / height, f"{measure}, log scale" if _logarithmic(*limits) else measure, color=MUTED)
     for row, note in enumerate(notes):
-        figure.text(0.02, 1 - (41 + LINE_HEIGHT * row) / height, note, color=MUTED, size=8)
+        figure.text(0.02, 1 - (42.5 + LINE_HEIGHT * row) / height, note, color=MUTED, size=8.6)
     return figure.add_axes((left / width, 34 / height, (width - left - right) / width, (height - top - 34) / height))
 
 
@@ -111,7 +111,14 @@ def _logarithmic(low: float, high: float) -> bool:
 def _plain_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     ticks = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+    for steps in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 2, 3, 5, 7),
+        (1, 1.5, 2, 3, 4, 5, 7),
+        (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8),
+    ):
         ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
         if len(ticks) >= 4:
             break

@@ -54,7 +54,7 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
     if starts := [points[0]["perplexity"] for _, _, points in lines if points[0]["perplexity"] > top]:
         beyond.append(f"{_span(starts)} at step 0")
     beyond += [_labelled(reference) for reference in context["references"] if not reference["perplexity"] <= top]
-    axes = drawing.panel(figure, context, "perplexity", (bottom, top), above=beyond, left=30, right=104)
+    axes = drawing.panel(figure, context, "perplexity", (bottom, top), above=beyond, left=28, right=116)
     drawing.scale(axes, "y", bottom, top)
     labels = []
     for reference in context["references"]:
@@ -89,7 +89,7 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
         for name, trial in zip(wording.trial_names(context["trials"]), context["trials"])
     ]
     rows += [(reference["label"], reference, MUTED, "d", "") for reference in context["references"]]
-    axes = drawing.panel(figure, context, "final perplexity", (left, right), left=124, right=58)
+    axes = drawing.panel(figure, context, "final perplexity", (left, right), left=132, right=62)
     drawing.scale(axes, "x", left, right)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for row, (name, end, colour, marker, state) in enumerate(rows):
@@ -115,10 +115,10 @@ FIGURES = {
     "final_perplexity": Kind(
         "Where each method ends",
         finals,
-        lambda comparison: 84 + 17 * max(len(one["trials"]) + len(one["references"]) for one in comparison["contexts"]),
+        lambda comparison: 86 + 18 * max(len(one["trials"]) + len(one["references"]) for one in comparison["contexts"]),
     ),
-    "perplexity_by_step": Kind("Perplexity by optimiser step", lambda *to: curves(*to, "step"), lambda _: 238),
-    "perplexity_by_tokens": Kind("Perplexity by tokens trained on", lambda *to: curves(*to, "tokens"), lambda _: 238),
+    "perplexity_by_step": Kind("Perplexity by optimiser step", lambda *to: curves(*to, "step"), lambda _: 262),
+    "perplexity_by_tokens": Kind("Perplexity by tokens trained on", lambda *to: curves(*to, "tokens"), lambda _: 262),
 }
 
 

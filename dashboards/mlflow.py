@@ -1,0 +1,216 @@
+"""MLflow's UI on what a storage root holds: `python -m dashboards.mlflow [--storage runs] [--port 5000]`.
+
+The sweep writes runs to `<storage>/mlflow/mlflow.db` and files to `<storage>/mlflow/artifacts`; this serves both, on
+this machine alone unless told otherwise, and ends with Ctrl-C. MLflow runs in processes of its own: this one only
+starts them, waits until the page answers, says where, and ends them.
+"""
+
+import argparse
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+EVERY = ("0.0.0.0", "::")
+SECONDS_TO_START = 180
+SECONDS_TO_END = 10
+
+ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # no job runners: four more processes of about 230 MB
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # a run's files are shown, never loaded as code
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
+
+def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
+    """Serves until Ctrl-C (or SIGTERM, SIGHUP), then returns 0; an exit status if MLflow ends by itself.
+
+    Raises ValueError where there is no store, or the address cannot be had.
+    """
+    store = _store(storage)
+    _check_address(host, port)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if name is not signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:  # nohup stays obeyed
+            signal.signal(name, signal.default_int_handler)
+    if host not in LOCAL:
+        print(
+            f"Warning: MLflow's UI has no passwords. Whoever reaches port {port} of this machine can read, change and "
+            "delete every run. Prefer --host 127.0.0.1 with an SSH tunnel.",
+            file=sys.stderr,
+        )
+    said = tempfile.TemporaryFile()  # MLflow's chatter, worth reading only where it ends by itself
+    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the group once, in order.
+    server = subprocess.Popen(
+        _command(store, host, port, more_hosts),
+        env=os.environ | ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=said,
+        start_new_session=True,
+    )
+    try:
+        print(f"Starting MLflow on {store} ...", flush=True)
+        if _wait_until_up(server, host, port):
+            print(f"Open {_url(_names(host)[0], port)} (Ctrl-C ends it)", flush=True)
+        status = server.wait()
+        said.seek(0)
+        print(f"{said.read().decode(errors='replace')}MLflow ended by itself, with status {status}.", file=sys.stderr)
+        return status or 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _end(server)
+
+
+def _store(storage: str) -> Path:
+    if "://" in storage:
+        raise ValueError(
+            f"--storage {storage} is not a local folder, and its sweeps keep no MLflow store there. Point MLflow's own "
+            "UI at the tracking server that they were given with --tracking-uri."
+        )
+    store = Path(storage).expanduser().resolve() / "mlflow"
+    if not (store / "mlflow.db").is_file():
+        raise ValueError(
+            f"{Path(storage).expanduser().resolve()} holds no MLflow store (no mlflow/mlflow.db). "
+            f"`python -m orchestrator.sweep --storage {storage}` makes one."
+        )
+    return store
+
+
+def _check_address(host: str, port: int) -> None:
+    problem = _problem(host, port)
+    if problem == errno.EADDRINUSE:
+        free = next((other for other in range(port + 1, min(port + 100, 65536)) if _problem(host, other) is None), 0)
+        fix = f"Port {free} is free: add --port {free}." if free else "Choose another with --port."
+        raise ValueError(f"port {port} of {host} is taken. {fix}")
+    if problem is not None:
+        raise ValueError(f"cannot listen on {host}, port {port}: {os.strerror(problem)}. Check --host and --port.")
+
+
+def _problem(host: str, port: int) -> int | None:
+    """Why nothing can listen there, as an errno, or None where it can."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except socket.gaierror:
+        return errno.EADDRNOTAVAIL
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _command(store: Path, host: str, port: int, more_hosts: list[str]) -> list[str]:
+    """MLflow's server with one worker, that answers only to the names by which it is meant to be reached.
+
+    Without the list it would answer to any name that begins like a private address (`10.evil.example`), which a page
+    elsewhere could point at this machine; and it would refuse what the UI posts from any name but localhost.
+    """
+    names = [*_names(host), *more_hosts]
+    with_ports = [name if _has_port(name) else f"{_bracketed(name)}:{port}" for name in names]
+    origins = [
+        f"{scheme}://{name}" for scheme in ("http", "https") for name in [*with_ports, *map(_bracketed, more_hosts)]
+    ]
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
+        *("--registry-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
+        *("--default-artifact-root", str(store / "artifacts")),
+        "--no-serve-artifacts",  # artifacts are read from their folder; nothing is taken in over HTTP
+        *("--host", host, "--port", str(port), "--workers", "1"),
+        *("--allowed-hosts", ",".join(dict.fromkeys([*map(_bracketed, names), *with_ports]))),
+        *("--cors-allowed-origins", ",".join(dict.fromkeys(origins))),
+        *("--uvicorn-opts", f"--log-level warning --timeout-graceful-shutdown {SECONDS_TO_END // 2}"),
+    ]
+
+
+def _names(host: str) -> list[str]:
+    """The names and addresses under which a server listening on `host` is reached, the one to open first."""
+    if host in LOCAL:
+        return [host, *(name for name in LOCAL if name != host)]
+    if host not in EVERY:
+        return [host]
+    addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+    return list(dict.fromkeys([socket.gethostname(), socket.getfqdn(), *sorted(addresses), *LOCAL]))
+
+
+def _bracketed(name: str) -> str:
+    return f"[{name}]" if name.count(":") > 1 and not name.startswith("[") else name
+
+
+def _has_port(name: str) -> bool:
+    return name.count(":") == 1 or "]:" in name
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{_bracketed(host)}:{port}"
+
+
+def _wait_until_up(server: subprocess.Popen, host: str, port: int) -> bool:
+    """True once the page answers; False if the server ends or takes too long (it says why itself)."""
+    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(SECONDS_TO_START * 5):
+        if server.poll() is not None:
+            return False
+        try:
+            direct.open(f"{_url(reach, port)}/health", timeout=2).close()
+            return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    print(f"MLflow has not answered within {SECONDS_TO_START} s; still waiting (Ctrl-C ends it).", file=sys.stderr)
+    return False
+
+
+def _end(server: subprocess.Popen) -> None:
+    """Ends every process of the server's group: asked first, and killed if they take too long."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave processes behind
+    deadline = time.monotonic() + SECONDS_TO_END
+    asked = signal.SIGTERM
+    while True:
+        try:
+            os.killpg(server.pid, asked)
+        except (ProcessLookupError, PermissionError):
+            return
+        while time.monotonic() < deadline:
+            server.poll()  # collects it, else it stays in its group as a zombie
+            try:
+                os.killpg(server.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return
+            time.sleep(0.05)
+        asked, deadline = signal.SIGKILL, time.monotonic() + SECONDS_TO_END
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dashboards.mlflow", description="Look at a storage root's runs.")
+    parser.add_argument("--storage", default="./runs", help="where the sweeps were stored (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
+    parser.add_argument(
+        "--allowed-hosts",
+        default="",
+        metavar="NAME,NAME",
+        help="further names under which browsers reach the server, such as a proxy's",
+    )
+    options = parser.parse_args(arguments)
+    more_hosts = [name.strip() for name in options.allowed_hosts.split(",") if name.strip()]
+    try:
+        return serve(options.storage, options.host, options.port, more_hosts)
+    except ValueError as error:
+        print(f"dashboards.mlflow: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
