@@ -6,7 +6,7 @@ may be left out and is then None.
 """
 
 from types import UnionType
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 
 class Point(TypedDict):
@@ -48,7 +48,7 @@ class Gap(TypedDict):
 class Trial(TypedDict):
     method: str
     fingerprint: str
-    state: str  # finished, unfinished or failed
+    state: Literal["finished", "unfinished", "failed"]
     reason: str | None
     log: str | None
     learning_rate: float | None
@@ -132,6 +132,9 @@ def check(value: Any, kind: Any = Comparison, where: str = "comparison") -> Any:
     if get_origin(kind) is dict:
         _expect(isinstance(value, dict), where, value, "an object")
         return {key: check(item, get_args(kind)[1], f"{where}[{key!r}]") for key, item in value.items()}
+    if get_origin(kind) is Literal:
+        _expect(value in get_args(kind), where, value, f"one of {', '.join(get_args(kind))}")
+        return value
     allowed = (int, float) if kind is float else kind
     _expect(
         isinstance(value, allowed) and not isinstance(value, bool), where, value, {str: "text"}.get(kind, "a number")

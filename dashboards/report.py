@@ -19,6 +19,8 @@ def render(comparison: dict, folder: Path) -> list[Path]:
     Raises ValueError where `comparison` is not of the shape that dashboards.comparison describes.
     """
     comparison = check(comparison)
+    if not comparison["contexts"]:
+        raise ValueError("comparison.contexts is empty: there is nothing to draw")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
