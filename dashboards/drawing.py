@@ -70,7 +70,7 @@ def panel(
     """
     dpi = figure.get_figure(root=True).dpi
     width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72
-    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 66) if above else []
+    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 80) if above else []
     top = 46 + LINE_HEIGHT * max(len(notes), 0 if above is None else 2)
     figure.text(0.02, 1 - 16 / height, f"{context['context_length']:,} tokens", size=11, weight="bold")
     figure.text(0.02, 1 - 30 / height, f"{measure}, log scale" if _logarithmic(*limits) else measure, color=MUTED)
