@@ -16,7 +16,11 @@ ENVIRONMENT = {
     # The sweep has its own journals and its own way to end on Ctrl-C.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints its heading even at verbose=0
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # A trial is half a dozen small actors beside its workers; by default only as many processes as there are CPUs start
+    # at a time, and Ray warns of the rest.
+    "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
@@ -25,6 +29,9 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# What a driver of a trial holds while it waits for its workers; each worker gives up that much, so that as many trials
+# fit as there are CPUs for.
+DRIVER_CPU = 0.001
 # A sweep passes metrics through Ray's object store, nothing large.
 OBJECT_STORE_BYTES = 150 * 2**20
 
@@ -40,8 +47,7 @@ class Cluster:
         Raises:
             InputError: not one does.
         """
-        need = self.trial_resources(options)
-        cpus, gpus = need["workers"] * need["cpus"], need["workers"] * need["gpus"]
+        cpus, gpus = options.workers * options.cpus_per_worker, options.workers if self.gpus else 0
         fits = int(self.cpus // cpus) if not gpus else int(min(self.cpus // cpus, self.gpus // gpus))
         if fits < 1:
             has = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
@@ -52,8 +58,9 @@ class Cluster:
         return min(fits, options.max_concurrent or fits)
 
     def trial_resources(self, options: RunOptions) -> dict[str, float]:
-        """Of one trial: its workers, and the CPUs and GPUs of each."""
-        return {"workers": options.workers, "cpus": options.cpus_per_worker, "gpus": 1 if self.gpus else 0}
+        """Of one trial: its workers, and the CPUs and GPUs that each reserves."""
+        cpus = options.cpus_per_worker - DRIVER_CPU
+        return {"workers": options.workers, "cpus": cpus, "gpus": 1 if self.gpus else 0}
 
 
 def join_or_start(address: str | None) -> Cluster:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cli import parse
-from orchestrator.cluster import Cluster, join_or_start
+from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.journal import TrialRecord
 from orchestrator.plan import Planned, plan, summary
@@ -45,8 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     console = make_console()
     sweep = None
     try:
-        # SIGTERM (a stopped job) ends as Ctrl-C does.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        # SIGTERM (a stopped job) ends as Ctrl-C does; and a shell that starts a command in the background has it
+        # ignore Ctrl-C unless it says otherwise.
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, signal.default_int_handler)
         name, spec, options = parse(sys.argv[1:] if arguments is None else arguments)
         sweep = Sweep(name, spec, options, console)
         return sweep.run()
@@ -163,7 +165,7 @@ class Sweep:
         attempt = uuid.uuid4().hex
         tuner = tune.Tuner(
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
-            tune.with_resources(drive_trial, {"CPU": 0.001}),
+            tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
             param_space=tune.grid_search([self.trial_config(trial, attempt) for trial in trials]),
             tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrency, reuse_actors=True),
             run_config=tune.RunConfig(name=name, storage_path=str(self.storage.ray_train), verbose=0),
