@@ -18,18 +18,18 @@ from dashboards.drawing import INK, LINE, MUTED
 
 WIDTH = 310  # of a panel, in points
 
-# Colour on a light page, on a dark one, and marker. The three methods differ in brightness as well as hue, and stay
-# apart with protanopia, deuteranopia and tritanopia (least CIE76 distance 20 on light, 17 on dark).
+# Colour on a light page, on a dark one, and marker. Each colour reads as text (contrast 4.5 or more), and the three
+# methods stay apart with protanopia, deuteranopia and tritanopia (least CIE76 distance 22 on light, 17 on dark).
 METHODS = {
     "full": ("#1a4a8a", "#6aa5f0", "o"),
-    "lora+": ("#cf5120", "#ff8f57", "s"),
-    "lora": ("#1f8f80", "#7fdcc4", "^"),
+    "lora+": ("#c24a1c", "#ff8f57", "s"),
+    "lora": ("#1b8375", "#7fdcc4", "^"),
 }
 OTHERS = [
     ("#7a4fa0", "#c39be8", "D"),
     ("#8a6d00", "#e0c257", "v"),
     ("#a82d62", "#f58ab5", "P"),
-    ("#4d5a66", "#b5c0cb", "X"),
+    ("#7a4a2b", "#d8a27f", "X"),
 ]
 
 

@@ -65,7 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         paths = render(
             json.loads(options.comparison.read_text(encoding="utf-8")), options.out or options.comparison.parent
         )
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        print(f"dashboards.report: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"dashboards.report: {options.comparison}: {error}", file=sys.stderr)
         return 2
     print(*paths, sep="\n")
