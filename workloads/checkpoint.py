@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,10 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise OSError(error.errno, f"{error.strerror}; the checkpoint needs {size:,} bytes", str(final)) from error
+        raise OSError(f"checkpoint {final} of {size:,} bytes could not be written: {error}") from error
     for old in sorted(root.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

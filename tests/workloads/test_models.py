@@ -1,0 +1,63 @@
+"""Base models: what a name stands for, and what cannot be one."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from workloads.errors import InputError
+from workloads.models import ModelSource
+from workloads.positions import original_context_length
+
+
+def test_a_local_copy_is_the_same_model_wherever_it_lies(tmp_path):
+    builtin = ModelSource.parse("builtin:tiny")
+    for name in ("one", "other"):
+        shutil.copytree(builtin.location, tmp_path / name)
+    one, other = (ModelSource.parse(str(tmp_path / name)) for name in ("one", "other"))
+    assert one.identity == other.identity == builtin.identity
+    weights = tmp_path / "other" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert ModelSource.parse(str(tmp_path / "other")).identity != builtin.identity
+    assert ModelSource.parse(str(tmp_path / "other")).tokenizer_identity == builtin.tokenizer_identity
+
+
+def test_a_full_commit_is_taken_as_it_is_without_the_hub():
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    source = ModelSource.parse(f"org/name@{commit}")
+    assert (source.location, source.revision) == ("org/name", commit)
+    assert source.identity == f"hub:org/name@{commit}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("builtin:tinny", "did you mean builtin:tiny"),
+        ("./nowhere", "no folder here"),
+        ("just-a-name", "org/name"),
+    ],
+)
+def test_a_name_that_stands_for_nothing(name, message):
+    with pytest.raises(InputError, match=message):
+        ModelSource.parse(name)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json"):
+        ModelSource.parse(str(tmp_path))
+
+
+def test_a_model_without_rotary_positions_is_refused_by_name(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"gpt2.*RoPE"):
+        original_context_length(ModelSource.parse(str(tmp_path)).config())
+
+
+def test_pickled_weights_are_never_loaded(tmp_path):
+    source = ModelSource.parse("builtin:tiny")
+    shutil.copytree(source.location, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        ModelSource.parse(str(tmp_path / "model")).load(512, "none", torch.float32)
