@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
         default = SweepSpec.from_json(_read(file), str(file))
     command = tyro.cli(
         Command,
-        prog="python -m orchestrator.sweep [RECIPE | --spec FILE]",
+        prog="python -m orchestrator.sweep",
         description=_description(),
         default=Command(default, RunOptions()),
         args=arguments,
@@ -79,6 +79,7 @@ def _description() -> str:
     recipes = "\n".join(lines)
     return (
         "Sweep ways to give a language model a longer context, and compare them.\n\n"
+        "usage: python -m orchestrator.sweep [RECIPE | --spec FILE] [flags]\n\n"
         f"RECIPE is one of\n{recipes}\n\n"
         "--spec FILE reruns a saved sweep (the spec.json of its folder) exactly. Every field can be overridden below. "
         "The same command always continues: what is finished is not trained again."

@@ -74,15 +74,10 @@ class Sweep:
         self.planned: list[Planned] = []
 
     def run(self) -> int:
-        self.storage = Storage.open(self.options.storage)
-        self.folder = self.storage.sweep(self.name)
-        self.provenance = Provenance.collect()
-        # Joining Ray, opening MLflow's store and reading model and corpus wait for each other nowhere.
-        self.tracker = Tracker(
-            tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
-        )
+        self.check()
+        # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            others = [pool.submit(self.resolve), pool.submit(self.tracker.connect)]
+            others = [pool.submit(self.prepare), pool.submit(self.tracker.connect)]
             self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
             for other in others:
                 other.result()
@@ -94,14 +89,29 @@ class Sweep:
             self.console.print("Nothing is left to train: every trial of this sweep is finished.")
         return self.conclude()
 
-    def resolve(self) -> None:
-        """What the model and the data are: identities, lengths, and the corpus prepared."""
+    def check(self) -> None:
+        """What can be known to be wrong at once, before anything is started."""
+        self.spec.trials(Identities(model="", tokenizer="", data=""), "float32")
+        if self.spec.batch % self.options.workers:
+            raise InputError(
+                f"a batch of {self.spec.batch} sequences does not divide among {self.options.workers} workers; "
+                "change --batch or --workers"
+            )
+        self.storage = Storage.open(self.options.storage)
+        self.folder = self.storage.sweep(self.name)
         self.source = ModelSource.parse(self.spec.model)
         self.corpus = Corpus.parse(self.spec.data, self.spec.text_column)
+        self.provenance = Provenance.collect()
+        self.tracker = Tracker(
+            tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
+        )
+
+    def prepare(self) -> None:
+        """What the model and the data are: the original length, identities, and the corpus tokenised."""
+        self.original_length = original_context_length(self.source.config())
         self.identities = Identities(
             model=self.source.identity, tokenizer=self.source.tokenizer_identity, data=self.corpus.identity()
         )
-        self.original_length = original_context_length(self.source.config())
         self.packed: PackedCorpus = prepare(
             self.corpus, self.source.tokenizer, self.source.tokenizer_identity, self.storage.data
         )
@@ -114,11 +124,6 @@ class Sweep:
         self.trials = self.spec.trials(self.identities, precision)
         for trial in self.trials:
             training = trial.training
-            if training.steps and training.batch % self.options.workers:
-                raise InputError(
-                    f"a batch of {training.batch} sequences does not divide among {self.options.workers} workers; "
-                    "change --batch or --workers"
-                )
             self.packed.check(training.context_length, training.batch)
             self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
         self.concurrency = self.cluster.concurrency(self.options)
@@ -168,7 +173,13 @@ class Sweep:
             tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
             param_space=tune.grid_search([self.trial_config(trial, attempt) for trial in trials]),
             tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrency, reuse_actors=True),
-            run_config=tune.RunConfig(name=name, storage_path=str(self.storage.ray_train), verbose=0),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str(self.storage.ray_train),
+                # A driver raises nothing of its own; what Tune tries again is one whose node was lost.
+                failure_config=tune.FailureConfig(max_failures=self.options.max_failures),
+                verbose=0,
+            ),
         )
         try:
             tuner.fit()

@@ -1,0 +1,64 @@
+"""A corpus and sweeps small enough for two cores and a few seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """Documents of a few kilobytes that are the same under every Python version."""
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        words = generator.integers(10_000, size=300)
+        (folder / f"{number}.txt").write_text("\n".join(f"value_{w} = {w} + {number}" for w in words))
+    return folder
+
+
+class SweepCommand:
+    """``python -m orchestrator.sweep`` as a user runs it, in a process of its own."""
+
+    def __init__(self, storage: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self.storage = storage
+        self.arguments = [sys.executable, "-m", "orchestrator.sweep", *flags, "--storage", str(storage)]
+        self.environment = {**os.environ, "COLUMNS": "110", **(environment or {})}
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+            self.environment.setdefault(name, "")
+            if not self.environment[name]:
+                del self.environment[name]
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.arguments, cwd=ROOT, env=self.environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self) -> tuple[int, str]:
+        """(exit status, everything that was printed)"""
+        process = self.start()
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, output
+
+
+def wait_for(condition, process: subprocess.Popen, what: str, seconds: float = 120):
+    """The first true value of ``condition()``, while ``process`` lives."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if value := condition():
+            return value
+        if process.poll() is not None:
+            raise AssertionError(f"the command ended before {what}:\n{process.stdout.read()}")
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(f"{what} did not happen within {seconds} s:\n{process.stdout.read()}")

@@ -1,0 +1,96 @@
+"""A user's mistake is one clear error, before anything is trained, and the exit status is not 0."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from orchestrator.sweep import main
+from tests.orchestrator.conftest import ROOT, SweepCommand
+
+
+def errors_of(arguments, capsys):
+    status = main(arguments)
+    captured = capsys.readouterr()
+    return status, " ".join((captured.out + captured.err).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "./nowhere"], "nowhere"),
+        (["--data", "builtin:stdlb"], "builtin:stdlib"),
+        (["--model", "./nowhere"], "model './nowhere' is no folder here"),
+        (["--context-lengths", "1000", "--group-size", "300"], "an even number of tokens that divides"),
+        (["--context-lengths", "1022"], "group size 0.25 at context length 1022"),
+        (["--context-lengths", "1024", "1536"], "multiple of the context length 1024"),
+        (["--batch", "3", "--workers", "2"], "does not divide among 2 workers"),
+        (["--storage", "s3://bucket/runs"], "object stores are not supported yet"),  # the later flag holds
+    ],
+)
+def test_what_can_be_known_at_once(arguments, message, tmp_path, capsys):
+    status, printed = errors_of(["--storage", str(tmp_path), *arguments], capsys)
+    assert status == 2
+    assert printed.startswith("error: ") and message in printed
+    assert not list(tmp_path.glob("trials/*"))
+
+
+def test_an_unknown_recipe(capsys):
+    status, printed = errors_of(["convergance"], capsys)
+    assert status == 2 and "recipe 'convergance' is unknown; did you mean convergence?" in printed
+
+
+def test_a_corpus_without_anything_in_it(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    status, printed = errors_of(["--data", str(tmp_path / "empty"), "--storage", str(tmp_path / "runs")], capsys)
+    assert status == 2 and "empty" in printed and ".txt" in printed
+
+
+def test_a_storage_folder_that_cannot_be_written(tmp_path, capsys):
+    """The process file system stands for a read-only disk: root may write anywhere else."""
+    status, printed = errors_of(["--storage", "/proc/longspan"], capsys)
+    assert status == 2 and "/proc/longspan cannot be written" in printed and "--storage FOLDER" in printed
+
+
+def test_a_full_disk(tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can only be mounted as root")
+    try:
+        status, printed = errors_of(["--storage", str(small / "runs")], capsys)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert status == 2 and "MiB free" in printed and str(small / "runs") in printed
+
+
+def test_a_model_without_rotary_positions(tmp_path, text_folder):
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
+    status, output = SweepCommand(
+        tmp_path / "runs", "--model", str(tmp_path / "gpt2"), "--data", str(text_folder)
+    ).run()
+    assert status == 2 and "gpt2" in output and "rotary position" in output and "Traceback" not in output
+
+
+def test_a_corpus_shorter_than_one_context(tmp_path):
+    (tmp_path / "short.txt").write_text("too short\n" * 20)
+    status, output = SweepCommand(tmp_path / "runs", "--data", str(tmp_path / "short.txt")).run()
+    assert status == 2 and "training tokens, and one sequence needs 1,024" in " ".join(output.split())
+    assert "Traceback" not in output and not list((tmp_path / "runs").glob("trials/*"))
+
+
+def test_a_tracking_server_that_does_not_answer(tmp_path, text_folder):
+    flags = ("--tracking-uri", "http://127.0.0.1:9", "--data", str(text_folder))
+    status, output = SweepCommand(tmp_path / "runs", *flags).run()
+    assert status == 2 and "MLflow at http://127.0.0.1:9 does not answer" in " ".join(output.split())
+    assert "Traceback" not in output and not list((tmp_path / "runs").glob("trials/*"))
+
+
+def test_the_help_names_recipes_and_every_field():
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.sweep", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    for word in ("convergence (default)", "--context-lengths", "--learning-rate-lora-plus", "--storage", "--spec FILE"):
+        assert word in done.stdout

@@ -1,0 +1,184 @@
+"""A sweep as a user runs it: real Ray, real trials of the built-in model, real MLflow, in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator.journal import Journal, TrialRecord
+from tests.orchestrator.conftest import SweepCommand, wait_for
+
+SMALL = ("--context-lengths", "1024", "--steps", "4", "--batch", "2", "--eval-every", "2", "--eval-documents", "2")
+
+
+def records(storage):
+    return {path.parent.name: TrialRecord.of(Journal(path)) for path in storage.glob("trials/*/journal.jsonl")}
+
+
+def mlflow_runs(storage):
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("longspan")
+    found = client.search_runs([experiment.experiment_id])
+    by_kind = {"trial": [], "sweep": []}
+    for run in found:
+        by_kind[run.data.tags["longspan.kind"]].append(run)
+    return client, by_kind["trial"], by_kind["sweep"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_folder):
+    """A sweep of three methods and two references that has run once."""
+    storage = tmp_path_factory.mktemp("finished") / "runs"
+    command = SweepCommand(storage, "convergence", *SMALL, "--data", str(text_folder))
+    status, output = command.run()
+    assert status == 0, output
+    return command, output
+
+
+def test_it_ends_with_table_report_and_the_command_for_mlflow(finished):
+    command, output = finished
+    for setting in ("untuned, no change", "untuned, YaRN", "untuned, linear", "lora", "lora+", "full"):
+        assert re.search(rf"^ +1,024 +{re.escape(setting)}", output, re.M), output
+    report = re.search(r"^report: (.*)$", output, re.M)[1]
+    page = (command.storage / "sweeps").glob("*/report/report.html")
+    assert os.path.realpath(report) == os.path.realpath(next(page))
+    assert re.search(r"^MLflow: .* -m dashboards\.mlflow --storage ", output, re.M)
+    assert "wins with a perplexity of" in output
+
+
+def test_nothing_but_the_sweep_itself_speaks(finished):
+    _, output = finished
+    assert output.startswith("sweep convergence-")
+    for noise in ("WARNING", "Warning", "INFO", "(raylet)", "Traceback", "ray.init", "Loading weights"):
+        assert noise not in output, output
+
+
+def test_each_trial_has_a_whole_record(finished):
+    command, _ = finished
+    found = records(command.storage)
+    assert len(found) == 5
+    assert {record.state for record in found.values()} == {"finished"}
+    for record in found.values():
+        trained = json.loads((record.journal.path.parent / "trial.json").read_text())["training"]
+        steps = trained["steps"]
+        assert sorted(record.steps) == list(range(1, steps + 1))
+        assert [e["step"] for e in record.curve(1024)] == ([0, 2, 4] if steps else [0])
+        assert [e["step"] for e in record.curve(512)] == ([0, 4] if steps else [0])
+
+
+def test_mlflow_has_one_run_a_trial_and_one_of_the_sweep_with_its_report(finished):
+    command, _ = finished
+    client, trials, sweeps = mlflow_runs(command.storage)
+    assert sorted(run.info.run_name for run in trials) == [
+        "full 1024", "lora 1024", "lora+ 1024", "untuned none 1024", "untuned yarn 1024",
+    ]  # fmt: skip
+    assert {run.info.status for run in trials + sweeps} == {"FINISHED"}
+    full = next(run for run in trials if run.info.run_name == "full 1024")
+    curve = client.get_metric_history(full.info.run_id, "eval/perplexity")
+    assert sorted(point.step for point in curve) == [0, 2, 4]
+    (sweep,) = sweeps
+    artifacts = {file.path for file in client.list_artifacts(sweep.info.run_id)}
+    assert {"report.html", "final_perplexity.png", "comparison.json"} <= artifacts
+    listed = {value for key, value in sweep.data.tags.items() if key.startswith("trial.")}
+    assert listed == {run.info.run_id for run in trials}
+
+
+def test_the_second_time_nothing_is_trained_and_it_says_why(finished):
+    command, _ = finished
+    before = {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()}
+    status, output = command.run()
+    assert status == 0
+    assert "finished before" in output and "Nothing is left to train" in output
+    assert {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()} == before
+    _, trials, sweeps = mlflow_runs(command.storage)
+    assert (len(trials), len(sweeps)) == (5, 1)
+
+
+def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text_folder):
+    command, _ = finished
+    (spec,) = (command.storage / "sweeps").glob("*/spec.json")
+    other = SweepCommand(command.storage, "--spec", str(spec), "--methods", "lora", "full", "--name", "shared")
+    status, output = other.run()
+    assert status == 0
+    assert "4 trials: 4 finished before" in output
+    _, trials, sweeps = mlflow_runs(command.storage)
+    assert (len(trials), len(sweeps)) == (5, 2)
+    shared = [run for run in trials if run.data.tags["longspan.sweeps"].endswith(", shared")]
+    assert len(shared) == 4
+
+
+ONE_TRIAL = (
+    "--context-lengths", "1024", "--batch", "2", "--eval-every", "50", "--eval-documents", "2", "--methods", "full",
+    "--references", "--checkpoint-every", "2",
+)  # fmt: skip
+
+
+def running_trial(storage, at_step):
+    for record in records(storage).values():
+        if record.state == "running" and record.last_step >= at_step:
+            return record
+    return None
+
+
+def test_a_killed_worker_costs_at_most_a_checkpoint_interval(tmp_path, text_folder):
+    command = SweepCommand(tmp_path / "runs", *ONE_TRIAL, "--steps", "12", "--data", str(text_folder))
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
+    os.kill(record.started["pid"], signal.SIGKILL)
+    killed_at = TrialRecord.of(record.journal).last_step
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    record = TrialRecord.of(record.journal)
+    assert record.state == "finished" and sorted(record.steps) == list(range(1, 13))
+    assert record.resumed_at >= killed_at - 2
+    client, (run,), _ = mlflow_runs(command.storage)
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, 13))
+
+
+def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_folder):
+    command = SweepCommand(tmp_path / "runs", *ONE_TRIAL, "--steps", "12", "--data", str(text_folder))
+    process = command.start()
+    wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert time.time() - began < 20
+    assert process.returncode == 130
+    kept = int(re.search(r"full 1024 +kept up to step (\d+) of 12", output)[1])
+    assert kept >= 4 and "The same command goes on from there." in output
+    assert "Traceback" not in output
+    _, (run,), _ = mlflow_runs(command.storage)
+    assert run.info.status == "KILLED"
+
+    status, output = command.run()
+    assert status == 0, output
+    assert f"from step {kept} of 12" in output
+    (record,) = records(command.storage).values()
+    assert record.state == "finished" and record.resumed_at == kept
+    _, (run,), _ = mlflow_runs(command.storage)
+    assert run.info.status == "FINISHED"
+
+
+def test_a_trial_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, text_folder):
+    diverges = ("--learning-rate-full", "1e30", "--warmup-steps", "0", "--max-grad-norm", "None")
+    command = SweepCommand(
+        tmp_path / "runs", *SMALL, "--data", str(text_folder), "--methods", "lora", "full", "--references", *diverges
+    )
+    status, output = command.run()
+    assert status == 1
+    # A line may be folded by the width of the terminal.
+    assert re.search(r"failed: full 1024: NonFiniteLoss: step \d+", output), output
+    states = {record.state for record in records(command.storage).values()}
+    assert states == {"finished", "failed"}
+    failed = next(record for record in records(command.storage).values() if record.state == "failed")
+    log = (failed.journal.path.parent / "log.txt").read_text()
+    assert "NonFiniteLoss" in log and "Traceback" in log
+    assert sum(event["event"] == "started" for event in failed.journal.read()[0]) == 1  # it was not tried again
+    _, trials, _ = mlflow_runs(command.storage)
+    assert {run.info.run_name: run.info.status for run in trials} == {"full 1024": "FAILED", "lora 1024": "FINISHED"}
