@@ -1,0 +1,91 @@
+"""``ray job submit -- python -m orchestrator.sweep`` against a running cluster, with token authentication on."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.orchestrator.test_sweep import SMALL, mlflow_runs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """(dashboard's address, environment of a client) of a Ray head of our own: own ports, own temporary folder."""
+    # Ray's sockets lie under its temporary folder, and their paths may be 107 bytes long.
+    folder = Path(f"/tmp/ls{os.getpid()}")
+    folder.mkdir()
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+    }
+    port, dashboard = free_port(), free_port()
+    head = subprocess.Popen(
+        [
+            "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
+            "--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={folder / 'ray'}",
+            f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
+        ],
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/api/version", timeout=2)
+            except urllib.error.HTTPError:
+                break  # it answers: 401 without the token
+            except OSError:
+                time.sleep(0.5)
+            else:
+                break
+        yield address, environment
+    finally:
+        # `ray start --block` ends what it started, and nothing else on the host.
+        head.send_signal(signal.SIGTERM)
+        head.wait(timeout=60)
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_a_job_without_the_token_is_refused(cluster):
+    address, environment = cluster
+    without = {name: value for name, value in environment.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    without["HOME"] = "/nonexistent"
+    done = subprocess.run(
+        ["ray", "job", "submit", "--address", address, "--", "true"], env=without, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
+    assert refused.value.code == 401
+
+
+def test_a_submitted_sweep_runs_on_the_cluster_and_its_runs_are_in_mlflow(cluster, tmp_path, text_folder):
+    address, environment = cluster
+    storage = tmp_path / "runs"
+    flags = [*SMALL, "--methods", "lora", "--references", "none", "--data", str(text_folder), "--storage", str(storage)]
+    command = ["ray", "job", "submit", "--address", address, "--", "python", "-m", "orchestrator.sweep", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "LoRA wins" in " ".join(done.stdout.split()) and "succeeded" in done.stdout
+    _, trials, sweeps = mlflow_runs(storage)
+    assert sorted(run.info.run_name for run in trials) == ["lora 1024", "untuned none 1024"]
+    assert {run.info.status for run in trials + sweeps} == {"FINISHED"}
