@@ -5,7 +5,8 @@ unfinished is passed over. A trial that went on from a checkpoint may tell of th
 
 Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training``, and
 
-    started    attempt's hardware, packages, host, pid, workers
+    launched   Tune has started the trial's driver
+    started    a worker has begun: hardware, packages, host, pid, workers
     finished   the trial is complete
     failed     reason, attempt: the attempt ended in an error
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-State = Literal["waiting", "running", "finished", "failed"]
+State = Literal["waiting", "starting", "running", "finished", "failed"]
 
 
 class Journal:
@@ -67,6 +68,7 @@ class TrialRecord:
     state: State = "waiting"
     reason: str | None = None
     failed_attempt: str | None = None
+    launched: float | None = None
     started: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class TrialRecord:
 
     def _take(self, event: dict[str, Any]) -> None:
         match event["event"]:
+            case "launched":
+                self.state, self.reason, self.launched = "starting", None, event["time"]
             case "started":
                 self.state, self.reason, self.started = "running", None, event
                 self.resumed_at = 0
@@ -115,6 +119,13 @@ class TrialRecord:
     @property
     def last_step(self) -> int:
         return max(self.steps, default=0)
+
+    @property
+    def start_up_seconds(self) -> float | None:
+        """From the start of the trial's driver until its model stands ready to be evaluated; None if unknown."""
+        if self.launched is None or not self.model or self.model["time"] < self.launched:
+            return None
+        return self.model["time"] - self.launched
 
     @property
     def train_seconds(self) -> float:

@@ -321,7 +321,7 @@ class Sweep:
                 kept = "finished"
             elif record.saved_step:
                 kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
-            elif record.started:
+            elif record.launched:
                 kept = "begins again (no checkpoint yet)"
             else:
                 kept = "not begun"

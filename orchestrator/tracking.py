@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 5.0
 METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 
+# A trial's state, as MLflow calls it; one that has not begun has no run.
+STATUS = {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}
+
 # What a journal's line becomes. Every curve is also logged by tokens seen, under by_tokens/.
 STEP_METRICS = {
     "loss": "train/loss",
@@ -118,7 +121,7 @@ class Tracker:
     def interrupted(self) -> None:
         """Marks the runs of trials that stopped in the middle as killed; they go on in the same run."""
         for run in self.runs.values():
-            if run.record.state == "running":
+            if run.record.state in ("starting", "running"):
                 run.set_status("KILLED")
 
     def log_sweep(self, name: str, comparison: dict[str, Any], trials: list[TrialSpec], artifacts: list[Path]) -> str:
@@ -239,7 +242,11 @@ class TrialRun:
         if metrics:
             self.logged = logged
             self._save()
-        self.set_status({"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}.get(self.record.state))
+        self.set_status(
+            {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}.get(
+                self.record.state
+            )
+        )
 
     def rewind(self) -> None:
         """Reads the journal again from its start at the next ``follow``; what is logged already is not repeated."""

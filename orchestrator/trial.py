@@ -16,13 +16,15 @@ def drive_trial(config: dict[str, Any]) -> None:
     A trial that fails ends this function normally, with the reason in its journal: the other trials go on, and the
     sweep tells of it at its end.
     """
+    folder = TrialFolder(Path(config["folder"]))
+    folder.journal.append("launched")
+    # Imported here, so that the sweep's own process, which only names this function, does without torch.
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from orchestrator.worker import train_worker
 
-    folder = TrialFolder(Path(config["folder"]))
     name = folder.path.name
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.

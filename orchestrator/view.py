@@ -98,8 +98,6 @@ class LiveView:
         record = row.record
         if row.known:
             return "known"
-        if record.state == "running" and not record.evals and not record.steps:
-            return "starting"
         if record.state == "running":
             due = row.trial.training.eval_every
             evaluated = (row.trial.training.context_length, record.last_step) in record.evals
@@ -130,7 +128,7 @@ class LiveView:
         to_do = sum(
             (row.trial.training.steps - row.record.last_step) * self._tokens_a_step(row)
             for row in self.rows
-            if row.record.state in ("waiting", "running")
+            if row.record.state in ("waiting", "starting", "running")
         )
         return spent / tokens * to_do / self.concurrency
 

@@ -73,10 +73,19 @@ class ModelSource:
         return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
 
     def config(self) -> Any:
-        """The model's configuration, as transformers reads it."""
+        """The model's configuration, as transformers reads it.
+
+        Raises:
+            InputError: it cannot be read, or its layers attend in sliding windows.
+        """
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.location, revision=self.revision)
+        try:
+            config = AutoConfig.from_pretrained(self.location, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model {self.name}: its configuration cannot be read: {error}") from error
+        refuse_sliding_windows(config)
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
@@ -103,6 +112,20 @@ class ModelSource:
             )
         except OSError as error:
             raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error
+
+
+def refuse_sliding_windows(config: Any) -> None:
+    """Raises InputError if some layers attend in a window of their own, which a pattern would silently replace."""
+    layer_types = getattr(config, "layer_types", None) or []
+    found = ", ".join(sorted({kind for kind in layer_types if kind != "full_attention"}))
+    window = getattr(config, "sliding_window", None)
+    if window and not layer_types and getattr(config, "use_sliding_window", True):
+        found = f"a window of {window} tokens"
+    if found:
+        raise InputError(
+            f"a {config.model_type} model whose layers do not all attend fully ({found}): longspan's attention "
+            "patterns would silently replace its windows. Choose a model with full attention in every layer"
+        )
 
 
 def _hub_revision(hub_id: str, revision: str | None) -> str:

@@ -144,7 +144,7 @@ def test_models_that_cannot_take_a_pattern_are_refused_by_name():
             sliding_window=16,
         )
     )
-    with pytest.raises(InputError, match=r"MistralForCausalLM.*sliding"):
+    with pytest.raises(InputError, match=r"mistral.*window of 16 tokens"):
         use_pattern(windowed, AttentionPattern(name="s2", group_size=8))
 
 

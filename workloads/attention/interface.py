@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from workloads.attention.patterns import AttentionPattern, dense_mask
 from workloads.attention.shifted import shifted_sparse_attention
 from workloads.errors import InputError
+from workloads.models import refuse_sliding_windows
 
 NAME = "longspan"
 CONFIG_FIELD = "longspan_attention"
@@ -38,11 +39,7 @@ def use_pattern(model: PreTrainedModel, pattern: AttentionPattern) -> None:
             f"{architecture} does not take its attention through transformers' attention interface, so that an "
             "attention pattern cannot reach it; choose a model of the Llama, Mistral or Qwen families"
         )
-    if windows := _sliding_windows(model.config):
-        raise InputError(
-            f"{architecture} attends in sliding windows ({windows}); longspan's patterns would silently replace them. "
-            "Choose a model with full attention in every layer"
-        )
+    refuse_sliding_windows(model.config)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise InputError(f"{architecture} refused the attention function {NAME!r}; it cannot train with a pattern")
@@ -62,17 +59,6 @@ def full_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _write(model: PreTrainedModel, pattern: AttentionPattern) -> None:
     setattr(model.config, CONFIG_FIELD, asdict(pattern))
-
-
-def _sliding_windows(config) -> str:
-    """What the configuration says of sliding windows, or an empty string."""
-    layer_types = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in layer_types):
-        return "layer types " + ", ".join(sorted(set(layer_types)))
-    window = getattr(config, "sliding_window", None)
-    if window and not layer_types and getattr(config, "use_sliding_window", True):
-        return f"window of {window} tokens"
-    return ""
 
 
 def _attention_forward(
