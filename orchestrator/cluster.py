@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# On a cluster of this one machine: nobody takes the machine away, and each trial saves a process.
+LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # What a driver of a trial holds while it waits for its workers; each worker gives up that much, so that as many trials
 # fit as there are CPUs for.
 DRIVER_CPU = 0.001
@@ -69,12 +71,14 @@ def join_or_start(address: str | None) -> Cluster:
     Raises:
         InputError: the cluster does not answer.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    address = address or os.environ.get("RAY_ADDRESS")
+    local = address in (None, "local")
+    for name, value in (ENVIRONMENT | (LOCAL_ENVIRONMENT if local else {})).items():
+        os.environ.setdefault(name, value)
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address in (None, "local"):
+    if local:
         # The CPUs that this process may use, where a container has fewer than the machine.
         ray.init(
             address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,

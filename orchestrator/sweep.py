@@ -166,12 +166,13 @@ class Sweep:
     def tune(self, trials: list[TrialSpec]) -> None:
         from ray import tune
 
+        untuned = [trial for trial in trials if trial.training.method == "untuned"]
+        drives = [[trial] for trial in trials if trial not in untuned] + ([untuned] if untuned else [])
         name = f"{self.name}-{uuid.uuid4().hex[:8]}"
-        attempt = uuid.uuid4().hex
         tuner = tune.Tuner(
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
             tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
-            param_space=tune.grid_search([self.trial_config(trial, attempt) for trial in trials]),
+            param_space=tune.grid_search([self.run_config(drive) for drive in drives]),
             tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrency, reuse_actors=True),
             run_config=tune.RunConfig(
                 name=name,
@@ -186,8 +187,8 @@ class Sweep:
         finally:
             shutil.rmtree(self.storage.ray_train / name, ignore_errors=True)
 
-    def trial_config(self, trial: TrialSpec, attempt: str) -> dict[str, Any]:
-        """What :func:`drive_trial` and its workers need to know."""
+    def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
+        """What :func:`drive_trial` and its workers need to know to train these trials, one after the other."""
         options = self.options
         execution = ExecutionConfig(
             micro_batch=options.micro_batch,
@@ -195,17 +196,17 @@ class Sweep:
             checkpoint_every=options.checkpoint_every,
         )
         return {
-            "trial": trial.to_dict(),
+            "trials": [{"trial": t.to_dict(), "folder": str(self.storage.trial(t.fingerprint).path)} for t in trials],
             "model_location": self.source.location,
             "model_revision": self.source.revision,
-            "folder": str(self.storage.trial(trial.fingerprint).path),
             "corpus": str(self.packed.folder),
             "execution": dataclasses.asdict(execution),
             "resources": self.cluster.trial_resources(options),
             "threads": options.cpus_per_worker,
             "ray_storage": str(self.storage.ray_train),
             "max_failures": options.max_failures,
-            "attempt": attempt,
+            # Names this drive of the trials, so that an error is final for it and tried again by the next command.
+            "attempt": uuid.uuid4().hex,
         }
 
     def conclude(self) -> int:

@@ -1,4 +1,8 @@
-"""One trial, as Tune runs it: a function that drives a Ray Train TorchTrainer and waits for it."""
+"""A trial as Tune runs it: a function that drives a Ray Train TorchTrainer and waits for it.
+
+Untuned trials are evaluated in seconds, less than a process takes to start, so one drive takes all of a sweep's; every
+trial that trains has a drive of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ from orchestrator.storage import TrialFolder
 
 
 def drive_trial(config: dict[str, Any]) -> None:
-    """Tune's function: trains the trial of ``config`` (see :func:`orchestrator.worker.train_worker`) to its end.
+    """Tune's function: trains the trials of ``config`` (see :meth:`orchestrator.sweep.Sweep.run_config`) to their end.
 
     A trial that fails ends this function normally, with the reason in its journal: the other trials go on, and the
     sweep tells of it at its end.
     """
-    folder = TrialFolder(Path(config["folder"]))
-    folder.journal.append("launched")
+    folders = [TrialFolder(Path(entry["folder"])) for entry in config["trials"]]
+    for folder in folders:
+        folder.journal.append("launched")
     # Imported here, so that the sweep's own process, which only names this function, does without torch.
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -25,7 +30,7 @@ def drive_trial(config: dict[str, Any]) -> None:
 
     from orchestrator.worker import train_worker
 
-    name = folder.path.name
+    name = folders[0].path.name
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
     shutil.rmtree(Path(config["ray_storage"]) / name, ignore_errors=True)
@@ -51,12 +56,14 @@ def drive_trial(config: dict[str, Any]) -> None:
     try:
         trainer.fit()
     except Exception as error:
-        # The worker has written down an error of its own; what is left is a worker that died too often.
-        if TrialRecord.of(folder.journal).failed_attempt != config["attempt"]:
-            reason = _root_cause(error)
-            with folder.log.open("a") as log:
-                log.write(f"the trial failed: {reason}\n")
-            folder.journal.append("failed", reason=reason, attempt=config["attempt"])
+        # A worker writes down an error of its own; what is left is one that died too often.
+        reason = _root_cause(error)
+        for folder in folders:
+            record = TrialRecord.of(folder.journal)
+            if record.state != "finished" and record.failed_attempt != config["attempt"]:
+                with folder.log.open("a") as log:
+                    log.write(f"the trial failed: {reason}\n")
+                folder.journal.append("failed", reason=reason, attempt=config["attempt"])
 
 
 def _root_cause(error: BaseException) -> str:

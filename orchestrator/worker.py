@@ -32,25 +32,28 @@ from workloads.training import run
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Trains one trial. ``config``: trial, model_location, model_revision, folder, corpus, execution, threads,
-    attempt (names the drive of the trial that this worker belongs to)."""
+    """Trains the trials of ``config``, one after the other: see :meth:`orchestrator.sweep.Sweep.run_config`."""
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config["threads"])))
+    for entry in config["trials"]:
+        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), config, device)
+
+
+def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device: torch.device) -> None:
     context = ray.train.get_context()
-    folder = TrialFolder(Path(config["folder"]))
+    workers, first = context.get_world_size(), context.get_world_rank() == 0
     if not (folder.path / "trial.json").is_file():
         raise InputError(
             f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node sees"
         )
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(config["threads"])))
-    workers, first = context.get_world_size(), context.get_world_rank() == 0
     journal = folder.journal
 
     def emit(event: str, **fields: Any) -> None:
         if first:
             journal.append(event, **fields)
         # Tells Ray of evaluations at the trained length only: each report costs one poll of Train's controller.
-        if event == "eval" and fields["context_length"] == config["trial"]["training"]["context_length"]:
+        if event == "eval" and fields["context_length"] == trial.training.context_length:
             ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
 
     with contextlib.ExitStack() as stack:
@@ -61,7 +64,15 @@ def train_worker(config: dict[str, Any]) -> None:
             return
         try:
             emit("started", **describe_attempt(device, workers))
-            _run(config, folder, device, emit)
+            run(
+                ModelSource(trial.model, config["model_location"], config["model_revision"]),
+                trial.training,
+                ExecutionConfig(**config["execution"]),
+                PackedCorpus.open(Path(config["corpus"])),
+                folder.checkpoints,
+                Engine(device, trial.training.precision),
+                emit,
+            )
             emit("finished")
         except Exception as error:
             # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
@@ -79,19 +90,6 @@ def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
 def _agree(decision: bool, workers: int) -> bool:
     """The decision of worker 0, for all."""
     return ray.train.collective.broadcast_from_rank_zero(decision) if workers > 1 else decision
-
-
-def _run(config: dict[str, Any], folder: TrialFolder, device: torch.device, emit) -> None:
-    trial = TrialSpec.from_dict(config["trial"])
-    run(
-        ModelSource(trial.model, config["model_location"], config["model_revision"]),
-        trial.training,
-        ExecutionConfig(**config["execution"]),
-        PackedCorpus.open(Path(config["corpus"])),
-        folder.checkpoints,
-        Engine(device, trial.training.precision),
-        emit,
-    )
 
 
 def describe_attempt(device: torch.device, workers: int) -> dict[str, Any]:

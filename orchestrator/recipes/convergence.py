@@ -19,13 +19,13 @@ def convergence() -> SweepSpec:
     """
     return SweepSpec(
         context_lengths=(1024, 2048),
-        steps=60,
+        steps=48,
         batch=2,
         learning_rate_lora=3e-3,
         learning_rate_lora_plus=3e-3,
         learning_rate_full=1e-3,
         warmup_steps=5,
-        eval_every=15,
+        eval_every=16,
         eval_documents=16,
     )
 
