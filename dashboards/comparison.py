@@ -32,7 +32,7 @@ class OriginalLength(TypedDict):
     """Perplexity at the length the model was pretrained for: what the longer context cost there."""
 
     context_length: int
-    before: float
+    before: float | None  # of the unchanged model, where the sweep has it among its references
     after: float
 
 

@@ -80,10 +80,13 @@ def panel(
 
 
 def limits(points: list[dict], references: list[dict], reach: float) -> tuple[float, float]:
-    """The range that shows every point with its interval, and each reference within a factor of `reach`."""
+    """The range that shows every point with its interval, and each reference up to a factor of `reach` above.
+
+    Below, where a reference is what tuning has to beat, it is shown up to a factor of 4.
+    """
     values = [point[key] for point in points or references for key in ("perplexity", "low", "high")]
     values = [value for value in values if value is not None and 0 < value < math.inf] or [1, 10]
-    near = [one["perplexity"] for one in references if min(values) / reach <= one["perplexity"] <= max(values) * reach]
+    near = [one["perplexity"] for one in references if min(values) / 4 <= one["perplexity"] <= max(values) * reach]
     bottom, top = min(values + near), max(values + near)
     margin = max(1.02, (top / bottom) ** 0.06)
     return bottom / margin, top * margin

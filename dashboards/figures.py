@@ -54,6 +54,9 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
     if starts := [points[0]["perplexity"] for _, _, points in lines if points[0]["perplexity"] > top]:
         beyond.append(f"{_span(starts)} at step 0")
     beyond += [_labelled(reference) for reference in context["references"] if not reference["perplexity"] <= top]
+    beyond += [
+        f"{_labelled(reference)} (below)" for reference in context["references"] if reference["perplexity"] < bottom
+    ]
     axes = drawing.panel(figure, context, "perplexity", (bottom, top), above=beyond, left=28, right=116)
     drawing.scale(axes, "y", bottom, top)
     labels = []

@@ -70,6 +70,11 @@ def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
             sentences.append(f"At {at} tokens no trial has finished yet, so nothing wins.")
         else:
             sentences.append(f"{_capital(METHOD_NAMES[winner])} has the lowest perplexity at {at} tokens.")
+    unbeaten = [f"{c['context_length']:,}" for c in contexts if c["winner"] and _yarn_is_ahead(c)]
+    if unbeaten:
+        sentences.append(
+            f"At {_join(unbeaten)} tokens nothing that was trained here beats the untuned model with YaRN."
+        )
     if len(seeds) == 1:
         sentences.append(
             f"Each setting was trained with one seed: the {CONFIDENCE:.0%} intervals come from which documents were "
@@ -88,7 +93,8 @@ def _compare_length(length: int, outcomes: list[Outcome], original_length: int) 
     scores = {method: _mean([o.scores() for o in group]) for method, group in by_method.items()}
     winner = min(scores, key=lambda method: scores[method].perplexity, default=None)
     references = _references(outcomes, trained)
-    trials = [_describe(o, full.get(o.trial.training.seed), original_length) for o in trained]
+    before = _unchanged_at(original_length, outcomes)
+    trials = [_describe(o, full.get(o.trial.training.seed), original_length, before) for o in trained]
     return {
         "context_length": length,
         "references": [
@@ -113,7 +119,16 @@ def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, Do
     return {positions: found[positions] for positions in REFERENCE_NAMES if positions in found}
 
 
-def _describe(outcome: Outcome, full: Outcome | None, original_length: int) -> dict[str, Any]:
+def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None:
+    """The perplexity of the unchanged model at its original length, if the sweep has it among its references."""
+    for outcome in outcomes:
+        if outcome.trial.training.method == "untuned" and outcome.trial.training.positions == "none":
+            for event in outcome.record.curve(original_length):
+                return event["perplexity"]
+    return None
+
+
+def _describe(outcome: Outcome, full: Outcome | None, original_length: int, before: float | None) -> dict[str, Any]:
     training, record = outcome.trial.training, outcome.record
     curve = [
         {"step": event["step"], "tokens": event["tokens"], **_as_perplexity(perplexity_interval(_scores(event)))}
@@ -132,7 +147,7 @@ def _describe(outcome: Outcome, full: Outcome | None, original_length: int) -> d
         "seed": training.seed,
         "curve": curve,
         "final": curve[-1] if outcome.finished else None,
-        "original_length": {"context_length": original_length, "before": at_original[0], "after": at_original[-1]}
+        "original_length": {"context_length": original_length, "before": before, "after": at_original[-1]}
         if outcome.finished and at_original
         else None,
         "gap_to_full": _gap(outcome, full) if full and outcome is not full and outcome.finished else None,
@@ -197,6 +212,14 @@ def _sentences(
         elif trial["state"] == "unfinished":
             sentences.append(f"{trial['label']} is unfinished; the same command goes on with it.")
     return sentences
+
+
+def _yarn_is_ahead(context: dict[str, Any]) -> bool:
+    best = min(trial["final"]["perplexity"] for trial in context["trials"] if trial["final"])
+    return any(
+        reference["label"] == REFERENCE_NAMES["yarn"] and reference["perplexity"] < best
+        for reference in context["references"]
+    )
 
 
 def _versus(name: str, winner: str, scores: DocumentScores, best: DocumentScores) -> str:

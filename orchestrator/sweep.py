@@ -7,6 +7,7 @@ from their last checkpoint.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,7 @@ class Sweep:
             for trial in self.trials
             if (folder := self.storage.trial(trial.fingerprint))
         ]
+        self.follow_in_mlflow()
         comparison = self.describe(outcomes)
         write_json(self.folder / "comparison.json", comparison)
         report = render(comparison, self.folder / "report")
@@ -238,10 +241,18 @@ class Sweep:
             )
         return EXIT_FAILED_TRIALS if failed else 0
 
-    def log_to_mlflow(self, comparison: dict[str, Any], artifacts: list[Path]) -> None:
-        try:
+    def follow_in_mlflow(self) -> None:
+        with self.mlflow_may_be_away():
             self.tracker.follow(self.trials, self.name, self.provenance)
+
+    def log_to_mlflow(self, comparison: dict[str, Any], artifacts: list[Path]) -> None:
+        with self.mlflow_may_be_away():
             self.tracker.log_sweep(self.name, comparison, self.trials, artifacts)
+
+    @contextlib.contextmanager
+    def mlflow_may_be_away(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # the results are on disk, and the next run of the command logs them
             self.console.print(
                 f"note: MLflow does not answer ({str(error).splitlines()[0][:120]}); the results are kept in "
@@ -251,6 +262,10 @@ class Sweep:
 
     def describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
         contexts = compare(outcomes, self.original_length)
+        run_ids = {trial.fingerprint: self.tracker.run_id(trial) for trial in self.trials}
+        for context in contexts:
+            for described in context["trials"]:
+                described["mlflow_run_id"] = run_ids[described["fingerprint"]]
         started = next((o.record.started for o in outcomes if o.record.started), {})
         parameters = next((o.record.model["parameters"] for o in outcomes if o.record.model), None)
         documents = self.packed.validation_windows(
@@ -279,12 +294,7 @@ class Sweep:
                 "validation_documents": len(documents),
                 "scored_tokens": sum(document.tokens.size for document in documents),
             },
-            "attention": self.spec.attention
-            + (
-                f", group size {self.spec.group_size:g} (of the context if up to 1)"
-                if self.spec.attention == "s2"
-                else ""
-            ),
+            "attention": self.describe_attention(),
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "hardware": started.get("hardware", "unknown"),

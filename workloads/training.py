@@ -104,7 +104,7 @@ class Trial:
         training_model = self.engine.wrap(self.model)
         training_model.train()
         if self.step == 0:
-            self.evaluate(at_original_length=True)
+            self.evaluate(at_original_length=False)
         while self.step < self.config.steps:
             self.train_step(training_model)
             last = self.step == self.config.steps

@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from example import comparison
 from PIL import Image
 
 from dashboards import drawing, figures, report
 from dashboards.comparison import check
+from tests.dashboards.example import comparison
 
 
 class Reader(HTMLParser):
