@@ -1,0 +1,59 @@
+"""What ``pip install .`` installs: everything that a sweep needs, from any folder."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # A copy of what git would clone, so that nothing built here is left in the tree or taken from it.
+    source = folder / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(source)], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_model_the_report_and_the_cluster_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for needed in (
+        "workloads/builtin/tiny/model.safetensors",
+        "workloads/builtin/tiny/tokenizer.json",
+        "workloads/builtin/tiny/README.md",
+        "dashboards/report.html",
+        "clusters/aws-p4d.yaml",
+        "orchestrator/recipes/convergence.py",
+    ):
+        assert needed in names
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {
+        "orchestrator", "workloads", "clusters", "dashboards",
+    }  # fmt: skip
+    assert wheel.stat().st_size < 12 * 2**20
+
+
+def test_the_installed_package_starts_from_any_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import orchestrator.sweep, workloads.models as models; "
+        "print(models.__file__, models.ModelSource.parse('builtin:tiny').identity)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(site)],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith(str(site)) and "sha256:" in done.stdout
