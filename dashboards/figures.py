@@ -33,6 +33,10 @@ OTHERS = [
 ]
 
 
+# On a log axis a descent of up to this factor is shown whole.
+TALLEST = 12
+
+
 def styles(comparison: dict) -> dict[str, tuple[str, str, str]]:
     """Each method's colour on light, colour on dark, and marker: the same in every figure."""
     names = dict.fromkeys(trial["method"] for context in comparison["contexts"] for trial in context["trials"])
@@ -165,8 +169,8 @@ def write_png(comparison: dict, name: str, path: Path) -> Path:
 
 
 def _after_the_fall(points: list[dict]) -> list[dict]:
-    """Without the first point where it is far above the next: it would flatten every difference between methods."""
-    fell = len(points) > 2 and points[0]["perplexity"] > 1.5 * points[1]["perplexity"]
+    """Without the first point where it is very far above the last: it would flatten every difference between methods."""
+    fell = len(points) > 2 and points[0]["perplexity"] > TALLEST * points[-1]["perplexity"]
     return points[1:] if fell else points
 
 

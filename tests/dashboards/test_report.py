@@ -147,12 +147,28 @@ def test_figures_follow_the_pages_colours(written: list[Path]) -> None:
     assert not re.search(r"#[0-9a-f]{6}", drawn)
 
 
-def test_references_are_labelled_in_the_figure_or_noted_as_off_it(written: list[Path]) -> None:
-    page = written[0].read_text(encoding="utf-8")
-    first = " ".join(html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", page.split("<svg")[4]))
-    assert "untuned, YaRN 2.99" in first
-    assert "untuned, no change 4.13" in first
-    assert "off the chart: 26.4 at step 0; untuned, linear interpolation 26.4" in first
+def first_curves(page: Path) -> str:
+    """The words of the first panel of curves."""
+    panel = page.read_text(encoding="utf-8").split("<svg")[4]
+    return " ".join(html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", panel))
+
+
+def test_references_and_the_whole_descent_are_in_the_figure(written: list[Path]) -> None:
+    words = first_curves(written[0])
+    for label in ("untuned, YaRN 2.99", "untuned, no change 4.13", "untuned, linear interpolation 26.4"):
+        assert label in words
+    assert "off the chart" not in words
+
+
+def test_a_start_that_would_flatten_everything_else_is_noted_as_off_the_chart(tmp_path: Path) -> None:
+    steep = comparison()
+    context = steep["contexts"][0]
+    context["references"][1]["perplexity"] = 412.0
+    for trial in context["trials"]:
+        for point in trial["curve"][:1]:
+            point.update(perplexity=412.0, low=400.0, high=420.0)
+    words = first_curves(report.render(steep, tmp_path)[0])
+    assert "off the chart: 412 at step 0; untuned, linear interpolation 412" in words
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
