@@ -169,7 +169,7 @@ def write_png(comparison: dict, name: str, path: Path) -> Path:
 
 
 def _after_the_fall(points: list[dict]) -> list[dict]:
-    """Without the first point where it is very far above the last: it would flatten every difference between methods."""
+    """Without the first point where it is very far above the last and would flatten every difference."""
     fell = len(points) > 2 and points[0]["perplexity"] > TALLEST * points[-1]["perplexity"]
     return points[1:] if fell else points
 

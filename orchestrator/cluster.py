@@ -79,9 +79,8 @@ def join_or_start(address: str | None) -> Cluster:
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if local:
-        # The CPUs that this process may use, where a container has fewer than the machine.
         ray.init(
-            address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,
+            address="local", num_cpus=usable_cpus(), include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES, **quiet,
         )  # fmt: skip
     else:
@@ -94,3 +93,8 @@ def join_or_start(address: str | None) -> Cluster:
             ) from error
     resources = ray.cluster_resources()
     return Cluster(resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use: a container may have fewer than its machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -232,8 +232,8 @@ def _convergence(trial: dict[str, Any]) -> str:
     name = _capital(METHOD_NAMES[trial["method"]]) + (f" (seed {trial['seed']})" if trial["seed"] else "")
     step = trial["gap_to_full"]["within_1_percent_from_step"]
     if step is None:
-        return f"{name} does not come to stay within 1% of full fine-tuning in {trial['final']['step']} steps."
-    return f"{name} stays within 1% of full fine-tuning from step {step} on."
+        return f"{name} is still more than 1% above full fine-tuning after {trial['final']['step']} steps."
+    return f"{name} is at most 1% above full fine-tuning from step {step} on."
 
 
 def _against_yarn(name: str, scores: DocumentScores, yarn: DocumentScores) -> str:

@@ -91,8 +91,10 @@ class TrialRecord:
         return events
 
     def _take(self, event: dict[str, Any]) -> None:
+        if self.state == "starting" and event["event"] in ("step", "eval"):
+            self.state = "running"  # a second sweep waits for the one that trains it
         match event["event"]:
-            case "launched":
+            case "launched" if self.state != "finished":  # another sweep may have finished it in between
                 self.state, self.reason, self.launched = "starting", None, event["time"]
             case "started":
                 self.state, self.reason, self.started = "running", None, event

@@ -6,7 +6,6 @@ from their last checkpoint.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -14,9 +13,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,27 @@ def main(arguments: list[str] | None = None) -> int:
             ray.shutdown()
 
 
+class _Background(threading.Thread):
+    """A function in a thread that does not outlive the command, so that Ctrl-C never waits for it."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.function, self.error = function, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.function()
+        except BaseException as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Waits for its end and raises what it raised."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+
 class Sweep:
     """One sweep on one storage root, from its spec to its report."""
 
@@ -78,11 +99,10 @@ class Sweep:
     def run(self) -> int:
         self.check()
         # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            others = [pool.submit(self.prepare), pool.submit(self.tracker.connect)]
-            self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
-            for other in others:
-                other.result()
+        others = [_Background(self.prepare), _Background(self.tracker.connect)]
+        self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
+        for other in others:
+            other.wait()
         self.make_trials()
         self.say_plan()
         if any(p.action != "known" for p in self.planned):

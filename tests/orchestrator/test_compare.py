@@ -84,8 +84,8 @@ def test_the_words_say_what_the_numbers_say(tmp_path):
     text = " ".join(context["sentences"])
     assert "At 1,024 tokens full fine-tuning wins with a perplexity of 2.400" in text
     assert "LoRA+ is 0.4% above full fine-tuning" in text
-    assert "LoRA+ stays within 1% of full fine-tuning from step 20 on." in text
-    assert "LoRA does not come to stay within 1% of full fine-tuning in 30 steps." in text
+    assert "LoRA+ is at most 1% above full fine-tuning from step 20 on." in text
+    assert "LoRA is still more than 1% above full fine-tuning after 30 steps." in text
     assert "LoRA+ beats untuned YaRN (2.550) by 5.5%" in text
     assert "LoRA does not beat untuned YaRN: it is 2.0% above it" in text
     summary = " ".join(summarise([context], [0]))

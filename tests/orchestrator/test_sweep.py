@@ -165,6 +165,23 @@ def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_
     assert run.info.status == "FINISHED"
 
 
+def test_two_sweeps_at_once_train_a_shared_trial_once(tmp_path, text_folder):
+    flags = (*ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
+    processes = [SweepCommand(tmp_path / "runs", *flags, "--name", name).start() for name in ("one", "other")]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    (record,) = records(tmp_path / "runs").values()
+    events = record.journal.read()[0]
+    assert record.state == "finished"
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 7))
+    client, (run,), sweeps = mlflow_runs(tmp_path / "runs")
+    assert {sweep.data.tags["longspan.sweep"] for sweep in sweeps} == {"one", "other"}
+    assert sorted(run.data.tags["longspan.sweeps"].split(", ")) == ["one", "other"]
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in losses) == list(range(1, 7))
+
+
 def test_a_trial_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, text_folder):
     diverges = ("--learning-rate-full", "1e30", "--warmup-steps", "0", "--max-grad-norm", "None")
     command = SweepCommand(
