@@ -111,6 +111,19 @@ def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text
     assert len(shared) == 4
 
 
+def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder):
+    """The number of workers is no part of a trial's identity, and changes its losses by rounding alone."""
+    alone, _ = finished
+    flags = (*SMALL, "--data", str(text_folder), "--methods", "lora+", "--references", "--workers", "2")
+    command = SweepCommand(tmp_path / "runs", *flags)
+    status, output = command.run()
+    assert status == 0, output
+    ((fingerprint, together),) = records(command.storage).items()
+    assert together.started["workers"] == 2
+    expected = {step: event["loss"] for step, event in records(alone.storage)[fingerprint].steps.items()}
+    assert {step: event["loss"] for step, event in together.steps.items()} == pytest.approx(expected, rel=1e-3)
+
+
 ONE_TRIAL = (
     "--context-lengths", "1024", "--batch", "2", "--eval-every", "50", "--eval-documents", "2", "--methods", "full",
     "--references", "--checkpoint-every", "2",
