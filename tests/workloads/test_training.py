@@ -144,6 +144,15 @@ def test_two_workers_train_what_one_trains(corpus, tmp_path):
     assert [p for *_, p in perplexities(together)] == pytest.approx([p for *_, p in perplexities(alone)], rel=1e-3)
 
 
+def test_bfloat16_keeps_what_trains_in_float32_and_the_losses_near(corpus, tmp_path):
+    """The precision of a GPU, here computed on the CPU."""
+    plain = losses(train(config(), corpus, tmp_path / "plain"))
+    assert losses(train(config(precision="bfloat16"), corpus, tmp_path / "bf16")) == pytest.approx(plain, rel=0.02)
+    tensors, _ = load_newest(tmp_path / "bf16")
+    trained = [t for name, t in tensors.items() if name.startswith(("model/", "optimizer/"))]
+    assert trained and {t.dtype for t in trained} == {torch.float32}
+
+
 def test_a_loss_that_is_no_number_ends_the_run_in_that_step(corpus, tmp_path):
     with pytest.raises(NonFiniteLoss, match="Lower the learning rate"):
         train(config("full", learning_rate=1e30, warmup_steps=0, max_grad_norm=None), corpus, tmp_path)
