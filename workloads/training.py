@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from workloads.checkpoint import load_newest, save_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import PackedCorpus
 from workloads.engine import Engine
+from workloads.errors import InputError
 from workloads.evaluation.perplexity import next_token_losses, score_documents
 from workloads.models import ModelSource
 from workloads.positions import original_context_length
@@ -64,29 +66,29 @@ def run(
         InputError: the batch does not divide among the workers, or the model cannot be trained as asked.
         NonFiniteLoss: in the step it happens.
     """
+    if config.steps and config.batch % engine.num_workers:
+        raise InputError(f"a batch of {config.batch} sequences does not divide among {engine.num_workers} workers")
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
     emit("model", parameters=total, trainable_parameters=trainable)
     Trial(model, config, execution, corpus, checkpoints, engine, emit).run()
 
 
+@dataclass
 class Trial:
     """The loop over steps, with what it needs between them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TrainingConfig,
-        execution: ExecutionConfig,
-        corpus: PackedCorpus,
-        checkpoints: Path,
-        engine: Engine,
-        emit: Emit,
-    ) -> None:
-        self.model, self.config, self.execution, self.corpus = model, config, execution, corpus
-        self.checkpoints, self.engine, self.emit = checkpoints, engine, emit
-        self.step = 0
-        self.original_length = original_context_length(model.config)
+    model: nn.Module
+    config: TrainingConfig
+    execution: ExecutionConfig
+    corpus: PackedCorpus
+    checkpoints: Path
+    engine: Engine
+    emit: Emit
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.original_length = original_context_length(self.model.config)
 
     def run(self) -> None:
         if self.config.steps == 0:
