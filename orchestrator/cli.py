@@ -29,11 +29,14 @@ def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
         InputError: an unknown recipe, a saved sweep that cannot be read, or values that no sweep can have.
     """
     recipe, arguments = DEFAULT, list(arguments)
+    named = bool(arguments) and not arguments[0].startswith("-")
     if arguments and not arguments[0].startswith("-"):
         recipe = arguments.pop(0)
     default = find_recipe(recipe)()
     file, arguments = _take_spec_flag(arguments)
     if file is not None:
+        if named:
+            raise InputError(f"both the recipe {recipe} and --spec {file} are given; expected one of them")
         default = SweepSpec.from_json(_read(file), str(file))
     command = tyro.cli(
         Command,

@@ -69,12 +69,13 @@ def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
         if winner is None:
             sentences.append(f"At {at} tokens no trial has finished yet, so nothing wins.")
         else:
-            sentences.append(f"{_capital(METHOD_NAMES[winner])} has the lowest perplexity at {at} tokens.")
-    unbeaten = [f"{c['context_length']:,}" for c in contexts if c["winner"] and _yarn_is_ahead(c)]
-    if unbeaten:
-        sentences.append(
-            f"At {_join(unbeaten)} tokens nothing that was trained here beats the untuned model with YaRN."
-        )
+            sentences.append(f"Of what was trained, {METHOD_NAMES[winner]} has the lowest perplexity at {at} tokens.")
+    unbeaten = defaultdict(list)
+    for context in contexts:
+        if ahead := _reference_ahead(context):
+            unbeaten[ahead].append(f"{context['context_length']:,}")
+    for reference, lengths in unbeaten.items():
+        sentences.append(f"At {_join(lengths)} tokens nothing that was trained beats the model {reference}.")
     if len(seeds) == 1:
         sentences.append(
             f"Each setting was trained with one seed: the {CONFIDENCE:.0%} intervals come from which documents were "
@@ -196,16 +197,19 @@ def _sentences(
     if winner is not None:
         interval = perplexity_interval(scores[winner])
         sentences.append(
-            f"At {length:,} tokens {METHOD_NAMES[winner]} wins with a perplexity of {interval.value:.3f} "
-            f"({CONFIDENCE:.0%} interval {interval.low:.3f} to {interval.high:.3f})."
+            f"At {length:,} tokens {METHOD_NAMES[winner]} {'wins with' if len(scores) > 1 else 'reaches'} a perplexity "
+            f"of {interval.value:.3f} ({CONFIDENCE:.0%} interval {interval.low:.3f} to {interval.high:.3f})."
         )
+        sentences += [_spread(METHOD_NAMES[method], trials, method) for method in scores if _seeds(trials, method) > 1]
         for method in sorted(set(scores) - {winner}, key=lambda method: scores[method].perplexity):
             sentences.append(_versus(METHOD_NAMES[method], METHOD_NAMES[winner], scores[method], scores[winner]))
     sentences += [
         _convergence(trial) for trial in trials if trial["method"] != "full" and trial["gap_to_full"] is not None
     ]
-    if "yarn" in references:
-        sentences += [_against_yarn(METHOD_NAMES[m], scores[m], references["yarn"]) for m in scores]
+    if references:
+        best = min(references, key=lambda positions: references[positions].perplexity)
+        sentences += [_against(METHOD_NAMES[m], scores[m], REFERENCE_NAMES[best], references[best]) for m in scores]
+    sentences += _at_original_length(trials)
     for trial in trials:
         if trial["state"] == "failed":
             sentences.append(f"{trial['label']} failed: {trial['reason']} (log: {trial['log']}).")
@@ -214,12 +218,13 @@ def _sentences(
     return sentences
 
 
-def _yarn_is_ahead(context: dict[str, Any]) -> bool:
-    best = min(trial["final"]["perplexity"] for trial in context["trials"] if trial["final"])
-    return any(
-        reference["label"] == REFERENCE_NAMES["yarn"] and reference["perplexity"] < best
-        for reference in context["references"]
-    )
+def _reference_ahead(context: dict[str, Any]) -> str | None:
+    """The best of the untuned models, if it is below everything that was trained."""
+    trained = [trial["final"]["perplexity"] for trial in context["trials"] if trial["final"]]
+    if not trained or not context["references"]:
+        return None
+    best = min(context["references"], key=lambda reference: reference["perplexity"])
+    return best["label"] if best["perplexity"] < min(trained) else None
 
 
 def _versus(name: str, winner: str, scores: DocumentScores, best: DocumentScores) -> str:
@@ -236,15 +241,38 @@ def _convergence(trial: dict[str, Any]) -> str:
     return f"{name} is at most 1% above full fine-tuning from step {step} on."
 
 
-def _against_yarn(name: str, scores: DocumentScores, yarn: DocumentScores) -> str:
-    gap = gap_interval(scores, yarn)
-    compared = f"untuned YaRN ({yarn.perplexity:.3f}) by {abs(gap.value):.1%}"
+def _against(name: str, scores: DocumentScores, label: str, reference: DocumentScores) -> str:
+    """A method against the best of the untuned models."""
+    gap = gap_interval(scores, reference)
+    other = f"the model {label} ({reference.perplexity:.3f})"
     paired = f"(paired interval of the difference {gap.low:+.1%} to {gap.high:+.1%})"
     if gap.high < 0:
-        return f"{_capital(name)} beats {compared} {paired}."
+        return f"{_capital(name)} beats {other} by {-gap.value:.1%} {paired}."
     if gap.low > 0:
-        return f"{_capital(name)} does not beat untuned YaRN: it is {gap.value:.1%} above it {paired}."
-    return f"{_capital(name)} and untuned YaRN ({yarn.perplexity:.3f}) cannot be told apart {paired}."
+        return f"{_capital(name)} does not beat {other}: it is {gap.value:.1%} above it {paired}."
+    return f"{_capital(name)} and {other} cannot be told apart {paired}."
+
+
+def _seeds(trials: list[dict[str, Any]], method: str) -> int:
+    return sum(trial["method"] == method and trial["final"] is not None for trial in trials)
+
+
+def _spread(name: str, trials: list[dict[str, Any]], method: str) -> str:
+    """What a method's seeds differ by; the figures of the other sentences are of their mean log-likelihood."""
+    finals = [t["final"]["perplexity"] for t in trials if t["method"] == method and t["final"] is not None]
+    return (
+        f"{_capital(name)} is the mean over {len(finals)} seeds, which end from {min(finals):.3f} to {max(finals):.3f}."
+    )
+
+
+def _at_original_length(trials: list[dict[str, Any]]) -> list[str]:
+    """What the longer context cost at the length that the model was made for."""
+    after = [(trial, trial["original_length"]) for trial in trials if trial["original_length"]]
+    if not after or after[0][1]["before"] is None:
+        return []
+    length, before = after[0][1]["context_length"], after[0][1]["before"]
+    each = _join([f"{trial['label']} {at['after']:.3f}" for trial, at in after])
+    return [f"At its original {length:,} tokens the unchanged model scores {before:.3f}; afterwards: {each}."]
 
 
 def _scores(event: dict[str, Any]) -> DocumentScores:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -36,7 +37,7 @@ class SweepSpec:
     model: str = "builtin:tiny"
     """Base model: builtin:tiny, a folder, or a Hugging Face id (org/name, or org/name@revision)."""
     data: str = "builtin:stdlib"
-    """Corpus: builtin:stdlib, a file or folder of .txt, .md, .jsonl or .parquet, or a Hugging Face id."""
+    """Corpus: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
     text_column: str | None = None
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; found by itself where there is but one."""
     context_lengths: tuple[int, ...]
@@ -89,8 +90,14 @@ class SweepSpec:
     def __post_init__(self) -> None:
         for field in ("context_lengths", "methods", "seeds"):
             values = getattr(self, field)
-            if not values or len(set(values)) != len(values):
-                raise InputError(f"{field} is {values}; expected at least one value, none of them twice")
+            flag = f"--{field.replace('_', '-')}"
+            if not values:
+                raise InputError(f"{flag} is empty; expected at least one value")
+            if len(set(values)) != len(values):
+                given = " ".join(str(value) for value in values)
+                raise InputError(f"{flag} {given}: expected none of the values twice")
+        if self.steps < 1:
+            raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
 
     def learning_rate(self, method: TrainedMethod) -> float:
         return {
@@ -254,6 +261,10 @@ class RunOptions:
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
 
     def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
+            raise InputError(
+                f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
+            )
         for field in ("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"):
             value = getattr(self, field)
             if value is not None and value <= 0:

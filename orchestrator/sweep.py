@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import os
 import shutil
 import signal
 import sys
@@ -34,7 +33,7 @@ from orchestrator.tracking import Tracker, TrackingThread, tracking_uri
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
 from workloads.config import ExecutionConfig
-from workloads.data import Corpus, PackedCorpus, prepare
+from workloads.data import Corpus, PackedCorpus, ValidationDocument, prepare
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import CONFIDENCE, RULE
 from workloads.models import ModelSource
@@ -47,10 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = make_console()
     sweep = None
     try:
-        # SIGTERM (a stopped job) ends as Ctrl-C does; and a shell that starts a command in the background has it
-        # ignore Ctrl-C unless it says otherwise.
-        for stop in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stop, signal.default_int_handler)
+        _end_as_ctrl_c_does()
         name, spec, options = parse(sys.argv[1:] if arguments is None else arguments)
         sweep = Sweep(name, spec, options, console)
         return sweep.run()
@@ -65,6 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if ray := sys.modules.get("ray"):
             ray.shutdown()
+
+
+def _end_as_ctrl_c_does() -> None:
+    """SIGTERM (a stopped job) ends as Ctrl-C does; and a shell that starts a command in the background has it ignore
+    Ctrl-C unless it says otherwise."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
 
 
 class _Background(threading.Thread):
@@ -88,6 +91,11 @@ class _Background(threading.Thread):
             raise self.error
 
 
+def _shown(path: Path) -> str:
+    """A path as a person here would type it: relative inside the working directory, whole elsewhere."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 class Sweep:
     """One sweep on one storage root, from its spec to its report."""
 
@@ -101,6 +109,7 @@ class Sweep:
         # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
         others = [_Background(self.prepare), _Background(self.tracker.connect)]
         self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
+        _end_as_ctrl_c_does()  # Ray has put a handler of its own on SIGTERM
         for other in others:
             other.wait()
         self.make_trials()
@@ -160,6 +169,16 @@ class Sweep:
         print_line(summary(self.planned))
         for planned in self.planned:
             print_line(f"  {planned.trial.label:<22} {planned.action:<7} {planned.reason}", markup=False)
+        for length in self.spec.context_lengths:
+            if length <= self.original_length:
+                print_line(
+                    f"note: {length:,} tokens lie within the model's original context of {self.original_length:,}: "
+                    "positions are not extended there"
+                )
+        if (scored := len(self.validation_documents())) < self.spec.eval_documents:
+            print_line(
+                f"note: {scored} held-out documents are long enough to be scored, not {self.spec.eval_documents}"
+            )
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
@@ -237,7 +256,7 @@ class Sweep:
         from orchestrator.results import result_table
 
         outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), os.path.relpath(folder.log))
+            Outcome(trial, TrialRecord.of(folder.journal), _shown(folder.log))
             for trial in self.trials
             if (folder := self.storage.trial(trial.fingerprint))
         ]
@@ -252,8 +271,8 @@ class Sweep:
             self.console.print(sentence, markup=False)
         seconds = time.time() - self.began
         self.console.print(f"\n{seconds:.0f} s in all.")
-        self.console.print(f"report: {os.path.relpath(self.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.console.print(f"MLflow: {comparison['mlflow_command']}", soft_wrap=True)
+        self.console.print(f"report: {_shown(self.folder / 'report' / 'report.html')}", soft_wrap=True)
+        self.console.print(f"MLflow: {self.mlflow_command(_shown(self.storage.root))}", soft_wrap=True)
         failed = [o for o in outcomes if not o.finished]
         for outcome in failed:
             self.console.print(
@@ -288,13 +307,8 @@ class Sweep:
                 described["mlflow_run_id"] = run_ids[described["fingerprint"]]
         started = next((o.record.started for o in outcomes if o.record.started), {})
         parameters = next((o.record.model["parameters"] for o in outcomes if o.record.model), None)
-        documents = self.packed.validation_windows(
-            self.trials[0].training.context_length,
-            self.trials[0].training.eval_span,
-            self.trials[0].training.eval_documents,
-        )
+        documents = self.validation_documents()
         peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
-        storage = os.path.relpath(self.storage.root)
         return {
             "sweep": self.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -312,20 +326,26 @@ class Sweep:
                 "name": self.spec.data,
                 "identity": self.identities.data,
                 "validation_documents": len(documents),
-                "scored_tokens": sum(document.tokens.size for document in documents),
+                # At the shortest context; at a longer one a few more, since a window's first token is not scored.
+                "scored_tokens": sum(document.tokens[:, 1:].size for document in documents),
             },
             "attention": self.describe_attention(),
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "hardware": started.get("hardware", "unknown"),
-            "packages": self.provenance.packages,
+            "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
             "git_commit": self.provenance.git_commit,
             "wall_seconds": time.time() - self.began,
             "peak_memory_gib": max(peaks, default=None),
-            "storage": storage,
-            "mlflow_command": self.mlflow_command(storage),
+            "storage": str(self.storage.root),
+            "mlflow_command": self.mlflow_command(str(self.storage.root)),
             "contexts": contexts,
         }
+
+    def validation_documents(self) -> list[ValidationDocument]:
+        """What every trial of the sweep is scored on, in windows of the shortest context."""
+        training = min((trial.training for trial in self.trials), key=lambda training: training.context_length)
+        return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
 
     def describe_attention(self) -> str:
         if self.spec.attention != "s2":
@@ -336,7 +356,7 @@ class Sweep:
 
     def mlflow_command(self, storage: str) -> str:
         if self.tracker.uri.startswith("sqlite:"):
-            return f"{os.path.relpath(sys.executable)} -m dashboards.mlflow --storage {storage}"
+            return f"{_shown(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
         return f"open {self.tracker.uri} and choose the experiment {self.options.experiment}"
 
     def end_ray(self) -> None:

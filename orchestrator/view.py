@@ -80,6 +80,12 @@ class LiveView:
     def cells(self, row: Row) -> list[str]:
         record, training = row.record, row.trial.training
         curve = record.curve(training.context_length)
+        if record.state in (
+            "waiting",
+            "starting",
+        ):  # what it knows is of an earlier attempt, of which this much is kept
+            steps = f"{record.saved_step}/{training.steps}" if training.steps else "-"
+            return [row.trial.label, self.state(row), steps, "-", "-", "-", "-"]
         step = record.steps.get(record.last_step)
         running = record.state == "running"
         left = self.trial_seconds_left(row) if running else None
@@ -117,6 +123,7 @@ class LiveView:
     def seconds_left(self) -> float | None:
         """For all trials: what has run so far tells the seconds a token takes, start-up and evaluation included."""
         spent = tokens = 0.0
+        start_ups = [row.record.start_up_seconds for row in self.rows if not row.known and row.record.start_up_seconds]
         for row in self.rows:
             record = row.record
             if not row.known and record.steps and record.started and record.last_step > record.resumed_at:
@@ -130,7 +137,10 @@ class LiveView:
             for row in self.rows
             if row.record.state in ("waiting", "starting", "running")
         )
-        return spent / tokens * to_do / self.concurrency
+        waiting = [row for row in self.rows if row.record.state == "waiting"]
+        starts = sum(row.trial.training.steps > 0 for row in waiting) + any(not r.trial.training.steps for r in waiting)
+        starting = starts * sum(start_ups) / max(1, len(start_ups))
+        return (spent / tokens * to_do + starting) / self.concurrency
 
     @staticmethod
     def _tokens_a_step(row: Row) -> int:

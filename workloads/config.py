@@ -6,6 +6,7 @@ fast or where it runs is in :class:`ExecutionConfig`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,7 @@ class TrainingConfig:
         for field in ("steps", "warmup_steps", "seed"):
             if getattr(self, field) < 0:
                 raise InputError(f"{field} is {getattr(self, field)}; expected zero or a positive number")
-        if self.method != "untuned" and self.learning_rate <= 0:
+        if self.method != "untuned" and not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number")
         if self.method == "untuned" and self.steps:
             raise InputError(f"steps is {self.steps}, but the method 'untuned' trains nothing; set it to 0")

@@ -50,6 +50,10 @@ class ModelSource:
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
+            if not any(folder.glob("*.safetensors")):
+                raise InputError(
+                    f"model folder {name} has no .safetensors weights; expected a folder that transformers loads"
+                )
             return cls(name, str(folder.resolve()))
         if name.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(name):
             raise InputError(
@@ -88,9 +92,18 @@ class ModelSource:
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: it cannot be read.
+        """
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+        try:
+            return AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+        except Exception as error:  # whatever a missing or broken file makes the tokenizer's own code raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
 
     def load(self, context_length: int, positions: Positions, dtype: torch.dtype) -> PreTrainedModel:
         """The model, its positions extended to ``context_length``, weights in ``dtype``, on the CPU.

@@ -154,12 +154,14 @@ def test_a_killed_worker_costs_at_most_a_checkpoint_interval(tmp_path, text_fold
     assert sorted(steps) == list(range(1, 13))
 
 
-def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_folder):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(stop, tmp_path, text_folder):
+    """SIGTERM is how a job scheduler or `ray job stop` asks the same."""
     command = SweepCommand(tmp_path / "runs", *ONE_TRIAL, "--steps", "12", "--data", str(text_folder))
     process = command.start()
     wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
     began = time.time()
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
     output, _ = process.communicate(timeout=60)
     assert time.time() - began < 20
     assert process.returncode == 130

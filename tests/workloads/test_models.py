@@ -43,9 +43,15 @@ def test_a_name_that_stands_for_nothing(name, message):
         ModelSource.parse(name)
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model_or_without_parts_of_it(tmp_path):
     with pytest.raises(InputError, match=r"config\.json"):
         ModelSource.parse(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match=r"\.safetensors"):
+        ModelSource.parse(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="tokenizer cannot be loaded"):
+        ModelSource.parse(str(tmp_path)).tokenizer()
 
 
 def test_a_model_without_rotary_positions_is_refused_by_name(tmp_path):
@@ -55,9 +61,12 @@ def test_a_model_without_rotary_positions_is_refused_by_name(tmp_path):
 
 
 def test_pickled_weights_are_never_loaded(tmp_path):
-    source = ModelSource.parse("builtin:tiny")
-    shutil.copytree(source.location, tmp_path / "model")
+    builtin = ModelSource.parse("builtin:tiny")
+    shutil.copytree(builtin.location, tmp_path / "model")
+    source = ModelSource.parse(str(tmp_path / "model"))
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
-        ModelSource.parse(str(tmp_path / "model")).load(512, "none", torch.float32)
+        source.load(512, "none", torch.float32)
+    with pytest.raises(InputError, match="safetensors"):
+        ModelSource.parse(str(tmp_path / "model"))

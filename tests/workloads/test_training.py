@@ -188,6 +188,7 @@ def test_the_learning_rate_warms_up_and_stays():
         ({"eval_span": 1000}, "multiple of the context length"),
         ({"batch": 0}, "batch is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"attention": "full"}, "only s2 has groups"),
     ],
 )
