@@ -99,7 +99,7 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "untuned, no change 1,843.2",
         "24 held-out documents, 49,152 scored tokens",
         "non-overlapping windows of the evaluation length inside documents",
-        "2 CPU cores, AMD EPYC; 3.21 GiB",
+        "2 CPU cores, AMD EPYC; at most 3.21 GiB",
         "longspan 0.1.0 at 63506cd, torch 2.13.0",
         "4 min 40 s",
         "sha256:41bb07",
