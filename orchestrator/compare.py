@@ -25,6 +25,11 @@ from workloads.evaluation.bootstrap import (
 AS_GOOD = 0.01
 METHOD_NAMES = {"lora": "LoRA", "lora+": "LoRA+", "full": "full fine-tuning"}
 REFERENCE_NAMES = {"none": "untuned, no change", "linear": "untuned, linear interpolation", "yarn": "untuned, YaRN"}
+REFERENCE_PHRASES = {
+    REFERENCE_NAMES["none"]: "the unchanged model",
+    REFERENCE_NAMES["linear"]: "the untuned model with linear interpolation",
+    REFERENCE_NAMES["yarn"]: "the untuned model with YaRN",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
         if ahead := _reference_ahead(context):
             unbeaten[ahead].append(f"{context['context_length']:,}")
     for reference, lengths in unbeaten.items():
-        sentences.append(f"At {_join(lengths)} tokens nothing that was trained beats the model {reference}.")
+        sentences.append(f"At {_join(lengths)} tokens nothing that was trained beats {REFERENCE_PHRASES[reference]}.")
     if len(seeds) == 1:
         sentences.append(
             f"Each setting was trained with one seed: the {CONFIDENCE:.0%} intervals come from which documents were "
@@ -244,7 +249,7 @@ def _convergence(trial: dict[str, Any]) -> str:
 def _against(name: str, scores: DocumentScores, label: str, reference: DocumentScores) -> str:
     """A method against the best of the untuned models."""
     gap = gap_interval(scores, reference)
-    other = f"the model {label} ({reference.perplexity:.3f})"
+    other = f"{REFERENCE_PHRASES[label]} ({reference.perplexity:.3f})"
     paired = f"(paired interval of the difference {gap.low:+.1%} to {gap.high:+.1%})"
     if gap.high < 0:
         return f"{_capital(name)} beats {other} by {-gap.value:.1%} {paired}."

@@ -86,8 +86,8 @@ def test_the_words_say_what_the_numbers_say(tmp_path):
     assert "LoRA+ is 0.4% above full fine-tuning" in text
     assert "LoRA+ is at most 1% above full fine-tuning from step 20 on." in text
     assert "LoRA is still more than 1% above full fine-tuning after 30 steps." in text
-    assert "LoRA+ beats the model untuned, YaRN (2.550) by 5.5%" in text
-    assert "LoRA does not beat the model untuned, YaRN (2.550): it is 2.0% above it" in text
+    assert "LoRA+ beats the untuned model with YaRN (2.550) by 5.5%" in text
+    assert "LoRA does not beat the untuned model with YaRN (2.550): it is 2.0% above it" in text
     assert "At its original 512 tokens the unchanged model scores 1.900" in text
     summary = " ".join(summarise([context], [0]))
     assert "Of what was trained, full fine-tuning has the lowest perplexity at 1,024 tokens." in summary
@@ -97,10 +97,10 @@ def test_the_words_say_what_the_numbers_say(tmp_path):
 
 
 def test_a_reference_that_nothing_beats_is_in_the_headline(tmp_path):
-    for best, label in (("yarn", "YaRN"), ("none", "no change")):
+    for best, phrase in (("yarn", "the untuned model with YaRN"), ("none", "the unchanged model")):
         (folder := tmp_path / best).mkdir()
         (context,) = compare(outcomes(folder, CURVES | {best: {0: 2.2}}), original_length=512)
-        headline = f"At 1,024 tokens nothing that was trained beats the model untuned, {label}."
+        headline = f"At 1,024 tokens nothing that was trained beats {phrase}."
         assert headline in summarise([context], [0])
 
 
