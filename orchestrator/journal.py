@@ -135,7 +135,7 @@ class TrialRecord:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all steps but each process's first, which also warms up: the median."""
+        """The median over all steps, so that each process's first, which also warms up, does not count."""
         speeds = sorted(step["tokens_per_second"] for step in self.steps.values())
         return speeds[len(speeds) // 2] if speeds else None
 

@@ -29,7 +29,7 @@ from orchestrator.plan import Planned, plan, summary
 from orchestrator.provenance import Provenance
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
-from orchestrator.tracking import Tracker, TrackingThread, tracking_uri
+from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
 from workloads.config import ExecutionConfig
@@ -255,10 +255,10 @@ class Sweep:
         from dashboards.report import render
         from orchestrator.results import result_table
 
+        folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
         outcomes = [
             Outcome(trial, TrialRecord.of(folder.journal), _shown(folder.log))
-            for trial in self.trials
-            if (folder := self.storage.trial(trial.fingerprint))
+            for trial, folder in zip(self.trials, folders)
         ]
         self.follow_in_mlflow()
         comparison = self.describe(outcomes)
@@ -357,7 +357,7 @@ class Sweep:
     def mlflow_command(self, storage: str) -> str:
         if self.tracker.uri.startswith("sqlite:"):
             return f"{_shown(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
-        return f"open {self.tracker.uri} and choose the experiment {self.options.experiment}"
+        return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
 
     def end_ray(self) -> None:
         import ray

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -62,6 +63,11 @@ def tracking_uri(storage: Storage, given: str | None) -> str:
     return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.mlflow / 'mlflow.db'}"
 
 
+def without_password(uri: str) -> str:
+    """The address as it may be shown and stored: a user's name and password in it are left out."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 class Tracker:
     """The connection to one MLflow store and experiment."""
 
@@ -92,8 +98,9 @@ class Tracker:
                 found = self.client.get_experiment_by_name(self.experiment)
                 self.experiment_id = found.experiment_id if found else self._create_experiment()
         except (MlflowException, OSError, ValueError) as error:
+            reason = without_password(str(error).splitlines()[0][:200])
             raise InputError(
-                f"MLflow at {self.uri} does not answer ({str(error).splitlines()[0][:200]}); start the server, or "
+                f"MLflow at {without_password(self.uri)} does not answer ({reason}); start the server, or "
                 "choose another with --tracking-uri or MLFLOW_TRACKING_URI (without either, a store under the storage "
                 "root is used)"
             ) from error
@@ -174,7 +181,7 @@ class TrialRun:
 
     @property
     def _store_key(self) -> str:
-        return f"{self.tracker.uri} {self.tracker.experiment_id}"
+        return f"{without_password(self.tracker.uri)} {self.tracker.experiment_id}"
 
     def _find_or_create(self) -> str:
         fingerprint = self.trial.fingerprint

@@ -34,7 +34,7 @@ def convergence_llama2_7b() -> SweepSpec:
     """The paper's own scale: Llama-2-7B to 8k, 16k and 32k on books, the paper's hyperparameters throughout.
 
     AdamW with betas 0.9 and 0.95, no weight decay, 2e-5 for every method, 20 steps of warm-up and then constant, 64
-    sequences a step, 1,000 steps, rank 8 (paper sections 4.1 and B). The authors' corpus (RedPajama) is gone from the
+    sequences a step, 1,000 steps, rank 8, alpha 16. The authors' corpus (RedPajama) is gone from the
     hub, so this takes the books that they evaluate on: its training split.
     """
     return SweepSpec(

@@ -115,8 +115,9 @@ def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(stor
 
 def test_a_server_that_does_not_answer_is_one_clear_error_within_seconds(storage):
     began = time.time()
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*--tracking-uri"):
-        connect(storage, "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*--tracking-uri") as refused:
+        connect(storage, "http://somebody:secret@127.0.0.1:9")
+    assert "secret" not in str(refused.value)
     assert time.time() - began < 30
 
 
