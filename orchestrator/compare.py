@@ -50,9 +50,7 @@ class Outcome:
 
     def scores(self, step: int | None = None) -> DocumentScores | None:
         """What it scored at its trained length at a step, by default the last."""
-        curve = self.record.curve(self.context_length)
-        events = [event for event in curve if step is None or event["step"] == step]
-        return _scores(events[-1]) if events else None
+        return self.record.scores(self.context_length, step)
 
 
 def compare(outcomes: list[Outcome], original_length: int) -> list[dict[str, Any]]:
@@ -114,7 +112,8 @@ def _compare_length(length: int, outcomes: list[Outcome], original_length: int) 
 
 
 def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, DocumentScores]:
-    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from."""
+    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from, and
+    stands in where that one failed."""
     found = {}
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.finished:
@@ -137,7 +136,11 @@ def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None
 def _describe(outcome: Outcome, full: Outcome | None, original_length: int, before: float | None) -> dict[str, Any]:
     training, record = outcome.trial.training, outcome.record
     curve = [
-        {"step": event["step"], "tokens": event["tokens"], **_as_perplexity(perplexity_interval(_scores(event)))}
+        {
+            "step": event["step"],
+            "tokens": event["tokens"],
+            **_as_perplexity(perplexity_interval(DocumentScores.of(event))),
+        }
         for event in record.curve(outcome.context_length)
     ]
     at_original = [event["perplexity"] for event in record.curve(original_length)]
@@ -278,10 +281,6 @@ def _at_original_length(trials: list[dict[str, Any]]) -> list[str]:
     length, before = after[0][1]["context_length"], after[0][1]["before"]
     each = _join([f"{trial['label']} {at['after']:.3f}" for trial, at in after])
     return [f"At its original {length:,} tokens the unchanged model scores {before:.3f}; afterwards: {each}."]
-
-
-def _scores(event: dict[str, Any]) -> DocumentScores:
-    return DocumentScores(np.array(event["nll"]), np.array(event["num_tokens"]))
 
 
 def _mean(scores: list[DocumentScores]) -> DocumentScores:

@@ -45,7 +45,8 @@ class SweepSpec:
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
     """What trains: lora; lora+ (with embeddings and norms, the paper's improved LoRA); full."""
     references: tuple[Reference, ...] = ("none", "yarn")
-    """Untuned models to compare with, by their positions: none (no change) and yarn."""
+    """Untuned models to compare with, by their positions: none (no change) and yarn. The one that tuning starts from
+    joins them by itself."""
     attention: Attention = "s2"
     """Attention in training: s2 (shifted sparse attention) or full. Evaluation always attends fully."""
     group_size: float = 0.25
@@ -107,7 +108,10 @@ class SweepSpec:
         }[method]
 
     def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
-        """The trials of this sweep: by context length, references first.
+        """The trials of this sweep: by context length, untuned ones first.
+
+        Where there are references, the untuned model that the tuned ones start from is always among them: it takes
+        seconds, and its score is step 0 of every tuned trial.
 
         Raises:
             InputError: a setting that no trial can have, such as a context that is no multiple of the group size.
@@ -120,9 +124,10 @@ class SweepSpec:
                 "eval_documents": self.eval_documents,
                 "eval_span": self.eval_span or max(self.context_lengths),
             }
+            untuned = dict.fromkeys((*self.references, self.positions)) if self.references else ()
             configs += [
-                TrainingConfig(method="untuned", attention="full", positions=reference, **shared)
-                for reference in self.references
+                TrainingConfig(method="untuned", attention="full", positions=positions, **shared)
+                for positions in untuned
             ]
             group_size = group_size_in_tokens(self.group_size, context_length) if self.attention == "s2" else None
             for method in self.methods:
@@ -207,6 +212,20 @@ class TrialSpec:
         }
         what = {"result_version": RESULT_VERSION, **dataclasses.asdict(self.identities), "training": training}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def untuned(self) -> TrialSpec:
+        """The untuned model that this trial starts from, as a trial; a reference is its own."""
+        training = self.training
+        untuned = TrainingConfig(
+            method="untuned",
+            attention="full",
+            context_length=training.context_length,
+            positions=training.positions,
+            precision=training.precision,
+            eval_documents=training.eval_documents,
+            eval_span=training.eval_span,
+        )
+        return dataclasses.replace(self, training=untuned)
 
     @property
     def label(self) -> str:

@@ -207,8 +207,9 @@ class Sweep:
     def tune(self, trials: list[TrialSpec]) -> None:
         from ray import tune
 
+        # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
-        drives = [[trial] for trial in trials if trial not in untuned] + ([untuned] if untuned else [])
+        drives = ([untuned] if untuned else []) + [[trial] for trial in trials if trial not in untuned]
         name = f"{self.name}-{uuid.uuid4().hex[:8]}"
         tuner = tune.Tuner(
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
@@ -237,7 +238,14 @@ class Sweep:
             checkpoint_every=options.checkpoint_every,
         )
         return {
-            "trials": [{"trial": t.to_dict(), "folder": str(self.storage.trial(t.fingerprint).path)} for t in trials],
+            "trials": [
+                {
+                    "trial": trial.to_dict(),
+                    "folder": str(self.storage.trial(trial.fingerprint).path),
+                    "untuned": str(self.storage.trial(trial.untuned().fingerprint).path),
+                }
+                for trial in trials
+            ],
             "model_location": self.source.location,
             "model_revision": self.source.revision,
             "corpus": str(self.packed.folder),

@@ -37,10 +37,13 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
     for entry in config["trials"]:
-        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), config, device)
+        untuned = TrialRecord.of(TrialFolder(Path(entry["untuned"])).journal)
+        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), untuned, config, device)
 
 
-def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device: torch.device) -> None:
+def _train(
+    trial: TrialSpec, folder: TrialFolder, untuned: TrialRecord, config: dict[str, Any], device: torch.device
+) -> None:
     context = ray.train.get_context()
     workers, first = context.get_world_size(), context.get_world_rank() == 0
     if not (folder.path / "trial.json").is_file():
@@ -72,6 +75,7 @@ def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device
                 folder.checkpoints,
                 Engine(device, trial.training.precision),
                 emit,
+                untuned.scores(trial.training.context_length) if untuned.state == "finished" else None,
             )
             emit("finished")
         except Exception as error:

@@ -28,6 +28,7 @@ from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
+from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import next_token_losses, score_documents
 from workloads.models import ModelSource
 from workloads.positions import original_context_length
@@ -59,8 +60,11 @@ def run(
     checkpoints: Path,
     engine: Engine,
     emit: Emit,
+    untuned: DocumentScores | None = None,
 ) -> None:
     """Trains and evaluates one trial, from its newest checkpoint if it has one.
+
+    ``untuned``: what the model scores at step 0, if an untuned trial with the same positions has shown it already.
 
     Raises:
         InputError: the batch does not divide among the workers, or the model cannot be trained as asked.
@@ -71,7 +75,7 @@ def run(
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
     emit("model", parameters=total, trainable_parameters=trainable)
-    Trial(model, config, execution, corpus, checkpoints, engine, emit).run()
+    Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned).run()
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Trial:
     checkpoints: Path
     engine: Engine
     emit: Emit
+    untuned: DocumentScores | None = None
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -168,8 +173,11 @@ class Trial:
         if at_original_length and self.config.eval_span % self.original_length == 0:
             lengths += [self.original_length] if self.original_length not in lengths else []
         for length in lengths:
-            documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
-            scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
+            if self.step == 0 and self.untuned is not None and length == self.config.context_length:
+                scores = self.untuned
+            else:
+                documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
+                scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
             self.emit(
                 "eval",
                 step=self.step,

@@ -68,8 +68,11 @@ def test_a_sweep_is_every_context_with_every_method_and_the_references():
     spec = SweepSpec(context_lengths=(1024, 2048), seeds=(0, 1))
     trials = spec.trials(IDENTITIES, "float32")
     labels = [t.label for t in trials]
-    assert len(trials) == 2 * (2 + 3 * 2) == len({t.fingerprint for t in trials})
-    assert labels[:5] == ["untuned none 1024", "untuned yarn 1024", "lora 1024", "lora 1024 seed 1", "lora+ 1024"]
+    assert len(trials) == 2 * (3 + 3 * 2) == len({t.fingerprint for t in trials})
+    assert labels[:3] == ["untuned none 1024", "untuned yarn 1024", "untuned linear 1024"]
+    assert labels[3:6] == ["lora 1024", "lora 1024 seed 1", "lora+ 1024"]
+    lora = trials[3]
+    assert lora.untuned() == trials[2] == trials[2].untuned()
     assert {t.training.group_size for t in trials if t.training.context_length == 2048} == {None, 512}
     assert {t.training.eval_span for t in trials} == {2048}
 

@@ -8,6 +8,7 @@ variance between training runs; these intervals speak of the choice of documents
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class DocumentScores:
 
     nll: np.ndarray
     tokens: np.ndarray
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> DocumentScores:
+        """From the fields of an ``eval`` event (see ``workloads.training``)."""
+        return cls(np.array(event["nll"]), np.array(event["num_tokens"]))
 
     @property
     def perplexity(self) -> float:
