@@ -16,7 +16,8 @@ from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
-from workloads.training import NonFiniteLoss, learning_rate, run
+from workloads.optimization import learning_rate
+from workloads.training import NonFiniteLoss, run
 
 SOURCE = ModelSource.parse("builtin:tiny")
 
