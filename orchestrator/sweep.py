@@ -330,6 +330,8 @@ class Sweep:
                 "scored_tokens": sum(document.tokens[:, 1:].size for document in documents),
             },
             "attention": self.describe_attention(),
+            "train_layers": self.spec.train_layers if self.spec.train_layers != "all" else None,
+            "quantization": self.spec.quantization if self.spec.quantization != "none" else None,
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "hardware": started.get("hardware", "unknown"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from workloads.config import WITH_EMBEDDINGS, WITH_NORMS, Method, trained_layers
+from workloads.config import Method, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
 
 # The projections of the attention layers, by the names that model families give them (the paper adapts q, k, v, o;
@@ -54,12 +54,12 @@ def adapt(
         targets = _lora_targets(model, lora_targets, lora_rank)
         only = {} if train_layers == "all" else {"layers_to_transform": list(chosen), "layers_pattern": name}
         model = _with_lora(model, targets, lora_rank, lora_alpha, only)
-        if method in WITH_NORMS:
+        if trains_norms(method):
             skipped = {m for index, layer in enumerate(layers) if index not in chosen for m in layer.modules()}
             for module in model.modules():
                 if is_norm(module) and module not in skipped:
                     module.requires_grad_(True)
-        if method in WITH_EMBEDDINGS:
+        if trains_embeddings(method):
             model.get_input_embeddings().requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -26,10 +26,6 @@ Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]
 Quantization = Literal["none", "nf4"]
 
-# Which methods train norms and embeddings.
-WITH_NORMS = ("lora+norm", "lora+", "full")
-WITH_EMBEDDINGS = ("lora+embed", "lora+", "full")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
@@ -126,8 +122,8 @@ class TrainingConfig:
                 raise InputError("lora_targets is empty; name at least one linear module, such as q_proj")
             object.__setattr__(self, "lora_targets", tuple(sorted(set(self.lora_targets))))
         trains = {
-            "learning_rate_embeddings": self.trains_embeddings,
-            "learning_rate_norms": self.method in WITH_NORMS,
+            "learning_rate_embeddings": trains_embeddings(self.method, self.train_layers),
+            "learning_rate_norms": trains_norms(self.method),
         }
         for field, has_effect in trains.items():
             rate = getattr(self, field)
@@ -144,10 +140,6 @@ class TrainingConfig:
                 f"quantization is {self.quantization!r} with the method {self.method!r}: quantised weights cannot "
                 "train; choose a LoRA method, such as lora+, or quantization none"
             )
-
-    @property
-    def trains_embeddings(self) -> bool:
-        return self.method in WITH_EMBEDDINGS and (self.method != "full" or self.train_layers == "all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +172,14 @@ def group_size_in_tokens(group_size: int | float, context_length: int) -> int:
             "an even number of tokens that divides the context length, or a share of it such as 0.25"
         )
     return int(tokens)
+
+
+def trains_norms(method: Method) -> bool:
+    return method in ("lora+norm", "lora+", "full")
+
+
+def trains_embeddings(method: Method, train_layers: str = "all") -> bool:
+    return method in ("lora+embed", "lora+") or (method == "full" and train_layers == "all")
 
 
 def trained_layers(choice: str, num_layers: int) -> Sequence[int]:
