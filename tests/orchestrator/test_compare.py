@@ -70,6 +70,8 @@ def test_every_method_and_every_kind_of_positions_has_a_name_and_a_place(tmp_pat
 
 def test_step_0_of_a_quantised_base_is_not_the_untuned_model(tmp_path):
     curves = {"none": {0: 8.0}, "lora": {0: 4.0, 10: 3.0}}
+    for folder in ("plain", "nf4"):
+        (tmp_path / folder).mkdir()
     (plain,) = compare(outcomes(tmp_path / "plain", curves), original_length=512)
     (quantised,) = compare(outcomes(tmp_path / "nf4", curves, quantization="nf4"), original_length=512)
     assert [r["label"] for r in plain["references"]] == ["untuned, no change", "untuned, linear interpolation"]
