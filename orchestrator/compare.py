@@ -23,12 +23,23 @@ from workloads.evaluation.bootstrap import (
 
 # "Within 1% of full fine-tuning" is what the comparison calls as good as it.
 AS_GOOD = 0.01
-METHOD_NAMES = {"lora": "LoRA", "lora+": "LoRA+", "full": "full fine-tuning"}
-REFERENCE_NAMES = {"none": "untuned, no change", "linear": "untuned, linear interpolation", "yarn": "untuned, YaRN"}
-REFERENCE_PHRASES = {
-    REFERENCE_NAMES["none"]: "the unchanged model",
-    REFERENCE_NAMES["linear"]: "the untuned model with linear interpolation",
-    REFERENCE_NAMES["yarn"]: "the untuned model with YaRN",
+METHOD_NAMES = {
+    "lora": "LoRA",
+    "lora+norm": "LoRA with norms",
+    "lora+embed": "LoRA with embeddings",
+    "lora+": "LoRA+",
+    "full": "full fine-tuning",
+}
+POSITIONS_NAMES = {
+    "linear": "linear interpolation",
+    "ntk": "NTK-aware positions",
+    "dynamic": "dynamic NTK",
+    "yarn": "YaRN",
+    "llama3": "Llama-3 scaling",
+}
+REFERENCE_NAMES = {"none": "untuned, no change"} | {key: f"untuned, {name}" for key, name in POSITIONS_NAMES.items()}
+REFERENCE_PHRASES = {REFERENCE_NAMES["none"]: "the unchanged model"} | {
+    REFERENCE_NAMES[key]: f"the untuned model with {name}" for key, name in POSITIONS_NAMES.items()
 }
 
 
@@ -112,15 +123,16 @@ def _compare_length(length: int, outcomes: list[Outcome], original_length: int) 
 
 
 def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, DocumentScores]:
-    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from, and
-    stands in where that one failed."""
+    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from,
+    unless that is quantised, and stands in where the untuned trial failed."""
     found = {}
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.finished:
             found[outcome.trial.training.positions] = outcome.scores()
     for outcome in trained:
-        if outcome.trial.training.positions not in found and (scores := outcome.scores(step=0)):
-            found[outcome.trial.training.positions] = scores
+        training = outcome.trial.training
+        if training.quantization == "none" and training.positions not in found and (scores := outcome.scores(step=0)):
+            found[training.positions] = scores
     return {positions: found[positions] for positions in REFERENCE_NAMES if positions in found}
 
 

@@ -21,13 +21,16 @@ from workloads.config import (
     Attention,
     Positions,
     Precision,
+    Quantization,
+    Schedule,
     TrainingConfig,
     group_size_in_tokens,
+    trains_embeddings,
+    trains_norms,
 )
 from workloads.errors import InputError
 
-TrainedMethod = Literal["lora", "lora+", "full"]
-Reference = Literal["none", "yarn"]
+TrainedMethod = Literal["lora", "lora+norm", "lora+embed", "lora+", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,32 +46,43 @@ class SweepSpec:
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
-    """What trains: lora; lora+ (with embeddings and norms, the paper's improved LoRA); full."""
-    references: tuple[Reference, ...] = ("none", "yarn")
-    """Untuned models to compare with, by their positions: none (no change) and yarn. The one that tuning starts from
-    joins them by itself."""
+    """What trains: lora; lora+norm; lora+embed; lora+ (with norms and embeddings, the paper's improved LoRA); full."""
+    train_layers: str = "all"
+    """Layers that train: all, 'last 4', 'every 2', or a list such as 0,5,11; full then trains nothing outside them."""
+    quantization: Quantization = "none"
+    """nf4 keeps the frozen weights of the LoRA methods in 4 bits (QLoRA; needs a GPU). References stay as they are."""
+    references: tuple[Positions, ...] = ("none", "yarn")
+    """Untuned models to compare with, by their positions: none is no change. What tuning starts from joins by itself."""
     attention: Attention = "s2"
     """Attention in training: s2 (shifted sparse attention) or full. Evaluation always attends fully."""
     group_size: float = 0.25
     """Group size of s2: a share of the context length (up to 1), or a number of tokens."""
     positions: Positions = "linear"
-    """How positions reach beyond the original length: linear (position interpolation), yarn, none."""
+    """How positions reach beyond the original length: linear interpolation, (dynamic) NTK, YaRN, Llama 3's, none."""
     lora_rank: int = 8
-    """Rank of both LoRA methods."""
+    """Rank of the LoRA methods."""
     lora_alpha: float = 16.0
     """LoRA's alpha: updates are scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Linear modules that LoRA adapts, such as q_proj v_proj; by default the attention projections."""
     steps: int = 1000
     """Optimiser steps of each trial."""
     batch: int = 64
     """Sequences in an optimiser step, over all workers of a trial."""
     learning_rate_lora: float = 2e-5
-    """Learning rate of the method lora."""
+    """Learning rate of the methods lora and lora+norm."""
     learning_rate_lora_plus: float = 2e-5
-    """Learning rate of the method lora+."""
+    """Learning rate of the methods lora+ and lora+embed."""
     learning_rate_full: float = 2e-5
     """Learning rate of the method full."""
+    learning_rate_embeddings: float | None = None
+    """Learning rate of embeddings where they train; by default the method's own."""
+    learning_rate_norms: float | None = None
+    """Learning rate of norms where they train; by default the method's own."""
     warmup_steps: int = 20
-    """Steps of linear warm-up; the learning rate is constant afterwards."""
+    """Steps of linear warm-up."""
+    schedule: Schedule = "constant"
+    """Learning rate after warm-up: constant, or down to zero at the last step by cosine or linear."""
     beta1: float = 0.9
     """AdamW's beta1."""
     beta2: float = 0.95
@@ -99,13 +113,28 @@ class SweepSpec:
                 raise InputError(f"{flag} {given}: expected none of the values twice")
         if self.steps < 1:
             raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        for field in ("learning_rate_embeddings", "learning_rate_norms"):
+            if getattr(self, field) is not None and not any(field in self.learning_rates(m) for m in self.methods):
+                raise InputError(
+                    f"--{field.replace('_', '-')} {getattr(self, field)}: none of the methods {' '.join(self.methods)} "
+                    "trains them; leave it out, or add a method that does, such as lora+"
+                )
 
-    def learning_rate(self, method: TrainedMethod) -> float:
-        return {
+    def learning_rates(self, method: TrainedMethod) -> dict[str, float]:
+        """The learning rates of a method, by TrainingConfig's fields; those of what it does not train are left out."""
+        rate = {
             "lora": self.learning_rate_lora,
+            "lora+norm": self.learning_rate_lora,
+            "lora+embed": self.learning_rate_lora_plus,
             "lora+": self.learning_rate_lora_plus,
             "full": self.learning_rate_full,
         }[method]
+        rates = {"learning_rate": rate}
+        if trains_embeddings(method, self.train_layers):
+            rates["learning_rate_embeddings"] = self.learning_rate_embeddings
+        if trains_norms(method):
+            rates["learning_rate_norms"] = self.learning_rate_norms
+        return rates
 
     def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
         """The trials of this sweep: by context length, untuned ones first.
@@ -131,24 +160,27 @@ class SweepSpec:
             ]
             group_size = group_size_in_tokens(self.group_size, context_length) if self.attention == "s2" else None
             for method in self.methods:
-                lora = {} if method == "full" else {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+                lora = ("lora_rank", "lora_alpha", "lora_targets") if method != "full" else ()
                 configs += [
                     TrainingConfig(
                         method=method,
                         attention=self.attention,
                         group_size=group_size,
                         positions=self.positions,
+                        train_layers=self.train_layers,
+                        quantization=self.quantization,
                         steps=self.steps,
                         batch=self.batch,
-                        learning_rate=self.learning_rate(method),
+                        **self.learning_rates(method),
                         warmup_steps=self.warmup_steps,
+                        schedule=self.schedule,
                         beta1=self.beta1,
                         beta2=self.beta2,
                         weight_decay=self.weight_decay,
                         max_grad_norm=self.max_grad_norm,
                         eval_every=self.eval_every,
                         seed=seed,
-                        **lora,
+                        **{field: getattr(self, field) for field in lora},
                         **shared,
                     )
                     for seed in self.seeds
@@ -176,7 +208,12 @@ class SweepSpec:
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
             found = f"the unknown fields {', '.join(unknown)}" if isinstance(values, dict) else "no object"
             raise InputError(f"{where} has {found}; expected a sweep's fields: {', '.join(sorted(known))}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        return cls(**_without_lists(values))
+
+
+def _without_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +281,7 @@ class TrialSpec:
             **{
                 **values,
                 "identities": Identities(**values["identities"]),
-                "training": TrainingConfig(**values["training"]),
+                "training": TrainingConfig(**_without_lists(values["training"])),
             }
         )
 

@@ -7,8 +7,10 @@ from their last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
+import itertools
 import shutil
 import signal
 import sys
@@ -32,12 +34,12 @@ from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
-from workloads.config import ExecutionConfig
+from workloads.config import ExecutionConfig, trained_layers
 from workloads.data import Corpus, PackedCorpus, ValidationDocument, prepare
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import CONFIDENCE, RULE
 from workloads.models import ModelSource
-from workloads.positions import original_context_length
+from workloads.positions import extend, original_context_length
 
 EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -139,7 +141,12 @@ class Sweep:
 
     def prepare(self) -> None:
         """What the model and the data are: the original length, identities, and the corpus tokenised."""
-        self.original_length = original_context_length(self.source.config())
+        config = self.source.config()
+        self.original_length = original_context_length(config)
+        trained_layers(self.spec.train_layers, config.num_hidden_layers)
+        all_positions = {self.spec.positions, *self.spec.references}
+        for length, positions in itertools.product(self.spec.context_lengths, all_positions):
+            extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
         self.identities = Identities(
             model=self.source.identity, tokenizer=self.source.tokenizer_identity, data=self.corpus.identity()
         )
@@ -152,6 +159,8 @@ class Sweep:
         precision = self.spec.precision
         if precision == "auto":
             precision = "bfloat16" if self.cluster.gpus else "float32"
+        if self.spec.quantization == "nf4" and not self.cluster.gpus:
+            raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
         self.trials = self.spec.trials(self.identities, precision)
         for trial in self.trials:
             training = trial.training
@@ -338,6 +347,8 @@ class Sweep:
                 "scored_tokens": sum(document.tokens[:, 1:].size for document in documents),
             },
             "attention": self.describe_attention(),
+            "train_layers": self.spec.train_layers if self.spec.train_layers != "all" else None,
+            "quantization": self.spec.quantization if self.spec.quantization != "none" else None,
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "hardware": started.get("hardware", "unknown"),

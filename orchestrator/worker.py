@@ -27,6 +27,7 @@ from workloads.config import ExecutionConfig
 from workloads.data import PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
+from workloads.evaluation.bootstrap import DocumentScores
 from workloads.models import ModelSource
 from workloads.training import run
 
@@ -75,13 +76,20 @@ def _train(
                 folder.checkpoints,
                 Engine(device, trial.training.precision),
                 emit,
-                untuned.scores(trial.training.context_length) if untuned.state == "finished" else None,
+                _scores_at_step_0(trial, untuned),
             )
             emit("finished")
         except Exception as error:
             # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
             journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])
             raise
+
+
+def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:
+    """What the model scores before training, if the untuned trial that starts alike has shown it: a 4-bit base scores
+    otherwise."""
+    known = untuned.state == "finished" and trial.training.quantization == "none"
+    return untuned.scores(trial.training.context_length) if known else None
 
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:

@@ -105,8 +105,13 @@ class ModelSource:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
 
-    def load(self, context_length: int, positions: Positions, dtype: torch.dtype) -> PreTrainedModel:
+    def load(
+        self, context_length: int, positions: Positions, dtype: torch.dtype, quantized: dict[str, Any] | None = None
+    ) -> PreTrainedModel:
         """The model, its positions extended to ``context_length``, weights in ``dtype``, on the CPU.
+
+        With ``quantized`` (from :func:`workloads.quantization.nf4_loading`) its linear weights are quantised and it is
+        on the device that this names.
 
         Raises:
             InputError: the model has no rotary positions, or its weights are not safetensors (a pickle is never
@@ -121,7 +126,12 @@ class ModelSource:
         config.use_cache = False
         try:
             return AutoModelForCausalLM.from_pretrained(
-                self.location, revision=self.revision, config=config, dtype=dtype, use_safetensors=True
+                self.location,
+                revision=self.revision,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                **(quantized or {}),
             )
         except OSError as error:
             raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error

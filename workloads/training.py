@@ -31,7 +31,9 @@ from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import next_token_losses, score_documents
 from workloads.models import ModelSource
+from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
+from workloads.quantization import nf4_loading
 
 Emit = Callable[..., None]
 
@@ -43,12 +45,21 @@ class NonFiniteLoss(ArithmeticError):
 def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
     """The model of a trial, on its device, with its positions, its attention pattern and what trains."""
     torch.manual_seed(config.seed)  # LoRA's A matrices are random
-    model = source.load(config.context_length, config.positions, compute_dtype(config.precision))
+    dtype = compute_dtype(config.precision)
+    quantized = nf4_loading(engine.device, dtype) if config.quantization == "nf4" else None
+    model = source.load(config.context_length, config.positions, dtype, quantized)
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
     use_pattern(model, pattern)
     if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = adapt(model, config.method, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+    model = adapt(
+        model,
+        config.method,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_targets=config.lora_targets,
+        train_layers=config.train_layers,
+    )
     return model.to(engine.device)
 
 
@@ -100,13 +111,7 @@ class Trial:
             self.evaluate(at_original_length=True)
             return
         self.parameters = trainable_parameters(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=self.config.learning_rate,
-            betas=(self.config.beta1, self.config.beta2),
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(self.model, self.config)
         self.resume()
         training_model = self.engine.wrap(self.model)
         training_model.train()
@@ -123,8 +128,7 @@ class Trial:
     def train_step(self, training_model: nn.Module) -> None:
         config, engine = self.config, self.engine
         started = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
+        set_learning_rate(self.optimizer, config, self.step)
         batch = self.corpus.train_batch(self.step, config.batch, config.context_length, config.seed)
         mine = torch.from_numpy(batch[engine.rank :: engine.num_workers])
         loss_sum = torch.zeros((), device=engine.device)
@@ -227,10 +231,3 @@ class Trial:
 def _place(key: str, value: Any, parameter: nn.Parameter) -> torch.Tensor:
     # The fused optimiser keeps its step counter where the parameter is.
     return value.to(parameter.device, torch.float32 if key == "step" else parameter.dtype)
-
-
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The learning rate of the update after ``step`` steps: linear warm-up, then constant."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    return config.learning_rate

@@ -16,7 +16,7 @@ from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
-from workloads.training import NonFiniteLoss, learning_rate, run
+from workloads.training import NonFiniteLoss, run
 
 SOURCE = ModelSource.parse("builtin:tiny")
 
@@ -91,11 +91,14 @@ def test_golden_losses(method, corpus, tmp_path):
     assert losses(train(config(method), corpus, tmp_path)) == pytest.approx(GOLDEN[method], rel=2e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(method, corpus, tmp_path):
-    whole = train(config(method), corpus, tmp_path / "whole")
-    first = train(config(method), corpus, tmp_path / "parts", stop_after=2)
-    second = train(config(method), corpus, tmp_path / "parts")
+GROUPS = dict(learning_rate_embeddings=1e-4, learning_rate_norms=3e-3, schedule="cosine", train_layers="last 2")
+
+
+@pytest.mark.parametrize(("method", "changes"), [("lora", {}), ("full", {}), ("lora+", GROUPS)])
+def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(method, changes, corpus, tmp_path):
+    whole = train(config(method, **changes), corpus, tmp_path / "whole")
+    first = train(config(method, **changes), corpus, tmp_path / "parts", stop_after=2)
+    second = train(config(method, **changes), corpus, tmp_path / "parts")
     assert [e["step"] for e in second if e["event"] == "resume"] == [2]
     assert losses(first) | losses(second) == losses(whole)
     assert perplexities(second)[-1] == perplexities(whole)[-1]
@@ -174,11 +177,6 @@ def test_the_order_of_events_and_what_tokens_count(corpus, tmp_path):
         ("eval", 0, 0), ("step", 1, 2048), ("step", 2, 4096), ("eval", 2, 4096), ("step", 3, 6144), ("step", 4, 8192),
         ("eval", 4, 8192),
     ]  # fmt: skip
-
-
-def test_the_learning_rate_warms_up_and_stays():
-    rates = [learning_rate(config(warmup_steps=4, learning_rate=8.0), step) for step in range(6)]
-    assert rates == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
 
 
 @pytest.mark.parametrize(
