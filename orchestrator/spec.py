@@ -52,7 +52,7 @@ class SweepSpec:
     quantization: Quantization = "none"
     """nf4 keeps the frozen weights of the LoRA methods in 4 bits (QLoRA; needs a GPU). References stay as they are."""
     references: tuple[Positions, ...] = ("none", "yarn")
-    """Untuned models to compare with, by their positions: none is no change. What tuning starts from joins by itself."""
+    """Untuned models to compare with, by their positions; none: no change. What tuning starts from joins by itself."""
     attention: Attention = "s2"
     """Attention in training: s2 (shifted sparse attention) or full. Evaluation always attends fully."""
     group_size: float = 0.25

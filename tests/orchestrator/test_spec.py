@@ -105,7 +105,7 @@ def test_what_is_adapted_and_how_can_be_told_on_the_command_line():
     _, spec, _ = parse(flags)
     assert SweepSpec.from_json(spec.to_json(), "spec.json") == spec
     trials = [trial.training for trial in spec.trials(IDENTITIES, "float32") if trial.training.context_length == 1024]
-    assert [training.positions for training in trials] == ["none", "dynamic", "llama3", "ntk"]
+    assert [training.positions for training in trials] == ["none", "dynamic", "llama3", "ntk", "ntk"]
     tuned = trials[-1]
     assert (tuned.train_layers, tuned.lora_targets) == ("last 2", ("q_proj", "v_proj"))
     assert (tuned.schedule, tuned.learning_rate_embeddings, tuned.quantization) == ("cosine", 1e-4, "nf4")
