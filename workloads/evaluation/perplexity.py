@@ -9,8 +9,8 @@ by itself, so a token's context begins at its window's start. Of each window,
     last    scores the last K tokens only, each with at least N - K tokens of context. With stride = K each token is
             scored exactly once: the sliding window of Press et al. (2021), less its first window's other tokens.
 
-Perplexity is exp of the mean negative log-likelihood over all scored tokens; where windows slide, ``all`` counts a token
-once for each window it is in.
+Perplexity is exp of the mean negative log-likelihood over all scored tokens; where windows slide, ``all`` counts a
+token once for each window it is in.
 """
 
 from __future__ import annotations
