@@ -1,4 +1,4 @@
-"""``python -m workloads.evaluate MODEL [perplexity] [passkey] [topics] [flags]``: how good a model is, at what length."""
+"""``python -m workloads.evaluate MODEL [perplexity] [passkey] [topics] [flags]``: a model at several lengths."""
 
 from __future__ import annotations
 

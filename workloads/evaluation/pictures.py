@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def perplexity_picture(result: dict[str, Any], path: Path) -> Path:
     lengths = [row["length"] for row in result["lengths"]]
     with _style():
         figure, axes = _figure(
-            result, "Perplexity by length", 470, 300,
+            result, "Perplexity by length", 470, 308,
             f"{result['data']['name']}, {result['data']['documents']} documents, full attention; "
             f"{result['confidence']:.0%} intervals",
         )  # fmt: skip
@@ -28,9 +29,22 @@ def perplexity_picture(result: dict[str, Any], path: Path) -> Path:
                 low, high = ([score[end] for score in scores] for end in ("low", "high"))
                 axes.fill_between(lengths, low, high, color=colour, alpha=0.14, linewidth=0)
             axes.plot(lengths, values, color=colour, marker=marker, markersize=4, linewidth=1.4, label=text)
+        everything = [row["rules"][rule]["perplexity"] for row in result["lengths"] for rule in result["rules"]]
+        if max(everything) > 4 * min(everything):
+            axes.set_yscale("log")
+            axes.set_yticks(_plain_ticks(*axes.get_ylim()))
+            axes.set_yticks([], minor=True)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(visible=True, axis="y")
-        axes.set_ylabel("perplexity per token")
-        axes.legend(frameon=False, fontsize=9)
+        axes.set_ylabel("perplexity per token" + (", log scale" if axes.get_yscale() == "log" else ""))
+        figure.legend(
+            loc="upper left",
+            bbox_to_anchor=(4 / 470, 1 - 50 / 308),
+            ncols=2,
+            frameon=False,
+            fontsize=9,
+            handlelength=1.6,
+        )
         _length_axis(axes, lengths, result)
         return _save(figure, path)
 
@@ -45,8 +59,8 @@ def passkey_picture(result: dict[str, Any], path: Path) -> Path:
     with _style():
         width = 150 + max(220, 46 * len(rows))
         figure, axes = _figure(
-            result, "Passkey retrieval", width, 130 + 26 * max(4, len(depths)),
-            f"share of tests passed, {rows[0]['tests']} tests each length",
+            result, "Passkey retrieval", width, 138 + 26 * max(4, len(depths)),
+            f"share of keys found (dark: all), {rows[0]['tests']} tests each length",
         )  # fmt: skip
         for column, row in enumerate(rows):
             for cell in row["depths"]:
@@ -75,7 +89,7 @@ def topics_picture(result: dict[str, Any], path: Path) -> Path:
     lengths = [row["length"] for row in rows]
     with _style():
         figure, axes = _figure(
-            result, "Topic retrieval" if "topics" in result["what"] else "Line retrieval", 470, 300,
+            result, "Topic retrieval" if "topics" in result["what"] else "Line retrieval", 470, 308,
             f"{result['what']}; {result['confidence']:.0%} intervals",
         )  # fmt: skip
         values = [row["accuracy"] for row in rows]
@@ -140,7 +154,7 @@ def _figure(result: dict[str, Any], title: str, width: float, height: float, not
     figure.text(12 / width, 1 - 18 / height, title, size=12, weight="bold")
     figure.text(12 / width, 1 - 33 / height, name, color=INK, size=9.2)
     figure.text(12 / width, 1 - 46 / height, note, color=MUTED, size=8.6)
-    return figure, figure.add_axes((56 / width, 44 / height, (width - 80) / width, (height - 118) / height))
+    return figure, figure.add_axes((56 / width, 44 / height, (width - 80) / width, (height - 130) / height))
 
 
 def _length_axis(axes: Any, lengths: list[int], result: dict[str, Any]) -> None:
@@ -148,7 +162,12 @@ def _length_axis(axes: Any, lengths: list[int], result: dict[str, Any]) -> None:
     original = result["model"]["original_context_length"]
     axes.set_xscale("log")
     axes.set_xlim(min(lengths) / 1.15, max(lengths) * 1.15)
-    axes.set_xticks(lengths, [_short(length) for length in lengths])
+    labels = [_short(length) for length in lengths]
+    for index in range(len(lengths) - 2, -1, -1):  # from the longest down, a label only where there is room for it
+        nearest = next(length for length, label in zip(lengths[index + 1 :], labels[index + 1 :]) if label)
+        room = math.log(nearest / lengths[index]) / math.log(1.3 * max(lengths) / min(lengths))
+        labels[index] = labels[index] if room > 0.08 else ""
+    axes.set_xticks(lengths, labels)
     axes.set_xticks([], minor=True)
     axes.set_xlabel("length, tokens (log scale)")
     if min(lengths) <= original < max(lengths):
@@ -157,6 +176,11 @@ def _length_axis(axes: Any, lengths: list[int], result: dict[str, Any]) -> None:
             "original context", (original, 1), (4, 3), ("data", "axes fraction"), "offset points",
             color=MUTED, size=8.6,
         )  # fmt: skip
+
+
+def _plain_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for decade in decades for step in (1, 2, 5) if low <= (tick := step * 10.0**decade) <= high]
 
 
 def _square(column: int, row: int, colour: Any) -> Any:

@@ -90,6 +90,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         precision = "bfloat16" if device.type == "cuda" else "float32"
     engine = Engine(device, precision)
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is wrong with a model is said in one error
     about: dict[str, Any] = {"name": options.model}
     if (Path(options.model) / "trial.json").is_file():
         if options.positions != "none":
