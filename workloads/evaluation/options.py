@@ -19,31 +19,26 @@ class Options:
     """One model and what it is asked."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """builtin:tiny, a folder that transformers loads, a Hugging Face id, or a trial's folder
-    (runs/trials/FINGERPRINT: its base model with its newest checkpoint)."""
+    """builtin:tiny, a folder that transformers loads, a Hugging Face id, or a trial's folder (newest checkpoint)."""
     tasks: tyro.conf.Positional[tuple[Task, ...]] = ("perplexity",)
     """What to evaluate: perplexity, passkey, topics; one or several."""
     lengths: tuple[int, ...] = ()
-    """Lengths in tokens; by default the longest that the model is made for. Its original context length is added where
-    it is shorter than the longest one, so that a loss on short text shows."""
+    """In tokens; by default the model's own. A shorter original context length is added, to show a loss there."""
     positions: Positions = "none"
     """How positions reach the longest length: none (as the model is), linear, yarn. A trial has its own."""
 
     data: str = "builtin:stdlib"
-    """perplexity: corpus: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face
-    id."""
+    """perplexity: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
     text_column: str | None = None
     """perplexity: column of .jsonl, .parquet and Hugging Face data that holds the text."""
     split: Literal["validation", "all"] = "validation"
-    """perplexity: documents that a sweep on this corpus holds out, or all of them (a corpus that no training saw)."""
+    """perplexity: documents that a sweep on this corpus holds out, or all (of a corpus that no training saw)."""
     documents: int = 100
     """perplexity: documents that are scored, at most."""
     span: int | None = None
-    """perplexity: tokens of each document that are cut into windows, from its start; shorter documents are left out. By
-    default the longest length, with --stride twice that."""
+    """perplexity: tokens scored of each document, from its start; by default the longest length, twice with --stride."""
     stride: int | None = None
-    """perplexity: tokens from one window's start to the next; by default windows do not overlap. 256 as in the paper
-    costs one forward for every 256 tokens."""
+    """perplexity: tokens between windows' starts (the paper: 256, a forward each); by default they do not overlap."""
     last_tokens: int = 256
     """perplexity: tokens of each window that the rule 'last' scores."""
     max_windows: int | None = None
@@ -56,8 +51,7 @@ class Options:
     form: Literal["topics", "lines"] = "topics"
     """topics: generate conversations and ask for the first topic, or lines and ask for one line's number."""
     cases: Path | None = None
-    """topics: LongChat's own cases instead: a .jsonl file or a folder of them. They have lengths of their own; longer
-    ones than --lengths are left out."""
+    """topics: LongChat's own cases instead (a .jsonl file, or a folder of them), as far as --lengths reach."""
     chat: bool = False
     """passkey, topics: put prompts into the tokenizer's chat template."""
 
@@ -83,8 +77,6 @@ class Options:
             raise InputError(f"--lengths {short[0]}: expected at least 2 tokens, since a window's first is not scored")
         if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
             raise InputError(f"--depths {' '.join(map(str, self.depths))}: expected percentages from 0 to 100")
-        if self.span and self.lengths and self.span < max(self.lengths):
-            raise InputError(f"--span {self.span}: expected at least the longest length, {max(self.lengths)}")
         if self.stride and self.lengths and self.stride > min(self.lengths):
             raise InputError(
                 f"--stride {self.stride} is longer than the shortest length, {min(self.lengths)}: tokens between its "

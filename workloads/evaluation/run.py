@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,15 @@ from workloads.data import Corpus
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation import pictures, tables
-from workloads.evaluation.bootstrap import CONFIDENCE, accuracy_interval, perplexity_interval, subsampling_error
+from workloads.evaluation.bootstrap import (
+    CONFIDENCE,
+    DocumentScores,
+    accuracy_interval,
+    perplexity_interval,
+    subsampling_error,
+)
 from workloads.evaluation.cost import Cost, forward_cost, seconds_per_forward
-from workloads.evaluation.documents import documents_to_score
+from workloads.evaluation.documents import ScoredDocument, documents_to_score
 from workloads.evaluation.options import Options, Task
 from workloads.evaluation.passkey import passkey_tests
 from workloads.evaluation.perplexity import by_document, cut_windows, score_windows
@@ -80,15 +86,11 @@ def load_subject(options: Options, console: Console) -> Subject:
     Raises:
         InputError: the model cannot be loaded, or its tokenizer has more tokens than it has embeddings.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    )
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; leave the flag out to compute on the CPU")
-    precision = options.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    engine = Engine(device, precision)
+    gpu = torch.cuda.is_available() and options.device != "cpu"
+    precision = ("bfloat16" if gpu else "float32") if options.precision == "auto" else options.precision
+    engine = Engine(torch.device("cuda" if gpu else "cpu"), precision)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what is wrong with a model is said in one error
     about: dict[str, Any] = {"name": options.model}
@@ -112,8 +114,8 @@ def load_subject(options: Options, console: Console) -> Subject:
     lengths = sorted({*(options.lengths or [longest]), *([original] if original < longest else [])})
     if longest > reach(model.config):
         console.print(
-            f"note: {longest:,} tokens lie beyond the {reach(model.config):,} that this model's positions are made "
-            "for; --positions yarn or linear would stretch them"
+            f"note: {longest:,} tokens lie beyond the {reach(model.config):,} that this model's positions are made for"
+            + ("" if "step" in about else "; --positions yarn or linear would stretch them")
         )
     tokenizer = source.tokenizer()
     vocabulary, embeddings = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
@@ -135,6 +137,8 @@ def load_subject(options: Options, console: Console) -> Subject:
 def perplexity(subject: Subject, options: Options, console: Console) -> dict[str, Any] | None:
     longest = max(subject.lengths)
     span = options.span or (2 * longest if options.stride else longest)
+    if span < longest:
+        raise InputError(f"--span {span:,}: expected at least the longest length, {longest:,}")
     corpus = Corpus.parse(options.data, options.text_column)
     documents = documents_to_score(
         corpus, subject.tokenizer, span, options.documents, held_out_only=options.split == "validation"
@@ -183,8 +187,19 @@ def perplexity(subject: Subject, options: Options, console: Console) -> dict[str
     }
 
 
-def _perplexity_row(documents, length, owner, nll, scored, num_windows) -> dict[str, Any]:
-    """What one length gave: each rule's perplexity over all documents, and each document's."""
+def _perplexity_row(
+    documents: list[ScoredDocument],
+    length: int,
+    owner: np.ndarray,
+    nll: np.ndarray,
+    scored: dict[str, int],
+    num_windows: int,
+) -> dict[str, Any]:
+    """What one length gave: each rule's perplexity over all documents, and each document's summed nll.
+
+    ``owner`` (windows,) is the document of each scored window, ``nll`` (windows, rules) its scores, ``scored`` the
+    tokens that each rule scores of a window, and ``num_windows`` how many there were to draw from.
+    """
     row: dict[str, Any] = {"length": length, "windows": num_windows, "windows_scored": len(owner), "rules": {}}
     per_document: list[dict[str, Any]] = [{"name": document.name} for document in documents]
     for rule, (name, num_scored) in enumerate(scored.items()):
@@ -192,7 +207,7 @@ def _perplexity_row(documents, length, owner, nll, scored, num_windows) -> dict[
         for entry, document_nll, tokens in zip(per_document, scores.nll.tolist(), scores.tokens.tolist()):
             entry[name] = {"nll": document_nll, "tokens": tokens}
         sampled = scores.tokens > 0
-        interval = perplexity_interval(type(scores)(scores.nll[sampled], scores.tokens[sampled]))
+        interval = perplexity_interval(DocumentScores(scores.nll[sampled], scores.tokens[sampled]))
         several = int(sampled.sum()) > 1  # the spread between documents cannot be told from one
         row["rules"][name] = {
             "perplexity": interval.value,
@@ -245,7 +260,9 @@ TASKS: dict[Task, Callable[[Subject, Options, Console], dict[str, Any] | None]] 
 }
 
 
-def _of_each_length(subject, options, console, make: Callable[[int], list[RetrievalTest]]) -> list[RetrievalTest]:
+def _of_each_length(
+    subject: Subject, options: Options, console: Console, make: Callable[[int], list[RetrievalTest]]
+) -> list[RetrievalTest]:
     """Tests of every length; one that was added because it is the original length may be too short for a prompt."""
     tests: list[RetrievalTest] = []
     for length in subject.lengths:
@@ -303,8 +320,6 @@ def _retrieve(
 
 def _with_lengths_of_cases(options: Options) -> Options:
     """LongChat's cases have lengths of their own, so positions have to reach the longest of them."""
-    from dataclasses import replace
-
     if (Path(options.model) / "trial.json").is_file():
         return options
     prompter = Prompter(ModelSource.parse(options.model).tokenizer(), options.chat)
