@@ -36,7 +36,7 @@ class Options:
     documents: int = 100
     """perplexity: documents that are scored, at most."""
     span: int | None = None
-    """perplexity: tokens scored of each document, from its start; by default the longest length, twice with --stride."""
+    """perplexity: tokens scored of each document, from its start; by default the longest length (--stride: twice)."""
     stride: int | None = None
     """perplexity: tokens between windows' starts (the paper: 256, a forward each); by default they do not overlap."""
     last_tokens: int = 256
