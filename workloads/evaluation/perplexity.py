@@ -10,7 +10,9 @@ by itself, so a token's context begins at its window's start. Of each window,
             scored exactly once: the sliding window of Press et al. (2021), less its first window's other tokens.
 
 Perplexity is exp of the mean negative log-likelihood over all scored tokens; where windows slide, ``all`` counts a
-token once for each window it is in.
+token once for each window it is in. Where they do not overlap, ``all`` scores the same tokens at every length that
+divides the span (but for windows' first), while ``last`` scores the ends of windows, which are other tokens at other
+lengths: to compare lengths by ``last``, slide.
 """
 
 from __future__ import annotations
