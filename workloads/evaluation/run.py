@@ -147,7 +147,7 @@ def perplexity(subject: Subject, options: Options, console: Console) -> dict[str
         console.print(f"note: {len(documents)} documents have {span:,} tokens, not {options.documents}")
     if len(subject.lengths) > 1 and not options.stride:
         console.print(
-            f"note: where windows do not overlap, their last {options.last_tokens} tokens are other ones at each length; "
+            f"note: where windows do not overlap, their last {options.last_tokens} tokens are others at each length; "
             f"compare lengths by every token, or with --stride {options.last_tokens}"
         )
     generator = np.random.default_rng(options.seed)
