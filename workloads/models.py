@@ -114,9 +114,10 @@ class ModelSource:
         on the device that this names.
 
         Raises:
-            InputError: the model has no rotary positions, or its weights are not safetensors (a pickle is never
-                loaded).
+            InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
+                or they are damaged or not all there.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from workloads.positions import extend
@@ -125,16 +126,25 @@ class ModelSource:
         extend(config, context_length, positions)
         config.use_cache = False
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model, loaded = AutoModelForCausalLM.from_pretrained(
                 self.location,
                 revision=self.revision,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **(quantized or {}),
             )
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error
+        # What transformers would fill with random numbers.
+        if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
+            raise InputError(
+                f"model {self.name}: {len(absent)} of its weights are not in its safetensors or have another shape, "
+                f"{absent[0]} among them; the folder is not complete, or its config.json is another model's"
+            )
+        return model
 
 
 def refuse_sliding_windows(config: Any) -> None:
