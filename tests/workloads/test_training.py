@@ -189,7 +189,9 @@ def test_the_learning_rate_warms_up_and_stays():
         ({"batch": 0}, "batch is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"attention": "full"}, "only s2 has groups"),
+        ({"attention": "full"}, "full has none"),
+        ({"attention": "dilated", "group_size": None}, "but full has a group size"),
+        ({"attention": "s3"}, "expected one of s2"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_where_it_is_made(overrides, message):
