@@ -6,6 +6,7 @@ pass and is neither compiled nor fast: there it serves tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -37,7 +38,7 @@ def flexible_attention(
         if what not in known:
             known[what] = _block_mask(*what, document_ids)
         block_mask = known[what]
-    call = _compiled(flex_attention) if query.is_cuda else flex_attention
+    call = compiled(flex_attention) if query.is_cuda else flex_attention
     return call(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
@@ -73,11 +74,27 @@ def _block_mask(
         batch = len(lengths)
     else:
         batch = None if document_ids is None else len(document_ids)
-    # Compiled, it never writes out a mask of (heads, tokens, tokens).
-    create = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    # Compiled, which takes seconds, it never writes out a mask of (heads, tokens, tokens).
+    small = (batch or 1) * num_heads * num_tokens**2 <= 2**28
+    create = create_block_mask if small or device.type != "cuda" else compiled(create_block_mask)
     return create(mask_mod, batch, num_heads, num_tokens, num_tokens, device=device)
 
 
+def compiled(function: Callable, **options) -> Callable:
+    """``function`` compiled anew for each pattern and shape.
+
+    torch's own limit of 8 would be met by a worker that trains several trials; past it, FlexAttention would silently
+    fall back to a mask of (tokens, tokens) for every head. ``fullgraph`` makes that an error.
+    """
+    call = _compile(function, **options)
+
+    def with_room(*args, **kwargs):
+        with torch._dynamo.config.patch(recompile_limit=128):
+            return call(*args, **kwargs)
+
+    return with_room
+
+
 @lru_cache
-def _compiled(function):
-    return torch.compile(function)
+def _compile(function: Callable, **options) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True, **options)

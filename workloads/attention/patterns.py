@@ -76,8 +76,9 @@ def attends(
     ``block-sparse``  the sequence is cut into n = ceil(N / G) blocks (4 in the paper, as here with G = N/4). Head h has
                       the block-wise mask number s = h mod n, in which query block i attends to key block (i + s) mod n;
                       blocks (i, j) above the diagonal are moved to the lower left, to (j, i). A query block that is
-                      left with none attends to itself. A reading of the paper's one sentence on it and of the masks it
-                      refers to (Qiu et al., arXiv 1911.02972); moving by reflection and the last rule are ours.
+                      left with none attends to itself, and so does every query (documents might leave it no key). A
+                      reading of the paper's one sentence on it and of the masks it refers to (Qiu et al., arXiv
+                      1911.02972): moving by reflection and what follows it are ours.
     ``stride-sparse`` the last G keys (local) in the first heads; every floor(sqrt(N))-th key back from the query
                       (stride) in the others. The paper has "local size n/4, stride sqrt(n)", after Child et al.
                       (arXiv 1904.10509); dividing them over the heads, not the layers, is a reading.
@@ -113,7 +114,7 @@ def attends(
             i, j = query // size, key // size
             chosen = ((i + mask_number) % num_blocks == j) | ((j + mask_number) % num_blocks == i)
             left_with_none = (i < mask_number) & (i < num_blocks - mask_number)
-            return causal & (chosen | (left_with_none & (i == j)))
+            return causal & (chosen | (left_with_none & (i == j)) | (query == key))
         case "stride-sparse":
             distance = query - key
             local = ~second_part & (distance < size)
