@@ -300,7 +300,7 @@ def test_bfloat16_on_the_gpu_equals_the_definition_within_rounding(backend, name
         errors = max_errors(backend, name, case)
     except InputError as reason:
         pytest.skip(str(reason))
-    assert max(errors.values()) < 0.02, errors
+    assert max(errors.values()) < 0.03, errors
 
 
 @pytest.mark.gpu

@@ -38,9 +38,10 @@ def shared_heads(heads: slice, repeats: int) -> Iterator[tuple[slice, slice]]:
     start = heads.start
     while start < heads.stop:
         first_whole, end_of_whole = -(-start // repeats) * repeats, heads.stop // repeats * repeats
-        stop = end_of_whole if start == first_whole < end_of_whole else min(first_whole + repeats, heads.stop)
         if start < first_whole:
             stop = min(first_whole, heads.stop)
+        else:
+            stop = end_of_whole if start < end_of_whole else heads.stop
         yield slice(start, stop), slice(start // repeats, -(-stop // repeats))
         start = stop
 

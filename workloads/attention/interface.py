@@ -116,7 +116,8 @@ def _mask(
         lengths = attention_mask.sum(dim=-1)
         positions = torch.arange(kv_length, device=lengths.device)
         if torch.equal(attention_mask, positions < lengths[:, None]):
-            return RightPadding(tuple(lengths.tolist()))
+            padding = RightPadding(tuple(lengths.tolist()))
+            return padding if min(padding.lengths) < kv_length else None
     return sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
