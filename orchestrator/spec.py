@@ -19,6 +19,7 @@ import tyro
 from workloads.config import (
     RESULT_VERSION,
     Attention,
+    AttentionBackend,
     Positions,
     Precision,
     Quantization,
@@ -54,9 +55,12 @@ class SweepSpec:
     references: tuple[Positions, ...] = ("none", "yarn")
     """Untuned models to compare with, by their positions; none: no change. What tuning starts from joins by itself."""
     attention: Attention = "s2"
-    """Attention in training: s2 (shifted sparse attention) or full. Evaluation always attends fully."""
+    """Attention in training: s2 (shifted sparse attention) across heads, or across layers (s2-layers); only unshifted
+    (short) or only shifted groups; dilated, block-sparse, stride-sparse; or full. Evaluation always attends fully."""
     group_size: float = 0.25
-    """Group size of s2: a share of the context length (up to 1), or a number of tokens."""
+    """Group size (window, block) of every pattern but full: a share of the context length (up to 1), or tokens."""
+    document_mask: bool = False
+    """Stop attention in training at the boundaries of the documents that a sequence is packed from."""
     positions: Positions = "linear"
     """How positions reach beyond the original length: linear interpolation, (dynamic) NTK, YaRN, Llama 3's, none."""
     lora_rank: int = 8
@@ -158,7 +162,7 @@ class SweepSpec:
                 TrainingConfig(method="untuned", attention="full", positions=positions, **shared)
                 for positions in untuned
             ]
-            group_size = group_size_in_tokens(self.group_size, context_length) if self.attention == "s2" else None
+            group_size = group_size_in_tokens(self.group_size, context_length) if self.attention != "full" else None
             for method in self.methods:
                 lora = ("lora_rank", "lora_alpha", "lora_targets") if method != "full" else ()
                 configs += [
@@ -166,6 +170,7 @@ class SweepSpec:
                         method=method,
                         attention=self.attention,
                         group_size=group_size,
+                        document_mask=self.document_mask,
                         positions=self.positions,
                         train_layers=self.train_layers,
                         quantization=self.quantization,
@@ -313,6 +318,8 @@ class RunOptions:
     """Sequences in one forward and backward pass of a worker; by default the worker's whole share of the batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    attention_backend: AttentionBackend = "auto"
+    """What computes the attention pattern: auto takes the fastest that the worker has."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
 

@@ -245,6 +245,7 @@ class Sweep:
             micro_batch=options.micro_batch,
             gradient_checkpointing=options.gradient_checkpointing,
             checkpoint_every=options.checkpoint_every,
+            attention_backend=options.attention_backend,
         )
         return {
             "trials": [
@@ -367,11 +368,13 @@ class Sweep:
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
 
     def describe_attention(self) -> str:
-        if self.spec.attention != "s2":
-            return "full attention in training"
+        inside = ", inside documents" if self.spec.document_mask else ""
+        if self.spec.attention == "full":
+            return f"full attention in training{inside}"
         size = self.spec.group_size
         group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
-        return f"shifted sparse attention (S²-Attn) in training, groups of {group}"
+        pattern = "shifted sparse attention (S²-Attn)" if self.spec.attention == "s2" else self.spec.attention
+        return f"{pattern} in training, groups of {group}{inside}"
 
     def mlflow_command(self, storage: str) -> str:
         if self.tracker.uri.startswith("sqlite:"):

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from workloads.errors import InputError
 
@@ -20,7 +20,8 @@ from workloads.errors import InputError
 RESULT_VERSION = 1
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
-Attention = Literal["s2", "full"]
+Attention = Literal["s2", "full", "s2-layers", "short", "shifted", "dilated", "block-sparse", "stride-sparse"]
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "varlen", "flex"]
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]
@@ -35,8 +36,11 @@ class TrainingConfig:
         context_length: tokens in a training sequence, and in an evaluation window.
         method: ``lora``; ``lora+norm`` and ``lora+embed``, where norms or embeddings train too; ``lora+`` (the paper's
             improved LoRA: both); ``full``; or ``untuned``, which trains nothing and is evaluated as it is.
-        attention: the pattern in training: ``s2`` (shifted sparse attention) or ``full``. Evaluation is always full.
-        group_size: tokens in a group of ``s2``; even, and the context length is a multiple of it. None with ``full``.
+        attention: the pattern in training: ``s2`` (shifted sparse attention), ``full``, or another of those that
+            workloads/attention/patterns.py defines. Evaluation is always full.
+        group_size: tokens in a group (window, block) of the pattern; even, and the context length is a multiple of it.
+            None with ``full``.
+        document_mask: in training, attention stops at the boundaries of the documents in a sequence; positions go on.
         positions: ``linear`` (position interpolation), ``ntk`` (NTK-aware), ``dynamic`` (dynamic NTK), ``yarn``,
             ``llama3`` or ``none``: see :mod:`workloads.positions`.
         lora_rank, lora_alpha: of all LoRA methods (paper: rank 8; the authors' code: alpha 16).
@@ -67,6 +71,7 @@ class TrainingConfig:
     method: Method
     attention: Attention = "s2"
     group_size: int | None = None
+    document_mask: bool = False
     positions: Positions = "linear"
     lora_rank: int = 8
     lora_alpha: float = 16.0
@@ -102,8 +107,13 @@ class TrainingConfig:
         self._check_what_trains()
         if self.method == "untuned" and self.steps:
             raise InputError(f"steps is {self.steps}, but the method 'untuned' trains nothing; set it to 0")
-        if (self.group_size is not None) != (self.attention == "s2"):
-            raise InputError(f"group_size is {self.group_size} with attention {self.attention!r}; only s2 has groups")
+        if self.attention not in get_args(Attention):
+            raise InputError(
+                f"attention {self.attention!r} is unknown; expected one of {', '.join(get_args(Attention))}"
+            )
+        if (self.group_size is None) != (self.attention == "full"):
+            expected = "every pattern but full has a group size, and full has none"
+            raise InputError(f"group_size is {self.group_size} with attention {self.attention!r}; {expected}")
         if self.group_size is not None and self.context_length % self.group_size:
             raise InputError(
                 f"context length {self.context_length} is not a multiple of the group size {self.group_size}; "
@@ -151,12 +161,20 @@ class ExecutionConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         eval_batch_tokens: about how many tokens one evaluation forward takes.
+        attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
+            fastest that can serve.
     """
 
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: int = 100
     eval_batch_tokens: int = 8192
+    attention_backend: AttentionBackend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.attention_backend not in get_args(AttentionBackend):
+            known = ", ".join(get_args(AttentionBackend))
+            raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
 
 
 def group_size_in_tokens(group_size: int | float, context_length: int) -> int:

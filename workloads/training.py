@@ -3,7 +3,7 @@
 What happens is told through ``emit(event, **fields)``, one call an event; whoever runs the trial writes them down.
 The events and their fields:
 
-    model    parameters, trainable_parameters
+    model    parameters, trainable_parameters, attention_backend
     resume   step: training goes on from this checkpoint
     eval     step, tokens, context_length, perplexity, nll and num_tokens (a list each, one entry a document)
     step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
 from workloads.checkpoint import load_newest, save_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import PackedCorpus
@@ -49,7 +49,14 @@ def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, exe
     quantized = nf4_loading(engine.device, dtype) if config.quantization == "nf4" else None
     model = source.load(config.context_length, config.positions, dtype, quantized)
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
-    use_pattern(model, pattern)
+    use_pattern(
+        model,
+        pattern,
+        execution.attention_backend,
+        device=engine.device,
+        dtype=engine.dtype,
+        documents=config.document_mask,
+    )
     if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = adapt(
@@ -85,7 +92,7 @@ def run(
         raise InputError(f"a batch of {config.batch} sequences does not divide among {engine.num_workers} workers")
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
-    emit("model", parameters=total, trainable_parameters=trainable)
+    emit("model", parameters=total, trainable_parameters=trainable, attention_backend=backend_of(model))
     Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned).run()
 
 
@@ -137,7 +144,7 @@ class Trial:
             tokens = piece.to(engine.device, non_blocking=True)
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
-                    logits = training_model(input_ids=tokens).logits
+                    logits = training_model(input_ids=tokens, **self.boundaries(tokens)).logits
                 loss = next_token_losses(logits, tokens).mean() * (len(piece) / len(mine))
                 loss.backward()
             loss_sum += loss.detach()
@@ -165,6 +172,10 @@ class Trial:
             tokens_per_second=batch.size / seconds,
             peak_memory_gib=engine.peak_memory_gib(),
         )
+
+    def boundaries(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model's call is told of documents, if attention is to stop at their boundaries."""
+        return {"document_ids": document_ids(tokens, self.corpus.eos_token_id)} if self.config.document_mask else {}
 
     @property
     def tokens(self) -> int:

@@ -43,6 +43,7 @@ def test_a_field_at_its_default_is_the_same_trial_whether_it_is_named_or_not():
         {"batch": 8}, {"learning_rate": 1e-3}, {"seed": 1}, {"precision": "bfloat16"}, {"eval_documents": 3},
         {"attention": "full", "group_size": None}, {"beta2": 0.999}, {"train_layers": "last 1"}, {"schedule": "cosine"},
         {"method": "lora+norm"}, {"lora_targets": ("q_proj",)}, {"quantization": "nf4"}, {"positions": "ntk"},
+        {"attention": "short"}, {"document_mask": True},
     ],
 )  # fmt: skip
 def test_whatever_changes_the_result_changes_the_fingerprint(change):
@@ -123,6 +124,16 @@ def test_a_sweep_is_every_context_with_every_method_and_the_references():
     assert lora.untuned() == trials[2] == trials[2].untuned()
     assert {t.training.group_size for t in trials if t.training.context_length == 2048} == {None, 512}
     assert {t.training.eval_span for t in trials} == {2048}
+
+
+def test_every_attention_pattern_is_a_flag_of_a_sweep():
+    flags = ["--attention", "dilated", "--document-mask", "--group-size", "0.5", "--attention-backend", "sdpa"]
+    _, spec, options = parse(flags)
+    assert options.attention_backend == "sdpa"
+    trained = [t.training for t in spec.trials(IDENTITIES, "float32") if t.training.method != "untuned"]
+    assert {(t.attention, t.document_mask, t.group_size / t.context_length) for t in trained} == {
+        ("dilated", True, 0.5)
+    }
 
 
 def test_full_fine_tuning_is_the_same_trial_whatever_the_rank():

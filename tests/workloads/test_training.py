@@ -1,5 +1,6 @@
 """The loop: the numbers it gives, that it resumes to the bit, and that workers change nothing."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from workloads.attention import AttentionPattern, dense_mask, document_ids
 from workloads.checkpoint import load_newest
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
+from workloads.evaluation.perplexity import next_token_losses
 from workloads.models import ModelSource
 from workloads.training import NonFiniteLoss, run
 
@@ -156,6 +159,25 @@ def test_bfloat16_keeps_what_trains_in_float32_and_the_losses_near(corpus, tmp_p
     assert trained and {t.dtype for t in trained} == {torch.float32}
 
 
+@pytest.mark.parametrize("attention", ["s2", "full"])
+def test_attention_stops_at_documents_where_asked(attention, corpus, tmp_path):
+    """The first loss against the stock model with a dense mask."""
+    asked = config(attention=attention, group_size=256 if attention == "s2" else None, document_mask=True, steps=1)
+    # Documents longer than a sequence would not show: a token that is frequent ends them here.
+    corpus = dataclasses.replace(corpus, eos_token_id=ord("\n"))
+    events = train(asked, corpus, tmp_path)
+    assert [e["attention_backend"] for e in events if e["event"] == "model"] == ["sdpa"]
+
+    tokens = torch.from_numpy(corpus.train_batch(0, 2, 1024, asked.seed))
+    model = SOURCE.load(1024, "linear", torch.float32)
+    pattern = AttentionPattern(name=attention, group_size=asked.group_size)
+    mask = dense_mask(pattern, model.config.num_attention_heads, 1024, document_ids=document_ids(tokens, ord("\n")))
+    with torch.no_grad():
+        expected = next_token_losses(model(tokens, attention_mask=mask).logits, tokens).mean().item()
+    assert losses(events)[1] == pytest.approx(expected, rel=1e-5)
+    assert losses(events)[1] != pytest.approx(GOLDEN["full"][1], rel=1e-3)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_in_that_step(corpus, tmp_path):
     with pytest.raises(NonFiniteLoss, match="Lower the learning rate"):
         train(config("full", learning_rate=1e30, warmup_steps=0, max_grad_norm=None), corpus, tmp_path)
@@ -187,7 +209,9 @@ def test_the_order_of_events_and_what_tokens_count(corpus, tmp_path):
         ({"batch": 0}, "batch is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"attention": "full"}, "only s2 has groups"),
+        ({"attention": "full"}, "full has none"),
+        ({"attention": "dilated", "group_size": None}, "but full has a group size"),
+        ({"attention": "s3"}, "expected one of s2"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_where_it_is_made(overrides, message):
