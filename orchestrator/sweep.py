@@ -195,7 +195,7 @@ class Sweep:
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
         for trial in to_train:
-            self.storage.add_trial(trial)
+            self.storage.add_trial(trial, self.source.location)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
         view = LiveView(rows, self.concurrency, self.console)
@@ -271,7 +271,7 @@ class Sweep:
     def conclude(self) -> int:
         """Compares the trials, writes and logs the report, and prints the answer."""
         from dashboards.report import render
-        from orchestrator.results import result_table
+        from orchestrator.results import result_table, winners
 
         folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
         outcomes = [
@@ -291,6 +291,9 @@ class Sweep:
         self.console.print(f"\n{seconds:.0f} s in all.")
         self.console.print(f"report: {_shown(self.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self.mlflow_command(_shown(self.storage.root))}", soft_wrap=True)
+        for trial in winners(comparison):
+            command = self.export_command(trial["fingerprint"])
+            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
         failed = [o for o in outcomes if not o.finished]
         for outcome in failed:
             self.console.print(
@@ -380,6 +383,10 @@ class Sweep:
         if self.tracker.uri.startswith("sqlite:"):
             return f"{_shown(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
         return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
+
+    def export_command(self, fingerprint: str) -> str:
+        folder = _shown(self.storage.trial(fingerprint).path)
+        return f"{_shown(Path(sys.executable))} -m workloads.export {folder} DIR"
 
     def end_ray(self) -> None:
         import ray

@@ -48,6 +48,8 @@ def test_it_ends_with_table_report_and_the_command_for_mlflow(finished):
     assert os.path.realpath(report) == os.path.realpath(next(page))
     assert re.search(r"^MLflow: .* -m dashboards\.mlflow --storage ", output, re.M)
     assert "wins with a perplexity of" in output
+    exported = re.search(r"^export \S+ 1024: .* -m workloads\.export (\S+) DIR$", output, re.M)[1]
+    assert os.path.realpath(exported) in {os.path.realpath(path) for path in command.storage.glob("trials/*")}
 
 
 def test_nothing_but_the_sweep_itself_speaks(finished):
