@@ -40,6 +40,8 @@ class SweepSpec:
     """Corpus: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
     text_column: str | None = None
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; found by itself where there is but one."""
+    max_train_tokens: int | None = None
+    """Training tokens to prepare: reads only the beginning of data too large for a disk. By default all of it."""
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")

@@ -131,7 +131,7 @@ class Sweep:
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.source = ModelSource.parse(self.spec.model)
-        self.corpus = Corpus.parse(self.spec.data, self.spec.text_column)
+        self.corpus = Corpus.parse(self.spec.data, self.spec.text_column, self.spec.max_train_tokens)
         self.provenance = Provenance.collect()
         self.tracker = Tracker(
             tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
