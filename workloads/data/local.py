@@ -1,4 +1,4 @@
-"""Documents from local files: one document a text file, one document a row of a JSON Lines or Parquet file.
+"""Documents from local files: one document a text file, one document a row of a JSON Lines or Parquet file; and rows.
 
 A document is named by its path relative to the folder that was given, with ``#row`` (counted from 0) for a row.
 Texts are taken byte for byte as they are (UTF-8), line ends included. Names that begin with a dot are passed over.
@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 
 from workloads.data.columns import choose_text_column, record_text, record_text_column
-from workloads.data.documents import Document, Split, files_digest, hold_out
-from workloads.data.tables import decode, jsonl_records, parquet_records
+from workloads.data.documents import Document, Row, Split, files_digest, hold_out
+from workloads.data.tables import decode, json_records, jsonl_records, parquet_records
 from workloads.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md", ".tex")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
+ROW_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,7 @@ class LocalSource:
         Raises:
             InputError: there is none that can be read.
         """
-        if self.path.is_file():
-            found = [(self.path.name, self.path)]
-        else:
-            found = sorted((path.relative_to(self.path).as_posix(), path) for path in _walk(self.path))
-        files = [(name, path) for name, path in found if path.suffix.lower() in SUFFIXES]
-        if not files:
-            what = "is not a file" if self.path.is_file() else f"has no file (of {len(found)})"
-            raise InputError(f"corpus {self.path} {what} that longspan reads, by its suffix: {', '.join(SUFFIXES)}.")
+        files = _find_files(self.path, SUFFIXES, "corpus")
         if self.text_column is not None and not any(path.suffix.lower() in TABLE_SUFFIXES for _, path in files):
             raise InputError(
                 f"--text-column {self.text_column} has no effect: corpus {self.path} has no "
@@ -66,6 +60,44 @@ class LocalSource:
             else:
                 texts = _jsonl_texts if suffix == ".jsonl" else _parquet_texts
                 yield from ((f"{name}#{row}", text) for row, text in enumerate(texts(path, self.text_column)))
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of a table, or of every table below a folder: instruction data."""
+
+    path: Path
+
+    @cached_property
+    def files(self) -> list[tuple[str, Path]]:
+        """As of a :class:`LocalSource`.
+
+        Raises:
+            InputError: there is none that can be read.
+        """
+        return _find_files(self.path, ROW_SUFFIXES, "instruction data")
+
+    @cached_property
+    def identity(self) -> str:
+        return f"files:{files_digest(self.files)}"
+
+    def rows(self) -> Iterator[Row]:
+        readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": parquet_records}
+        for name, path in self.files:
+            for number, (where, record) in enumerate(readers[path.suffix.lower()](path)):
+                yield Row(f"{name}#{number}", where, record)
+
+
+def _find_files(path: Path, suffixes: tuple[str, ...], what: str) -> list[tuple[str, Path]]:
+    if path.is_file():
+        found = [(path.name, path)]
+    else:
+        found = sorted((file.relative_to(path).as_posix(), file) for file in _walk(path))
+    files = [(name, file) for name, file in found if file.suffix.lower() in suffixes]
+    if not files:
+        problem = "is not a file" if path.is_file() else f"has no file (of {len(found)})"
+        raise InputError(f"{what} {path} {problem} that longspan reads, by its suffix: {', '.join(suffixes)}.")
+    return files
 
 
 def _walk(folder: Path) -> Iterator[Path]:
