@@ -284,6 +284,13 @@ OF_THE_PAPER = {
         "arxiv/train/arXiv_000.jsonl.gz": gzip.compress(b'{"text": "first", "meta": {"id": "x"}}\n' * 2),
         "arxiv/train/arXiv_001.jsonl.gz": gzip.compress(b'{"text": "second", "meta": {"id": "x"}}\n' * 2),
     },
+    "Yukang/LongAlpaca-12k": {
+        "README.md": b"---\nlicense: cc-by-nc-4.0\n---\n",
+        "LongAlpaca-12k.json": json.dumps(
+            [{"output": f"answer {i}", "instruction": f"question {i}", "input": "", "file": "book"} for i in range(30)],
+            indent=4,
+        ).encode(),
+    },
     "deepmind/pg19": {"pg19.py": b"raise SystemExit"},
     "togethercomputer/RedPajama-Data-1T-Sample": {"RedPajama-Data-1T-Sample.py": b"raise SystemExit"},
 }
@@ -448,6 +455,21 @@ def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_p
         assert "loading script" in message and alternative in message
     for message in refused[-2:]:
         assert "cannot be loaded" in message and "proof-pile:test/proofpile_test.jsonl.gz" in message
+
+
+def test_the_papers_instruction_data_load(hub, tmp_path):
+    script = """
+import json, sys
+from workloads.data import Instructions
+instructions = Instructions.parse(sys.argv[1])
+print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, r.split] for r in instructions.rows()]]))
+"""
+    ((identity, rows),) = ask(hub, tmp_path, "Yukang/LongAlpaca-12k", script=script)
+    assert identity == f"hub:Yukang/LongAlpaca-12k@{COMMIT}:default"
+    assert [(name, row["instruction"], row["output"]) for name, row, _ in rows] == [
+        (f"train#{i}", f"question {i}", f"answer {i}") for i in range(30)
+    ]
+    assert 1 <= sum(side == "validation" for *_, side in rows) < 15
 
 
 def test_without_the_hub_a_full_commit_comes_from_the_cache_and_no_other(hub, tmp_path):

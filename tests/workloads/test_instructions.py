@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from tests.workloads.test_packed import byte_tokenizer as bytes_without_decoder
 from workloads.data import ExampleCorpus, Instructions, prepare_examples
 
 CHATML = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}%OPEN%{{ m.content + '</s>' }}%CLOSE%"
-    "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if m.role == 'assistant' %}%OPEN%{{ m.content + '</s>' }}%CLOSE%{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 UNMARKED = CHATML.replace("%OPEN%", "").replace("%CLOSE%", "")
 MARKED = CHATML.replace("%OPEN%", "{% generation %}").replace("%CLOSE%", "{% endgeneration %}")
@@ -81,7 +82,7 @@ def all_examples(corpus: ExampleCorpus) -> list[tuple[list[int], list[int]]]:
             np.fromfile(corpus.folder / f"{side}.{kind}", dtype)
             for kind, dtype in (("tokens", corpus.dtype), ("answers", "uint8"), ("offsets", "int64"))
         )
-        for begin, end in zip(offsets[:-1], offsets[1:]):
+        for begin, end in pairwise(offsets):
             example = tokens[begin:end]
             found.append((example.tolist(), example[answers[begin:end] == 1].tolist()))
     return found
@@ -167,9 +168,7 @@ GOOD = {"instruction": "a", "output": "b"}
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_a_row_that_is_no_example_is_named(tmp_path, row, says, suffix):
-    template = (
-        "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}{% endfor %}"
-    )
+    template = "{% if messages[0].role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
     path = write(tmp_path / f"rows{suffix}", [GOOD, row])
     message = error_of(prepare, path, byte_tokenizer(template + UNMARKED))
     assert says in message and (f"{path}, line 2" if suffix == ".jsonl" else f"{path}, item 1") in message
@@ -276,12 +275,10 @@ def test_prepared_once_and_pickled_by_its_place(examples):
     content = pickle.dumps(examples)
     assert len(content) < 1_000
     assert sequences(pickle.loads(content).train_batch(3, 4, 64, 0)) == sequences(examples.train_batch(3, 4, 64, 0))
-    path = examples.folder.parent.parent / "rows.jsonl"
-    again = prepare_examples(
-        Instructions.parse(str(path)), lambda: pytest.fail("prepared again"), "bytes", examples.folder.parent
-    )
-    assert again.folder == examples.folder
-    other = prepare_examples(Instructions.parse(str(path)), byte_tokenizer(), "other template", examples.folder.parent)
+    root = examples.folder.parent
+    rows = Instructions.parse(str(root.parent / "rows.jsonl"))
+    assert prepare_examples(rows, lambda: pytest.fail("prepared again"), "bytes", root).folder == examples.folder
+    other = prepare_examples(rows, byte_tokenizer(), "other template", root)
     assert other.folder != examples.folder
 
 
