@@ -20,10 +20,12 @@ from workloads.config import (
     RESULT_VERSION,
     Attention,
     AttentionBackend,
+    LongExamples,
     Positions,
     Precision,
     Quantization,
     Schedule,
+    Task,
     TrainingConfig,
     group_size_in_tokens,
     trains_embeddings,
@@ -44,6 +46,13 @@ class SweepSpec:
     """Corpus: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
     text_column: str | None = None
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; found by itself where there is but one."""
+    task: Task = "pretraining"
+    """pretraining on documents; or sft, on the answers of instruction data: rows with messages, or with instruction
+    and output (.json, .jsonl, .parquet, or a Hugging Face id such as Yukang/LongAlpaca-12k)."""
+    long_examples: LongExamples = "drop"
+    """What sft does with training examples longer than the context: drop or truncate."""
+    max_train_tokens: int | None = None
+    """Training tokens to prepare: reads only the beginning of data too large for a disk. By default all of it."""
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
@@ -115,6 +124,9 @@ class SweepSpec:
             if len(set(values)) != len(values):
                 given = " ".join(str(value) for value in values)
                 raise InputError(f"{flag} {given}: expected none of the values twice")
+        for flag, given in (("--text-column", self.text_column), ("--max-train-tokens", self.max_train_tokens)):
+            if self.task == "sft" and given is not None:
+                raise InputError(f"{flag} {given} has no effect with --task sft. Leave it out")
         if self.steps < 1:
             raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
         for field in ("learning_rate_embeddings", "learning_rate_norms"):
@@ -156,7 +168,10 @@ class SweepSpec:
                 "precision": precision,
                 "eval_documents": self.eval_documents,
                 "eval_span": self.eval_span or max(self.context_lengths),
+                "task": self.task,
             }
+            if self.task == "sft":  # examples are scored whole
+                shared["eval_span"] = context_length
             untuned = dict.fromkeys((*self.references, self.positions)) if self.references else ()
             configs += [
                 TrainingConfig(method="untuned", attention="full", positions=positions, **shared)
@@ -185,6 +200,7 @@ class SweepSpec:
                         max_grad_norm=self.max_grad_norm,
                         eval_every=self.eval_every,
                         seed=seed,
+                        long_examples=self.long_examples,
                         **{field: getattr(self, field) for field in lora},
                         **shared,
                     )
@@ -266,6 +282,7 @@ class TrialSpec:
             precision=training.precision,
             eval_documents=training.eval_documents,
             eval_span=training.eval_span,
+            task=training.task,
         )
         return dataclasses.replace(self, training=untuned)
 

@@ -34,10 +34,19 @@ from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
-from workloads.config import ExecutionConfig, trained_layers
-from workloads.data import Corpus, PackedCorpus, ValidationDocument, prepare
+from workloads.config import ExecutionConfig, TrainingConfig, trained_layers
+from workloads.data import (
+    Corpus,
+    ExampleCorpus,
+    Instructions,
+    PackedCorpus,
+    ValidationDocument,
+    ValidationExample,
+    prepare,
+    prepare_examples,
+)
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import CONFIDENCE, RULE
+from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models import ModelSource
 from workloads.positions import extend, original_context_length
 
@@ -133,7 +142,10 @@ class Sweep:
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.source = ModelSource.parse(self.spec.model)
-        self.corpus = Corpus.parse(self.spec.data, self.spec.text_column)
+        if self.spec.task == "sft":
+            self.corpus = Instructions.parse(self.spec.data)
+        else:
+            self.corpus = Corpus.parse(self.spec.data, self.spec.text_column, self.spec.max_train_tokens)
         self.provenance = Provenance.collect()
         self.tracker = Tracker(
             tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
@@ -147,11 +159,11 @@ class Sweep:
         all_positions = {self.spec.positions, *self.spec.references}
         for length, positions in itertools.product(self.spec.context_lengths, all_positions):
             extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
-        self.identities = Identities(
-            model=self.source.identity, tokenizer=self.source.tokenizer_identity, data=self.corpus.identity()
-        )
-        self.packed: PackedCorpus = prepare(
-            self.corpus, self.source.tokenizer, self.source.tokenizer_identity, self.storage.data
+        sft = self.spec.task == "sft"
+        tokenizer = self.source.chat_identity if sft else self.source.tokenizer_identity
+        self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
+        self.packed: PackedCorpus | ExampleCorpus = (prepare_examples if sft else prepare)(
+            self.corpus, self.source.tokenizer, tokenizer, self.storage.data
         )
 
     def make_trials(self) -> None:
@@ -164,8 +176,11 @@ class Sweep:
         self.trials = self.spec.trials(self.identities, precision)
         for trial in self.trials:
             training = trial.training
-            self.packed.check(training.context_length, training.batch)
-            self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
+            if training.task == "sft":
+                self.packed.check(training.context_length, training.batch, training.long_examples)
+            else:
+                self.packed.check(training.context_length, training.batch)
+            self.held_out(training)
         self.concurrency = self.cluster.concurrency(self.options)
         self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -184,10 +199,11 @@ class Sweep:
                     f"note: {length:,} tokens lie within the model's original context of {self.original_length:,}: "
                     "positions are not extended there"
                 )
+            if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
+                print_line(f"note: {left_out}")
+        fit = "are short enough" if self.spec.task == "sft" else "are long enough"
         if (scored := len(self.validation_documents())) < self.spec.eval_documents:
-            print_line(
-                f"note: {scored} held-out documents are long enough to be scored, not {self.spec.eval_documents}"
-            )
+            print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
@@ -336,7 +352,7 @@ class Sweep:
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
             "question": "Which way to adapt wins at each context length, and how near do the others come?",
             "sentences": summarise(contexts, list(self.spec.seeds)),
-            "rule": RULE,
+            "rule": ANSWERS_RULE if self.spec.task == "sft" else RULE,
             "model": {
                 "name": self.spec.model,
                 "original_context_length": self.original_length,
@@ -348,7 +364,7 @@ class Sweep:
                 "identity": self.identities.data,
                 "validation_documents": len(documents),
                 # At the shortest context; at a longer one a few more, since a window's first token is not scored.
-                "scored_tokens": sum(document.tokens[:, 1:].size for document in documents),
+                "scored_tokens": sum(document.num_scored for document in documents),
             },
             "attention": self.describe_attention(),
             "train_layers": self.spec.train_layers if self.spec.train_layers != "all" else None,
@@ -365,9 +381,13 @@ class Sweep:
             "contexts": contexts,
         }
 
-    def validation_documents(self) -> list[ValidationDocument]:
-        """What every trial of the sweep is scored on, in windows of the shortest context."""
-        training = min((trial.training for trial in self.trials), key=lambda training: training.context_length)
+    def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
+        """What every trial of the sweep is scored on, as at the shortest context."""
+        return self.held_out(min((t.training for t in self.trials), key=lambda training: training.context_length))
+
+    def held_out(self, training: TrainingConfig) -> list[ValidationDocument] | list[ValidationExample]:
+        if training.task == "sft":
+            return self.packed.validation_examples(training.context_length, training.eval_documents)
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
 
     def describe_attention(self) -> str:

@@ -24,7 +24,7 @@ from orchestrator.provenance import package_versions
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import TrialFolder
 from workloads.config import ExecutionConfig
-from workloads.data import PackedCorpus
+from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
@@ -66,13 +66,14 @@ def _train(
             stack.enter_context(FileLock(folder.lock))
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
             return
+        corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             emit("started", **describe_attempt(device, workers))
             run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
                 ExecutionConfig(**config["execution"]),
-                PackedCorpus.open(Path(config["corpus"])),
+                corpus.open(Path(config["corpus"])),
                 folder.checkpoints,
                 Engine(device, trial.training.precision),
                 emit,

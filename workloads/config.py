@@ -26,6 +26,8 @@ Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]
 Quantization = Literal["none", "nf4"]
+Task = Literal["pretraining", "sft"]
+LongExamples = Literal["drop", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,10 @@ class TrainingConfig:
         eval_every: steps between evaluations; step 0 and the last are always evaluated.
         eval_documents: held-out documents that are scored.
         eval_span: tokens scored of each, from its start; a multiple of the context length.
+        task: ``pretraining`` on packed documents, or ``sft``: supervised fine-tuning on the answers of instruction
+            data, where the loss is the mean over all answer tokens of the batch, and ``eval_documents`` held-out
+            examples that fit into the context are scored, whole (``eval_span`` means nothing).
+        long_examples: what ``sft`` does with training examples longer than the context: ``drop`` or ``truncate``.
     """
 
     context_length: int
@@ -94,6 +100,8 @@ class TrainingConfig:
     eval_every: int = 100
     eval_documents: int = 100
     eval_span: int
+    task: Task = "pretraining"
+    long_examples: LongExamples = "drop"
 
     def __post_init__(self) -> None:
         for field in ("context_length", "batch", "lora_rank", "eval_every", "eval_documents", "eval_span"):
@@ -105,6 +113,10 @@ class TrainingConfig:
         if self.method != "untuned" and not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number")
         self._check_what_trains()
+        if self.document_mask and self.task == "sft":
+            raise InputError(
+                "document_mask has no meaning with the task 'sft': an example is one document; leave it out"
+            )
         if self.method == "untuned" and self.steps:
             raise InputError(f"steps is {self.steps}, but the method 'untuned' trains nothing; set it to 0")
         if self.attention not in get_args(Attention):
@@ -118,6 +130,10 @@ class TrainingConfig:
             raise InputError(
                 f"context length {self.context_length} is not a multiple of the group size {self.group_size}; "
                 f"{_nearest_multiple(self.context_length, self.group_size)} would be"
+            )
+        if self.long_examples != "drop" and self.task != "sft":
+            raise InputError(
+                f"long_examples {self.long_examples!r} has no effect on the task {self.task!r}; leave it out"
             )
         if self.eval_span % self.context_length:
             raise InputError(

@@ -76,6 +76,12 @@ class ModelSource:
             return self.identity
         return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
 
+    @cached_property
+    def chat_identity(self) -> str:
+        """The tokenizer's identity with its chat template, which is part of what instruction data become."""
+        template = "" if self.revision else _content_hash(Path(self.location), ("chat_template*",))
+        return f"{self.tokenizer_identity}:{template}"
+
     def config(self) -> Any:
         """The model's configuration, as transformers reads it.
 

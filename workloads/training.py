@@ -25,9 +25,10 @@ from workloads.adaptation import adapt, compute_dtype, count_parameters, trainab
 from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
 from workloads.checkpoint import load_newest, save_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import PackedCorpus
+from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
+from workloads.evaluation.answers import score_answers, to_device
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import next_token_losses, score_documents
 from workloads.models import ModelSource
@@ -74,7 +75,7 @@ def run(
     source: ModelSource,
     config: TrainingConfig,
     execution: ExecutionConfig,
-    corpus: PackedCorpus,
+    corpus: PackedCorpus | ExampleCorpus,
     checkpoints: Path,
     engine: Engine,
     emit: Emit,
@@ -103,7 +104,7 @@ class Trial:
     model: nn.Module
     config: TrainingConfig
     execution: ExecutionConfig
-    corpus: PackedCorpus
+    corpus: PackedCorpus | ExampleCorpus
     checkpoints: Path
     engine: Engine
     emit: Emit
@@ -136,16 +137,18 @@ class Trial:
         config, engine = self.config, self.engine
         started = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)
-        batch = self.corpus.train_batch(self.step, config.batch, config.context_length, config.seed)
-        mine = torch.from_numpy(batch[engine.rank :: engine.num_workers])
+        batch = self.train_batch()
+        mine = batch.rows(slice(engine.rank, None, engine.num_workers))
+        # The mean over all scored tokens of the batch; gradients are averaged over the workers, hence their number.
+        share = engine.num_workers / batch.num_scored
         loss_sum = torch.zeros((), device=engine.device)
         pieces = mine.split(self.execution.micro_batch or len(mine))
         for index, piece in enumerate(pieces):
-            tokens = piece.to(engine.device, non_blocking=True)
+            tokens, scored, mask = to_device(piece, engine.device)
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
-                    logits = training_model(input_ids=tokens, **self.boundaries(tokens)).logits
-                loss = next_token_losses(logits, tokens).mean() * (len(piece) / len(mine))
+                    logits = training_model(input_ids=tokens, attention_mask=mask, **self.boundaries(tokens)).logits
+                loss = (next_token_losses(logits, tokens) * scored[:, 1:]).sum() * share
                 loss.backward()
             loss_sum += loss.detach()
         limit = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
@@ -169,9 +172,17 @@ class Trial:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm.item(),
             seconds=seconds,
-            tokens_per_second=batch.size / seconds,
+            tokens_per_second=batch.num_tokens / seconds,
             peak_memory_gib=engine.peak_memory_gib(),
         )
+
+    def train_batch(self) -> Batch:
+        """The sequences of the next step, of all workers."""
+        config = self.config
+        where = (self.step, config.batch, config.context_length, config.seed)
+        if config.task == "sft":
+            return self.corpus.train_batch(*where, config.long_examples)
+        return Batch.whole(self.corpus.train_batch(*where))
 
     def boundaries(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model's call is told of documents, if attention is to stop at their boundaries."""
@@ -179,17 +190,24 @@ class Trial:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, over all workers."""
-        return self.step * self.config.batch * self.config.context_length
+        """Tokens trained on so far, over all workers, without padding."""
+        config = self.config
+        if config.task == "sft" and config.steps:
+            where = (self.step, config.batch, config.context_length, config.seed)
+            return self.corpus.tokens_before(*where, config.long_examples)
+        return self.step * config.batch * config.context_length
 
     def evaluate(self, at_original_length: bool) -> None:
-        """Scores the held-out documents at the trained length, and on request at the model's original one too."""
+        """Scores what is held out at the trained length, and on request at the model's original one too."""
         lengths = [self.config.context_length]
-        if at_original_length and self.config.eval_span % self.original_length == 0:
-            lengths += [self.original_length] if self.original_length not in lengths else []
+        if at_original_length and self.original_length not in lengths and self.can_evaluate(self.original_length):
+            lengths.append(self.original_length)
         for length in lengths:
             if self.step == 0 and self.untuned is not None and length == self.config.context_length:
                 scores = self.untuned
+            elif self.config.task == "sft":
+                examples = self.corpus.validation_examples(length, self.config.eval_documents)
+                scores = score_answers(self.model, examples, self.engine, self.execution.eval_batch_tokens)
             else:
                 documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
                 scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
@@ -202,6 +220,11 @@ class Trial:
                 nll=scores.nll.tolist(),
                 num_tokens=scores.tokens.tolist(),
             )
+
+    def can_evaluate(self, length: int) -> bool:
+        if self.config.task == "sft":
+            return self.corpus.has_validation_examples(length)
+        return self.config.eval_span % length == 0
 
     def save(self) -> None:
         """What the next attempt needs: trainable parameters, optimiser state, random state; the data's position is

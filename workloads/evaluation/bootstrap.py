@@ -20,6 +20,9 @@ RULE = (
     "full attention"
 )
 
+# How workloads.evaluation.answers scores.
+ANSWERS_RULE = "every token of the answers of held-out examples that fit into the context, full attention"
+
 CONFIDENCE = 0.95
 RESAMPLES = 4_000
 
