@@ -19,6 +19,8 @@ import tyro
 from workloads.config import (
     RESULT_VERSION,
     Attention,
+    EngineName,
+    ExecutionConfig,
     Positions,
     Precision,
     TrainingConfig,
@@ -259,6 +261,10 @@ class RunOptions:
     """Recompute activations in the backward pass: less memory, more time."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
+    engine: EngineName = "auto"
+    """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
+    offload: bool = False
+    """Keep in host memory what zero2 or zero3 shares out, and update there."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
@@ -269,3 +275,4 @@ class RunOptions:
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"{field} is {value}; expected a positive number")
+        ExecutionConfig(engine=self.engine, offload=self.offload)  # refuses what cannot go together

@@ -235,6 +235,8 @@ class Sweep:
             micro_batch=options.micro_batch,
             gradient_checkpointing=options.gradient_checkpointing,
             checkpoint_every=options.checkpoint_every,
+            engine=options.engine,
+            offload=options.offload,
         )
         return {
             "trials": [{"trial": t.to_dict(), "folder": str(self.storage.trial(t.fingerprint).path)} for t in trials],

@@ -25,7 +25,7 @@ from orchestrator.spec import TrialSpec
 from orchestrator.storage import TrialFolder
 from workloads.config import ExecutionConfig
 from workloads.data import PackedCorpus
-from workloads.engine import Engine
+from workloads.engine import make_engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
 from workloads.training import run
@@ -64,13 +64,14 @@ def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device
             return
         try:
             emit("started", **describe_attempt(device, workers))
+            execution = ExecutionConfig(**config["execution"])
             run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
-                ExecutionConfig(**config["execution"]),
+                execution,
                 PackedCorpus.open(Path(config["corpus"])),
                 folder.checkpoints,
-                Engine(device, trial.training.precision),
+                make_engine(execution, device, trial.training.precision),
                 emit,
             )
             emit("finished")

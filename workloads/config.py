@@ -20,6 +20,7 @@ Method = Literal["untuned", "lora", "lora+", "full"]
 Attention = Literal["s2", "full"]
 Positions = Literal["linear", "yarn", "none"]
 Precision = Literal["float32", "bfloat16"]
+EngineName = Literal["auto", "ddp", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +103,21 @@ class ExecutionConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         eval_batch_tokens: about how many tokens one evaluation forward takes.
+        engine: how several workers train one model: ``ddp``; ``zero2`` or ``zero3`` (DeepSpeed); ``auto`` is ``ddp``
+            where there are several.
+        offload: keep in host memory what ZeRO shares out: gradients and optimiser state, with ``zero3`` the weights.
     """
 
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: int = 100
     eval_batch_tokens: int = 8192
+    engine: EngineName = "auto"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offload and not self.engine.startswith("zero"):
+            raise InputError(f"offload is on with the engine {self.engine!r}; choose zero2 or zero3, which can offload")
 
 
 def group_size_in_tokens(group_size: int | float, context_length: int) -> int:

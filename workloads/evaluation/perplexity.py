@@ -6,6 +6,7 @@ every token of a window is scored except its first, which has no context (so N -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -32,8 +33,13 @@ def score_documents(
     windows = np.concatenate([document.tokens for document in documents])
     owner = np.repeat(np.arange(len(documents)), [len(document.tokens) for document in documents])
     context_length = windows.shape[1]
+    # Every worker makes as many forward passes as any other, since under ZeRO-3 they fetch the weights together: the
+    # windows that fill up the last round belong to no document.
+    rounded = math.ceil(len(windows) / engine.num_workers) * engine.num_workers
+    owner = np.append(owner, np.full(rounded - len(windows), len(documents)))
+    windows = windows[np.arange(rounded) % len(windows)]
     per_forward = max(1, batch_tokens // context_length)
-    nll = torch.zeros(len(documents), dtype=torch.float64)
+    nll = torch.zeros(len(documents) + 1, dtype=torch.float64)
     mine = np.arange(len(windows))[engine.rank :: engine.num_workers]
 
     was_training = model.training
@@ -46,8 +52,8 @@ def score_documents(
             nll.index_add_(0, torch.from_numpy(owner[rows]), losses.double().sum(dim=1).cpu())
     model.train(was_training)
 
-    tokens_scored = np.bincount(owner, minlength=len(documents)) * (context_length - 1)
-    return DocumentScores(engine.sum(nll).numpy(), tokens_scored)
+    tokens_scored = np.bincount(owner, minlength=len(documents) + 1) * (context_length - 1)
+    return DocumentScores(engine.sum(nll).numpy()[:-1], tokens_scored[:-1])
 
 
 def next_token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
