@@ -45,6 +45,8 @@ class ZeroEngine(Engine):
                 f"the engine zero{stage} needs DeepSpeed, which cannot be imported ({error}); install it with "
                 "pip install 'longspan[deepspeed]', or choose the engine ddp"
             ) from error
+        # Used in inference only, and DeepSpeed would compile it, for minutes, wherever workers talk on a CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.deepspeed = deepspeed
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if not dist.is_initialized():

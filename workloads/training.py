@@ -253,8 +253,8 @@ class Trial:
         if different or not shapes_agree:
             what = ", ".join(sorted(different)) or "the model's parameters"
             raise InputError(
-                f"the checkpoints in {self.checkpoints} are another trial's: {what} differ. Move them away, or train in "
-                "another folder"
+                f"the checkpoints in {self.checkpoints} are another trial's: {what} differ. Move them away, or train "
+                "in another folder"
             )
 
 
