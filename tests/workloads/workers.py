@@ -3,20 +3,19 @@
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from workloads.engine import make_engine
 
-
-def run_workers(folder, scenario: Callable[..., Any], *args, workers: int = 2, device: str = "cpu") -> list[Any]:
+def run_workers(folder, device: str, scenario: Callable[..., Any], *args, workers: int = 2) -> list[Any]:
     """What ``scenario(*args)`` returns in each of ``workers`` processes that torch.distributed joins, by rank.
 
-    ``scenario`` is a function of a module, and it returns what torch can save without pickling code: numbers, strings,
-    tensors, and lists and dictionaries of them.
+    ``scenario`` is a function of a module and returns numbers, strings, tensors, and lists and dictionaries of them. A
+    worker that waits for another longer than two minutes ends in an error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -32,13 +31,16 @@ def _worker(rank: int, workers: int, port: int, folder: str, device: str, scenar
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=workers)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=workers, timeout=timedelta(minutes=2))
     torch.save(scenario(*args), f"{folder}/result-{rank}")
     dist.destroy_process_group()
 
 
-def this_device() -> torch.device:
-    """The device of this worker: its own GPU where the workers talk over NCCL."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        return torch.device("cuda", dist.get_rank())
-    return torch.device("cpu")
+def this_device(device: str) -> torch.device:
+    """The device of this process: each worker has a GPU of its own."""
+    return (
+        torch.device("cuda", dist.get_rank() if dist.is_initialized() else 0)
+        if device == "cuda"
+        else torch.device("cpu")
+    )
