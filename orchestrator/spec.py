@@ -20,6 +20,8 @@ from workloads.config import (
     RESULT_VERSION,
     Attention,
     AttentionBackend,
+    EngineName,
+    ExecutionConfig,
     LongExamples,
     Positions,
     Precision,
@@ -339,6 +341,10 @@ class RunOptions:
     """What computes the attention pattern: auto takes the fastest that the worker has."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
+    engine: EngineName = "auto"
+    """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
+    offload: bool = False
+    """Keep in host memory what zero2 or zero3 shares out, and update there."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
@@ -349,3 +355,4 @@ class RunOptions:
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"{field} is {value}; expected a positive number")
+        ExecutionConfig(engine=self.engine, offload=self.offload)  # refuses what cannot go together

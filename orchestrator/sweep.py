@@ -262,6 +262,8 @@ class Sweep:
             gradient_checkpointing=options.gradient_checkpointing,
             checkpoint_every=options.checkpoint_every,
             attention_backend=options.attention_backend,
+            engine=options.engine,
+            offload=options.offload,
         )
         return {
             "trials": [

@@ -25,7 +25,7 @@ from orchestrator.spec import TrialSpec
 from orchestrator.storage import TrialFolder
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
-from workloads.engine import Engine
+from workloads.engine import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.models import ModelSource
@@ -69,15 +69,16 @@ def _train(
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             emit("started", **describe_attempt(device, workers))
+            execution = ExecutionConfig(**config["execution"])
             run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
-                ExecutionConfig(**config["execution"]),
+                execution,
                 corpus.open(Path(config["corpus"])),
                 folder.checkpoints,
-                Engine(device, trial.training.precision),
+                make_engine(execution, device, trial.training.precision),
                 emit,
-                _scores_at_step_0(trial, untuned),
+                _agree(_scores_at_step_0(trial, untuned), workers),
             )
             emit("finished")
         except Exception as error:
@@ -100,9 +101,9 @@ def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
     return record.state != "finished" and record.failed_attempt != attempt
 
 
-def _agree(decision: bool, workers: int) -> bool:
-    """The decision of worker 0, for all."""
-    return ray.train.collective.broadcast_from_rank_zero(decision) if workers > 1 else decision
+def _agree(value: Any, workers: int) -> Any:
+    """What worker 0 decides or knows, for all."""
+    return ray.train.collective.broadcast_from_rank_zero(value) if workers > 1 else value
 
 
 def describe_attempt(device: torch.device, workers: int) -> dict[str, Any]:

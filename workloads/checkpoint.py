@@ -1,8 +1,10 @@
 """Checkpoints that are whole or absent: a manifest with size and SHA-256 of each file, verified before loading.
 
-A checkpoint is written into a folder with a temporary name, its manifest last, and renamed when complete, so that
-whatever dies on the way leaves nothing partial under a final name. Loading takes the newest one whose files match
-their manifest, and falls back to the one before. Tensors are safetensors; nothing is ever unpickled.
+A checkpoint is written into a folder with a temporary name, its manifest last, and renamed when all of it is on the
+disk, so that whatever dies on the way leaves nothing partial under a final name. Loading takes the newest one whose
+files match their manifest, and falls back to the one before. Tensors are safetensors; nothing is ever unpickled.
+
+A folder of checkpoints has one writer at a time.
 """
 
 from __future__ import annotations
@@ -24,62 +26,78 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
+# Of folders that are being written or discarded: what a process that died has left is removed by the next save.
+TEMPORARY = ".partial-"
 
 
 def save_checkpoint(
     root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2
 ) -> Path:
-    """Writes checkpoint ``step`` under ``root`` and keeps the newest ``keep``.
+    """Writes checkpoint ``step`` under ``root`` and keeps the newest ``keep`` up to it.
+
+    Later ones are removed too: the run has come past them from an earlier one, since they were damaged.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched and nothing partial stays.
     """
-    final = root / f"step-{step:08d}"
-    partial = root / f".partial-{step:08d}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    final = _folder(root, step)
+    partial = root / f"{TEMPORARY}{final.name}"
     try:
+        for leftover in root.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / TENSORS)
         (partial / STATE).write_text(json.dumps({"step": step, **state}))
         manifest = {name: _describe(partial / name) for name in (TENSORS, STATE)}
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         if final.exists():
-            shutil.rmtree(final)
+            _discard(final)
         partial.rename(final)
+        _flush(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise OSError(f"checkpoint {final} of {size:,} bytes could not be written: {error}") from error
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    steps = {int(folder.name.removeprefix("step-")): folder for folder in _folders(root)}
+    kept = sorted(s for s in steps if s <= step)[-keep:]
+    for old in steps.keys() - set(kept):
+        _discard(steps[old])
     return final
 
 
 def load_newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """(tensors, state) of the newest checkpoint that is whole, or None. A damaged one is reported and passed over."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        if problem := damage(folder):
-            logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, problem)
-            continue
-        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
-    return None
+    step = newest_step(root)
+    return None if step is None else load_checkpoint(root, step)
+
+
+def load_checkpoint(root: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, state) of one that :func:`newest_step` has found whole; the tensors may lie in the file."""
+    folder = _folder(root, step)
+    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
 
 
 def newest_step(root: Path) -> int | None:
-    """The step of the newest whole checkpoint, or None."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        if not damage(folder):
-            return int(folder.name.removeprefix("step-"))
+    """The step of the newest whole checkpoint, or None. A damaged one is reported and passed over."""
+    for folder in reversed(_folders(root)):
+        if problem := damage(folder):
+            logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, problem)
+            continue
+        return int(folder.name.removeprefix("step-"))
     return None
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if each of its files matches the manifest."""
+    """What is wrong with a checkpoint, or None if each of its files matches the manifest and it is of its step."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST} is no JSON object"
     for name in (TENSORS, STATE):
         if name not in manifest:
             return f"{name} is not in the manifest"
@@ -89,7 +107,17 @@ def damage(folder: Path) -> str | None:
             return str(error)
         if found != manifest[name]:
             return f"{name} has {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…; expected {manifest[name]}"
-    return None
+    step = json.loads((folder / STATE).read_text())["step"]
+    return None if folder.name == _folder(folder.parent, step).name else f"it is of step {step}"
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def _folders(root: Path) -> list[Path]:
+    """The checkpoints under their final names, whole or not, oldest first."""
+    return sorted(root.glob("step-" + "[0-9]" * 8))
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -97,8 +125,17 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a checkpoint; a process that dies in the middle leaves no half of it under its final name."""
+    discarded = folder.with_name(f"{TEMPORARY}discarded-{folder.name}")
+    folder.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)

@@ -28,6 +28,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 Quantization = Literal["none", "nf4"]
 Task = Literal["pretraining", "sft"]
 LongExamples = Literal["drop", "truncate"]
+EngineName = Literal["auto", "ddp", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +180,9 @@ class ExecutionConfig:
         eval_batch_tokens: about how many tokens one evaluation forward takes.
         attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
             fastest that can serve.
+        engine: how several workers train one model: ``ddp``; ``zero2`` or ``zero3`` (DeepSpeed); ``auto`` is ``ddp``
+            where there are several.
+        offload: keep in host memory what ZeRO shares out: gradients and optimiser state, with ``zero3`` the weights.
     """
 
     micro_batch: int | None = None
@@ -186,11 +190,15 @@ class ExecutionConfig:
     checkpoint_every: int = 100
     eval_batch_tokens: int = 8192
     attention_backend: AttentionBackend = "auto"
+    engine: EngineName = "auto"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.attention_backend not in get_args(AttentionBackend):
             known = ", ".join(get_args(AttentionBackend))
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
+        if self.offload and not self.engine.startswith("zero"):
+            raise InputError(f"offload is on with the engine {self.engine!r}; choose zero2 or zero3, which can offload")
 
 
 def group_size_in_tokens(group_size: int | float, context_length: int) -> int:

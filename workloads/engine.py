@@ -1,22 +1,45 @@
-"""Where a trial runs: one device, or one of several workers that train the same model in parallel (DDP)."""
+"""Where a trial runs and how its workers train one model together: alone, or with DDP; with ZeRO in ``deepspeed.py``.
+
+The training loop is written once, for every engine: it computes this worker's part of the loss, and the engine knows
+how to turn it into an update that is the same on all workers, and into a checkpoint that any engine can take up.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from workloads.adaptation import compute_dtype
-from workloads.config import Precision
+from workloads.adaptation import compute_dtype, trainable_parameters
+from workloads.config import ExecutionConfig, Precision
+
+# What AdamW remembers of a parameter, and so what a checkpoint holds of it beside the weight.
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def make_engine(execution: ExecutionConfig, device: torch.device, precision: Precision) -> Engine:
+    """The engine of ``execution``, for this worker.
+
+    Raises:
+        InputError: ZeRO is asked for and DeepSpeed is not installed.
+    """
+    if execution.engine in ("zero2", "zero3"):
+        from workloads.deepspeed import ZeroEngine  # DeepSpeed is optional, and takes seconds to import
+
+        return ZeroEngine(device, precision, stage=int(execution.engine[-1]), offload=execution.offload)
+    return Engine(device, precision)
 
 
 class Engine:
-    """This worker's device and its place among the workers.
+    """This worker's device and its place among the workers, which train with DDP where there are several.
 
     Reads torch.distributed if it is initialised (Ray Train and torchrun both do that), else it is alone.
     """
@@ -28,35 +51,84 @@ class Engine:
         self.rank = dist.get_rank() if together else 0
         self.num_workers = dist.get_world_size() if together else 1
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose forward pass to call in training: gradients are averaged over the workers."""
-        if self.num_workers == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model where :meth:`prepare` wants it: on this worker's device."""
+        return model.to(self.device)
+
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer | None = None, max_grad_norm: float | None = None
+    ) -> nn.Module:
+        """The module whose forward pass to call in training.
+
+        Without an optimizer nothing is trained, and only ``model`` itself is of use afterwards. Weights that a
+        checkpoint holds are in the model by now; the optimiser's state comes after, :meth:`load_optimizer_state`.
+        """
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.parameters = trainable_parameters(model)
+        if self.num_workers == 1 or not self.parameters:
             return model
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         """Computes in bfloat16 where the precision says so; float32 parameters stay as they are."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def accumulate(self, model: nn.Module, last: bool):
-        """Gradients are exchanged in the last of the backward passes that make up a step."""
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Around one of the forward and backward passes that make up a step; after the last comes the update."""
         if last or not isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext()
         return model.no_sync()
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of this worker's part of the loss; the step's loss is the sum over passes and workers."""
+        (loss * self.num_workers).backward()  # DDP takes the mean of the workers' gradients
+
+    def clip_and_step(self) -> float:
+        """Clips the gradients, updates the parameters, and forgets the gradients.
+
+        Returns the norm of the whole gradient before clipping, the same on every worker. If it is not finite nothing
+        is updated, on any worker.
+        """
+        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trainable parameters by name, whole, in float32. All workers call it; worker 0 gets them."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state as ``key/parameter``, whole, in float32. All workers call it; worker 0 gets it."""
+        return {
+            f"{key}/{name}": self.optimizer.state[parameter][key]
+            for key in OPTIMIZER_STATE
+            for name, parameter in self.parameters.items()
+        }
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes up what :meth:`optimizer_state` of any engine, with any number of workers, gave."""
+        for name, parameter in self.parameters.items():
+            # A copy: what is loaded may lie in a file. The fused optimiser keeps its counter where the parameter is.
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device, torch.float32, copy=True) for key in OPTIMIZER_STATE
+            }
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over workers of a small CPU tensor."""
+        """The sum over workers of a small tensor."""
         if self.num_workers == 1:
             return tensor
-        on_device = tensor.to(self.device)
+        on_device = tensor.to(self.device, copy=True)
         dist.all_reduce(on_device)
         return on_device.to(tensor.device)
 
-    def barrier(self) -> None:
-        if self.num_workers > 1:
-            dist.barrier()
+    def any(self, condition: bool) -> bool:
+        """Whether it holds on any worker. Every worker waits here for all."""
+        return bool(self.sum(torch.tensor(int(condition))))
 
     def synchronize(self) -> None:
         """Waits for the device, so that a clock read next means something."""

@@ -12,6 +12,9 @@ The events and their fields:
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from torch import nn
 
 from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
 from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
-from workloads.checkpoint import load_newest, save_checkpoint
+from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engine import Engine
@@ -68,7 +71,7 @@ def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, exe
         lora_targets=config.lora_targets,
         train_layers=config.train_layers,
     )
-    return model.to(engine.device)
+    return engine.place(model)
 
 
 def run(
@@ -116,12 +119,12 @@ class Trial:
 
     def run(self) -> None:
         if self.config.steps == 0:
+            self.engine.prepare(self.model)
             self.evaluate(at_original_length=True)
             return
         self.parameters = trainable_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.config)
-        self.resume()
-        training_model = self.engine.wrap(self.model)
+        training_model = self.start()
         training_model.train()
         if self.step == 0:
             self.evaluate(at_original_length=False)
@@ -139,8 +142,6 @@ class Trial:
         set_learning_rate(self.optimizer, config, self.step)
         batch = self.train_batch()
         mine = batch.rows(slice(engine.rank, None, engine.num_workers))
-        # The mean over all scored tokens of the batch; gradients are averaged over the workers, hence their number.
-        share = engine.num_workers / batch.num_scored
         loss_sum = torch.zeros((), device=engine.device)
         pieces = mine.split(self.execution.micro_batch or len(mine))
         for index, piece in enumerate(pieces):
@@ -148,19 +149,19 @@ class Trial:
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
                     logits = training_model(input_ids=tokens, attention_mask=mask, **self.boundaries(tokens)).logits
-                loss = (next_token_losses(logits, tokens) * scored[:, 1:]).sum() * share
-                loss.backward()
+                # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
+                # micro-batches' means, in which a token would count more where there are fewer.
+                loss = (next_token_losses(logits, tokens) * scored[:, 1:]).sum() / batch.num_scored
+                engine.backward(loss)
             loss_sum += loss.detach()
-        limit = config.max_grad_norm if config.max_grad_norm is not None else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        loss_value = (engine.sum(loss_sum) / engine.num_workers).item()
-        if not (torch.isfinite(grad_norm) and loss_value == loss_value and abs(loss_value) != float("inf")):
+        loss_value = engine.sum(loss_sum).item()
+        # Every worker knows the same loss and the same norm, so all stop here or none does.
+        grad_norm = engine.clip_and_step() if math.isfinite(loss_value) else math.nan
+        if not math.isfinite(grad_norm):
             raise NonFiniteLoss(
-                f"step {self.step + 1}: loss {loss_value}, gradient norm {grad_norm.item()}; nothing was updated. "
+                f"step {self.step + 1}: loss {loss_value}, gradient norm {grad_norm}; nothing was updated. "
                 "Lower the learning rate, or train in float32"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         engine.synchronize()
         seconds = time.perf_counter() - started
@@ -170,7 +171,7 @@ class Trial:
             tokens=self.tokens,
             loss=loss_value,
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            grad_norm=grad_norm.item(),
+            grad_norm=grad_norm,
             seconds=seconds,
             tokens_per_second=batch.num_tokens / seconds,
             peak_memory_gib=engine.peak_memory_gib(),
@@ -228,40 +229,73 @@ class Trial:
 
     def save(self) -> None:
         """What the next attempt needs: trainable parameters, optimiser state, random state; the data's position is
-        the step."""
+        the step. It is the same for every engine and any number of workers.
+
+        Raises:
+            OSError: on every worker, if worker 0 cannot write.
+        """
+        tensors = {f"model/{name}": tensor for name, tensor in self.engine.weights().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.engine.optimizer_state().items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.engine.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        failure = None
         if self.engine.rank == 0:
-            tensors: dict[str, torch.Tensor] = {f"model/{name}": p for name, p in self.parameters.items()}
-            for name, parameter in self.parameters.items():
-                for key, value in self.optimizer.state[parameter].items():
-                    tensors[f"optimizer/{key}/{name}"] = value
-            tensors["random/cpu"] = torch.get_rng_state()
-            if self.engine.device.type == "cuda":
-                tensors["random/cuda"] = torch.cuda.get_rng_state(self.engine.device)
-            save_checkpoint(self.checkpoints, self.step, tensors, state={})
-        self.engine.barrier()
+            try:
+                save_checkpoint(self.checkpoints, self.step, tensors, {"training": self.identity})
+            except OSError as error:
+                failure = error
+        if self.engine.any(failure is not None):
+            raise failure or OSError(f"worker 0 could not write the checkpoint of step {self.step}")
         self.emit("saved", step=self.step)
 
-    def resume(self) -> None:
-        """Goes on from the newest whole checkpoint, if there is one."""
-        found = load_newest(self.checkpoints)
-        if found is None:
-            return
-        tensors, state = found
+    def start(self) -> nn.Module:
+        """Hands model and optimiser to the engine, as the newest whole checkpoint left them if there is one; returns
+        the module to train.
+
+        Raises:
+            InputError: the checkpoint is another trial's.
+        """
+        # Worker 0 chooses for all, and it alone reads everything to verify it.
+        newest = newest_step(self.checkpoints) if self.engine.rank == 0 else None
+        self.step = int(self.engine.sum(torch.tensor(newest or 0)))
+        if self.step == 0:
+            return self.engine.prepare(self.model, self.optimizer, self.config.max_grad_norm)
+        tensors, state = load_checkpoint(self.checkpoints, self.step)
+        self.refuse_another_trials(tensors, state)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model/{name}"])
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                key: _place(key, tensors[f"optimizer/{key}/{name}"], parameter)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        training_model = self.engine.prepare(self.model, self.optimizer, self.config.max_grad_norm)
+        prefix = "optimizer/"
+        self.engine.load_optimizer_state(
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        )
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors and self.engine.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.engine.device)
-        self.step = state["step"]
         self.emit("resume", step=self.step)
+        return training_model
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the trial that wrote it: the configuration, but for fields at their default."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self.config)
+            if (value := getattr(self.config, field.name)) != field.default
+        }
 
-def _place(key: str, value: Any, parameter: nn.Parameter) -> torch.Tensor:
-    # The fused optimiser keeps its step counter where the parameter is.
-    return value.to(parameter.device, torch.float32 if key == "step" else parameter.dtype)
+    def refuse_another_trials(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        ours, theirs = json.loads(json.dumps(self.identity)), state.get("training", {})
+        different = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        names = {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
+        shapes_agree = names == self.parameters.keys() and all(
+            tensors[f"model/{name}"].shape == parameter.shape for name, parameter in self.parameters.items()
+        )
+        if different or not shapes_agree:
+            what = ", ".join(sorted(different)) or "the model's parameters"
+            raise InputError(
+                f"the checkpoints in {self.checkpoints} are another trial's: {what} differ. Move them away, or train "
+                "in another folder"
+            )

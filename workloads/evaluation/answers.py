@@ -20,20 +20,23 @@ def score_answers(
 ) -> DocumentScores:
     """Scores the answers of every example (a document of the result); several workers each take their share."""
     # Near lengths together, so that little is padding; the longest first, so that memory runs out at once or never.
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens), reverse=True)
+    left = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens), reverse=True)
     nll = torch.zeros(len(examples), dtype=torch.float64)
-    mine = by_length[engine.rank :: engine.num_workers]
 
     was_training = model.training
     model.eval()
     with torch.inference_mode(), full_attention(model), engine.autocast():
-        while mine:
-            per_forward = max(1, batch_tokens // len(examples[mine[0]].tokens))
-            rows, mine = mine[:per_forward], mine[per_forward:]
+        while left:
+            per_round = max(1, batch_tokens // len(examples[left[0]].tokens)) * engine.num_workers
+            together, left = left[:per_round], left[per_round:]
+            mine = together[engine.rank :: engine.num_workers]
+            # Under ZeRO-3 the workers fetch the weights together: one without a share goes along, uncounted.
+            rows = mine or together[:1]
             batch = Batch.padded([examples[i].tokens for i in rows], [examples[i].scored for i in rows])
             tokens, scored, mask = to_device(batch, engine.device)
             losses = next_token_losses(model(input_ids=tokens, attention_mask=mask).logits, tokens)
-            nll[rows] = (losses.double() * scored[:, 1:]).sum(dim=1).cpu()
+            if mine:
+                nll[rows] = (losses.double() * scored[:, 1:]).sum(dim=1).cpu()
     model.train(was_training)
 
     return DocumentScores(engine.sum(nll).numpy(), np.array([example.num_scored for example in examples]))

@@ -17,6 +17,7 @@ lengths: to compare lengths by ``last``, slide.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -69,17 +70,22 @@ def score_windows(
     """
     per_forward = max(1, batch_tokens // windows.shape[1])
     nll = torch.zeros(len(windows), len(scored), dtype=torch.float64)
-    mine = np.arange(len(windows))[engine.rank :: engine.num_workers]
+    # Every worker makes as many forward passes as any other, since under ZeRO-3 they fetch the weights together: some
+    # score a window once more to fill up the last round, and what they find is not counted.
+    rounded = math.ceil(len(windows) / engine.num_workers) * engine.num_workers
+    mine = np.arange(rounded)[engine.rank :: engine.num_workers]
 
     was_training = model.training
     model.eval()
     with torch.inference_mode(), full_attention(model), engine.autocast():
         for start in range(0, len(mine), per_forward):
             rows = mine[start : start + per_forward]
-            tokens = torch.from_numpy(windows[rows]).to(engine.device)
+            tokens = torch.from_numpy(windows[rows % len(windows)]).to(engine.device)
             losses = _next_token_losses_in_pieces(model(input_ids=tokens).logits, tokens).double()
-            nll[rows] = torch.stack([losses[:, -last:].sum(dim=1) for last in scored], dim=1).cpu()
-            on_progress(len(rows))
+            sums = torch.stack([losses[:, -last:].sum(dim=1) for last in scored], dim=1).cpu()
+            counted = rows < len(windows)
+            nll[rows[counted]] = sums[torch.from_numpy(counted)]
+            on_progress(int(counted.sum()))
     model.train(was_training)
     return engine.sum(nll).numpy()
 
