@@ -25,7 +25,7 @@ def score_answers(
 
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), full_attention(model), engine.autocast():
+    with torch.no_grad(), full_attention(model), engine.autocast():
         while left:
             per_round = max(1, batch_tokens // len(examples[left[0]].tokens)) * engine.num_workers
             together, left = left[:per_round], left[per_round:]

@@ -77,7 +77,8 @@ def score_windows(
 
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), full_attention(model), engine.autocast():
+    # Not inference_mode: ZeRO-3 keeps weights that it fetches here, and training could not go on with them.
+    with torch.no_grad(), full_attention(model), engine.autocast():
         for start in range(0, len(mine), per_forward):
             rows = mine[start : start + per_forward]
             tokens = torch.from_numpy(windows[rows % len(windows)]).to(engine.device)

@@ -41,7 +41,7 @@ from workloads.evaluation.retrieval import Prompter, RetrievalTest, run_tests
 from workloads.evaluation.topics import generated_tests, longchat_tests
 from workloads.models import ModelSource
 from workloads.positions import original_context_length, reach
-from workloads.trials import load_trial
+from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,9 @@ def load_subject(options: Options, console: Console) -> Subject:
     if (Path(options.model) / "trial.json").is_file():
         if options.positions != "none":
             raise InputError(f"--positions {options.positions}: a trial has its own positions; leave the flag out")
-        model, source, training, step = load_trial(Path(options.model), engine)
+        trial = TrainedTrial.open(Path(options.model))
+        source, step, training = trial.base(), trial.step(unfinished=True), trial.training
+        model = trial.build(source, step, engine)
         positions = training.positions
         about |= {"base": source.name, "method": training.method, "step": step, "steps": training.steps}
         longest = max(options.lengths, default=training.context_length)
