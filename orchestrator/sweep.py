@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import shutil
 import signal
 import sys
@@ -127,6 +128,11 @@ class Sweep:
             raise InputError(
                 f"a batch of {self.spec.batch} sequences does not divide among {self.options.workers} workers; "
                 "change --batch or --workers"
+            )
+        if self.options.engine.startswith("zero") and not importlib.util.find_spec("deepspeed"):
+            raise InputError(
+                f"--engine {self.options.engine} needs DeepSpeed, which is not installed; install it with pip install "
+                "'longspan[deepspeed]', or choose --engine ddp"
             )
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
