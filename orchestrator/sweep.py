@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import importlib.util
 import itertools
 import shutil
 import signal
@@ -138,6 +139,11 @@ class Sweep:
             raise InputError(
                 f"a batch of {self.spec.batch} sequences does not divide among {self.options.workers} workers; "
                 "change --batch or --workers"
+            )
+        if self.options.engine.startswith("zero") and not importlib.util.find_spec("deepspeed"):
+            raise InputError(
+                f"--engine {self.options.engine} needs DeepSpeed, which is not installed; install it with pip install "
+                "'longspan[deepspeed]', or choose --engine ddp"
             )
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)

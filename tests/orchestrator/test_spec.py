@@ -204,6 +204,7 @@ def test_a_file_that_is_no_sweep(tmp_path):
         (["--methods", "lora", "--learning-rate-norms", "1e-4"], "none of the methods lora trains them"),
         (["--name", "../elsewhere"], "names a folder"),
         (["--workers", "0"], "workers is 0"),
+        (["--offload"], "choose zero2 or zero3"),
     ],
 )
 def test_a_flag_or_value_that_cannot_be_names_what_was_expected(arguments, hint, capsys):

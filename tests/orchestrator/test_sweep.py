@@ -113,10 +113,24 @@ def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text
     assert len(shared) == 5
 
 
-def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder):
-    """The number of workers is no part of a trial's identity, and changes its losses by rounding alone."""
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder, engine):
+    """The workers and their engine are no part of a trial's identity, and change its losses by rounding alone."""
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
     alone, _ = finished
-    flags = (*SMALL, "--data", str(text_folder), "--methods", "lora+", "--references", "--workers", "2")
+    flags = (
+        *SMALL,
+        "--data",
+        str(text_folder),
+        "--methods",
+        "lora+",
+        "--references",
+        "--workers",
+        "2",
+        "--engine",
+        engine,
+    )
     command = SweepCommand(tmp_path / "runs", *flags)
     status, output = command.run()
     assert status == 0, output

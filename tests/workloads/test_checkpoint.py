@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent: whatever is done to a file is noticed, and the one before is taken."""
 
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -50,6 +51,48 @@ def test_any_damage_is_noticed_and_the_checkpoint_before_is_taken(two_checkpoint
     assert newest_step(two_checkpoints) == 10
     _, state = load_newest(two_checkpoints)
     assert state["step"] == 10
+
+
+@pytest.mark.parametrize("what", ["an empty folder", "another's manifest", "another's files", "a file", "a list"])
+def test_a_folder_that_is_no_checkpoint_of_its_step_is_passed_over(two_checkpoints, what):
+    first, newest = two_checkpoints / "step-00000020", two_checkpoints / "step-00000030"
+    if what == "a file":
+        newest.write_text("not a folder")
+    else:
+        newest.mkdir()
+    if what == "another's files":
+        shutil.copytree(first, newest, dirs_exist_ok=True)
+    if what in ("another's manifest", "a list"):
+        save_checkpoint(two_checkpoints / "elsewhere", 30, tensors(30), {})
+        shutil.copytree(two_checkpoints / "elsewhere" / newest.name, newest, dirs_exist_ok=True)
+        (newest / MANIFEST).write_bytes((first / MANIFEST).read_bytes() if what != "a list" else b'["state.json"]')
+    assert damage(newest)
+    assert newest_step(two_checkpoints) == 20
+    assert load_newest(two_checkpoints)[1]["step"] == 20
+
+
+def test_a_damaged_later_checkpoint_does_not_count_among_those_kept(two_checkpoints):
+    """A run that fell back to 10 saves 15: with 20, which is damaged, kept for the newest, nothing would be left to
+    fall back to."""
+    (two_checkpoints / "step-00000020" / TENSORS).unlink()
+    save_checkpoint(two_checkpoints, 15, tensors(15), {})
+    assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def test_what_a_process_left_that_died_while_saving_is_removed_by_the_next_save(two_checkpoints):
+    script = f"""
+        import os, torch
+        from pathlib import Path
+        import workloads.checkpoint
+        # Dies between the tensors and the state.
+        workloads.checkpoint.json.dumps = lambda *_, **__: os.kill(os.getpid(), 9)
+        workloads.checkpoint.save_checkpoint(Path({str(two_checkpoints)!r}), 30, {{"big": torch.zeros(1000)}}, {{}})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
+    assert done.returncode == -9 and len(list(two_checkpoints.iterdir())) == 3
+    assert newest_step(two_checkpoints) == 20
+    save_checkpoint(two_checkpoints, 40, tensors(40), {})
+    assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000020", "step-00000040"]
 
 
 def test_only_the_newest_are_kept(two_checkpoints):

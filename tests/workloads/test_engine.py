@@ -98,6 +98,15 @@ def train_poisoned(what, *args, **kwargs):
     return {"said": said, "weights": {name: tensor.cpu() for name, tensor in trained.engine.weights().items()}}
 
 
+def fail_to_save(*args):
+    """What a worker says of a run whose checkpoints cannot be written."""
+    trained, _ = trial(*args)
+    try:
+        trained.run()
+    except OSError as error:
+        return str(error)
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def alone(request, model, corpus, tmp_path_factory):
     """One worker without any engine: the reference."""
@@ -111,6 +120,7 @@ def alone(request, model, corpus, tmp_path_factory):
 def together(request, alone, model, corpus, tmp_path_factory):
     """What two workers say of every run below; starting processes is what takes the time."""
     folder = tmp_path_factory.mktemp(request.param)
+    (folder / "a file").touch()
     (folder / "alone").mkdir()
     shutil.copytree(alone["folder"] / "step-00000004", folder / "alone" / "step-00000004")
     said = run_workers(folder, alone["device"], every_run, request.param, model, corpus, folder, alone["device"])
@@ -126,7 +136,7 @@ def every_run(engine, model, corpus, folder, device):
         "micro_batch": go("micro_batch", micro_batch=2),
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),
-        "full": go("full", method="full", steps=1),
+        "unwritable": fail_to_save(model, corpus, folder / "a file", device, engine),
     }
     if engine != "ddp":
         runs["offload"] = go("offload", offload=True, micro_batch=2)
@@ -185,6 +195,12 @@ def test_a_nan_on_one_worker_stops_all_in_its_step_and_nothing_is_updated(togeth
     assert worker[what]["said"] == together[what]["said"]
     for name, tensor in together[what]["weights"].items():
         assert torch.equal(tensor, before[f"model/{name}"]), name
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_every_worker(together):
+    first, second = (worker["unwritable"] for worker in together["workers"])
+    assert "step-00000002" in first and "could not be written" in first
+    assert second == "worker 0 could not write the checkpoint of step 2"
 
 
 def test_zero_without_deepspeed_is_refused(monkeypatch):
