@@ -125,13 +125,13 @@ class TrainedTrial:
             )
         return step
 
-    def build(self, source: ModelSource, step: int) -> nn.Module:
-        """The trial's model with the weights of ``step``, on the CPU, with its training's attention pattern.
+    def build(self, source: ModelSource, step: int, device: torch.device) -> nn.Module:
+        """The trial's model with the weights of ``step``, with its training's attention pattern.
 
         Raises:
             InputError: the checkpoint's parameters are not those that this trial trains.
         """
-        engine = Engine(torch.device("cpu"), self.training.precision)
+        engine = Engine(device, self.training.precision)
         model = build_model(source, self.training, engine, ExecutionConfig())
         if self.training.steps:
             self._restore(trainable_parameters(model), self.folder / "checkpoints" / f"step-{step:08d}")
