@@ -26,6 +26,7 @@ from workloads.adaptation import compute_dtype
 from workloads.attention.interface import CONFIG_FIELD
 from workloads.command import quiet_transformers, run_command
 from workloads.config import Precision
+from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.model_card import model_card
 from workloads.positions import reach
@@ -121,7 +122,8 @@ def export_trial(
     tokenizer = source.tokenizer()
     quantised = getattr(trained.training, "quantization", "none") != "none"
     # A base is quantised on a GPU only; all else is done on the CPU, whose memory is the larger.
-    model = trained.build(source, step, torch.device("cuda" if quantised and torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if quantised and torch.cuda.is_available() else "cpu")
+    model = trained.build(source, step, Engine(device, trained.training.precision))
     check_vocabulary(tokenizer, model, source.name)
     quantization = make_stock(model)
     cast_parameters(model.to("cpu"), torch.float32)

@@ -10,7 +10,7 @@ The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,17 @@ class TrainedTrial:
             )
         return step
 
-    def build(self, source: ModelSource, step: int, device: torch.device) -> nn.Module:
+    def build(self, source: ModelSource, step: int, engine: Engine | None = None) -> nn.Module:
         """The trial's model with the weights of ``step``, with its training's attention pattern.
+
+        It is on ``engine``'s device and computes in its precision; by default on the CPU, in training's precision.
 
         Raises:
             InputError: the checkpoint's parameters are not those that this trial trains.
         """
-        engine = Engine(device, self.training.precision)
-        model = build_model(source, self.training, engine, ExecutionConfig())
+        engine = engine or Engine(torch.device("cpu"), self.training.precision)
+        precision = "float32" if engine.dtype == torch.float32 else "bfloat16"
+        model = build_model(source, replace(self.training, precision=precision), engine, ExecutionConfig())
         if self.training.steps:
             self._restore(trainable_parameters(model), self.folder / "checkpoints" / f"step-{step:08d}")
         return model
