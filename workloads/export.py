@@ -26,6 +26,7 @@ from workloads.adaptation import compute_dtype
 from workloads.attention.interface import CONFIG_FIELD
 from workloads.command import quiet_transformers, run_command
 from workloads.config import Precision
+from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.model_card import model_card
 from workloads.positions import reach
@@ -63,7 +64,7 @@ class Report:
             rounding of what was saved.
         largest_logit: the largest absolute logit of the trained model, for scale.
         same_prediction: share of the positions at which both give the same most likely next token.
-        quantised_base: whether the trained model's base was quantised; it is exported, and compared, dequantised.
+        quantised_base: whether the base was quantised in training; it is merged, and compared, dequantised.
     """
 
     folder: Path
@@ -84,8 +85,8 @@ class Report:
         )
         if self.quantised_base:
             sentence += (
-                "; the base was quantised in training and is dequantised here, so that training's own rounding of it "
-                "is kept"
+                "; the base was quantised in training: what is merged and what is compared is that base dequantised, "
+                "with the rounding of its quantisation"
             )
         return sentence
 
@@ -112,17 +113,20 @@ def export_trial(
     """
     trained = TrainedTrial.open(trial)
     method = trained.training.method
-    if what == "adapter" and method not in ("lora", "lora+"):
+    if what == "adapter" and not method.startswith("lora"):
         why = "trained every weight" if method == "full" else "trained nothing"
         raise InputError(f"{trial} {why} (method {method!r}), so it has no adapter; export it with --what merged")
     _refuse_what_is_there(out)
     source = trained.base(base)
     step = trained.step(unfinished)
     tokenizer = source.tokenizer()
-    model = trained.build(source, step)
+    quantised = getattr(trained.training, "quantization", "none") != "none"
+    # A base is quantised on a GPU only; all else is done on the CPU, whose memory is the larger.
+    device = torch.device("cuda" if quantised and torch.cuda.is_available() else "cpu")
+    model = trained.build(source, step, Engine(device, trained.training.precision))
     check_vocabulary(tokenizer, model, source.name)
     quantization = make_stock(model)
-    cast_parameters(model, torch.float32)
+    cast_parameters(model.to("cpu"), torch.float32)
 
     tokens = tokenizer(CHECK_TEXT, return_tensors="pt", add_special_tokens=False).input_ids
     expected = _logits(model, tokens)
@@ -306,8 +310,8 @@ def _reload(folder: Path, what: What, base_dtype: torch.dtype, quantization: Any
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     base = base_of_adapter(folder, dtype=base_dtype, **({"quantization_config": quantization} if quantization else {}))
     make_stock(base)
-    cast_parameters(base, torch.float32)
-    return PeftModel.from_pretrained(base, folder)
+    cast_parameters(base.to("cpu"), torch.float32)
+    return PeftModel.from_pretrained(base, folder, torch_device="cpu")
 
 
 @torch.inference_mode()

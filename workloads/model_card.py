@@ -14,8 +14,8 @@ from workloads.trained import TrainedTrial
 
 METHODS = {
     "untuned": "nothing is trained; only the positions are changed",
-    "lora": "LoRA on the attention projections",
-    "lora+": "LoRA on the attention projections, with trained embeddings and norms (LongLoRA's improved LoRA)",
+    "lora": "LoRA",
+    "lora+": "LoRA with trained embeddings and norms (LongLoRA's improved LoRA)",
     "full": "full fine-tuning",
 }
 HUB = "hub:"  # how the identity of what came from the Hugging Face hub begins
@@ -56,7 +56,7 @@ def _facts(trial: TrainedTrial, base: ModelSource, config: Any, step: int) -> li
     facts = [
         ("Base", f"{base.name} (`{trial.model_identity}`)"),
         ("Positions", f"`{json.dumps(config.rope_parameters)}`"),
-        ("Method", f"{training.method}: {METHODS[training.method]}"),
+        ("Method", f"{training.method}: {METHODS.get(training.method, training.method)}"),
     ]
     if training.steps:
         groups = f" in groups of {training.group_size:,} tokens" if training.group_size else ""

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
 from workloads import export
+from workloads.adaptation import adapt
 from workloads.ask import load_model
 from workloads.attention import AttentionPattern, full_attention, use_pattern
 from workloads.checkpoint import load_newest, save_checkpoint
@@ -28,7 +29,7 @@ from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
-from workloads.export import ExportMismatch, export_trial, save_merged
+from workloads.export import ExportMismatch, export_trial, make_stock, merge, save_merged
 from workloads.model_card import model_card
 from workloads.models import ModelSource
 from workloads.trained import TrainedTrial
@@ -253,6 +254,7 @@ def test_a_trial_in_bfloat16_exports_its_frozen_weights_as_they_were_in_training
     live = dict(trained.model.named_parameters())
     for name in ("lm_head.weight", "model.norm.weight"):
         assert torch.equal(saved[name], live[f"base_model.model.{name}"].float())
+    assert export_trial(trained.folder, tmp_path / "adapter", what="adapter", dtype="float32").difference < 1e-5
 
 
 def test_an_untuned_trial_exports_its_positions(train, tmp_path):
@@ -306,6 +308,30 @@ def test_what_was_exported_can_be_asked(train, tmp_path):
         export_trial(trained.folder, tmp_path / what, what=what, dtype="float32")
         model, _ = load_model(str(tmp_path / what), "cpu")
         torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_quantised_base_is_dequantised_and_merged_without_being_quantised_again(tmp_path):
+    """QLoRA: the oracle merges by hand what bitsandbytes says the codes stand for."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig
+
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4, dtype=torch.float32)
+    model = adapt(model, "lora+")
+    projection = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(projection.lora_B["default"].weight)
+    codes = projection.base_layer.weight
+    expected = dequantize_4bit(codes.data, codes.quant_state).float().cpu()
+    expected += 2 * (projection.lora_B["default"].weight @ projection.lora_A["default"].weight).detach().cpu()  # 16 / 8
+    make_stock(model)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not [name for name in trains if "base_layer" in name]
+    save_merged(merge(model.to("cpu")), TINY.tokenizer(), tmp_path / "out", "float32")
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_an_export_that_is_not_the_trained_model_fails_and_leaves_nothing(train, tmp_path, monkeypatch):
