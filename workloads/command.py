@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,7 +32,11 @@ def run_command(main: Callable[..., None], module: str, arguments: list[str] | N
 
 def quiet_transformers() -> None:
     """Errors only, no progress bars, no talk of deprecations within a library: a command speaks for itself."""
+    import torch
     from transformers.utils import logging
+
+    # transformers imports DeepSpeed where it is installed, which would say how it found its device.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -15,6 +15,8 @@ from workloads.trained import TrainedTrial
 METHODS = {
     "untuned": "nothing is trained; only the positions are changed",
     "lora": "LoRA",
+    "lora+norm": "LoRA with trained norms",
+    "lora+embed": "LoRA with trained embeddings",
     "lora+": "LoRA with trained embeddings and norms (LongLoRA's improved LoRA)",
     "full": "full fine-tuning",
 }
