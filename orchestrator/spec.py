@@ -43,7 +43,7 @@ class SweepSpec:
     """What a sweep compares: every context length with every method and seed, and the untuned references."""
 
     model: str = "builtin:tiny"
-    """Base model: builtin:tiny, a folder, or a Hugging Face id (org/name, or org/name@revision)."""
+    """Base model: builtin:tiny, a folder, a .gguf file, or a Hugging Face id (org/name, or org/name@revision)."""
     data: str = "builtin:stdlib"
     """Corpus: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
     text_column: str | None = None

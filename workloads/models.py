@@ -1,4 +1,5 @@
-"""Base models: ``builtin:tiny``, a local folder, or a Hugging Face id, as ``org/name`` or ``org/name@revision``.
+"""Base models: ``builtin:tiny``, a local folder, a GGUF file, or a Hugging Face id (``org/name`` or
+``org/name@revision``).
 
 A :class:`ModelSource` names a model and knows what it is (its identity, its configuration) without loading it; the
 sweep's own process needs no more, and imports neither torch nor transformers for it.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from workloads.config import Positions
 from workloads.errors import InputError
+from workloads.gguf import content_hash, converted
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is: ``location`` is a folder, or with a ``revision`` (a commit) a Hugging Face id."""
+    """Where a model is: ``location`` is a folder or a .gguf file, or with a ``revision`` (a commit) a Hugging Face id.
+
+    What transformers loads is at ``pretrained``.
+    """
 
     name: str
     location: str
@@ -46,41 +51,69 @@ class ModelSource:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise InputError(f"model {name!r} is not built in; did you mean {nearest[0]}?")
             return cls(name, str(BUILTIN / name.removeprefix("builtin:")))
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").is_file():
                 raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
-            if not any(folder.glob("*.safetensors")):
+            if not any(path.glob("*.safetensors")):
                 raise InputError(
                     f"model folder {name} has no .safetensors weights; expected a folder that transformers loads"
                 )
-            return cls(name, str(folder.resolve()))
+            return cls(name, str(path.resolve()))
+        if path.suffix.lower() == ".gguf":
+            if not path.is_file():
+                raise InputError(f"model {name!r} is no file here; expected a GGUF file (looked in {Path.cwd()})")
+            return cls(name, str(path.resolve()))
         if name.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(name):
             raise InputError(
                 f"model {name!r} is no folder here, and not of the form org/name or org/name@revision; "
-                "expected one of them, or builtin:tiny"
+                "expected one of them, a .gguf file, or builtin:tiny"
             )
         hub_id, _, revision = name.partition("@")
         return cls(name, hub_id, _hub_revision(hub_id, revision or None))
 
     @cached_property
     def identity(self) -> str:
-        """What enters a trial's fingerprint: the content of a folder, the id and commit of a hub model."""
+        """What enters a trial's fingerprint: the content of a folder or file, the id and commit of a hub model."""
         if self.revision:
             return f"hub:{self.location}@{self.revision}"
+        if self.is_gguf:
+            return f"gguf:sha256:{self._gguf_hash}"
         return _content_hash(Path(self.location), ("*.json", "*.safetensors", "*.model", "*.txt"))
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.location.lower().endswith(".gguf") and Path(self.location).is_file()
+
+    @cached_property
+    def pretrained(self) -> str:
+        """What transformers' ``from_pretrained`` takes, with ``revision``: a folder or a hub id.
+
+        Of a GGUF file, the folder in this machine's cache that it is converted to, now if it was not before.
+
+        Raises:
+            InputError: the GGUF file cannot be converted.
+        """
+        if not self.is_gguf:
+            return self.location
+        return str(converted(Path(self.location), self._gguf_hash))
+
+    @cached_property
+    def _gguf_hash(self) -> str:
+        return content_hash(Path(self.location))
 
     @cached_property
     def tokenizer_identity(self) -> str:
-        if self.revision:
+        if self.revision or self.is_gguf:
             return self.identity
         return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
 
     @cached_property
     def chat_identity(self) -> str:
         """The tokenizer's identity with its chat template, which is part of what instruction data become."""
-        template = "" if self.revision else _content_hash(Path(self.location), ("chat_template*",))
-        return f"{self.tokenizer_identity}:{template}"
+        if self.revision or self.is_gguf:
+            return self.identity
+        return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), ('chat_template*',))}"
 
     def config(self) -> Any:
         """The model's configuration, as transformers reads it.
@@ -90,8 +123,9 @@ class ModelSource:
         """
         from transformers import AutoConfig
 
+        pretrained = self.pretrained
         try:
-            config = AutoConfig.from_pretrained(self.location, revision=self.revision)
+            config = AutoConfig.from_pretrained(pretrained, revision=self.revision)
         except (OSError, ValueError) as error:
             raise InputError(f"model {self.name}: its configuration cannot be read: {error}") from error
         refuse_sliding_windows(config)
@@ -105,8 +139,9 @@ class ModelSource:
         """
         from transformers import AutoTokenizer
 
+        pretrained = self.pretrained
         try:
-            return AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+            return AutoTokenizer.from_pretrained(pretrained, revision=self.revision)
         except Exception as error:  # whatever a missing or broken file makes the tokenizer's own code raise
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
@@ -133,7 +168,7 @@ class ModelSource:
         config.use_cache = False
         try:
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                self.location,
+                self.pretrained,
                 revision=self.revision,
                 config=config,
                 dtype=dtype,

@@ -20,7 +20,8 @@ from workloads.data import ExampleCorpus, Instructions, prepare_examples
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
-    "{% if m.role == 'assistant' %}%OPEN%{{ m.content + '</s>' }}%CLOSE%{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if m.role == 'assistant' %}%OPEN%{{ m.content + '</s>' }}%CLOSE%{% else %}{{ m.content + '</s>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 UNMARKED = CHATML.replace("%OPEN%", "").replace("%CLOSE%", "")
 MARKED = CHATML.replace("%OPEN%", "{% generation %}").replace("%CLOSE%", "{% endgeneration %}")

@@ -147,7 +147,7 @@ class ExampleCorpus:
     def train_batch(
         self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
     ) -> Batch:
-        """Batch number ``step`` (from 0) of ``batch`` examples: like a PackedCorpus's, it follows from the arguments."""
+        """Batch number ``step`` (from 0) of ``batch`` examples; it follows from the arguments, as of a PackedCorpus."""
         usable = self._usable(context_length, long_examples)
         if not len(usable):
             self.check(context_length, batch, long_examples)
