@@ -117,8 +117,9 @@ def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder, engin
     if engine == "zero3":
         pytest.importorskip("deepspeed")
     alone, _ = finished
-    flags = (*SMALL, "--data", str(text_folder), "--methods", "lora+", "--references")
-    command = SweepCommand(tmp_path / "runs", *flags, "--workers", "2", "--engine", engine)
+    flags = [*SMALL, "--data", str(text_folder), "--methods", "lora+", "--references"]
+    flags += ["--workers", "2", "--engine", engine]
+    command = SweepCommand(tmp_path / "runs", *flags)
     status, output = command.run()
     assert status == 0, output
     ((fingerprint, together),) = records(command.storage).items()
