@@ -98,6 +98,8 @@ class Comparison(TypedDict):
     model: Model
     data: Data
     attention: str
+    train_layers: str | None  # where not all of them train
+    quantization: str | None  # of the frozen weights
     seeds: list[int]
     confidence: float
     hardware: str

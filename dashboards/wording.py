@@ -3,10 +3,12 @@
 import math
 from datetime import UTC, datetime
 
-METHODS = {"full": "Full", "lora": "LoRA", "lora+": "LoRA+"}
+METHODS = {"full": "Full", "lora": "LoRA", "lora+norm": "LoRA+norm", "lora+embed": "LoRA+embed", "lora+": "LoRA+"}
 EXPLAINED = {
-    "full": "every weight trains",
+    "full": "the weights themselves train",
     "lora": "low-rank updates of the attention weights train",
+    "lora+norm": "low-rank updates train, and norms too",
+    "lora+embed": "low-rank updates train, and embeddings too",
     "lora+": "low-rank updates train, and embeddings and norms too "
     "(the LongLoRA paper's improved LoRA, not the optimiser of that name)",
 }

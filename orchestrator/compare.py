@@ -23,12 +23,23 @@ from workloads.evaluation.bootstrap import (
 
 # "Within 1% of full fine-tuning" is what the comparison calls as good as it.
 AS_GOOD = 0.01
-METHOD_NAMES = {"lora": "LoRA", "lora+": "LoRA+", "full": "full fine-tuning"}
-REFERENCE_NAMES = {"none": "untuned, no change", "linear": "untuned, linear interpolation", "yarn": "untuned, YaRN"}
-REFERENCE_PHRASES = {
-    REFERENCE_NAMES["none"]: "the unchanged model",
-    REFERENCE_NAMES["linear"]: "the untuned model with linear interpolation",
-    REFERENCE_NAMES["yarn"]: "the untuned model with YaRN",
+METHOD_NAMES = {
+    "lora": "LoRA",
+    "lora+norm": "LoRA with norms",
+    "lora+embed": "LoRA with embeddings",
+    "lora+": "LoRA+",
+    "full": "full fine-tuning",
+}
+POSITIONS_NAMES = {
+    "linear": "linear interpolation",
+    "ntk": "NTK-aware positions",
+    "dynamic": "dynamic NTK",
+    "yarn": "YaRN",
+    "llama3": "Llama-3 scaling",
+}
+REFERENCE_NAMES = {"none": "untuned, no change"} | {key: f"untuned, {name}" for key, name in POSITIONS_NAMES.items()}
+REFERENCE_PHRASES = {REFERENCE_NAMES["none"]: "the unchanged model"} | {
+    REFERENCE_NAMES[key]: f"the untuned model with {name}" for key, name in POSITIONS_NAMES.items()
 }
 
 
@@ -50,9 +61,7 @@ class Outcome:
 
     def scores(self, step: int | None = None) -> DocumentScores | None:
         """What it scored at its trained length at a step, by default the last."""
-        curve = self.record.curve(self.context_length)
-        events = [event for event in curve if step is None or event["step"] == step]
-        return _scores(events[-1]) if events else None
+        return self.record.scores(self.context_length, step)
 
 
 def compare(outcomes: list[Outcome], original_length: int) -> list[dict[str, Any]]:
@@ -114,14 +123,16 @@ def _compare_length(length: int, outcomes: list[Outcome], original_length: int) 
 
 
 def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, DocumentScores]:
-    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from."""
+    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from,
+    unless that is quantised, and stands in where the untuned trial failed."""
     found = {}
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.finished:
             found[outcome.trial.training.positions] = outcome.scores()
     for outcome in trained:
-        if outcome.trial.training.positions not in found and (scores := outcome.scores(step=0)):
-            found[outcome.trial.training.positions] = scores
+        training = outcome.trial.training
+        if training.quantization == "none" and training.positions not in found and (scores := outcome.scores(step=0)):
+            found[training.positions] = scores
     return {positions: found[positions] for positions in REFERENCE_NAMES if positions in found}
 
 
@@ -137,7 +148,11 @@ def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None
 def _describe(outcome: Outcome, full: Outcome | None, original_length: int, before: float | None) -> dict[str, Any]:
     training, record = outcome.trial.training, outcome.record
     curve = [
-        {"step": event["step"], "tokens": event["tokens"], **_as_perplexity(perplexity_interval(_scores(event)))}
+        {
+            "step": event["step"],
+            "tokens": event["tokens"],
+            **_as_perplexity(perplexity_interval(DocumentScores.of(event))),
+        }
         for event in record.curve(outcome.context_length)
     ]
     at_original = [event["perplexity"] for event in record.curve(original_length)]
@@ -278,10 +293,6 @@ def _at_original_length(trials: list[dict[str, Any]]) -> list[str]:
     length, before = after[0][1]["context_length"], after[0][1]["before"]
     each = _join([f"{trial['label']} {at['after']:.3f}" for trial, at in after])
     return [f"At its original {length:,} tokens the unchanged model scores {before:.3f}; afterwards: {each}."]
-
-
-def _scores(event: dict[str, Any]) -> DocumentScores:
-    return DocumentScores(np.array(event["nll"]), np.array(event["num_tokens"]))
 
 
 def _mean(scores: list[DocumentScores]) -> DocumentScores:

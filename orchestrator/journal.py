@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from workloads.evaluation.bootstrap import DocumentScores
+
 State = Literal["waiting", "starting", "running", "finished", "failed"]
 
 
@@ -117,6 +119,11 @@ class TrialRecord:
     def curve(self, context_length: int) -> list[dict[str, Any]]:
         """The evaluations at a length, by step."""
         return [self.evals[key] for key in sorted(self.evals) if key[0] == context_length]
+
+    def scores(self, context_length: int, step: int | None = None) -> DocumentScores | None:
+        """What was scored at a length at a step, by default the last; None if nothing was."""
+        events = [event for event in self.curve(context_length) if step is None or event["step"] == step]
+        return DocumentScores.of(events[-1]) if events else None
 
     @property
     def last_step(self) -> int:

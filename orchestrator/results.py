@@ -1,4 +1,4 @@
-"""The comparison as a table for the terminal."""
+"""The comparison as a table for the terminal, and which trials came out best."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def _within(gap: dict[str, Any] | None) -> str:
 
 def _interval(value: dict[str, float]) -> tuple[str, str]:
     return f"{value['perplexity']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"
+
+
+def winners(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """The best trial of each context length: of the winning setting, the seed with the lowest perplexity."""
+    best = []
+    for context in comparison["contexts"]:
+        finished = [t for t in context["trials"] if t["method"] == context["winner"] and t["final"]]
+        best += sorted(finished, key=lambda trial: trial["final"]["perplexity"])[:1]
+    return best

@@ -19,17 +19,23 @@ import tyro
 from workloads.config import (
     RESULT_VERSION,
     Attention,
+    AttentionBackend,
     EngineName,
     ExecutionConfig,
+    LongExamples,
     Positions,
     Precision,
+    Quantization,
+    Schedule,
+    Task,
     TrainingConfig,
     group_size_in_tokens,
+    trains_embeddings,
+    trains_norms,
 )
 from workloads.errors import InputError
 
-TrainedMethod = Literal["lora", "lora+", "full"]
-Reference = Literal["none", "yarn"]
+TrainedMethod = Literal["lora", "lora+norm", "lora+embed", "lora+", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +48,56 @@ class SweepSpec:
     """Corpus: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
     text_column: str | None = None
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; found by itself where there is but one."""
+    task: Task = "pretraining"
+    """pretraining on documents; or sft, on the answers of instruction data: rows with messages, or with instruction
+    and output (.json, .jsonl, .parquet, or a Hugging Face id such as Yukang/LongAlpaca-12k)."""
+    long_examples: LongExamples = "drop"
+    """What sft does with training examples longer than the context: drop or truncate."""
+    max_train_tokens: int | None = None
+    """Training tokens to prepare: reads only the beginning of data too large for a disk. By default all of it."""
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
-    """What trains: lora; lora+ (with embeddings and norms, the paper's improved LoRA); full."""
-    references: tuple[Reference, ...] = ("none", "yarn")
-    """Untuned models to compare with, by their positions: none (no change) and yarn."""
+    """What trains: lora; lora+norm; lora+embed; lora+ (with norms and embeddings, the paper's improved LoRA); full."""
+    train_layers: str = "all"
+    """Layers that train: all, 'last 4', 'every 2', or a list such as 0,5,11; full then trains nothing outside them."""
+    quantization: Quantization = "none"
+    """nf4 keeps the frozen weights of the LoRA methods in 4 bits (QLoRA; needs a GPU). References stay as they are."""
+    references: tuple[Positions, ...] = ("none", "yarn")
+    """Untuned models to compare with, by their positions; none: no change. What tuning starts from joins by itself."""
     attention: Attention = "s2"
-    """Attention in training: s2 (shifted sparse attention) or full. Evaluation always attends fully."""
+    """Attention in training: s2 (shifted sparse attention) across heads, or across layers (s2-layers); only unshifted
+    (short) or only shifted groups; dilated, block-sparse, stride-sparse; or full. Evaluation always attends fully."""
     group_size: float = 0.25
-    """Group size of s2: a share of the context length (up to 1), or a number of tokens."""
+    """Group size (window, block) of every pattern but full: a share of the context length (up to 1), or tokens."""
+    document_mask: bool = False
+    """Stop attention in training at the boundaries of the documents that a sequence is packed from."""
     positions: Positions = "linear"
-    """How positions reach beyond the original length: linear (position interpolation), yarn, none."""
+    """How positions reach beyond the original length: linear interpolation, (dynamic) NTK, YaRN, Llama 3's, none."""
     lora_rank: int = 8
-    """Rank of both LoRA methods."""
+    """Rank of the LoRA methods."""
     lora_alpha: float = 16.0
     """LoRA's alpha: updates are scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Linear modules that LoRA adapts, such as q_proj v_proj; by default the attention projections."""
     steps: int = 1000
     """Optimiser steps of each trial."""
     batch: int = 64
     """Sequences in an optimiser step, over all workers of a trial."""
     learning_rate_lora: float = 2e-5
-    """Learning rate of the method lora."""
+    """Learning rate of the methods lora and lora+norm."""
     learning_rate_lora_plus: float = 2e-5
-    """Learning rate of the method lora+."""
+    """Learning rate of the methods lora+ and lora+embed."""
     learning_rate_full: float = 2e-5
     """Learning rate of the method full."""
+    learning_rate_embeddings: float | None = None
+    """Learning rate of embeddings where they train; by default the method's own."""
+    learning_rate_norms: float | None = None
+    """Learning rate of norms where they train; by default the method's own."""
     warmup_steps: int = 20
-    """Steps of linear warm-up; the learning rate is constant afterwards."""
+    """Steps of linear warm-up."""
+    schedule: Schedule = "constant"
+    """Learning rate after warm-up: constant, or down to zero at the last step by cosine or linear."""
     beta1: float = 0.9
     """AdamW's beta1."""
     beta2: float = 0.95
@@ -98,18 +126,39 @@ class SweepSpec:
             if len(set(values)) != len(values):
                 given = " ".join(str(value) for value in values)
                 raise InputError(f"{flag} {given}: expected none of the values twice")
+        for flag, given in (("--text-column", self.text_column), ("--max-train-tokens", self.max_train_tokens)):
+            if self.task == "sft" and given is not None:
+                raise InputError(f"{flag} {given} has no effect with --task sft. Leave it out")
         if self.steps < 1:
             raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        for field in ("learning_rate_embeddings", "learning_rate_norms"):
+            if getattr(self, field) is not None and not any(field in self.learning_rates(m) for m in self.methods):
+                raise InputError(
+                    f"--{field.replace('_', '-')} {getattr(self, field)}: none of the methods {' '.join(self.methods)} "
+                    "trains them; leave it out, or add a method that does, such as lora+"
+                )
 
-    def learning_rate(self, method: TrainedMethod) -> float:
-        return {
+    def learning_rates(self, method: TrainedMethod) -> dict[str, float]:
+        """The learning rates of a method, by TrainingConfig's fields; those of what it does not train are left out."""
+        rate = {
             "lora": self.learning_rate_lora,
+            "lora+norm": self.learning_rate_lora,
+            "lora+embed": self.learning_rate_lora_plus,
             "lora+": self.learning_rate_lora_plus,
             "full": self.learning_rate_full,
         }[method]
+        rates = {"learning_rate": rate}
+        if trains_embeddings(method, self.train_layers):
+            rates["learning_rate_embeddings"] = self.learning_rate_embeddings
+        if trains_norms(method):
+            rates["learning_rate_norms"] = self.learning_rate_norms
+        return rates
 
     def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
-        """The trials of this sweep: by context length, references first.
+        """The trials of this sweep: by context length, untuned ones first.
+
+        Where there are references, the untuned model that the tuned ones start from is always among them: it takes
+        seconds, and its score is step 0 of every tuned trial.
 
         Raises:
             InputError: a setting that no trial can have, such as a context that is no multiple of the group size.
@@ -121,31 +170,40 @@ class SweepSpec:
                 "precision": precision,
                 "eval_documents": self.eval_documents,
                 "eval_span": self.eval_span or max(self.context_lengths),
+                "task": self.task,
             }
+            if self.task == "sft":  # examples are scored whole
+                shared["eval_span"] = context_length
+            untuned = dict.fromkeys((*self.references, self.positions)) if self.references else ()
             configs += [
-                TrainingConfig(method="untuned", attention="full", positions=reference, **shared)
-                for reference in self.references
+                TrainingConfig(method="untuned", attention="full", positions=positions, **shared)
+                for positions in untuned
             ]
-            group_size = group_size_in_tokens(self.group_size, context_length) if self.attention == "s2" else None
+            group_size = group_size_in_tokens(self.group_size, context_length) if self.attention != "full" else None
             for method in self.methods:
-                lora = {} if method == "full" else {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+                lora = ("lora_rank", "lora_alpha", "lora_targets") if method != "full" else ()
                 configs += [
                     TrainingConfig(
                         method=method,
                         attention=self.attention,
                         group_size=group_size,
+                        document_mask=self.document_mask,
                         positions=self.positions,
+                        train_layers=self.train_layers,
+                        quantization=self.quantization,
                         steps=self.steps,
                         batch=self.batch,
-                        learning_rate=self.learning_rate(method),
+                        **self.learning_rates(method),
                         warmup_steps=self.warmup_steps,
+                        schedule=self.schedule,
                         beta1=self.beta1,
                         beta2=self.beta2,
                         weight_decay=self.weight_decay,
                         max_grad_norm=self.max_grad_norm,
                         eval_every=self.eval_every,
                         seed=seed,
-                        **lora,
+                        long_examples=self.long_examples,
+                        **{field: getattr(self, field) for field in lora},
                         **shared,
                     )
                     for seed in self.seeds
@@ -173,7 +231,12 @@ class SweepSpec:
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
             found = f"the unknown fields {', '.join(unknown)}" if isinstance(values, dict) else "no object"
             raise InputError(f"{where} has {found}; expected a sweep's fields: {', '.join(sorted(known))}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        return cls(**_without_lists(values))
+
+
+def _without_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +273,21 @@ class TrialSpec:
         what = {"result_version": RESULT_VERSION, **dataclasses.asdict(self.identities), "training": training}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
+    def untuned(self) -> TrialSpec:
+        """The untuned model that this trial starts from, as a trial; a reference is its own."""
+        training = self.training
+        untuned = TrainingConfig(
+            method="untuned",
+            attention="full",
+            context_length=training.context_length,
+            positions=training.positions,
+            precision=training.precision,
+            eval_documents=training.eval_documents,
+            eval_span=training.eval_span,
+            task=training.task,
+        )
+        return dataclasses.replace(self, training=untuned)
+
     @property
     def label(self) -> str:
         """How people call it: ``lora+ 2048``, ``untuned yarn 2048``."""
@@ -227,7 +305,7 @@ class TrialSpec:
             **{
                 **values,
                 "identities": Identities(**values["identities"]),
-                "training": TrainingConfig(**values["training"]),
+                "training": TrainingConfig(**_without_lists(values["training"])),
             }
         )
 
@@ -259,6 +337,8 @@ class RunOptions:
     """Sequences in one forward and backward pass of a worker; by default the worker's whole share of the batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    attention_backend: AttentionBackend = "auto"
+    """What computes the attention pattern: auto takes the fastest that the worker has."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
     engine: EngineName = "auto"

@@ -92,10 +92,11 @@ class Storage:
     def trial(self, fingerprint: str) -> TrialFolder:
         return TrialFolder(self.root / "trials" / fingerprint)
 
-    def add_trial(self, trial: TrialSpec) -> TrialFolder:
+    def add_trial(self, trial: TrialSpec, model_location: str | None = None) -> TrialFolder:
+        """Makes a trial's folder. ``model_location``, the base model's folder or id, is for its export later."""
         folder = self.trial(trial.fingerprint)
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / "trial.json", trial.to_dict())
+        write_json(folder.path / "trial.json", {**trial.to_dict(), "model_location": model_location})
         return folder
 
     def sweep(self, name: str) -> Path:

@@ -7,9 +7,11 @@ from their last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import shutil
 import signal
 import sys
@@ -33,12 +35,21 @@ from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
-from workloads.config import ExecutionConfig
-from workloads.data import Corpus, PackedCorpus, ValidationDocument, prepare
+from workloads.config import ExecutionConfig, TrainingConfig, trained_layers
+from workloads.data import (
+    Corpus,
+    ExampleCorpus,
+    Instructions,
+    PackedCorpus,
+    ValidationDocument,
+    ValidationExample,
+    prepare,
+    prepare_examples,
+)
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import CONFIDENCE, RULE
+from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models import ModelSource
-from workloads.positions import original_context_length
+from workloads.positions import extend, original_context_length
 
 EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -137,7 +148,10 @@ class Sweep:
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.source = ModelSource.parse(self.spec.model)
-        self.corpus = Corpus.parse(self.spec.data, self.spec.text_column)
+        if self.spec.task == "sft":
+            self.corpus = Instructions.parse(self.spec.data)
+        else:
+            self.corpus = Corpus.parse(self.spec.data, self.spec.text_column, self.spec.max_train_tokens)
         self.provenance = Provenance.collect()
         self.tracker = Tracker(
             tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
@@ -145,12 +159,17 @@ class Sweep:
 
     def prepare(self) -> None:
         """What the model and the data are: the original length, identities, and the corpus tokenised."""
-        self.original_length = original_context_length(self.source.config())
-        self.identities = Identities(
-            model=self.source.identity, tokenizer=self.source.tokenizer_identity, data=self.corpus.identity()
-        )
-        self.packed: PackedCorpus = prepare(
-            self.corpus, self.source.tokenizer, self.source.tokenizer_identity, self.storage.data
+        config = self.source.config()
+        self.original_length = original_context_length(config)
+        trained_layers(self.spec.train_layers, config.num_hidden_layers)
+        all_positions = {self.spec.positions, *self.spec.references}
+        for length, positions in itertools.product(self.spec.context_lengths, all_positions):
+            extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
+        sft = self.spec.task == "sft"
+        tokenizer = self.source.chat_identity if sft else self.source.tokenizer_identity
+        self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
+        self.packed: PackedCorpus | ExampleCorpus = (prepare_examples if sft else prepare)(
+            self.corpus, self.source.tokenizer, tokenizer, self.storage.data
         )
 
     def make_trials(self) -> None:
@@ -158,11 +177,16 @@ class Sweep:
         precision = self.spec.precision
         if precision == "auto":
             precision = "bfloat16" if self.cluster.gpus else "float32"
+        if self.spec.quantization == "nf4" and not self.cluster.gpus:
+            raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
         self.trials = self.spec.trials(self.identities, precision)
         for trial in self.trials:
             training = trial.training
-            self.packed.check(training.context_length, training.batch)
-            self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
+            if training.task == "sft":
+                self.packed.check(training.context_length, training.batch, training.long_examples)
+            else:
+                self.packed.check(training.context_length, training.batch)
+            self.held_out(training)
         self.concurrency = self.cluster.concurrency(self.options)
         self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,10 +205,11 @@ class Sweep:
                     f"note: {length:,} tokens lie within the model's original context of {self.original_length:,}: "
                     "positions are not extended there"
                 )
+            if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
+                print_line(f"note: {left_out}")
+        fit = "are short enough" if self.spec.task == "sft" else "are long enough"
         if (scored := len(self.validation_documents())) < self.spec.eval_documents:
-            print_line(
-                f"note: {scored} held-out documents are long enough to be scored, not {self.spec.eval_documents}"
-            )
+            print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
@@ -192,7 +217,7 @@ class Sweep:
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
         for trial in to_train:
-            self.storage.add_trial(trial)
+            self.storage.add_trial(trial, self.source.location)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
         view = LiveView(rows, self.concurrency, self.console)
@@ -213,8 +238,9 @@ class Sweep:
     def tune(self, trials: list[TrialSpec]) -> None:
         from ray import tune
 
+        # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
-        drives = [[trial] for trial in trials if trial not in untuned] + ([untuned] if untuned else [])
+        drives = ([untuned] if untuned else []) + [[trial] for trial in trials if trial not in untuned]
         name = f"{self.name}-{uuid.uuid4().hex[:8]}"
         tuner = tune.Tuner(
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
@@ -241,11 +267,19 @@ class Sweep:
             micro_batch=options.micro_batch,
             gradient_checkpointing=options.gradient_checkpointing,
             checkpoint_every=options.checkpoint_every,
+            attention_backend=options.attention_backend,
             engine=options.engine,
             offload=options.offload,
         )
         return {
-            "trials": [{"trial": t.to_dict(), "folder": str(self.storage.trial(t.fingerprint).path)} for t in trials],
+            "trials": [
+                {
+                    "trial": trial.to_dict(),
+                    "folder": str(self.storage.trial(trial.fingerprint).path),
+                    "untuned": str(self.storage.trial(trial.untuned().fingerprint).path),
+                }
+                for trial in trials
+            ],
             "model_location": self.source.location,
             "model_revision": self.source.revision,
             "corpus": str(self.packed.folder),
@@ -261,7 +295,7 @@ class Sweep:
     def conclude(self) -> int:
         """Compares the trials, writes and logs the report, and prints the answer."""
         from dashboards.report import render
-        from orchestrator.results import result_table
+        from orchestrator.results import result_table, winners
 
         folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
         outcomes = [
@@ -281,6 +315,9 @@ class Sweep:
         self.console.print(f"\n{seconds:.0f} s in all.")
         self.console.print(f"report: {_shown(self.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self.mlflow_command(_shown(self.storage.root))}", soft_wrap=True)
+        for trial in winners(comparison):
+            command = self.export_command(trial["fingerprint"])
+            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
         failed = [o for o in outcomes if not o.finished]
         for outcome in failed:
             self.console.print(
@@ -323,7 +360,7 @@ class Sweep:
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
             "question": "Which way to adapt wins at each context length, and how near do the others come?",
             "sentences": summarise(contexts, list(self.spec.seeds)),
-            "rule": RULE,
+            "rule": ANSWERS_RULE if self.spec.task == "sft" else RULE,
             "model": {
                 "name": self.spec.model,
                 "original_context_length": self.original_length,
@@ -335,9 +372,11 @@ class Sweep:
                 "identity": self.identities.data,
                 "validation_documents": len(documents),
                 # At the shortest context; at a longer one a few more, since a window's first token is not scored.
-                "scored_tokens": sum(document.tokens[:, 1:].size for document in documents),
+                "scored_tokens": sum(document.num_scored for document in documents),
             },
             "attention": self.describe_attention(),
+            "train_layers": self.spec.train_layers if self.spec.train_layers != "all" else None,
+            "quantization": self.spec.quantization if self.spec.quantization != "none" else None,
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "hardware": started.get("hardware", "unknown"),
@@ -350,22 +389,32 @@ class Sweep:
             "contexts": contexts,
         }
 
-    def validation_documents(self) -> list[ValidationDocument]:
-        """What every trial of the sweep is scored on, in windows of the shortest context."""
-        training = min((trial.training for trial in self.trials), key=lambda training: training.context_length)
+    def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
+        """What every trial of the sweep is scored on, as at the shortest context."""
+        return self.held_out(min((t.training for t in self.trials), key=lambda training: training.context_length))
+
+    def held_out(self, training: TrainingConfig) -> list[ValidationDocument] | list[ValidationExample]:
+        if training.task == "sft":
+            return self.packed.validation_examples(training.context_length, training.eval_documents)
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
 
     def describe_attention(self) -> str:
-        if self.spec.attention != "s2":
-            return "full attention in training"
+        inside = ", inside documents" if self.spec.document_mask else ""
+        if self.spec.attention == "full":
+            return f"full attention in training{inside}"
         size = self.spec.group_size
         group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
-        return f"shifted sparse attention (S²-Attn) in training, groups of {group}"
+        pattern = "shifted sparse attention (S²-Attn)" if self.spec.attention == "s2" else self.spec.attention
+        return f"{pattern} in training, groups of {group}{inside}"
 
     def mlflow_command(self, storage: str) -> str:
         if self.tracker.uri.startswith("sqlite:"):
             return f"{_shown(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
         return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
+
+    def export_command(self, fingerprint: str) -> str:
+        folder = _shown(self.storage.trial(fingerprint).path)
+        return f"{_shown(Path(sys.executable))} -m workloads.export {folder} DIR"
 
     def end_ray(self) -> None:
         import ray

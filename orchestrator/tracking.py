@@ -240,6 +240,8 @@ class TrialRun:
             if event["event"] == "started":
                 tags += [RunTag("hardware", event["hardware"]), RunTag("host", event["host"])]
                 tags += [RunTag(f"package.{name}", version) for name, version in event["packages"].items()]
+            if event["event"] == "model" and "attention_backend" in event:
+                tags += [RunTag("attention_backend", event["attention_backend"])]
             if event["event"] == "failed":
                 tags += [RunTag("failure", event["reason"][:5000])]
         for start in range(0, len(metrics), METRICS_A_CALL):

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.journal import TrialRecord
 from orchestrator.storage import TrialFolder
+
+if TYPE_CHECKING:
+    from ray.train.backend import BackendConfig
+    from ray.train.torch import TorchTrainer
 
 
 def drive_trial(config: dict[str, Any]) -> None:
@@ -23,21 +27,33 @@ def drive_trial(config: dict[str, Any]) -> None:
     folders = [TrialFolder(Path(entry["folder"])) for entry in config["trials"]]
     for folder in folders:
         folder.journal.append("launched")
-    # Imported here, so that the sweep's own process, which only names this function, does without torch.
+    try:
+        _trainer(config, name=folders[0].path.name).fit()
+    except Exception as error:
+        # A worker writes down an error of its own; what is left is one that died too often.
+        reason = _root_cause(error)
+        for folder in folders:
+            record = TrialRecord.of(folder.journal)
+            if record.state != "finished" and record.failed_attempt != config["attempt"]:
+                with folder.log.open("a") as log:
+                    log.write(f"the trial failed: {reason}\n")
+                folder.journal.append("failed", reason=reason, attempt=config["attempt"])
+
+
+def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
+    # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from orchestrator.worker import train_worker
-
-    name = folders[0].path.name
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
     shutil.rmtree(Path(config["ray_storage"]) / name, ignore_errors=True)
     resources = config["resources"]
-    trainer = TorchTrainer(
-        train_worker,
+    return TorchTrainer(
+        _work,
         train_loop_config=config,
+        torch_config=_no_process_group() if resources["workers"] == 1 else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources["workers"],
             use_gpu=resources["gpus"] > 0,
@@ -53,17 +69,23 @@ def drive_trial(config: dict[str, Any]) -> None:
             callbacks=[TuneReportCallback()],
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
-        # A worker writes down an error of its own; what is left is one that died too often.
-        reason = _root_cause(error)
-        for folder in folders:
-            record = TrialRecord.of(folder.journal)
-            if record.state != "finished" and record.failed_attempt != config["attempt"]:
-                with folder.log.open("a") as log:
-                    log.write(f"the trial failed: {reason}\n")
-                folder.journal.append("failed", reason=reason, attempt=config["attempt"])
+
+
+def _no_process_group() -> BackendConfig:
+    """For a worker that is alone. Unlike TorchConfig it does not make Train's controller import torch, which takes 2 to
+    3 s of a trial's start where both cores are busy."""
+    from ray.train.backend import BackendConfig
+
+    alone = BackendConfig()
+    alone.backend = "none"  # TorchTrainer wants a name
+    return alone
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker runs. Train's controller unpickles it too, so that what needs torch is imported inside."""
+    from orchestrator.worker import train_worker
+
+    train_worker(config)
 
 
 def _root_cause(error: BaseException) -> str:

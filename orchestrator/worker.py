@@ -24,9 +24,10 @@ from orchestrator.provenance import package_versions
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import TrialFolder
 from workloads.config import ExecutionConfig
-from workloads.data import PackedCorpus
+from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engine import make_engine
 from workloads.errors import InputError
+from workloads.evaluation.bootstrap import DocumentScores
 from workloads.models import ModelSource
 from workloads.training import run
 
@@ -37,10 +38,13 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
     for entry in config["trials"]:
-        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), config, device)
+        untuned = TrialRecord.of(TrialFolder(Path(entry["untuned"])).journal)
+        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), untuned, config, device)
 
 
-def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device: torch.device) -> None:
+def _train(
+    trial: TrialSpec, folder: TrialFolder, untuned: TrialRecord, config: dict[str, Any], device: torch.device
+) -> None:
     context = ray.train.get_context()
     workers, first = context.get_world_size(), context.get_world_rank() == 0
     if not (folder.path / "trial.json").is_file():
@@ -62,6 +66,7 @@ def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device
             stack.enter_context(FileLock(folder.lock))
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
             return
+        corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             emit("started", **describe_attempt(device, workers))
             execution = ExecutionConfig(**config["execution"])
@@ -69,16 +74,24 @@ def _train(trial: TrialSpec, folder: TrialFolder, config: dict[str, Any], device
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
                 execution,
-                PackedCorpus.open(Path(config["corpus"])),
+                corpus.open(Path(config["corpus"])),
                 folder.checkpoints,
                 make_engine(execution, device, trial.training.precision),
                 emit,
+                _agree(_scores_at_step_0(trial, untuned), workers),
             )
             emit("finished")
         except Exception as error:
             # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
             journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])
             raise
+
+
+def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:
+    """What the model scores before training, if the untuned trial that starts alike has shown it: a 4-bit base scores
+    otherwise."""
+    known = untuned.state == "finished" and trial.training.quantization == "none"
+    return untuned.scores(trial.training.context_length) if known else None
 
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
@@ -88,9 +101,9 @@ def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
     return record.state != "finished" and record.failed_attempt != attempt
 
 
-def _agree(decision: bool, workers: int) -> bool:
-    """The decision of worker 0, for all."""
-    return ray.train.collective.broadcast_from_rank_zero(decision) if workers > 1 else decision
+def _agree(value: Any, workers: int) -> Any:
+    """What worker 0 decides or knows, for all."""
+    return ray.train.collective.broadcast_from_rank_zero(value) if workers > 1 else value
 
 
 def describe_attempt(device: torch.device, workers: int) -> dict[str, Any]:

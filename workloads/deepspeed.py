@@ -122,6 +122,11 @@ class ZeroEngine(Engine):
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         step, *moments = OPTIMIZER_STATE
+        if self.stage == 2:
+            # DeepSpeed links parameters to their state after the update of the first parameter group, when the others
+            # have none yet.
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         taken = next(iter(self.optimizer.state.values()))[step]
         return {f"{step}/{name}": taken.cpu().clone() for name in self.parameters} | self._on_first(
             (f"{key}/{name}", self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key))

@@ -76,6 +76,12 @@ class ModelSource:
             return self.identity
         return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
 
+    @cached_property
+    def chat_identity(self) -> str:
+        """The tokenizer's identity with its chat template, which is part of what instruction data become."""
+        template = "" if self.revision else _content_hash(Path(self.location), ("chat_template*",))
+        return f"{self.tokenizer_identity}:{template}"
+
     def config(self) -> Any:
         """The model's configuration, as transformers reads it.
 
@@ -105,13 +111,19 @@ class ModelSource:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
 
-    def load(self, context_length: int, positions: Positions, dtype: torch.dtype) -> PreTrainedModel:
+    def load(
+        self, context_length: int, positions: Positions, dtype: torch.dtype, quantized: dict[str, Any] | None = None
+    ) -> PreTrainedModel:
         """The model, its positions extended to ``context_length``, weights in ``dtype``, on the CPU.
 
+        With ``quantized`` (from :func:`workloads.quantization.nf4_loading`) its linear weights are quantised and it is
+        on the device that this names.
+
         Raises:
-            InputError: the model has no rotary positions, or its weights are not safetensors (a pickle is never
-                loaded).
+            InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
+                or they are damaged or not all there.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from workloads.positions import extend
@@ -120,11 +132,25 @@ class ModelSource:
         extend(config, context_length, positions)
         config.use_cache = False
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                self.location, revision=self.revision, config=config, dtype=dtype, use_safetensors=True
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                revision=self.revision,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **(quantized or {}),
             )
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error
+        # What transformers would fill with random numbers.
+        if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
+            raise InputError(
+                f"model {self.name}: {len(absent)} of its weights are not in its safetensors or have another shape, "
+                f"{absent[0]} among them; the folder is not complete, or its config.json is another model's"
+            )
+        return model
 
 
 def refuse_sliding_windows(config: Any) -> None:

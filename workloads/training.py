@@ -3,7 +3,7 @@
 What happens is told through ``emit(event, **fields)``, one call an event; whoever runs the trial writes them down.
 The events and their fields:
 
-    model    parameters, trainable_parameters
+    model    parameters, trainable_parameters, attention_backend
     resume   step: training goes on from this checkpoint
     eval     step, tokens, context_length, perplexity, nll and num_tokens (a list each, one entry a document)
     step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib
@@ -25,15 +25,19 @@ import torch
 from torch import nn
 
 from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
 from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import PackedCorpus
+from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
+from workloads.evaluation.answers import score_answers, to_device
+from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import next_token_losses, score_documents
 from workloads.models import ModelSource
+from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
+from workloads.quantization import nf4_loading
 
 Emit = Callable[..., None]
 
@@ -45,12 +49,28 @@ class NonFiniteLoss(ArithmeticError):
 def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
     """The model of a trial, on its device, with its positions, its attention pattern and what trains."""
     torch.manual_seed(config.seed)  # LoRA's A matrices are random
-    model = source.load(config.context_length, config.positions, compute_dtype(config.precision))
+    dtype = compute_dtype(config.precision)
+    quantized = nf4_loading(engine.device, dtype) if config.quantization == "nf4" else None
+    model = source.load(config.context_length, config.positions, dtype, quantized)
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
-    use_pattern(model, pattern)
+    use_pattern(
+        model,
+        pattern,
+        execution.attention_backend,
+        device=engine.device,
+        dtype=engine.dtype,
+        documents=config.document_mask,
+    )
     if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = adapt(model, config.method, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+    model = adapt(
+        model,
+        config.method,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_targets=config.lora_targets,
+        train_layers=config.train_layers,
+    )
     return engine.place(model)
 
 
@@ -58,12 +78,15 @@ def run(
     source: ModelSource,
     config: TrainingConfig,
     execution: ExecutionConfig,
-    corpus: PackedCorpus,
+    corpus: PackedCorpus | ExampleCorpus,
     checkpoints: Path,
     engine: Engine,
     emit: Emit,
+    untuned: DocumentScores | None = None,
 ) -> None:
     """Trains and evaluates one trial, from its newest checkpoint if it has one.
+
+    ``untuned``: what the model scores at step 0, if an untuned trial with the same positions has shown it already.
 
     Raises:
         InputError: the batch does not divide among the workers, or the model cannot be trained as asked.
@@ -73,8 +96,8 @@ def run(
         raise InputError(f"a batch of {config.batch} sequences does not divide among {engine.num_workers} workers")
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
-    emit("model", parameters=total, trainable_parameters=trainable)
-    Trial(model, config, execution, corpus, checkpoints, engine, emit).run()
+    emit("model", parameters=total, trainable_parameters=trainable, attention_backend=backend_of(model))
+    Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned).run()
 
 
 @dataclass
@@ -84,10 +107,11 @@ class Trial:
     model: nn.Module
     config: TrainingConfig
     execution: ExecutionConfig
-    corpus: PackedCorpus
+    corpus: PackedCorpus | ExampleCorpus
     checkpoints: Path
     engine: Engine
     emit: Emit
+    untuned: DocumentScores | None = None
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -99,13 +123,7 @@ class Trial:
             self.evaluate(at_original_length=True)
             return
         self.parameters = trainable_parameters(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=self.config.learning_rate,
-            betas=(self.config.beta1, self.config.beta2),
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(self.model, self.config)
         training_model = self.start()
         training_model.train()
         if self.step == 0:
@@ -121,21 +139,19 @@ class Trial:
     def train_step(self, training_model: nn.Module) -> None:
         config, engine = self.config, self.engine
         started = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
-        batch = self.corpus.train_batch(self.step, config.batch, config.context_length, config.seed)
-        mine = torch.from_numpy(batch[engine.rank :: engine.num_workers])
-        # The loss is the mean over all scored tokens of the batch, wherever they are: not of the workers' or the
-        # micro-batches' means, in which a token would count more where there are fewer.
-        num_scored = engine.sum(torch.tensor(mine[:, 1:].numel())).item()
+        set_learning_rate(self.optimizer, config, self.step)
+        batch = self.train_batch()
+        mine = batch.rows(slice(engine.rank, None, engine.num_workers))
         loss_sum = torch.zeros((), device=engine.device)
         pieces = mine.split(self.execution.micro_batch or len(mine))
         for index, piece in enumerate(pieces):
-            tokens = piece.to(engine.device, non_blocking=True)
+            tokens, scored, mask = to_device(piece, engine.device)
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
-                    logits = training_model(input_ids=tokens).logits
-                loss = next_token_losses(logits, tokens).sum() / num_scored
+                    logits = training_model(input_ids=tokens, attention_mask=mask, **self.boundaries(tokens)).logits
+                # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
+                # micro-batches' means, in which a token would count more where there are fewer.
+                loss = (next_token_losses(logits, tokens) * scored[:, 1:]).sum() / batch.num_scored
                 engine.backward(loss)
             loss_sum += loss.detach()
         loss_value = engine.sum(loss_sum).item()
@@ -157,23 +173,45 @@ class Trial:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm,
             seconds=seconds,
-            tokens_per_second=batch.size / seconds,
+            tokens_per_second=batch.num_tokens / seconds,
             peak_memory_gib=engine.peak_memory_gib(),
         )
 
+    def train_batch(self) -> Batch:
+        """The sequences of the next step, of all workers."""
+        config = self.config
+        where = (self.step, config.batch, config.context_length, config.seed)
+        if config.task == "sft":
+            return self.corpus.train_batch(*where, config.long_examples)
+        return Batch.whole(self.corpus.train_batch(*where))
+
+    def boundaries(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model's call is told of documents, if attention is to stop at their boundaries."""
+        return {"document_ids": document_ids(tokens, self.corpus.eos_token_id)} if self.config.document_mask else {}
+
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, over all workers."""
-        return self.step * self.config.batch * self.config.context_length
+        """Tokens trained on so far, over all workers, without padding."""
+        config = self.config
+        if config.task == "sft" and config.steps:
+            where = (self.step, config.batch, config.context_length, config.seed)
+            return self.corpus.tokens_before(*where, config.long_examples)
+        return self.step * config.batch * config.context_length
 
     def evaluate(self, at_original_length: bool) -> None:
-        """Scores the held-out documents at the trained length, and on request at the model's original one too."""
+        """Scores what is held out at the trained length, and on request at the model's original one too."""
         lengths = [self.config.context_length]
-        if at_original_length and self.config.eval_span % self.original_length == 0:
-            lengths += [self.original_length] if self.original_length not in lengths else []
+        if at_original_length and self.original_length not in lengths and self.can_evaluate(self.original_length):
+            lengths.append(self.original_length)
         for length in lengths:
-            documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
-            scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
+            if self.step == 0 and self.untuned is not None and length == self.config.context_length:
+                scores = self.untuned
+            elif self.config.task == "sft":
+                examples = self.corpus.validation_examples(length, self.config.eval_documents)
+                scores = score_answers(self.model, examples, self.engine, self.execution.eval_batch_tokens)
+            else:
+                documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
+                scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
             self.emit(
                 "eval",
                 step=self.step,
@@ -183,6 +221,11 @@ class Trial:
                 nll=scores.nll.tolist(),
                 num_tokens=scores.tokens.tolist(),
             )
+
+    def can_evaluate(self, length: int) -> bool:
+        if self.config.task == "sft":
+            return self.corpus.has_validation_examples(length)
+        return self.config.eval_span % length == 0
 
     def save(self) -> None:
         """What the next attempt needs: trainable parameters, optimiser state, random state; the data's position is
@@ -256,10 +299,3 @@ class Trial:
                 f"the checkpoints in {self.checkpoints} are another trial's: {what} differ. Move them away, or train "
                 "in another folder"
             )
-
-
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The learning rate of the update after ``step`` steps: linear warm-up, then constant."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    return config.learning_rate

@@ -13,7 +13,7 @@ def convergence() -> SweepSpec:
     """The default: a small built-in model on the standard library's source, minutes on two CPU cores.
 
     Learning rates, batch and warm-up are not the paper's: those (2e-5, 64 sequences, 20 steps) are for a 7B model and
-    1,000 steps, and would leave a model of 2.5 million parameters where it was. Each method's learning rate was chosen
+    1,000 steps, and would leave a model of 3.1 million parameters where it was. Each method's learning rate was chosen
     by its final perplexity over both lengths from a small grid (docs/log.md), with the held-out documents themselves,
     which flatters every method a little.
     """

@@ -25,6 +25,9 @@ def errors_of(arguments, capsys):
         (["--context-lengths", "1000", "--group-size", "300"], "an even number of tokens that divides"),
         (["--context-lengths", "1022"], "group size 0.25 at context length 1022"),
         (["--context-lengths", "1024", "1536"], "multiple of the context length 1024"),
+        (["--train-layers", "last 99"], "train_layers is 'last 99', but the model has"),
+        (["--train-layers", "the last"], "expected all, a number of last layers"),
+        (["--quantization", "nf4"], "'nf4' with the method 'full'"),
         (["--batch", "3", "--workers", "2"], "does not divide among 2 workers"),
         (["--storage", "s3://bucket/runs"], "object stores are not supported yet"),  # the later flag holds
     ],

@@ -1,12 +1,14 @@
 """The answer: from journals whose outcome is known to what the comparison says of them."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.journal import Journal, TrialRecord
-from orchestrator.spec import Identities, SweepSpec
-from workloads.config import TrainingConfig
+from orchestrator.spec import Identities, SweepSpec, TrainedMethod
+from workloads.config import Positions, TrainingConfig
 
 TOKENS = np.array([1000, 1500, 1200, 900, 1100, 1300])
 HARDNESS = np.array([0.9, 1.3, 1.0, 1.1, 0.8, 1.2])
@@ -22,9 +24,10 @@ def evaluation(step, perplexity, context_length):
     }  # fmt: skip
 
 
-def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,)):
+def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), **fields):
     """Outcomes of a sweep; ``curves``: perplexity by step for each method, and for the references."""
-    spec = SweepSpec(context_lengths=(context_length,), seeds=seeds, methods=tuple(m for m in curves if m in METHODS))
+    methods = tuple(m for m in curves if m in METHODS)
+    spec = SweepSpec(context_lengths=(context_length,), seeds=seeds, methods=methods, **fields)
     made = []
     for trial in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32"):
         training: TrainingConfig = trial.training
@@ -43,7 +46,7 @@ def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,)):
     return made
 
 
-METHODS = ("lora", "lora+", "full")
+METHODS = get_args(TrainedMethod)
 CURVES = {
     "none": {0: 8.0},
     "yarn": {0: 2.55},
@@ -51,6 +54,28 @@ CURVES = {
     "lora+": {0: 10.0, 10: 3.1, 20: 2.51, 30: 2.41},
     "lora": {0: 10.0, 10: 3.01, 20: 2.8, 30: 2.6},
 }
+
+
+def test_every_method_and_every_kind_of_positions_has_a_name_and_a_place(tmp_path):
+    methods = {method: {0: 10.0, 10: 2.0 + 0.1 * i} for i, method in enumerate(METHODS)}
+    references = {positions: {0: 3.0 + i} for i, positions in enumerate(get_args(Positions))}
+    made = outcomes(tmp_path, methods | references, references=get_args(Positions))
+    (context,) = compare(made, original_length=512)
+    assert len({reference["label"] for reference in context["references"]}) == len(get_args(Positions))
+    assert context["winner"] == "lora"
+    text = " ".join([*context["sentences"], *summarise([context], [0])])
+    for words in ("LoRA with norms is 5.0% above LoRA", "LoRA with embeddings is 10.0% above LoRA"):
+        assert words in text
+
+
+def test_step_0_of_a_quantised_base_is_not_the_untuned_model(tmp_path):
+    curves = {"none": {0: 8.0}, "lora": {0: 4.0, 10: 3.0}}
+    for folder in ("plain", "nf4"):
+        (tmp_path / folder).mkdir()
+    (plain,) = compare(outcomes(tmp_path / "plain", curves), original_length=512)
+    (quantised,) = compare(outcomes(tmp_path / "nf4", curves, quantization="nf4"), original_length=512)
+    assert [r["label"] for r in plain["references"]] == ["untuned, no change", "untuned, linear interpolation"]
+    assert [r["label"] for r in quantised["references"]] == ["untuned, no change"]
 
 
 def test_winner_gaps_and_where_they_close(tmp_path):

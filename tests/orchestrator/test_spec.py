@@ -41,7 +41,9 @@ def test_a_field_at_its_default_is_the_same_trial_whether_it_is_named_or_not():
     [
         {"context_length": 1024}, {"method": "full"}, {"group_size": 1024}, {"positions": "yarn"}, {"steps": 41},
         {"batch": 8}, {"learning_rate": 1e-3}, {"seed": 1}, {"precision": "bfloat16"}, {"eval_documents": 3},
-        {"attention": "full", "group_size": None}, {"beta2": 0.999},
+        {"attention": "full", "group_size": None}, {"beta2": 0.999}, {"train_layers": "last 1"}, {"schedule": "cosine"},
+        {"method": "lora+norm"}, {"lora_targets": ("q_proj",)}, {"quantization": "nf4"}, {"positions": "ntk"},
+        {"attention": "short"}, {"document_mask": True},
     ],
 )  # fmt: skip
 def test_whatever_changes_the_result_changes_the_fingerprint(change):
@@ -59,19 +61,79 @@ def test_where_things_lie_is_not_part_of_the_trial():
     assert moved.fingerprint == trial().fingerprint
 
 
-def test_a_trial_survives_json():
-    there_and_back = TrialSpec.from_dict(json.loads(json.dumps(trial().to_dict())))
-    assert there_and_back == trial()
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj")])
+def test_a_trial_survives_json(targets):
+    there_and_back = TrialSpec.from_dict(json.loads(json.dumps(trial(lora_targets=targets).to_dict())))
+    assert there_and_back == trial(lora_targets=targets)
+
+
+def test_the_order_of_lora_targets_makes_no_other_trial():
+    one, other = (trial(lora_targets=targets) for targets in (("v_proj", "q_proj"), ("q_proj", "v_proj")))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_each_method_takes_the_learning_rates_of_what_it_trains():
+    spec = SweepSpec(
+        context_lengths=(1024,), methods=("lora", "lora+norm", "lora+embed", "lora+", "full"), references=(),
+        learning_rate_lora=1e-3, learning_rate_lora_plus=2e-3, learning_rate_full=3e-3,
+        learning_rate_embeddings=4e-3, learning_rate_norms=5e-3,
+    )  # fmt: skip
+    rates = {
+        t.training.method: (
+            t.training.learning_rate,
+            t.training.learning_rate_embeddings,
+            t.training.learning_rate_norms,
+        )
+        for t in spec.trials(IDENTITIES, "float32")
+    }
+    assert rates == {
+        "lora": (1e-3, None, None),
+        "lora+norm": (1e-3, None, 5e-3),
+        "lora+embed": (2e-3, 4e-3, None),
+        "lora+": (2e-3, 4e-3, 5e-3),
+        "full": (3e-3, 4e-3, 5e-3),
+    }
+    (last,) = dataclasses.replace(spec, methods=("full",), train_layers="last 1", learning_rate_embeddings=None).trials(
+        IDENTITIES, "float32"
+    )
+    assert (last.training.train_layers, last.training.learning_rate_norms) == ("last 1", 5e-3)
+
+
+def test_what_is_adapted_and_how_can_be_told_on_the_command_line():
+    flags = ["--methods", "lora+embed", "--train-layers", "last 2", "--lora-targets", "v_proj", "q_proj"]
+    flags += ["--positions", "ntk", "--references", "none", "dynamic", "llama3", "--schedule", "cosine"]
+    flags += ["--learning-rate-embeddings", "1e-4", "--quantization", "nf4"]
+    _, spec, _ = parse(flags)
+    assert SweepSpec.from_json(spec.to_json(), "spec.json") == spec
+    trials = [trial.training for trial in spec.trials(IDENTITIES, "float32") if trial.training.context_length == 1024]
+    assert [training.positions for training in trials] == ["none", "dynamic", "llama3", "ntk", "ntk"]
+    tuned = trials[-1]
+    assert (tuned.train_layers, tuned.lora_targets) == ("last 2", ("q_proj", "v_proj"))
+    assert (tuned.schedule, tuned.learning_rate_embeddings, tuned.quantization) == ("cosine", 1e-4, "nf4")
+    assert {training.quantization for training in trials[:-1]} == {"none"}
 
 
 def test_a_sweep_is_every_context_with_every_method_and_the_references():
     spec = SweepSpec(context_lengths=(1024, 2048), seeds=(0, 1))
     trials = spec.trials(IDENTITIES, "float32")
     labels = [t.label for t in trials]
-    assert len(trials) == 2 * (2 + 3 * 2) == len({t.fingerprint for t in trials})
-    assert labels[:5] == ["untuned none 1024", "untuned yarn 1024", "lora 1024", "lora 1024 seed 1", "lora+ 1024"]
+    assert len(trials) == 2 * (3 + 3 * 2) == len({t.fingerprint for t in trials})
+    assert labels[:3] == ["untuned none 1024", "untuned yarn 1024", "untuned linear 1024"]
+    assert labels[3:6] == ["lora 1024", "lora 1024 seed 1", "lora+ 1024"]
+    lora = trials[3]
+    assert lora.untuned() == trials[2] == trials[2].untuned()
     assert {t.training.group_size for t in trials if t.training.context_length == 2048} == {None, 512}
     assert {t.training.eval_span for t in trials} == {2048}
+
+
+def test_every_attention_pattern_is_a_flag_of_a_sweep():
+    flags = ["--attention", "dilated", "--document-mask", "--group-size", "0.5", "--attention-backend", "sdpa"]
+    _, spec, options = parse(flags)
+    assert options.attention_backend == "sdpa"
+    trained = [t.training for t in spec.trials(IDENTITIES, "float32") if t.training.method != "untuned"]
+    assert {(t.attention, t.document_mask, t.group_size / t.context_length) for t in trained} == {
+        ("dilated", True, 0.5)
+    }
 
 
 def test_full_fine_tuning_is_the_same_trial_whatever_the_rank():
@@ -139,6 +201,7 @@ def test_a_file_that_is_no_sweep(tmp_path):
         (["--context-lengths", "1024", "1024"], "none of the values twice"),
         (["--methods"], "--methods is empty"),
         (["--steps", "0"], "expected at least 1"),
+        (["--methods", "lora", "--learning-rate-norms", "1e-4"], "none of the methods lora trains them"),
         (["--name", "../elsewhere"], "names a folder"),
         (["--workers", "0"], "workers is 0"),
         (["--offload"], "choose zero2 or zero3"),

@@ -48,6 +48,8 @@ def test_it_ends_with_table_report_and_the_command_for_mlflow(finished):
     assert os.path.realpath(report) == os.path.realpath(next(page))
     assert re.search(r"^MLflow: .* -m dashboards\.mlflow --storage ", output, re.M)
     assert "wins with a perplexity of" in output
+    exported = re.search(r"^export \S+ 1024: .* -m workloads\.export (\S+) DIR$", output, re.M)[1]
+    assert os.path.realpath(exported) in {os.path.realpath(path) for path in command.storage.glob("trials/*")}
 
 
 def test_nothing_but_the_sweep_itself_speaks(finished):
@@ -60,7 +62,7 @@ def test_nothing_but_the_sweep_itself_speaks(finished):
 def test_each_trial_has_a_whole_record(finished):
     command, _ = finished
     found = records(command.storage)
-    assert len(found) == 5
+    assert len(found) == 6
     assert {record.state for record in found.values()} == {"finished"}
     for record in found.values():
         trained = json.loads((record.journal.path.parent / "trial.json").read_text())["training"]
@@ -74,7 +76,7 @@ def test_mlflow_has_one_run_a_trial_and_one_of_the_sweep_with_its_report(finishe
     command, _ = finished
     client, trials, sweeps = mlflow_runs(command.storage)
     assert sorted(run.info.run_name for run in trials) == [
-        "full 1024", "lora 1024", "lora+ 1024", "untuned none 1024", "untuned yarn 1024",
+        "full 1024", "lora 1024", "lora+ 1024", "untuned linear 1024", "untuned none 1024", "untuned yarn 1024",
     ]  # fmt: skip
     assert {run.info.status for run in trials + sweeps} == {"FINISHED"}
     full = next(run for run in trials if run.info.run_name == "full 1024")
@@ -95,7 +97,7 @@ def test_the_second_time_nothing_is_trained_and_it_says_why(finished):
     assert "finished before" in output and "Nothing is left to train" in output
     assert {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()} == before
     _, trials, sweeps = mlflow_runs(command.storage)
-    assert (len(trials), len(sweeps)) == (5, 1)
+    assert (len(trials), len(sweeps)) == (6, 1)
 
 
 def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text_folder):
@@ -104,11 +106,11 @@ def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text
     other = SweepCommand(command.storage, "--spec", str(spec), "--methods", "lora", "full", "--name", "shared")
     status, output = other.run()
     assert status == 0
-    assert "4 trials: 4 finished before" in output
+    assert "5 trials: 5 finished before" in output
     _, trials, sweeps = mlflow_runs(command.storage)
-    assert (len(trials), len(sweeps)) == (5, 2)
+    assert (len(trials), len(sweeps)) == (6, 2)
     shared = [run for run in trials if run.data.tags["longspan.sweeps"].endswith(", shared")]
-    assert len(shared) == 4
+    assert len(shared) == 5
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])

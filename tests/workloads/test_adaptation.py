@@ -1,11 +1,17 @@
-"""What trains under each method, by count and by name."""
+"""What trains under each method, in which layers, by count and by name."""
+
+import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from workloads.adaptation import adapt, count_parameters, trainable_parameters
+from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
+from workloads.optimization import build_optimizer, set_learning_rate
+
+LORA_METHODS = ("lora", "lora+norm", "lora+embed", "lora+")
 
 
 def small_llama(**overrides):
@@ -24,6 +30,29 @@ def small_llama(**overrides):
     )
 
 
+def kinds(model):
+    """What trains, as (kind, layer) pairs; layer None is outside the layers."""
+    found = set()
+    for name in trainable_parameters(model):
+        layer = re.search(r"\.(?:layers|blocks)\.(\d+)\.", "." + name)
+        kind = next((kind for kind in ("lora_", "norm", "embed_tokens", "lm_head") if kind in name), "weight")
+        found.add((kind, int(layer[1]) if layer else None))
+    return found
+
+
+def config(method, **overrides):
+    return TrainingConfig(
+        **{"context_length": 16, "eval_span": 16, "attention": "full", "method": method, "steps": 1000, **overrides}
+    )
+
+
+def train_once(model, method):
+    """One AdamW update on some tokens, as the training loop makes it."""
+    optimizer = build_optimizer(model, config(method, learning_rate=1e-2))
+    model(torch.arange(16)[None]).logits.float().square().mean().backward()
+    optimizer.step()
+
+
 def test_lora_plus_on_llama2_7b_trains_what_the_papers_code_trains():
     """embedding 131,076,096 + norms 266,240 + LoRA (rank 8 on q, k, v, o) 8,388,608; the authors added a token."""
     with torch.device("meta"):
@@ -37,49 +66,161 @@ def test_lora_plus_on_llama2_7b_trains_what_the_papers_code_trains():
     assert by_kind == {"embed": 131_076_096, "norm": 266_240, "lora": 8_388_608}
 
 
-def test_lora_trains_its_matrices_alone_and_full_trains_everything():
-    assert all("lora_" in name for name in trainable_parameters(adapt(small_llama(), "lora")))
-    total, trainable = count_parameters(adapt(small_llama(), "full"))
-    assert total == trainable
-    assert not trainable_parameters(adapt(small_llama(), "untuned"))
+LORA = {("lora_", 0), ("lora_", 1)}
+NORMS = {("norm", 0), ("norm", 1), ("norm", None)}
+EMBEDDINGS = {("embed_tokens", None)}
 
 
-def test_lora_plus_keeps_the_output_layer_frozen():
-    names = trainable_parameters(adapt(small_llama(), "lora+"))
-    assert not any("lm_head" in name for name in names)
-    assert sum("embed_tokens" in name for name in names) == 1
-    assert sum("norm" in name for name in names) == 2 * 2 + 1
+@pytest.mark.parametrize(
+    ("method", "trains"),
+    [
+        ("untuned", set()),
+        ("lora", LORA),
+        ("lora+norm", LORA | NORMS),
+        ("lora+embed", LORA | EMBEDDINGS),
+        ("lora+", LORA | NORMS | EMBEDDINGS),
+        ("full", {("weight", 0), ("weight", 1), ("lm_head", None)} | NORMS | EMBEDDINGS),
+    ],
+)
+def test_each_method_trains_its_set_and_nothing_else(method, trains):
+    model = adapt(small_llama(), method)
+    assert kinds(model) == trains
+    if method == "full":
+        assert len(set(count_parameters(model))) == 1
 
 
-def test_tied_embeddings_stay_tied():
-    model = adapt(small_llama(tie_word_embeddings=True), "lora+")
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+@pytest.mark.parametrize("method", ["lora+embed", "lora+"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_train_tied_ones_stay_one_tensor_and_else_the_output_layer_stays(method, tied):
+    model = adapt(small_llama(tie_word_embeddings=tied), method)
+    before = model.get_input_embeddings().weight.detach().clone()
+    output_before = model.get_output_embeddings().weight.detach().clone()
+    train_once(model, method)
+    embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (embeddings is output) == tied
+    assert not torch.equal(embeddings, before)
+    assert torch.equal(output, embeddings if tied else output_before)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora+", "full"])
+def test_gpt_neox_trains_its_input_embeddings_and_not_its_embed_out():
+    """The authors' substring match on "embed" catches ``embed_out``, which is the output layer."""
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    names = trainable_parameters(adapt(GPTNeoXForCausalLM(GPTNeoXConfig(**shape)), "lora+"))
+    assert [name for name in names if "embed" in name] == ["base_model.model.gpt_neox.embed_in.weight"]
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in names if "lora_" in name}
+    assert adapted == {"query_key_value", "dense"}
+    assert sum("norm" in name for name in names) == 2 * (2 * 2 + 1)  # weight and bias
+
+
+@pytest.mark.parametrize("method", [*LORA_METHODS, "full"])
 def test_an_untrained_adaptation_changes_no_output(method):
     tokens = torch.arange(16)[None]
     before = small_llama()(tokens).logits
-    torch.testing.assert_close(adapt(small_llama(), method)(tokens).logits, before)
+    torch.testing.assert_close(adapt(small_llama(), method, train_layers="last 1")(tokens).logits, before)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora+", "full"])
-def test_trainable_parameters_are_float32_and_keep_an_update_that_bfloat16_would_lose(method):
-    model = adapt(small_llama().bfloat16(), method)
-    trainable = trainable_parameters(model)
-    assert {p.dtype for p in trainable.values()} == {torch.float32}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=2e-5, weight_decay=0)
-    before = {name: p.detach().clone() for name, p in trainable.items()}
+@pytest.mark.parametrize(
+    ("choice", "layers"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        ("last 2", [4, 5]),
+        ("last 6", [0, 1, 2, 3, 4, 5]),
+        ("every 2", [0, 2, 4]),
+        ("every 4", [0, 4]),
+        ("3", [3]),
+        ("0,2,5", [0, 2, 5]),
+    ],
+)
+def test_a_choice_of_layers(choice, layers):
+    assert list(trained_layers(choice, 6)) == layers
+
+
+@pytest.mark.parametrize("choice", ["last 7", "every 7", "0,6", "6"])
+def test_a_choice_beyond_the_model_names_its_number_of_layers(choice):
+    with pytest.raises(InputError, match=r"the model has 6 layers \(0 to 5\)"):
+        trained_layers(choice, 6)
+
+
+@pytest.mark.parametrize("choice", ["", "some", "last", "last 0", "every -1", "0,,1", "2,1", "1,1", "-1", "last four"])
+def test_a_choice_of_no_known_form_is_refused_where_a_trial_is_made(choice):
+    with pytest.raises(InputError, match="expected all, a number of last layers"):
+        config("lora", train_layers=choice)
+
+
+def test_the_layer_choice_restricts_lora_and_the_norms_of_layers_while_the_rest_follows_the_method():
+    """Embeddings and the final norm are in no layer."""
+    model = adapt(small_llama(num_hidden_layers=4), "lora+", train_layers="1,3")
+    assert kinds(model) == {("lora_", 1), ("lora_", 3), ("norm", 1), ("norm", 3), ("norm", None), *EMBEDDINGS}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_with_a_layer_choice_trains_these_layers_and_nothing_outside(tied):
+    model = adapt(small_llama(num_hidden_layers=4, tie_word_embeddings=tied), "full", train_layers="last 2")
+    assert kinds(model) == {("weight", 2), ("weight", 3), ("norm", 2), ("norm", 3)}
+
+
+def test_lora_adapts_the_modules_that_are_asked_for():
+    model = adapt(small_llama(), "lora", lora_targets=("down_proj", "q_proj"), lora_rank=4, lora_alpha=8)
+    lora = {name.split(".lora_")[0].rpartition(".")[2] for name in trainable_parameters(model)}
+    assert lora == {"down_proj", "q_proj"}
+    # rank x (in + out) a module, in each of two layers
+    assert count_parameters(model)[1] == 2 * 4 * ((32 + 32) + (48 + 32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(lora_targets=("q_proj", "qproj")), r"has qproj,.*LlamaForCausalLM.*down_proj, gate_proj, k_proj, o_proj"),
+        (dict(lora_targets=("lm_head",)), r"has lm_head,.*their linear modules: down_proj"),
+        (dict(lora_rank=9), r"lora_rank is 9, but k_proj has a side of 8.*up to 8"),
+        (dict(train_layers="last 3"), r"'last 3', but the model has 2 layers"),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        adapt(small_llama(num_key_value_heads=1), "lora", **changes)
+
+
+def test_a_rank_may_be_as_large_as_the_smaller_side_of_what_is_adapted():
+    adapt(small_llama(num_key_value_heads=1), "lora", lora_rank=8)
+    adapt(small_llama(num_key_value_heads=1), "lora", lora_rank=32, lora_targets=("q_proj",))
+
+
+def test_models_that_longspan_does_not_know_its_way_in_are_refused_by_name():
+    with pytest.raises(InputError, match=r"Sequential has no list of decoder layers"):
+        adapt(torch.nn.Sequential(torch.nn.Linear(2, 2)), "lora")
+    with pytest.raises(InputError, match=r"MptForCausalLM has none of the attention projections.*Wqkv"):
+        adapt(MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=32)), "lora")
+
+
+@pytest.mark.parametrize("method", [*LORA_METHODS, "full"])
+def test_what_trains_and_its_optimiser_state_are_float32_and_the_frozen_rest_keeps_its_precision(method):
+    model = adapt(small_llama().bfloat16(), method, train_layers="last 1")
+    optimizer = build_optimizer(model, config(method))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.arange(16)[None]).logits.float().square().mean().backward()
     optimizer.step()
-    norms = [n for n in trainable if "norm" in n] or list(trainable)
-    moved = [n for n in norms if not torch.equal(before[n], trainable[n])]
-    assert moved
-    assert all(torch.equal(before[n].bfloat16(), trainable[n].bfloat16()) for n in moved if "norm" in n)
+    trainable = trainable_parameters(model)
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-def test_a_model_without_known_projections_is_refused_by_name():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"Sequential.*attention projections"):
-        adapt(model, "lora")
+def test_a_thousand_small_updates_add_up_which_bfloat16_would_lose():
+    """Under a steady gradient AdamW moves by its learning rate each step: 1,000 x 2e-5 from 1.0 is 0.98. The spacing of
+    bfloat16 below 1.0 is 0.0039, so there each of them is rounded away."""
+    model = adapt(small_llama().bfloat16(), "lora+norm")
+    norm = model.get_base_model().model.norm.weight
+    settings = config("lora+norm", learning_rate=2e-5, warmup_steps=0)
+    optimizer = build_optimizer(model, settings)
+    in_bfloat16 = torch.ones(32, dtype=torch.bfloat16, requires_grad=True)
+    lossy = torch.optim.AdamW([in_bfloat16], lr=2e-5, weight_decay=0)
+    assert torch.equal(norm, torch.ones(32))
+    for step in range(1000):
+        norm.grad, in_bfloat16.grad = torch.ones_like(norm), torch.ones_like(in_bfloat16)
+        set_learning_rate(optimizer, settings, step)
+        optimizer.step()
+        lossy.step()
+    # 1,000 roundings of float32 next to 1.0 (spacing 6e-8) may add up to 3e-5.
+    torch.testing.assert_close(norm.detach(), torch.full((32,), 0.98), rtol=0, atol=3e-5)
+    assert torch.equal(in_bfloat16, torch.ones(32, dtype=torch.bfloat16))

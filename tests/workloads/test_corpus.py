@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -252,13 +254,49 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 # The hub: a server that speaks as much of its protocol as loading a data set takes, so that the real clients are tested
 
 
-def parquet(texts: list[str]) -> bytes:
+def parquet(texts: list[str], **columns) -> bytes:
     file = io.BytesIO()
-    pq.write_table(pa.table({"n": range(len(texts)), "text": texts}), file)
+    pq.write_table(pa.table({"n": range(len(texts)), "text": texts, **columns}), file)
     return file.getvalue()
 
 
+# Small copies, in the form of the data sets of the paper and its successors: the same files, columns and scripts.
+OF_THE_PAPER = {
+    "emozilla/pg19": {
+        f"data/{split}-00000-of-00001.parquet": parquet(
+            [f"{split} book"] * 3, short_book_title=["t"] * 3, publication_date=[1900] * 3, url=["http://x"] * 3
+        )
+        for split in ("train", "validation", "test")
+    },
+    "emozilla/pg19-test": {"data/test-00000-of-00001.parquet": parquet(TEXTS, short_book_title=["t"] * len(TEXTS))},
+    "DKYoon/SlimPajama-6B": {
+        f"data/{split}-00000-of-00001-0a1b2c.parquet": parquet(
+            [f"{split} page"] * 3, meta=[{"redpajama_set_name": "RedPajamaC4"}] * 3, __index_level_0__=[0, 1, 2]
+        )
+        for split in ("train", "validation", "test")
+    },
+    "hoskinson-center/proof-pile": {
+        "proof-pile.py": b"raise SystemExit",
+        "test/proofpile_test.jsonl.gz": gzip.compress(b'{"text": "a proof", "meta": "{}"}\n' * 3),
+    },
+    "EleutherAI/proof-pile-2": {
+        "proof-pile-2.py": b"raise SystemExit",
+        "arxiv/train/arXiv_000.jsonl.gz": gzip.compress(b'{"text": "first", "meta": {"id": "x"}}\n' * 2),
+        "arxiv/train/arXiv_001.jsonl.gz": gzip.compress(b'{"text": "second", "meta": {"id": "x"}}\n' * 2),
+    },
+    "Yukang/LongAlpaca-12k": {
+        "README.md": b"---\nlicense: cc-by-nc-4.0\n---\n",
+        "LongAlpaca-12k.json": json.dumps(
+            [{"output": f"answer {i}", "instruction": f"question {i}", "input": "", "file": "book"} for i in range(30)],
+            indent=4,
+        ).encode(),
+    },
+    "deepmind/pg19": {"pg19.py": b"raise SystemExit"},
+    "togethercomputer/RedPajama-Data-1T-Sample": {"RedPajama-Data-1T-Sample.py": b"raise SystemExit"},
+}
+
 REPOSITORIES = {
+    **OF_THE_PAPER,
     "org/books": {
         "README.md": b"---\nlicense: mit\n---\n",
         "data/train-00000-of-00001.parquet": parquet([f"train {i}" for i in range(30)]),
@@ -283,7 +321,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        path = self.path.split("?")[0]
+        path = unquote(self.path.split("?")[0])
         repo = "/".join(path.removeprefix("/api").split("/")[2:4])
         files = REPOSITORIES.get(repo)
         if files is None:
@@ -296,7 +334,8 @@ class Hub(BaseHTTPRequestHandler):
         if rest[0] == "tree":
             within = [name for name in files if Path(name).parent == Path(rest[2])]
             answer = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in within]
-            folders = {Path(name).parts[0] for name in files if "/" in name} if not rest[2] else ()
+            above = {str(parent) for name in files for parent in Path(name).parents} - {"."}
+            folders = [name for name in above if Path(name).parent == Path(rest[2])]
             answer += [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders]
         else:
             answer = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
@@ -384,6 +423,53 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
     assert "org/script" in script and "loading script" in script and "emozilla/pg19" in script
     assert "no revision 'v9'" in revision
     assert "org/missing is neither a local path nor on the Hugging Face hub" in missing
+
+
+def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_path):
+    books, test_books, pages, proofs, many, *refused = ask(
+        hub,
+        tmp_path,
+        "emozilla/pg19",
+        "emozilla/pg19-test",
+        "DKYoon/SlimPajama-6B",
+        "hoskinson-center/proof-pile:test/proofpile_test.jsonl.gz",
+        f"EleutherAI/proof-pile-2@{COMMIT}:arxiv/train/*.jsonl.gz",
+        "hoskinson-center/proof-pile",
+        "EleutherAI/proof-pile-2",
+        "deepmind/pg19",
+        "togethercomputer/RedPajama-Data-1T-Sample",
+        "hoskinson-center/proof-pile:train/none.jsonl.gz",
+        "hoskinson-center/proof-pile:test/none*.jsonl.gz",
+    )
+    for (_, documents), text in ((books, "book"), (pages, "page")):
+        assert {(split, found) for _, found, split in documents} == {
+            ("train", f"train {text}"),
+            ("validation", f"validation {text}"),
+        }
+    assert sorted(text for _, text, _ in test_books[1]) == sorted(TEXTS)
+    assert proofs[0] == f"hub:hoskinson-center/proof-pile@{COMMIT}:test/proofpile_test.jsonl.gz"
+    assert [text for _, text, _ in proofs[1]] == ["a proof"] * 3
+    assert [text for _, text, _ in many[1]] == ["first", "first", "second", "second"]
+    alternatives = ("proof-pile:test/", "proof-pile-2:arxiv/train/", "emozilla/pg19", "DKYoon/SlimPajama-6B")
+    for message, alternative in zip(refused, alternatives):
+        assert "loading script" in message and alternative in message
+    for message in refused[-2:]:
+        assert "cannot be loaded" in message and "proof-pile:test/proofpile_test.jsonl.gz" in message
+
+
+def test_the_papers_instruction_data_load(hub, tmp_path):
+    script = """
+import json, sys
+from workloads.data import Instructions
+instructions = Instructions.parse(sys.argv[1])
+print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, r.split] for r in instructions.rows()]]))
+"""
+    ((identity, rows),) = ask(hub, tmp_path, "Yukang/LongAlpaca-12k", script=script)
+    assert identity == f"hub:Yukang/LongAlpaca-12k@{COMMIT}:default"
+    assert [(name, row["instruction"], row["output"]) for name, row, _ in rows] == [
+        (f"train#{i}", f"question {i}", f"answer {i}") for i in range(30)
+    ]
+    assert 1 <= sum(side == "validation" for *_, side in rows) < 15
 
 
 def test_without_the_hub_a_full_commit_comes_from_the_cache_and_no_other(hub, tmp_path):

@@ -1,17 +1,26 @@
-"""Perplexity against transformers' own loss, and intervals against what they promise."""
+"""Perplexity against transformers' own loss and against a loop over tokens; intervals against what they promise."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from workloads.attention import AttentionPattern, use_pattern
-from workloads.data import ValidationDocument
+from workloads.data import Corpus, ValidationDocument, prepare
 from workloads.engine import Engine
-from workloads.evaluation.bootstrap import DocumentScores, gap_interval, perplexity_interval
-from workloads.evaluation.perplexity import score_documents
+from workloads.errors import InputError
+from workloads.evaluation.bootstrap import (
+    DocumentScores,
+    accuracy_interval,
+    gap_interval,
+    perplexity_interval,
+    subsampling_error,
+)
+from workloads.evaluation.cost import forward_cost
+from workloads.evaluation.documents import documents_to_score
+from workloads.evaluation.perplexity import by_document, cut_windows, score_documents, score_windows
 from workloads.models import ModelSource
 
 SOURCE = ModelSource.parse("builtin:tiny")
@@ -39,6 +48,79 @@ def test_perplexity_is_transformers_loss_over_all_windows_with_full_attention():
     assert scores.nll == pytest.approx(expected, rel=1e-5)
     assert scores.tokens.tolist() == [127 * 3, 127, 127 * 2]
     assert scores.perplexity == pytest.approx(math.exp(sum(expected) / (127 * 6)), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, initializer_range=0.5, **shape)).eval()
+    use_pattern(model, AttentionPattern(name="full"))
+    return model
+
+
+def scored_one_by_one(model, document, length, stride, rule_scores):
+    """(nll, tokens) of a document: every scored token of every window from a forward of its own."""
+    nll, count = 0.0, 0
+    start = 0
+    while start + length <= len(document):
+        window = document[start : start + length]
+        for position in range(1, length):
+            if rule_scores(position):
+                with torch.no_grad():
+                    logits = model(input_ids=torch.from_numpy(window[None, :position])).logits[0, -1]
+                nll -= logits.log_softmax(dim=-1)[window[position]].item()
+                count += 1
+        start += stride
+    return nll, count
+
+
+@pytest.mark.parametrize("stride", [24, 8, 10])
+def test_both_rules_are_what_a_loop_over_single_tokens_gives(random_model, stride):
+    """Windows of 24 that do not overlap, that slide by what `last` scores, and that slide by something else."""
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(50, size=size) for size in (61, 24, 50)]
+    windows, owner = cut_windows(documents, 24, stride)
+    engine = Engine(torch.device("cpu"), "float32")
+    nll = score_windows(random_model, windows, [23, 8], engine, batch_tokens=60)
+    rules = {"all": (23, lambda position: True), "last": (8, lambda position: position >= 16)}
+    for column, (scored, rule_scores) in enumerate(rules.values()):
+        scores = by_document(owner, nll[:, column], scored, len(documents))
+        expected = [scored_one_by_one(random_model, d, 24, stride, rule_scores) for d in documents]
+        assert scores.nll == pytest.approx([nll for nll, _ in expected], rel=1e-5)
+        assert scores.tokens.tolist() == [count for _, count in expected]
+
+
+def test_sliding_by_what_is_scored_scores_each_token_once(random_model):
+    """A document whose tokens are all different tells which of them the windows end with."""
+    windows, _ = cut_windows([np.arange(50)], 20, 5)
+    assert np.concatenate([window[-5:] for window in windows]).tolist() == list(range(15, 50))
+
+
+def test_documents_are_those_that_a_sweep_scores(tmp_path):
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text("".join(map(chr, generator.integers(97, 122, 200 + 10 * number))))
+    corpus = Corpus.parse(str(tmp_path))
+    packed = prepare(corpus, SOURCE.tokenizer, SOURCE.tokenizer_identity, tmp_path / ".data")
+    expected = packed.validation_windows(256, 256, 3)
+    found = documents_to_score(corpus, SOURCE.tokenizer(), 256, 3)
+    assert [document.name for document in found] == [document.name for document in expected]
+    assert all(np.array_equal(one.tokens, other.tokens[0]) for one, other in zip(found, expected))
+    assert len(documents_to_score(corpus, SOURCE.tokenizer(), 200, 99, held_out_only=False)) == 40
+    with pytest.raises(InputError, match=r"longest of .* held-out .* Long enough are .* at 256"):
+        documents_to_score(corpus, SOURCE.tokenizer(), 1000, 3)
+
+
+def test_the_cost_is_the_papers():
+    """Table 11, Llama2 7B at 8,192 tokens: attention 35.2, projections 35.2, FFN 70.9 TFLOP; and lm_head 2.15."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    cost = forward_cost(model, {8192: 2})
+    assert (cost.forwards, cost.tokens) == (2, 16384)
+    assert cost.attention_flops / 2e12 == pytest.approx(35.2, abs=0.05)
+    assert (cost.flops - cost.attention_flops) / 2e12 == pytest.approx(35.2 + 70.9 + 2.15, abs=0.1)
 
 
 def simulated(generator, documents, mean, spread=0.2):
@@ -69,3 +151,23 @@ def test_models_scored_on_other_documents_are_not_compared():
     generator = np.random.default_rng(0)
     with pytest.raises(ValueError, match="same documents"):
         gap_interval(simulated(generator, 5, 1.0), simulated(generator, 5, 1.0))
+
+
+def test_the_error_of_a_subsample_is_about_what_it_says():
+    """Of many subsamples, about 95% lie within the error that each states."""
+    generator = np.random.default_rng(0)
+    nll = generator.gamma(4.0, 0.5, 200) * 100
+    truth = math.exp(nll.sum() / (200 * 100))
+    within = 0
+    for _ in range(400):
+        sample = generator.choice(nll, 50, replace=False)
+        within += abs(math.exp(sample.mean() / 100) / truth - 1) <= subsampling_error(sample, 100, 200)
+    assert 0.92 <= within / 400 <= 0.98
+    assert subsampling_error(nll, 100, 200) == 0
+
+
+def test_wilson_intervals():
+    """Brown, Cai and DasGupta (2001) give the formula; the values are those of statsmodels' proportion_confint."""
+    assert (accuracy_interval(10, 10).low, accuracy_interval(10, 10).high) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert (accuracy_interval(3, 10).low, accuracy_interval(3, 10).high) == pytest.approx((0.1078, 0.6032), abs=1e-4)
+    assert accuracy_interval(0, 10).low == pytest.approx(0, abs=1e-12)

@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workloads.data import Corpus, PackedCorpus, prepare
+from workloads.data.hub import HubSource
 from workloads.errors import InputError
 
 EOS = 256
@@ -148,6 +151,53 @@ def test_documents_come_in_batches_and_progress_counts_them(corpus, tokenizer, t
     assert len(done) > 5 and done == sorted(done) and done[-1] == 60
     monkeypatch.undo()
     assert (train_stream(batched) == train_stream(prepare(corpus, tokenizer, "bytes", tmp_path / "b"))).all()
+
+
+# A budget of training tokens, for what does not fit on a disk
+
+
+def test_a_budget_takes_the_beginning_of_each_side(corpus, packed, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("workloads.data.packing.BUDGETED_VALIDATION_TOKENS", 300)
+    held_out = set()
+    for budget in (100, 1_000, packed.train_tokens + 1):
+        bounded = replace(corpus, max_train_tokens=budget)
+        part = prepare(bounded, tokenizer, "bytes", tmp_path)
+        assert (train_stream(part) == train_stream(packed)[:budget]).all()
+        assert part.train_tokens == min(budget, packed.train_tokens)
+        assert bounded.identity() == f"{corpus.identity()}:{budget} tokens"
+        held_out.add((tuple(part.validation_names), (part.folder / "validation.bin").read_bytes()))
+    ((names, stream),) = held_out  # the same whatever the budget
+    assert list(names) == packed.validation_names[: len(names)]
+    assert (packed.folder / "validation.bin").read_bytes().startswith(stream)
+    tokens = len(stream) // np.dtype(packed.dtype).itemsize
+    assert 300 <= tokens < packed.validation_tokens and part.validation_offsets[-2] < 300
+
+
+@pytest.mark.parametrize("own_validation_split", [True, False])
+def test_no_more_is_read_than_the_budget_needs(tokenizer, tmp_path, monkeypatch, own_validation_split):
+    """A data set without an end."""
+    monkeypatch.setattr("workloads.data.packing.BUDGETED_VALIDATION_TOKENS", 1_000)
+    monkeypatch.setattr("workloads.data.packing._BATCH_CHARACTERS", 500)
+    pulled = {"train": 0, "validation": 0}
+
+    def rows(split):
+        for _ in count():
+            pulled[split] += 1
+            yield {"text": "x" * 99}
+
+    splits = ("validation", "train") if own_validation_split else ("train",)
+    monkeypatch.setattr(HubSource, "_load", lambda self: {split: rows(split) for split in splits})
+    corpus = Corpus.parse(f"org/endless@{'0' * 40}", max_train_tokens=20_000)
+    packed = prepare(corpus, tokenizer, "bytes", tmp_path)
+    assert packed.train_tokens == 20_000 and packed.validation_tokens == 1_000
+    if own_validation_split:
+        assert pulled["train"] < 210 and pulled["validation"] < 20
+    else:
+        assert pulled["train"] < 300
+
+
+def test_a_budget_that_is_none():
+    assert "--max-train-tokens 0" in error_of(Corpus.parse, "builtin:stdlib", max_train_tokens=0)
 
 
 # Training batches

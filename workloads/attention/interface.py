@@ -3,62 +3,129 @@
 ``use_pattern(model, pattern)`` selects the attention function ``longspan`` and writes the pattern into the model's
 configuration; the function reads it there at each call. Its mask function is registered with it, since a registered
 attention function without one gets no mask at all, not even for padding.
+
+A model's forward call takes ``document_ids=`` (see documents.py): the models of transformers hand such arguments on to
+their attention function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from workloads.attention.patterns import AttentionPattern, dense_mask
-from workloads.attention.shifted import shifted_sparse_attention
+from workloads.attention.backends import attention, choose_backend, cudnn_first, masked_attention
+from workloads.attention.families import refuse_unsupported
+from workloads.attention.patterns import AttentionPattern
+from workloads.config import AttentionBackend
 from workloads.errors import InputError
-from workloads.models import refuse_sliding_windows
 
 NAME = "longspan"
 CONFIG_FIELD = "longspan_attention"
 
 
-def use_pattern(model: PreTrainedModel, pattern: AttentionPattern) -> None:
+def use_pattern(
+    model: PreTrainedModel,
+    pattern: AttentionPattern,
+    backend: AttentionBackend = "auto",
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    documents: bool = False,
+) -> None:
     """Makes every attention layer of ``model`` follow ``pattern``.
 
+    Args:
+        backend: what computes it; ``auto`` takes the fastest that can serve. :func:`backend_of` tells which it is.
+        device, dtype: where and in what the model is going to compute; by default where it is and what it is.
+        documents: whether its calls are going to have ``document_ids``.
+
     Raises:
-        InputError: the model's code does not go through transformers' attention interface, or some of its layers
-            attend in a window of their own, which the pattern would silently replace.
+        InputError: the model is of no supported family, or some of its layers attend in a way that the pattern would
+            silently replace; or the backend cannot serve.
     """
-    architecture = type(model).__name__
-    if not model._supports_attention_backend:
-        raise InputError(
-            f"{architecture} does not take its attention through transformers' attention interface, so that an "
-            "attention pattern cannot reach it; choose a model of the Llama, Mistral or Qwen families"
-        )
-    refuse_sliding_windows(model.config)
+    config = model.config
+    refuse_unsupported(config)
+    chosen = choose_backend(
+        backend,
+        pattern,
+        device or model.device,
+        dtype or model.dtype,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dropout=getattr(config, "attention_dropout", 0.0),
+        documents=documents,
+    )
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise InputError(f"{architecture} refused the attention function {NAME!r}; it cannot train with a pattern")
-    _write(model, pattern)
+    if config._attn_implementation != NAME:
+        raise InputError(
+            f"{type(model).__name__} refused the attention function {NAME!r}; it cannot train with a pattern"
+        )
+    _write(model, pattern, chosen)
 
 
 @contextmanager
 def full_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, ``model`` attends fully (evaluation); afterwards it has its pattern back."""
     before = getattr(model.config, CONFIG_FIELD)
-    _write(model, AttentionPattern(name="full"))
+    # FlexAttention is for masks that other kernels do not know; plain causal attention they compute faster.
+    backend = "sdpa" if before["backend"] == "flex" else before["backend"]
+    _write(model, AttentionPattern(name="full"), backend)
     try:
         yield
     finally:
         setattr(model.config, CONFIG_FIELD, before)
 
 
-def _write(model: PreTrainedModel, pattern: AttentionPattern) -> None:
-    setattr(model.config, CONFIG_FIELD, asdict(pattern))
+def backend_of(model: PreTrainedModel) -> AttentionBackend:
+    """The backend that computes the model's pattern."""
+    return getattr(model.config, CONFIG_FIELD)["backend"]
+
+
+def _write(model: PreTrainedModel, pattern: AttentionPattern, backend: AttentionBackend) -> None:
+    setattr(model.config, CONFIG_FIELD, {**asdict(pattern), "backend": backend})
+
+
+@dataclass(frozen=True, slots=True)
+class RightPadding:
+    """What stands in for a mask where a batch is padded on the right: each sequence's number of tokens."""
+
+    lengths: tuple[int, ...]
+
+
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> torch.Tensor | RightPadding | None:
+    """transformers' calling convention for mask functions; once for all layers of a forward call.
+
+    No token sees padding on its right, since attention is causal: no mask is made for it.
+    """
+    plain = allow_is_causal_skip and mask_function is causal_mask_function
+    if plain and attention_mask is not None and q_length == kv_length == attention_mask.shape[-1]:
+        lengths = attention_mask.sum(dim=-1)
+        positions = torch.arange(kv_length, device=lengths.device)
+        if torch.equal(attention_mask, positions < lengths[:, None]):
+            padding = RightPadding(tuple(lengths.tolist()))
+            return padding if min(padding.lengths) < kv_length else None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
 
 
 def _attention_forward(
@@ -66,33 +133,39 @@ def _attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | RightPadding | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    document_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' calling convention: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
-    pattern = AttentionPattern(**getattr(module.config, CONFIG_FIELD))
-    if pattern.name == "full":
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    settings = getattr(module.config, CONFIG_FIELD)
+    pattern = AttentionPattern(name=settings["name"], group_size=settings["group_size"])
+    backend = settings["backend"]
+    padding = attention_mask if isinstance(attention_mask, RightPadding) else None
+    mask = None if padding else attention_mask
+    if torch.is_autocast_enabled(query.device.type):
+        # RoPE may have made query and key float32; kernels that autocast does not know take them as they come.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    generating = mask is not None or query.shape[2] != key.shape[2]
+    if pattern.name == "full" and document_ids is None and (generating or backend in ("sdpa", "cudnn")):
+        # As in the stock model, with a cache or with padding on the left too.
+        with cudnn_first() if backend == "cudnn" else contextlib.nullcontext():
+            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"{query.shape[2]} queries for {key.shape[2]} keys: the pattern {pattern.name!r} is for training on whole "
             "sequences; generate inside `with full_attention(model):`"
         )
-    if attention_mask is None:
-        output = shifted_sparse_attention(query, key, value, pattern.group_size, scale=scaling, dropout=dropout)
+    options = {"layer": module.layer_idx, "document_ids": document_ids, "scale": scaling, "dropout": dropout}
+    if mask is None:
+        lengths = padding.lengths if padding else None
+        output = attention(query, key, value, pattern, lengths=lengths, backend=backend, **options)
     else:
-        allowed = dense_mask(pattern, query.shape[1], query.shape[2], query.device) & attention_mask
-        # A padded query may be left with no key at all; softmax over nothing is NaN, so it attends to itself.
-        allowed = allowed | torch.eye(query.shape[2], dtype=torch.bool, device=query.device)
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, scale=scaling, dropout_p=dropout, enable_gqa=True
-        )
+        output = masked_attention(query, key, value, pattern, allowed=mask, **options)
     return output.transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)

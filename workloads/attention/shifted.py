@@ -1,16 +1,20 @@
-"""Shifted sparse attention (S²-Attn), the fast path: groups become batches of ordinary causal attention.
+"""Attention inside groups by PyTorch's scaled dot-product attention: groups become batches of causal attention.
 
-Whole groups of equal length fold into the batch dimension, so that one call of PyTorch's scaled dot-product attention
-serves them all; what is left over at the ends (a half group, a shorter last group) is a further small call. Where the
-projections are laid out as transformers lays them out, (batch, tokens, heads, head_dim) in memory, the fold is a view.
+Whole groups of equal length fold into the batch dimension, so that one call serves them all; what is left over at the
+ends (a half group, a shorter last group) is a further small call. Where the projections are laid out as transformers
+lays them out, (batch, tokens, heads, head_dim) in memory, the fold is a view.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from workloads.attention.patterns import check_group_size
+from workloads.attention.groups import head_shifts, shared_heads
+from workloads.attention.patterns import AttentionPattern
 
 
 def shifted_sparse_attention(
@@ -27,7 +31,7 @@ def shifted_sparse_attention(
     Query heads before index ``heads // 2`` attend inside groups [0, G), [G, 2G), ...; the others (5 of 9 where the
     count is odd) inside [0, G/2), [G/2, 3G/2), ..., so that information flows between neighbouring groups from layer to
     layer. No group wraps around: no query sees a later key. LongLoRA (arXiv 2309.12307) section 3.2; the grouping is
-    its appendix's variant without leakage. The definition is :func:`workloads.attention.patterns.dense_mask`.
+    its appendix's variant without leakage. The definition is :func:`workloads.attention.patterns.attends`.
 
     Args:
         query: (batch, heads, tokens, head_dim).
@@ -45,60 +49,95 @@ def shifted_sparse_attention(
         InputError: the group size is not even and positive.
         ValueError: shapes that do not belong together.
     """
-    check_group_size(group_size)
+    pattern = AttentionPattern(name="s2", group_size=group_size)
+    return grouped_attention(query, key, value, pattern, scale=scale, dropout=dropout)
+
+
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    *,
+    layer: int = 0,
+    lengths: Sequence[int] | None = None,
+    document_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Any pattern that is made of groups; arguments as in :func:`workloads.attention.backends.attention`.
+
+    Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one.
+    """
     heads, key_value_heads = query.shape[1], key.shape[1]
     if key.shape != value.shape or query.shape[2] != key.shape[2] or heads % key_value_heads:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: expected as many tokens "
             "in each and a number of query heads that is a multiple of the key/value heads"
         )
+    attend = partial(_attend, scale=scale, dropout=dropout)
+    ids = None if document_ids is None else document_ids[:, None, :, None]
+    num_tokens = query.shape[2]
+    group_size = pattern.group_size or num_tokens
+    shifts = head_shifts(pattern, heads, layer)
+    if num_tokens <= group_size:
+        return attend(query, key, value, ids)
+    unshifted = [(slice(0, heads), 0)]
+    num_short = sum(length <= group_size for length in lengths or ())
+    if shifts == unshifted or num_short == 0:
+        return _in_groups(attend, query, key, value, ids, group_size, shifts)
+    if num_short == len(lengths):
+        return _in_groups(attend, query, key, value, ids, group_size, unshifted)
+    # Sequences that are not longer than a group are one group for every head: they go apart from the longer ones.
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row] > group_size)
+    parts = []
+    for rows, row_shifts in ((order[:num_short], unshifted), (order[num_short:], shifts)):
+        tensors = (None if x is None else x[rows] for x in (query, key, value, ids))
+        parts.append(_in_groups(attend, *tensors, group_size, row_shifts))
+    return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
 
-    def attend(query, key, value):
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
-        )
 
-    if query.shape[2] <= group_size:
-        return attend(query, key, value)
-    half = heads // 2
-    unshifted = _heads(query, key, value, slice(0, half))
-    shifted = _heads(query, key, value, slice(half, heads))
-    return torch.cat(
-        [
-            _attend_in_groups(attend, *unshifted, group_size, first=0),
-            _attend_in_groups(attend, *shifted, group_size, first=group_size // 2),
-        ],
-        dim=1,
+def _attend(query, key, value, ids, *, scale, dropout):
+    """Causal attention; inside documents where ``ids`` (batch, 1, tokens, 1) are given."""
+    mask = None if ids is None else (ids == ids.transpose(-1, -2)).tril()
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def _heads(query, key, value, heads: slice):
-    """These query heads with the key/value heads they read."""
+def _in_groups(attend, query, key, value, ids, group_size: int, shifts: list[tuple[slice, int]]) -> torch.Tensor:
     repeats = query.shape[1] // key.shape[1]
-    if repeats == 1:
-        return query[:, heads], key[:, heads], value[:, heads]
-    if heads.start % repeats == 0 and heads.stop % repeats == 0:
-        shared = slice(heads.start // repeats, heads.stop // repeats)
-        return query[:, heads], key[:, shared], value[:, shared]
-    # The cut falls inside a key/value head's group of query heads (SmolLM2: 9 query heads over 3): one key/value head
-    # for each query head.
-    index = torch.arange(heads.start, heads.stop, device=query.device) // repeats
-    return query[:, heads], key[:, index], value[:, index]
+    outputs = [
+        _attend_in_groups(attend, (query[:, q], key[:, kv], value[:, kv], ids), group_size, first=shift)
+        for heads, shift in shifts
+        for q, kv in shared_heads(heads, repeats)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _attend_in_groups(attend, query, key, value, group_size: int, first: int) -> torch.Tensor:
+def _attend_in_groups(attend, tensors, group_size: int, first: int) -> torch.Tensor:
     """Attention inside the groups [0, first), [first, first + G), ...; the last one may be shorter."""
-    num_tokens = query.shape[2]
+    num_tokens = tensors[0].shape[2]
     num_whole = (num_tokens - first) // group_size
     end = first + num_whole * group_size
+
+    def part(start, stop, change=lambda x: x):
+        return (None if x is None else change(x[:, :, start:stop]) for x in tensors)
+
     outputs = []
     if first:
-        outputs.append(attend(query[:, :, :first], key[:, :, :first], value[:, :, :first]))
+        outputs.append(attend(*part(0, first)))
     if num_whole:
-        folded = attend(*(_fold(x[:, :, first:end], num_whole) for x in (query, key, value)))
-        outputs.append(_unfold(folded, num_whole))
+        outputs.append(_unfold(attend(*part(first, end, lambda x: _fold(x, num_whole))), num_whole))
     if end < num_tokens:
-        outputs.append(attend(query[:, :, end:], key[:, :, end:], value[:, :, end:]))
+        outputs.append(attend(*part(end, num_tokens)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

@@ -360,7 +360,7 @@ def main() -> None:
         step.add_argument("--data", type=Path, required=True, help="the prepared file")
     training.add_argument("--out", type=Path, required=True, help="folder to save the model in")
     training.add_argument("--hidden", type=int, default=256)
-    training.add_argument("--intermediate", type=int, default=512)
+    training.add_argument("--intermediate", type=int, default=704)
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--heads", type=int, default=4)
     training.add_argument("--kv-heads", type=int, default=2)

@@ -4,12 +4,12 @@ Three sources, told apart by the text alone:
 
     builtin:stdlib                  the running Python's own library
     books/  notes.txt  rows.jsonl   a local file, or every readable file below a folder
-    org/name[@revision][:config]    a Hugging Face data set
+    org/name[@revision][:config]    a Hugging Face data set; files of it where :config is a name of files (hub.py)
 
 ``identity()`` is what enters a trial's fingerprint: it follows the content, never the place it lies in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -22,6 +22,9 @@ from workloads.data.local import SUFFIXES, LocalSource
 from workloads.data.stdlib import stdlib_documents, stdlib_files
 from workloads.errors import InputError
 
+# Whether documents of this side are still wanted; the answer may change from yes to no while documents are read.
+Wanted = Callable[[Split], bool]
+
 
 class Source(Protocol):
     """Where documents come from; each knows what it is and streams its documents with their sides."""
@@ -29,8 +32,8 @@ class Source(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def documents(self, split: Split | None = None) -> Iterator[Document]:
-        """At least those of ``split`` (None: all); the rest may be passed over where that saves work."""
+    def documents(self, wanted: Wanted) -> Iterator[Document]:
+        """At least those of the sides that are wanted; the rest may be passed over where that saves work."""
         ...
 
 
@@ -40,10 +43,10 @@ class StdlibSource:
     def identity(self) -> str:
         return f"stdlib:{files_digest(stdlib_files())}"
 
-    def documents(self, split: Split | None = None) -> Iterator[Document]:
+    def documents(self, wanted: Wanted) -> Iterator[Document]:
         sides: tuple[Split, ...] = ("validation", "train")
         for side in sides:
-            if split in (None, side):
+            if wanted(side):
                 yield from (Document(name, text, side) for name, text in stdlib_documents(side))
 
 
@@ -52,36 +55,44 @@ BUILTINS = {"builtin:stdlib": StdlibSource}
 
 @dataclass(frozen=True)
 class Corpus:
-    """Named documents from one source. Make it with ``parse``."""
+    """Named documents from one source. Make it with ``parse``.
+
+    With ``max_train_tokens`` it is only the beginning of that source, in the source's own order: see packing.py.
+    """
 
     name: str
     source: Source
+    max_train_tokens: int | None = None
 
     @classmethod
-    def parse(cls, text: str, text_column: str | None = None) -> "Corpus":
+    def parse(cls, text: str, text_column: str | None = None, max_train_tokens: int | None = None) -> "Corpus":
         """``builtin:stdlib``, a local file or folder, or ``org/name[@revision][:config]`` on the Hugging Face hub.
 
         A local path wins over a hub id of the same form. ``text_column`` names the column that holds the text in
-        .jsonl, .parquet and hub rows (default: ``text``, else the only column of strings).
+        .jsonl, .parquet and hub rows (default: ``text``, else the only column of strings). ``max_train_tokens`` is
+        where preparation stops to read.
 
         Raises:
-            InputError: the text is none of the three, or the folder holds nothing that can be read.
+            InputError: the text is none of the three, the folder holds nothing that can be read, or the budget is not
+                positive.
         """
+        if max_train_tokens is not None and max_train_tokens <= 0:
+            raise InputError(f"--max-train-tokens {max_train_tokens}: expected a positive number of tokens")
         if text.startswith("builtin:"):
             if text not in BUILTINS:
                 nearest = get_close_matches(text, BUILTINS, n=1, cutoff=0) or list(BUILTINS)
                 raise InputError(f"there is no corpus {text}; did you mean {nearest[0]}?")
             if text_column is not None:
                 raise InputError(f"--text-column {text_column} has no effect on {text}. Leave it out.")
-            return cls(text, BUILTINS[text]())
+            return cls(text, BUILTINS[text](), max_train_tokens)
         path = Path(text).expanduser()
         if text and path.exists():
             source = LocalSource(path, text_column)
             source.files  # noqa: B018 (a folder without readable files is refused here, not at the first document)
-            return cls(path.resolve().name, source)
+            return cls(path.resolve().name, source, max_train_tokens)
         hub = HubSource.parse(text, text_column)
-        if hub and not text.lower().endswith(SUFFIXES):
-            return cls(text, hub)
+        if hub and (hub.config or not text.lower().endswith(SUFFIXES)):
+            return cls(text, hub, max_train_tokens)
         raise InputError(
             f"corpus {text!r} is no local path (looked in {Path.cwd()}) and not of the form of a hub data set, "
             "org/name[@revision][:config]. Give builtin:stdlib, an existing file or folder, or such an id."
@@ -91,21 +102,27 @@ class Corpus:
         """What the documents are, for the fingerprint; computed once.
 
         ``files:<SHA-256 over (relative path, content) of every file>``, ``stdlib:<the same>``, or
-        ``hub:org/name@<full commit>:<config>``.
+        ``hub:org/name@<full commit>:<config>``; with a budget, ``:<training tokens> tokens`` after it.
         """
-        return self.source.identity
+        budget = "" if self.max_train_tokens is None else f":{self.max_train_tokens} tokens"
+        return self.source.identity + budget
 
-    def documents(self, split: Split | None = None) -> Iterator[Document]:
+    def documents(self, split: Split | None = None, wanted: Wanted | None = None) -> Iterator[Document]:
         """The documents of one side, or of both in one pass: streamed, in a fixed order, blank ones left out.
+
+        ``wanted`` is asked before each document, and reading ends once it wants neither side any more.
 
         Raises:
             InputError: there is none, or a file cannot be read.
         """
+        wanted = wanted or (lambda side: split in (None, side))
         empty = True
-        for document in self.source.documents(split):
-            if split in (None, document.split) and document.text:
+        for document in self.source.documents(wanted):
+            if wanted(document.split) and document.text:
                 empty = False
                 yield document
+            if not (wanted("train") or wanted("validation")):
+                return
         if empty:
             which = "no text" if split is None else f"no {split} document"
             raise InputError(f"corpus {self.name} is empty: {which} in it. Give one that holds text.")

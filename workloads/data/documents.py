@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 Split = Literal["train", "validation"]
+Item = TypeVar("Item")
 
 VALIDATION_SHARE = 0.10
 ENOUGH_HELD_OUT = 8
@@ -30,6 +31,17 @@ class Document:
     split: Split
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a table: its unique name, where it is (for an error to say), its columns, and the side it is known to be
+    on, if any."""
+
+    name: str
+    where: str
+    columns: dict
+    split: Split | None = None
+
+
 def name_hash(name: str) -> int:
     """64 bits that depend on the name alone: the same on every machine and in every Python."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
@@ -41,29 +53,37 @@ def split_of(name: str) -> Split:
 
 
 def hold_out(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-    """Give each (name, text) its side, in one pass; blank texts are left out.
+    """Give each (name, text) its side, in one pass; blank texts are left out."""
+    for name, text, side in assign_sides((name, text) for name, text in texts if not is_blank(text)):
+        if side is None:
+            cut = len(text) * 9 // 10
+            yield from (Document(name, text[:cut], "train"), Document(name, text[cut:], "validation"))
+        else:
+            yield Document(name, text, side)
 
-    Holds back documents until enough are held out (after some eighty, as a rule), since only then is it known that the
-    documents are not too few.
+
+def assign_sides(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item, Split | None]]:
+    """Each (name, item) with its side; without one where it is the only item.
+
+    Holds back items until enough are held out (after some eighty, as a rule), since only then is it known that they
+    are not too few.
     """
-    texts = ((name, text) for name, text in texts if not is_blank(text))
-    first: list[tuple[str, str]] = []
+    items = iter(items)
+    first: list[tuple[str, Item]] = []
     sides: Counter[Split] = Counter()
-    for name, text in texts:
-        first.append((name, text))
+    for name, item in items:
+        first.append((name, item))
         sides[split_of(name)] += 1
         if sides["validation"] >= ENOUGH_HELD_OUT and sides["train"]:
-            yield from (Document(name, text, split_of(name)) for name, text in chain(first, texts))
+            yield from ((name, item, split_of(name)) for name, item in chain(first, items))
             return
     if len(first) == 1:
-        name, text = first[0]
-        cut = len(text) * 9 // 10
-        yield from (Document(name, text[:cut], "train"), Document(name, text[cut:], "validation"))
+        yield (*first[0], None)
         return
     count = max(1, sides["validation"], min(ENOUGH_HELD_OUT, len(first) // 10))
     by_hash = sorted((name for name, _ in first), key=name_hash)
     held_out = frozenset(by_hash[: min(count, len(first) // 2)])
-    yield from (Document(name, text, "validation" if name in held_out else "train") for name, text in first)
+    yield from ((name, item, "validation" if name in held_out else "train") for name, item in first)
 
 
 def is_blank(text: str) -> bool:

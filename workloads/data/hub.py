@@ -1,29 +1,44 @@
-"""Documents from a Hugging Face data set: one a row, streamed, pinned to a commit.
+"""Rows and documents of a Hugging Face data set: streamed, pinned to a commit.
 
 A data set's own validation split is held out, else its test split; of one with a single split, rows are held out by
-hash. Rows are streamed from the hub; where that cannot be reached, they come from the cache of the ``datasets``
-library, if it holds this very commit.
+hash. Rows are streamed from the hub, so that no more is fetched than is read; where the hub cannot be reached, they
+come from the cache of the ``datasets`` library, if it holds this very commit.
+
+A data set that needs a loading script is refused, but its files can be read by name, without the script:
+``hoskinson-center/proof-pile:test/proofpile_test.jsonl.gz`` (``*`` and ``**`` stand for parts of names).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 
 from workloads.data.columns import record_text, record_text_column
-from workloads.data.documents import Document, Split, hold_out, is_blank
+from workloads.data.documents import Document, Row, Split, hold_out, is_blank
 from workloads.errors import InputError
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
 
+# Data sets of the paper and its successors that do not load as they are, and what to take instead.
+_INSTEAD = {
+    "deepmind/pg19": "emozilla/pg19",
+    "EleutherAI/proof-pile-2": "EleutherAI/proof-pile-2:arxiv/train/*.jsonl.zst",
+    "hoskinson-center/proof-pile": "hoskinson-center/proof-pile:test/proofpile_test.jsonl.gz",
+    "togethercomputer/RedPajama-Data-1T": "DKYoon/SlimPajama-6B",
+    "togethercomputer/RedPajama-Data-1T-Sample": "DKYoon/SlimPajama-6B",
+}
+
 _NEEDS_SCRIPT = "needs a loading script, which the datasets library refuses since version 4"
 _FORM = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^:\s]+))?(:(?P<config>\S+))?")
 _FULL_SHA = re.compile(r"[0-9a-f]{40}")
+_FILES = re.compile(r".*\.(?P<format>json|parquet)l?(?P<compression>\.gz|\.zst)?")
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the hub: repository, revision (branch, tag or commit; default the newest), configuration."""
+    """A data set on the hub: repository, revision (branch, tag or commit; default the newest), and its configuration
+    or the files to read of it."""
 
     repo: str
     revision: str | None = None
@@ -32,7 +47,7 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str, text_column: str | None = None) -> "HubSource | None":
-        """``org/name[@revision][:config]``, or None where the text is not of that form."""
+        """``org/name[@revision][:config or files]``, or None where the text is not of that form."""
         match = _FORM.fullmatch(text)
         return cls(**match.groupdict(), text_column=text_column) if match else None
 
@@ -66,11 +81,30 @@ class HubSource:
                 f"is no local path, and the Hugging Face hub cannot be reached ({type(error).__name__}: {error}). "
                 "A full commit, org/name@<40 hexadecimal digits>, needs no look-up"
             ) from error
-        if any(file.rfilename == f"{self.repo.split('/')[1]}.py" for file in info.siblings or ()):
+        if not self._files and any(file.rfilename == f"{self.repo.split('/')[1]}.py" for file in info.siblings or ()):
             raise self._error(_NEEDS_SCRIPT)
         return info.sha
 
-    def documents(self, split: Split | None = None) -> Iterator[Document]:
+    def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
+        for side, name, rows in self._splits():
+            texts = self._texts(name, rows)
+            if side is None:
+                yield from hold_out(texts)
+            elif wanted(side):
+                for row, text in texts:
+                    if not is_blank(text):
+                        yield Document(row, text, side)
+                    if not wanted(side):
+                        break
+
+    def rows(self) -> Iterator[Row]:
+        """Every row of the splits that are read, whatever its columns."""
+        for side, name, rows in self._splits():
+            for number, row in enumerate(rows):
+                yield Row(f"{name}#{number}", f"data set {self.repo}, {name} row {number}", row, side)
+
+    def _splits(self) -> list[tuple[Split | None, str, Iterable[dict]]]:
+        """The splits that are read, as (side, name, rows); without a side where rows are to be held out by hash."""
         splits = self._load()
         if "train" in splits:
             train = "train"
@@ -80,13 +114,8 @@ class HubSource:
             raise self._error(f"has no split named train, but {', '.join(splits)}")
         held_out = next((name for name in ("validation", "test") if name in splits and name != train), None)
         if held_out is None:
-            yield from hold_out(self._texts(train, splits[train]))
-            return
-        sides: tuple[tuple[Split, str], ...] = (("validation", held_out), ("train", train))
-        for side, name in sides:
-            if split in (None, side):
-                texts = self._texts(name, splits[name])
-                yield from (Document(row, text, side) for row, text in texts if not is_blank(text))
+            return [(None, train, splits[train])]
+        return [("validation", held_out, splits[held_out]), ("train", train, splits[train])]
 
     def _load(self) -> Mapping[str, Iterable[dict]]:
         """Split name to its rows."""
@@ -95,6 +124,15 @@ class HubSource:
 
         commit = self.commit
         try:
+            if self._files:
+                if self._files["compression"] == ".zst" and not find_spec("zstandard"):
+                    raise self._error(f"{self.config} needs zstandard to be read: pip install zstandard")
+                # The format's own builder reads files by name; the data set's would look for a script first.
+                files = f"hf://datasets/{self.repo}@{commit}/{self.config}"
+                builder = load_dataset_builder(self._files["format"], data_files=files)
+                if not builder.config.data_files.get("train"):
+                    raise FileNotFoundError(f"no file {self.config}")
+                return builder.as_streaming_dataset()
             builder = load_dataset_builder(self.repo, self.config, revision=commit)
             # Without the hub, datasets takes the newest commit in its cache, whichever was asked for.
             if not isinstance(builder, Cache) or builder.hash == commit:
@@ -111,6 +149,11 @@ class HubSource:
             f"cannot be reached on the hub, and the local cache holds commit {builder.hash}, not {commit}"
         )
 
+    @property
+    def _files(self) -> re.Match | None:
+        """Where the configuration is a name of files: their format and compression."""
+        return _FILES.fullmatch(self.config or "")
+
     def _texts(self, split: str, rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
         column = None
         for number, row in enumerate(rows):
@@ -119,4 +162,7 @@ class HubSource:
             yield f"{split}#{number}", record_text(row, column, where)
 
     def _error(self, what: str) -> InputError:
-        return InputError(f"data set {self.repo} {what}. {ALTERNATIVES}")
+        instead = _INSTEAD.get(self.repo)
+        if instead is None or instead == f"{self.repo}:{self.config}":
+            return InputError(f"data set {self.repo} {what}. {ALTERNATIVES}")
+        return InputError(f"data set {self.repo} {what}. Take {instead} instead, or a local folder.")

@@ -33,6 +33,10 @@ class ValidationDocument:
     name: str
     tokens: np.ndarray
 
+    @property
+    def num_scored(self) -> int:
+        return self.tokens[:, 1:].size
+
 
 @dataclass(frozen=True, eq=False)
 class PackedCorpus:
@@ -115,10 +119,9 @@ class PackedCorpus:
         sequences = self.num_train_sequences(context_length)
         if sequences == 0:
             self.check(context_length, batch)
-        epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch)[rows], sequences)
-        order = [_permutation(sequences, seed, epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
+        order = epoch_order(step, batch, sequences, seed, rows)
         view = self._train[: sequences * context_length].reshape(sequences, context_length)
-        return view[np.array(order, dtype=np.int64)].astype(np.int64)
+        return view[order].astype(np.int64)
 
     def validation_windows(self, context_length: int, span: int, num_documents: int) -> list[ValidationDocument]:
         """The first ``span`` tokens of up to ``num_documents`` validation documents, cut into windows.
@@ -169,7 +172,14 @@ class PackedCorpus:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r", shape=(tokens,))
 
 
+def epoch_order(step: int, batch: int, sequences: int, seed: int, rows: slice = slice(None)) -> np.ndarray:
+    """Which sequences batch number ``step`` holds: each once an epoch, each epoch in an order of its own."""
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch)[rows], sequences)
+    order = [permutation(sequences, seed, epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
+    return np.array(order, dtype=np.int64)
+
+
 @lru_cache(maxsize=2)  # two epochs can meet in a batch
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     # RandomState, since numpy promises never to change its streams: the order is part of a trial's result.
     return np.random.RandomState([seed, epoch]).permutation(length)

@@ -1,15 +1,16 @@
 """Tokenise a corpus once per tokenizer, for every context length (the layout is in packed.py).
 
-The folder is named by what is in it: a hash of the corpus's identity, the tokenizer's, and the format. It is written
-under a temporary name beside the final one and renamed when whole, so that a folder under the final name is complete,
-whenever a process died. A lock keeps two processes from doing the same work twice.
+The folder is named by what is in it: a hash of the corpus's identity, the tokenizer's, and the format.
+
+A corpus with a budget of training tokens is the beginning of each side of the whole one: reading stops as soon as the
+training side has its tokens and the validation side ``BUDGETED_VALIDATION_TOKENS``, so that of a data set larger than
+the disk no more than that is fetched, and the held-out documents are the same whatever the budget.
 """
 
 import hashlib
 import json
+import math
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workloads.data.corpus import Corpus
-from workloads.data.documents import Document
+from workloads.data.documents import Document, Split
 from workloads.data.packed import FORMAT_VERSION, PackedCorpus
 from workloads.errors import InputError
+from workloads.once import make_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Characters tokenised at once: enough to keep the tokenizer's threads busy, and some 300 MB in its hands.
 _BATCH_CHARACTERS = 2**20
+
+# What is held out of a corpus with a budget: 128 documents of 32,768 tokens, as many as LongLoRA scores of proof-pile.
+BUDGETED_VALIDATION_TOKENS = 2**22
 
 
 def prepare(
@@ -46,27 +51,14 @@ def prepare(
     Raises:
         InputError: the corpus is empty or cannot be read, or the tokenizer has no end-of-sequence token.
     """
-    root = Path(root)
     key = json.dumps([FORMAT_VERSION, corpus.identity(), tokenizer_identity])
-    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if folder.exists():
-        return PackedCorpus.open(folder)
-    from filelock import FileLock  # 20 ms, which a second run does not need
+    folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{folder.name}.lock"):
-        if not folder.exists():
-            for leftover in root.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial = root / f".{folder.name}.{uuid.uuid4().hex}"
-            partial.mkdir()
-            try:
-                loaded = tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
-                _write(partial, corpus, loaded, tokenizer_identity, on_progress or (lambda done: None))
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return PackedCorpus.open(folder)
+    def write(partial: Path) -> None:
+        loaded = tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
+        _write(partial, corpus, loaded, tokenizer_identity, on_progress or (lambda done: None))
+
+    return PackedCorpus.open(make_once(folder, write))
 
 
 def _write(
@@ -85,15 +77,27 @@ def _write(
     dtype = np.min_scalar_type(max(eos, *tokenizer.get_vocab().values()))
     tokens = {"train": 0, "validation": 0}
     documents = {"train": 0, "validation": 0}
+    budget = {"train": math.inf, "validation": math.inf}
+    if corpus.max_train_tokens is not None:
+        budget = {"train": corpus.max_train_tokens, "validation": BUDGETED_VALIDATION_TOKENS}
+
+    def wanted(split: Split) -> bool:
+        return tokens[split] < budget[split]
+
     names: list[str] = []
     offsets = [0]
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {"train": train, "validation": validation}
-        for batch in _batches(corpus.documents()):
+        for batch in _batches(corpus.documents(wanted=wanted)):
             for document, ids in zip(batch, _encode(tokenizer, [document.text for document in batch])):
                 split = document.split
-                files[split].write(np.array([*ids, eos], dtype=dtype).data)
-                tokens[split] += len(ids) + 1
+                if not wanted(split):
+                    continue
+                ids = [*ids, eos]
+                if split == "train" and tokens[split] + len(ids) > budget[split]:
+                    ids = ids[: budget[split] - tokens[split]]
+                files[split].write(np.array(ids, dtype=dtype).data)
+                tokens[split] += len(ids)
                 documents[split] += 1
                 if split == "validation":
                     names.append(document.name)

@@ -7,7 +7,10 @@ variance between training runs; these intervals speak of the choice of documents
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,9 @@ RULE = (
     "non-overlapping windows of the evaluation length inside documents, every token scored but a window's first, "
     "full attention"
 )
+
+# How workloads.evaluation.answers scores.
+ANSWERS_RULE = "every token of the answers of held-out examples that fit into the context, full attention"
 
 CONFIDENCE = 0.95
 RESAMPLES = 4_000
@@ -37,6 +43,11 @@ class DocumentScores:
 
     nll: np.ndarray
     tokens: np.ndarray
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> DocumentScores:
+        """From the fields of an ``eval`` event (see ``workloads.training``)."""
+        return cls(np.array(event["nll"]), np.array(event["num_tokens"]))
 
     @property
     def perplexity(self) -> float:
@@ -60,6 +71,35 @@ def gap_interval(scores: DocumentScores, baseline: DocumentScores) -> Interval:
     ratios = np.exp(_mean_nll_of_resamples(scores) - _mean_nll_of_resamples(baseline)) - 1
     low, high = np.quantile(ratios, _tails())
     return Interval(scores.perplexity / baseline.perplexity - 1, float(low), float(high))
+
+
+def subsampling_error(nll: np.ndarray, scored: int, num_windows: int) -> float:
+    """By how much a perplexity from a random part of the windows may miss that of all of them, as a fraction.
+
+    Half the width, at CONFIDENCE, of the normal interval for the mean of a simple random sample without replacement
+    (Cochran, Sampling Techniques, section 2.5). It speaks of these documents' windows alone and not of the choice of
+    documents, which the bootstrap interval covers. Infinite for a single window of several.
+
+    Args:
+        nll: summed over each sampled window's scored tokens, shape (sampled windows,).
+        scored: tokens scored of each window.
+        num_windows: of which the sample was drawn.
+    """
+    if len(nll) == num_windows:
+        return 0.0
+    if len(nll) < 2:
+        return math.inf
+    deviation = (nll / scored).std(ddof=1) * math.sqrt((1 - len(nll) / num_windows) / len(nll))
+    return float(math.expm1(NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * deviation))
+
+
+def accuracy_interval(correct: int, tests: int) -> Interval:
+    """A share of tests passed with its Wilson score interval (Wilson, 1927), which holds at 0 and 1 too."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share = correct / tests
+    centre = (share + z**2 / (2 * tests)) / (1 + z**2 / tests)
+    half = z / (1 + z**2 / tests) * math.sqrt(share * (1 - share) / tests + z**2 / (4 * tests**2))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _mean_nll_of_resamples(scores: DocumentScores) -> np.ndarray:

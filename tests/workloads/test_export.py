@@ -1,0 +1,453 @@
+"""Exported models: what stock transformers and stock PEFT load is what was trained."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from orchestrator.spec import Identities, TrialSpec
+from orchestrator.storage import Storage
+from workloads import export
+from workloads.adaptation import adapt
+from workloads.ask import load_model
+from workloads.attention import AttentionPattern, full_attention, use_pattern
+from workloads.checkpoint import load_newest, save_checkpoint
+from workloads.command import run_command
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.data import Corpus, prepare
+from workloads.engine import Engine
+from workloads.errors import InputError
+from workloads.export import ExportMismatch, export_trial, make_stock, merge, save_merged
+from workloads.model_card import model_card
+from workloads.models import ModelSource
+from workloads.trained import TrainedTrial
+from workloads.training import Trial, build_model
+
+TINY = ModelSource.parse("builtin:tiny")
+ORIGINAL, CONTEXT = 32, 64
+# Longer than the original context, so that wrong positions show.
+TOKENS = torch.randint(0, 256, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
+
+
+def llama(**overrides):
+    torch.manual_seed(0)
+    values = dict(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=ORIGINAL,
+        eos_token_id=256,
+        initializer_range=0.1,  # at the usual 0.02 so small a model hardly attends, and positions hardly show
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**values, **overrides}))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(" ".join(str(w) for w in generator.integers(10_000, size=100)))
+    return prepare(Corpus.parse(str(folder)), TINY.tokenizer, TINY.tokenizer_identity, tmp_path_factory.mktemp("data"))
+
+
+@dataclass
+class Trained:
+    """A trial's folder as a sweep writes it, and the trained model still in memory: the oracle."""
+
+    folder: object
+    model: nn.Module
+    base: ModelSource
+
+    def logits(self):
+        with torch.inference_mode(), full_attention(self.model):
+            return self.model.eval()(input_ids=TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def train(corpus, tmp_path_factory):
+    """Trains a trial of a small random model for three steps, once for each set of arguments."""
+    root = tmp_path_factory.mktemp("runs")
+    done = {}
+
+    def train(method="lora+", tied=False, positions="linear", precision="float32"):
+        key = (method, tied, positions, precision)
+        if key not in done:
+            base = root / "-".join(map(str, ("base", *key)))
+            llama(tie_word_embeddings=tied).save_pretrained(base)
+            TINY.tokenizer().save_pretrained(base)
+            source = ModelSource.parse(str(base))
+            trains = {} if method == "untuned" else {"steps": 3, "batch": 2, "learning_rate": 3e-2, "warmup_steps": 0}
+            config = TrainingConfig(
+                context_length=CONTEXT,
+                method=method,
+                attention="full" if method == "untuned" else "s2",
+                group_size=None if method == "untuned" else 16,
+                positions=positions,
+                precision=precision,
+                eval_every=3,
+                eval_documents=2,
+                eval_span=CONTEXT,
+                **trains,
+            )
+            spec = TrialSpec(
+                model=str(base),
+                data="digits",
+                identities=Identities(
+                    model=source.identity, tokenizer=source.tokenizer_identity, data="hub:org/digits@0a1b:default"
+                ),
+                training=config,
+            )
+            folder = Storage(root).add_trial(spec, source.location)
+            engine, execution = Engine(torch.device("cpu"), precision), ExecutionConfig(checkpoint_every=2)
+            model = build_model(source, config, engine, execution)
+            Trial(model, config, execution, corpus, folder.checkpoints, engine, folder.journal.append).run()
+            done[key] = Trained(folder.path, model, source)
+        return done[key]
+
+    return train
+
+
+def load_adapter(folder, base):
+    """As a model card says."""
+    model = AutoModelForCausalLM.from_pretrained(base.location, config=AutoConfig.from_pretrained(folder), dtype="auto")
+    return PeftModel.from_pretrained(model, folder)
+
+
+@torch.inference_mode()
+def logits(model):
+    return model.eval()(input_ids=TOKENS).logits
+
+
+def is_tied(model):
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+CASES = [
+    ("lora", False, "linear"),
+    ("lora", True, "yarn"),
+    ("lora+", False, "yarn"),
+    ("lora+", True, "linear"),
+    ("full", False, "linear"),
+    ("full", True, "yarn"),
+]
+
+
+@pytest.mark.parametrize(("method", "tied", "positions"), CASES)
+def test_a_merged_model_gives_the_trained_ones_logits_in_stock_transformers(method, tied, positions, train, tmp_path):
+    trained = train(method, tied, positions)
+    report = export_trial(trained.folder, tmp_path / "out", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+    assert (report.step, report.what) == (3, "merged") and report.difference < 1e-5
+    assert is_tied(model) == tied
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(("method", "tied", "positions"), [case for case in CASES if case[0] != "full"])
+def test_an_adapter_gives_the_trained_ones_logits_in_stock_peft(method, tied, positions, train, tmp_path):
+    trained = train(method, tied, positions)
+    export_trial(trained.folder, tmp_path / "out", what="adapter", dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of keys that it misses
+        model = load_adapter(tmp_path / "out", trained.base)
+    torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained.logits(), atol=1e-5, rtol=1e-5)
+    assert is_tied(merged) == tied
+
+
+def test_embeddings_and_norms_are_in_the_adapter_by_their_exact_names(train, tmp_path):
+    trained = train("lora+", True, "linear")
+    export_trial(trained.folder, tmp_path / "out", what="adapter", dtype="float32")
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    live = dict(trained.model.named_parameters(remove_duplicate=False))
+    whole = {name for name in saved if "lora_" not in name}
+    assert len(whole) == 2 * 2 + 1 + 2  # the norms, the embeddings, and the output layer that is tied to them
+    assert all(torch.equal(saved[name], live[name]) for name in whole)
+
+
+def test_both_load_where_longspan_is_not_installed(train, tmp_path):
+    trained = train("lora+", True, "yarn")
+    for what in ("merged", "adapter"):
+        export_trial(trained.folder, tmp_path / what, what=what, dtype="float32")
+    save_file({"tokens": TOKENS, "logits": trained.logits().contiguous()}, tmp_path / "expected.safetensors")
+    script = f"""
+        import sys, torch
+        from peft import PeftModel
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, AutoModelForCausalLM
+        expected = load_file("expected.safetensors")
+        config = AutoConfig.from_pretrained("adapter")
+        base = AutoModelForCausalLM.from_pretrained({trained.base.location!r}, config=config)
+        for model in (AutoModelForCausalLM.from_pretrained("merged"), PeftModel.from_pretrained(base, "adapter")):
+            with torch.inference_mode():
+                found = model.eval()(input_ids=expected["tokens"]).logits
+            torch.testing.assert_close(found, expected["logits"], atol=1e-5, rtol=1e-5)
+        assert "workloads" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("positions", ["linear", "yarn"])
+def test_the_exported_configuration_is_stock_and_reaches_the_trained_context(positions, train, tmp_path):
+    trained = train("lora+", positions == "linear", positions)
+    export_trial(trained.folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == positions and config["rope_parameters"]["factor"] == 2
+    assert config["max_position_embeddings"] == CONTEXT
+    assert config["dtype"] == "bfloat16" and config["use_cache"] is True
+    assert not [key for key in config if "attn" in key or "longspan_attention" in key or "quantization" in key]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config._attn_implementation == "sdpa" and model.generation_config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("a long context").input_ids == TINY.tokenizer()("a long context").input_ids
+    assert tokenizer.model_max_length == CONTEXT
+    suffixes = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert suffixes == {".safetensors", ".json", ".md"}
+
+
+def test_dynamic_ntk_keeps_the_original_length_where_transformers_reads_it(tmp_path):
+    """With rope_type dynamic max_position_embeddings is the original length, from which the frequencies follow."""
+    model = llama(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    use_pattern(model, AttentionPattern(name="s2", group_size=16))
+    with full_attention(model):
+        expected = logits(model)
+    save_merged(model, TINY.tokenizer(), tmp_path, "float32")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config.max_position_embeddings == ORIGINAL
+    torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(llama()), expected, atol=1e-3)  # the frequencies do change beyond it
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 4 * ORIGINAL
+
+
+def test_bfloat16_is_the_float32_export_rounded_once(train, tmp_path):
+    trained = train("lora+", False, "yarn")
+    export_trial(trained.folder, tmp_path / "exact", dtype="float32")
+    report = export_trial(trained.folder, tmp_path / "rounded")
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "rounded"))
+    assert exact.keys() == rounded.keys()
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+    assert 0 < report.difference < 0.1 and "bfloat16" in str(report)
+
+
+def test_a_trial_in_bfloat16_exports_its_frozen_weights_as_they_were_in_training(train, tmp_path):
+    trained = train("lora+", False, "linear", "bfloat16")
+    export_trial(trained.folder, tmp_path / "out", dtype="float32")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    live = dict(trained.model.named_parameters())
+    for name in ("lm_head.weight", "model.norm.weight"):
+        assert torch.equal(saved[name], live[f"base_model.model.{name}"].float())
+    assert export_trial(trained.folder, tmp_path / "adapter", what="adapter", dtype="float32").difference < 1e-5
+
+
+def test_an_untuned_trial_exports_its_positions(train, tmp_path):
+    trained = train("untuned", False, "yarn")
+    export_trial(trained.folder, tmp_path / "out", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+
+
+def test_generation_settings_that_transformers_would_not_save_are_mended(tmp_path):
+    """Llama 2 was published with a temperature beside greedy decoding, and with the length of its old context."""
+    model = llama()
+    model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=False, max_length=ORIGINAL, use_cache=False)
+    save_merged(model, TINY.tokenizer(), tmp_path)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert settings["do_sample"] is True and settings["temperature"] == 0.6
+    assert settings.get("max_length") is None and settings["use_cache"] is True
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it(train, tmp_path):
+    trained = train("lora+", False, "linear")
+    export_trial(trained.folder, tmp_path / "out", what="adapter")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+    assert card.data.datasets == "org/digits" and card.data.base_model is None  # a folder is nothing to link to
+    events = TrainedTrial.open(trained.folder).evaluations()
+    assert [(e["context_length"], e["step"]) for e in events] == [(ORIGINAL, 3), (CONTEXT, 0), (CONTEXT, 3)]
+    for event in events:
+        assert f"| {event['context_length']} | {event['step']} | {event['perplexity']:.3f} |" in card.text
+    assert "| Steps | 3 |" in card.text
+    # What the card says to do is done here, to the letter.
+    (code,) = [part.split("```")[0] for part in card.text.split("```python")[1:]]
+    done = {}
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")), done)
+    assert logits(done["model"]).isfinite().all() and done["tokenizer"].model_max_length == CONTEXT
+
+
+def test_the_card_of_a_hub_base_links_to_it(train):
+    trained = TrainedTrial.open(train("lora", False, "linear").folder)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    base = ModelSource.parse(f"org/name@{commit}")
+    config = llama().config
+    card = ModelCard(model_card(trained, base, config, what="adapter", step=3, rounding="saved"))
+    assert card.data.base_model == "org/name"
+    assert f'"org/name", revision="{commit}"' in card.text
+
+
+def test_what_was_exported_can_be_asked(train, tmp_path):
+    trained = train("lora+", True, "linear")
+    for what in ("merged", "adapter"):
+        export_trial(trained.folder, tmp_path / what, what=what, dtype="float32")
+        model, _ = load_model(str(tmp_path / what), "cpu")
+        torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_quantised_base_is_dequantised_and_merged_without_being_quantised_again(tmp_path):
+    """QLoRA: the oracle merges by hand what bitsandbytes says the codes stand for."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig
+
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=nf4, dtype=torch.float32)
+    model = adapt(model, "lora+")
+    projection = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(projection.lora_B["default"].weight)
+    codes = projection.base_layer.weight
+    expected = dequantize_4bit(codes.data, codes.quant_state).float().cpu()
+    expected += 2 * (projection.lora_B["default"].weight @ projection.lora_A["default"].weight).detach().cpu()  # 16 / 8
+    make_stock(model)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not [name for name in trains if "base_layer" in name]
+    save_merged(merge(model.to("cpu")), TINY.tokenizer(), tmp_path / "out", "float32")
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_an_export_that_is_not_the_trained_model_fails_and_leaves_nothing(train, tmp_path, monkeypatch):
+    def save_damaged(model, tokenizer, out, dtype):
+        save_merged(model, tokenizer, out, dtype)
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.norm.weight"] += 0.01
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(export, "save_merged", save_damaged)
+    with pytest.raises(ExportMismatch, match="logits differ by"):
+        export_trial(train("full", False, "linear").folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["full", "untuned"])
+def test_what_has_no_adapter_says_so(method, train, tmp_path):
+    trained = train(method, False, "linear" if method == "full" else "yarn")
+    with pytest.raises(InputError, match=f"{method}.*no adapter.*--what merged"):
+        export_trial(trained.folder, tmp_path / "out", what="adapter")
+
+
+@pytest.fixture
+def trial(train, tmp_path):
+    """A copy of a trial that a test may spoil."""
+    return shutil.copytree(train("lora+", False, "linear").folder, tmp_path / "trials" / "spoilt")
+
+
+def test_a_folder_that_is_no_trial_names_those_below_it(trial, tmp_path):
+    for folder in (tmp_path, tmp_path / "trials"):
+        with pytest.raises(InputError, match=f"no trial's folder.*{trial}"):
+            export_trial(folder, tmp_path / "out")
+    with pytest.raises(InputError, match="runs/trials/<fingerprint>"):
+        export_trial(tmp_path / "nowhere", tmp_path / "out")
+    (trial / "trial.json").write_text('{"model": "builtin:tiny"}')
+    with pytest.raises(InputError, match="not what this version of longspan writes"):
+        export_trial(trial, tmp_path / "out")
+
+
+def test_an_unfinished_trial_offers_its_last_checkpoint(trial, tmp_path):
+    shutil.rmtree(trial / "checkpoints" / "step-00000003")
+    with pytest.raises(InputError, match=r"step 2 of 3.*--unfinished"):
+        export_trial(trial, tmp_path / "out")
+    assert export_trial(trial, tmp_path / "out", unfinished=True).step == 2
+    assert "| Steps | 2 of 3 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_truncated_checkpoint_is_named(trial, tmp_path):
+    file = trial / "checkpoints" / "step-00000003" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"step-00000003 is damaged.*bytes"):
+        export_trial(trial, tmp_path / "out")
+    shutil.rmtree(trial / "checkpoints" / "step-00000002")
+    with pytest.raises(InputError, match=r"no whole checkpoint.*step-00000003 is damaged"):
+        export_trial(trial, tmp_path / "out", unfinished=True)
+
+
+@pytest.mark.parametrize("other", ["lora", "full"])
+def test_another_models_checkpoint_is_refused(other, trial, train, tmp_path):
+    foreign = train(other, False, "linear").folder / "checkpoints"
+    shutil.rmtree(trial / "checkpoints")
+    shutil.copytree(foreign, trial / "checkpoints")
+    with pytest.raises(InputError, match="another model's parameters"):
+        export_trial(trial, tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_size_is_refused(trial, tmp_path):
+    tensors, _ = load_newest(trial / "checkpoints")
+    norm = "model/base_model.model.model.norm.weight"
+    tensors[norm] = tensors[norm][:-1].contiguous()
+    save_checkpoint(trial / "checkpoints", 3, tensors, {})
+    with pytest.raises(InputError, match=r"norm\.weight is \(31,\) there and \(32,\)"):
+        export_trial(trial, tmp_path / "out")
+
+
+def test_a_base_that_moved_is_found_and_another_one_refused(trial, train, tmp_path):
+    values = json.loads((trial / "trial.json").read_text())
+    moved = shutil.copytree(values["model_location"], tmp_path / "moved")
+    values["model_location"] = values["model"] = str(tmp_path / "gone")
+    (trial / "trial.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"gone.*--base"):
+        export_trial(trial, tmp_path / "out")
+    other = train("lora", True, "yarn").base.location
+    with pytest.raises(InputError, match="trained from another base"):
+        export_trial(trial, tmp_path / "out", base=other)
+    assert export_trial(trial, tmp_path / "out", base=str(moved)).step == 3
+
+
+def test_a_tokenizer_that_does_not_match_is_refused(tmp_path, corpus, train):
+    """Tokens without an embedding: the base itself is broken, so its identity cannot tell."""
+    trained = train("untuned", False, "yarn")
+    base = tmp_path / "base"
+    llama(vocab_size=200).save_pretrained(base)
+    TINY.tokenizer().save_pretrained(base)
+    trial = shutil.copytree(trained.folder, tmp_path / "trial")
+    values = json.loads((trial / "trial.json").read_text())
+    values["identities"]["model"] = ModelSource.parse(str(base)).identity
+    (trial / "trial.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"tokenizer.*does not match.*id 257.*200 embeddings"):
+        export_trial(trial, tmp_path / "out", base=str(base))
+
+
+def test_a_folder_that_holds_something_is_left_alone(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        export_trial(train("full", False, "linear").folder, tmp_path / "out")
+    with pytest.raises(InputError, match="is a file"):
+        export_trial(train("full", False, "linear").folder, tmp_path / "out" / "notes")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes"]
+
+
+def test_the_command_says_how_near_the_export_is_and_ends_a_mistake_in_one_line(train, tmp_path, capsys):
+    trial = str(train("lora", False, "linear").folder)
+    assert run_command(export.main, "workloads.export", [trial, str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert "step 3, saved in float32" in capsys.readouterr().out
+    assert run_command(export.main, "workloads.export", [trial, str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and "not empty" in told

@@ -1,0 +1,201 @@
+"""What computes a pattern: the backends, which of them can serve here, and the one function that calls them.
+
+``sdpa``     PyTorch's scaled dot-product attention, on any device: groups without a mask, other patterns with one
+``cudnn``    the same with cuDNN's kernels first (measured on an H200: about twice as fast as the default)
+``flash3``   FlashAttention-3, the package flash-attn-3
+``flash2``   FlashAttention-2, the package flash-attn
+``varlen``   torch's own FlashAttention-2, variable-length
+``flex``     FlexAttention: any pattern, compiled
+
+All compute the same function, that of :func:`workloads.attention.patterns.attends`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import get_args
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from workloads.attention.flex import flexible_attention
+from workloads.attention.groups import GROUPED
+from workloads.attention.patterns import AttentionPattern, dense_mask
+from workloads.attention.shifted import grouped_attention
+from workloads.attention.varlen import flash_attention_2, flash_attention_3, torch_flash_attention, varlen_attention
+from workloads.config import AttentionBackend
+from workloads.errors import InputError
+
+BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
+VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
+# Of those that can serve, the first is taken. Document boundaries cost variable-length kernels nothing.
+PREFERRED = ("cudnn", "flash3", "flash2", "varlen", "sdpa")
+PREFERRED_WITH_DOCUMENTS = ("flash3", "flash2", "varlen", "flex", "sdpa")
+PREFERRED_WITHOUT_GROUPS = ("flex", "sdpa")
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    *,
+    layer: int = 0,
+    lengths: Sequence[int] | None = None,
+    document_ids: torch.Tensor | None = None,
+    backend: AttentionBackend = "sdpa",
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention by a pattern: a pure function of its arguments, the same for every backend but for rounding.
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key, value: (batch, key_value_heads, tokens, head_dim); ``heads`` is a multiple of ``key_value_heads``
+            (grouped-query attention: query head h reads key/value head h // (heads // key_value_heads)).
+        layer: the layer's index, from 0; ``s2-layers`` depends on it.
+        lengths: tokens of each sequence where the batch is padded on the right. A sequence has the pattern of its own
+            length: its tokens' outputs are what they are without padding. Outputs of padding have no meaning.
+        document_ids: (batch, tokens) integers; attention stops where they change.
+        backend: one that :func:`choose_backend` found able to serve, not ``auto``.
+        scale: factor on the scores; 1 / sqrt(head_dim) where None.
+        dropout: probability that a score is dropped.
+
+    Returns:
+        (batch, heads, tokens, head_dim).
+    """
+    settings = {"layer": layer, "document_ids": document_ids, "scale": scale}
+    settings["lengths"] = None if lengths is None else tuple(max(1, length) for length in lengths)
+    if backend == "flex":
+        return flexible_attention(query, key, value, pattern, **settings)
+    settings["dropout"] = dropout
+    if backend in VARLEN_KERNELS:
+        return varlen_attention(VARLEN_KERNELS[backend], query, key, value, pattern, **settings)
+    compute: Callable[..., torch.Tensor] = grouped_attention if pattern.name in GROUPED else masked_attention
+    with cudnn_first() if backend == "cudnn" else contextlib.nullcontext():
+        return compute(query, key, value, pattern, **settings)
+
+
+def cudnn_first():
+    """A context in which cuDNN's kernels are taken where they can be: they refuse groups of a single token."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    *,
+    layer: int = 0,
+    lengths: Sequence[int] | None = None,
+    document_ids: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Any pattern by its dense mask: for whatever has no fast path. Memory grows with heads x tokens².
+
+    Arguments as in :func:`attention`; ``allowed``, a boolean mask (batch, 1, tokens, tokens), is intersected.
+    """
+    num_heads, num_tokens = query.shape[1:3]
+    mask = dense_mask(
+        pattern, num_heads, num_tokens, query.device, layer=layer, lengths=lengths, document_ids=document_ids
+    )
+    if allowed is not None:
+        # A padded query may be left with no key at all; softmax over nothing is NaN, so it attends to itself.
+        mask = mask & allowed | torch.eye(num_tokens, dtype=torch.bool, device=query.device)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=num_heads != key.shape[1]
+    )
+
+
+def choose_backend(
+    requested: AttentionBackend,
+    pattern: AttentionPattern,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 128,
+    dropout: float = 0.0,
+    documents: bool = False,
+) -> AttentionBackend:
+    """The backend to use: the requested one, or with ``auto`` the fastest that can serve here.
+
+    Args:
+        dtype: of the computation (under autocast, autocast's).
+        head_dim: of the model.
+        dropout: of the attention scores in training.
+        documents: whether attention is to stop at document boundaries.
+
+    Raises:
+        InputError: the requested backend is unknown, or cannot serve; it names what is missing.
+    """
+    facts = (pattern, device, dtype, head_dim, dropout)
+    if requested == "auto":
+        order = PREFERRED_WITH_DOCUMENTS if documents else PREFERRED
+        order = order if pattern.name in GROUPED else PREFERRED_WITHOUT_GROUPS
+        return next(backend for backend in order if missing(backend, *facts) is None)
+    if requested not in BACKENDS:
+        raise InputError(f"attention backend {requested!r} is unknown; expected one of auto, {', '.join(BACKENDS)}")
+    reason = missing(requested, *facts)
+    if reason:
+        able = [backend for backend in BACKENDS if missing(backend, *facts) is None]
+        raise InputError(f"attention backend {requested!r} needs {reason}; here auto or {', '.join(able)} would work")
+    return requested
+
+
+def missing(
+    backend: AttentionBackend,
+    pattern: AttentionPattern,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 128,
+    dropout: float = 0.0,
+) -> str | None:
+    """What a backend needs and has not, in words; None if it can serve."""
+    if backend == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"a CUDA device (this is {device.type})"
+    if backend == "flex":
+        if not _importable("triton"):
+            return "the package triton, which is not installed"
+        if head_dim < 16:
+            return f"a head dimension of at least 16 (this is {head_dim})"
+        return f"a model without dropout in its attention (this has {dropout:g})" if dropout else None
+    if pattern.name not in GROUPED:
+        return f"a pattern made of groups, one of {', '.join(GROUPED)} (this is {pattern.name})"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computation in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')})"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"a GPU of compute capability 8.0 or later (this is {major}.{minor})"
+    if backend == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "cuDNN, which this torch is built without"
+    if head_dim > 256 or head_dim % 8:
+        return f"a head dimension up to 256 that is a multiple of 8 (this is {head_dim})"
+    if backend == "varlen":
+        present = torch.backends.cuda.is_flash_attention_available()
+        return None if present else "FlashAttention, which this torch is built without"
+    if backend == "flash2":
+        return None if _importable("flash_attn") else "the package flash-attn, which is not installed"
+    if major != 9:
+        return f"a Hopper GPU, compute capability 9.0 (this is {major}.{minor})"
+    if dropout:
+        return f"a model without dropout in its attention (this has {dropout:g})"
+    return None if _importable("flash_attn_interface") else "the package flash-attn-3, which is not installed"
+
+
+@cache
+def _importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):  # not there, or built for another torch
+        return False
+    return True

@@ -1,0 +1,291 @@
+"""Instruction data as tokens, prepared once and read from memory-mapped files.
+
+``prepare_examples`` writes all examples of a side one after the other; a token is of an answer or of a prompt:
+
+    <folder>/train.tokens, validation.tokens      tokens, unsigned integers
+    <folder>/train.answers, validation.answers    one byte a token: 1 where it is of an answer
+    <folder>/train.offsets, validation.offsets    int64: where each example begins, and the end of the last
+    <folder>/index.json                           dtype, counts, names of the validation examples
+
+Examples are stored whole, for every context length. Those longer than the context are left out of training, or on
+request cut at its end; held-out examples that are longer are never scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from workloads.config import LongExamples
+from workloads.data.batch import Batch
+from workloads.data.documents import Split, name_hash
+from workloads.data.instructions import Instructions, encode_rows
+from workloads.data.packed import epoch_order, permutation
+from workloads.errors import InputError
+from workloads.once import make_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Raised when a folder written before can no longer be read, or would hold other tokens.
+FORMAT_VERSION = 1
+
+SIDES: tuple[Split, ...] = ("train", "validation")
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ValidationExample:
+    """A held-out example: tokens (length,), int64, and which of them are scored (length,), bool."""
+
+    name: str
+    tokens: np.ndarray
+    scored: np.ndarray
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleCorpus:
+    """Prepared instruction data. Cheap to open and to pickle: the tokens stay on disk until they are asked for.
+
+    Everything that trains takes ``long_examples``: what becomes of examples longer than the context, ``drop`` or
+    ``truncate`` (cut at the context's end, and dropped where that leaves no token of an answer).
+    """
+
+    folder: Path
+    corpus: str
+    corpus_identity: str
+    tokenizer_identity: str
+    dtype: str
+    tokens: dict[Split, int]
+    examples: dict[Split, int]
+    validation_names: list[str]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> ExampleCorpus:
+        """Open what ``prepare_examples`` wrote.
+
+        Raises:
+            InputError: it is not there, or its files do not have the sizes that its index says.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / "index.json").read_text("utf-8"))
+            if index.pop("format_version") != FORMAT_VERSION:
+                raise ValueError("it was written by another version of longspan")
+            prepared = cls(folder=folder, **index)
+            for side in SIDES:
+                tokens, examples = prepared.tokens[side], prepared.examples[side]
+                itemsize = np.dtype(prepared.dtype).itemsize
+                for kind, expected in (
+                    ("tokens", tokens * itemsize),
+                    ("answers", tokens),
+                    ("offsets", examples * 8 + 8),
+                ):
+                    found = (folder / f"{side}.{kind}").stat().st_size
+                    if found != expected:
+                        raise ValueError(f"{side}.{kind} has {found} bytes, its index says {expected}")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"prepared instruction data {folder} cannot be read ({error}). Delete that folder; the next run "
+                "prepares it anew."
+            ) from error
+        return prepared
+
+    def __reduce__(self):
+        return ExampleCorpus.open, (self.folder,)  # a memory map would be pickled by its content
+
+    def num_train_examples(self, context_length: int, long_examples: LongExamples = "drop") -> int:
+        return len(self._usable(context_length, long_examples))
+
+    def check(self, context_length: int, batch: int, long_examples: LongExamples = "drop") -> None:
+        """Whether there is anything to train on at this context length; warns where one batch repeats an example.
+
+        Raises:
+            InputError: every training example is longer than the context.
+        """
+        usable = self.num_train_examples(context_length, long_examples)
+        if usable == 0:
+            raise InputError(
+                f"no training example of {self.corpus} fits into {context_length:,} tokens: the shortest of "
+                f"{self.examples['train']:,} has {self._lengths('train').min(initial=0):,}. Give a longer context "
+                "length, or --long-examples truncate."
+            )
+        if usable < batch:
+            warnings.warn(
+                f"{self.corpus} has {usable} examples of up to {context_length:,} tokens, fewer than the batch of "
+                f"{batch}: a batch repeats some of them",
+                stacklevel=2,
+            )
+
+    def left_out(self, context_length: int, long_examples: LongExamples = "drop") -> str | None:
+        """What the user should know of the training examples longer than the context; None if there are none."""
+        longer = int((self._lengths("train") > context_length).sum())
+        if not longer:
+            return None
+        dropped = self.examples["train"] - self.num_train_examples(context_length, long_examples)
+        done = "dropped" if dropped == longer else f"cut, and {dropped:,} of them dropped for want of an answer"
+        return (
+            f"{longer:,} of {self.examples['train']:,} training examples are longer than {context_length:,} tokens and "
+            f"are {done if dropped else 'cut'}"
+        )
+
+    def train_batch(
+        self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
+    ) -> Batch:
+        """Batch number ``step`` (from 0) of ``batch`` examples: like a PackedCorpus's, it follows from the arguments."""
+        usable = self._usable(context_length, long_examples)
+        if not len(usable):
+            self.check(context_length, batch, long_examples)
+        examples = [self._example("train", i) for i in usable[epoch_order(step, batch, len(usable), seed)]]
+        return Batch.padded(
+            [tokens[:context_length] for tokens, _ in examples], [answers[:context_length] for _, answers in examples]
+        )
+
+    def tokens_before(
+        self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
+    ) -> int:
+        """Tokens, without padding, of all batches before number ``step``."""
+        usable = self._usable(context_length, long_examples)
+        lengths = np.minimum(self._lengths("train")[usable], context_length)
+        epochs, rest = divmod(step * batch, len(usable))
+        return epochs * int(lengths.sum()) + int(lengths[permutation(len(usable), seed, epochs)[:rest]].sum())
+
+    def validation_examples(self, context_length: int, num_examples: int) -> list[ValidationExample]:
+        """Up to ``num_examples`` held-out examples that are not longer than the context, in the order of a hash of
+        their names: an unbiased sample of these.
+
+        Raises:
+            InputError: every held-out example is longer.
+        """
+        lengths = self._lengths("validation")
+        order = [i for i in self._validation_order if lengths[i] <= context_length][:num_examples]
+        if not order:
+            raise InputError(
+                f"no held-out example of {self.corpus} fits into {context_length:,} tokens: the shortest of "
+                f"{len(lengths):,} has {lengths.min(initial=0):,}. Give a longer context length, or more examples."
+            )
+        found = []
+        for i in order:
+            tokens, answers = self._example("validation", i)
+            found.append(ValidationExample(self.validation_names[i], tokens, np.append(False, answers[1:])))
+        return found
+
+    def has_validation_examples(self, context_length: int) -> bool:
+        return bool((self._lengths("validation") <= context_length).any())
+
+    def _usable(self, context_length: int, long_examples: LongExamples) -> np.ndarray:
+        """The training examples of which something can be learned in a context of this length."""
+        if long_examples == "truncate":
+            return np.flatnonzero(self._first_answers < context_length)
+        return np.flatnonzero(self._lengths("train") <= context_length)
+
+    def _example(self, side: Split, index: int) -> tuple[np.ndarray, np.ndarray]:
+        begin, end = self._maps[side, "offsets"][index : index + 2]
+        tokens, answers = (self._maps[side, kind][begin:end] for kind in ("tokens", "answers"))
+        return tokens.astype(np.int64), answers.astype(bool)
+
+    def _lengths(self, side: Split) -> np.ndarray:
+        return np.diff(self._maps[side, "offsets"])
+
+    @cached_property
+    def _first_answers(self) -> np.ndarray:
+        """Where in each training example the first token is that can be scored."""
+        answers = np.flatnonzero(self._maps["train", "answers"])
+        begins = self._maps["train", "offsets"][:-1]
+        return answers[np.searchsorted(answers, begins + 1)] - begins
+
+    @cached_property
+    def _validation_order(self) -> list[int]:
+        return sorted(range(len(self.validation_names)), key=lambda i: name_hash(self.validation_names[i]))
+
+    @cached_property
+    def _maps(self) -> dict[tuple[Split, str], np.ndarray]:
+        def mapped(side: Split, kind: str, dtype: str) -> np.ndarray:
+            path = self.folder / f"{side}.{kind}"
+            # An empty file cannot be mapped.
+            return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
+
+        dtypes = {"tokens": self.dtype, "answers": "uint8", "offsets": "int64"}
+        return {(side, kind): mapped(side, kind, dtype) for side in SIDES for kind, dtype in dtypes.items()}
+
+
+def prepare_examples(
+    instructions: Instructions,
+    tokenizer: PreTrainedTokenizerBase | Callable[[], PreTrainedTokenizerBase],
+    tokenizer_identity: str,
+    root: Path | str,
+) -> ExampleCorpus:
+    """The prepared examples below ``root``: made if they are not there, else opened.
+
+    Args:
+        tokenizer: a transformers tokenizer, or a function without arguments that loads one.
+        tokenizer_identity: what the tokenizer and its chat template are; it enters the folder's name.
+
+    Raises:
+        InputError: a row cannot be an example, or the tokenizer has no end-of-sequence token.
+    """
+    key = json.dumps(["examples", FORMAT_VERSION, instructions.identity(), tokenizer_identity])
+    folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def write(partial: Path) -> None:
+        loaded = tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
+        _write(partial, instructions, loaded, tokenizer_identity)
+
+    return ExampleCorpus.open(make_once(folder, write))
+
+
+def _write(
+    folder: Path, instructions: Instructions, tokenizer: PreTrainedTokenizerBase, tokenizer_identity: str
+) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path or tokenizer_identity} has no end-of-sequence token, which ends an "
+            "answer. Set its eos_token, or take another tokenizer."
+        )
+    dtype = np.min_scalar_type(max(tokenizer.eos_token_id, *tokenizer.get_vocab().values()))
+    offsets: dict[Split, list[int]] = {side: [0] for side in SIDES}
+    names = []
+    rows = instructions.rows()
+    with ExitStack() as stack:
+        tokens_of, answers_of = (
+            {side: stack.enter_context(open(folder / f"{side}.{kind}", "wb")) for side in SIDES}
+            for kind in ("tokens", "answers")
+        )
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            for row, tokens, answers in encode_rows(chunk, tokenizer):
+                tokens_of[row.split].write(tokens.astype(dtype).data)
+                answers_of[row.split].write(answers.astype(np.uint8).data)
+                offsets[row.split].append(offsets[row.split][-1] + len(tokens))
+                if row.split == "validation":
+                    names.append(row.name)
+        for file in (*tokens_of.values(), *answers_of.values()):
+            file.flush()
+            os.fsync(file.fileno())
+    for side in SIDES:
+        np.array(offsets[side], dtype=np.int64).tofile(folder / f"{side}.offsets")
+    index = {
+        "format_version": FORMAT_VERSION,
+        "corpus": instructions.name,
+        "corpus_identity": instructions.identity(),
+        "tokenizer_identity": tokenizer_identity,
+        "dtype": dtype.name,
+        "tokens": {side: offsets[side][-1] for side in SIDES},
+        "examples": {side: len(offsets[side]) - 1 for side in SIDES},
+        "validation_names": names,
+    }
+    (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")

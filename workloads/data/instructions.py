@@ -1,0 +1,244 @@
+"""Instruction data, for supervised fine-tuning: from what the user wrote to texts whose answers are marked.
+
+A row has one of two forms, told apart by its columns:
+
+    instruction, output[, input]    LongAlpaca's: the prompt is ``[INST]{instruction}[/INST]``, then the output and the
+                                    end of the sequence (LongLoRA's code; an input that is not empty follows the
+                                    instruction on a line of its own)
+    messages                        a list of {role, content}, written out by the tokenizer's chat template
+
+The loss is taken on answers only: on the output with the end of the sequence, or on every assistant turn. A template
+that marks those turns itself (``{% generation %}``) says which tokens they are. Any other is asked for the
+conversation up to each of them: what it writes between the prompt of a turn and the turn's end is the answer. Where
+these texts are not beginnings of each other (a template that rewrites earlier turns), that would mark the wrong
+tokens, and the template is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from workloads.data.documents import Row, assign_sides
+from workloads.data.hub import HubSource
+from workloads.data.local import ROW_SUFFIXES, LocalRows
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORMS = "columns instruction and output (LongAlpaca's form), or messages (a list of {role, content})"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Instruction data from one source. Make it with ``parse``."""
+
+    name: str
+    source: LocalRows | HubSource
+
+    @classmethod
+    def parse(cls, text: str) -> Instructions:
+        """A local .json, .jsonl or .parquet file, a folder of them, or ``org/name[@revision][:config or files]``.
+
+        Raises:
+            InputError: the text is none of these, or the folder holds nothing that can be read.
+        """
+        path = Path(text).expanduser()
+        if text and path.exists():
+            source = LocalRows(path)
+            source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
+            return cls(path.resolve().name, source)
+        hub = None if text.startswith("builtin:") else HubSource.parse(text)
+        if hub:
+            return cls(text, hub)
+        raise InputError(
+            f"instruction data {text!r}: expected an existing file or folder of {', '.join(ROW_SUFFIXES)}, or a hub "
+            "data set such as Yukang/LongAlpaca-12k"
+        )
+
+    def identity(self) -> str:
+        """What the rows are, for the fingerprint: as of a corpus."""
+        return self.source.identity
+
+    def rows(self) -> Iterator[Row]:
+        """Every row with its side: the data set's own validation split is held out, else rows by a hash of their name.
+
+        Raises:
+            InputError: there are fewer than two, or a file cannot be read.
+        """
+        rows = self.source.rows()
+        first = next(rows, None)
+        if first is None:
+            raise InputError(f"instruction data {self.name} has no row. Give data that has some.")
+        rows = chain([first], rows)
+        if first.split is not None:
+            yield from rows
+            return
+        for _, row, side in assign_sides((row.name, row) for row in rows):
+            if side is None:
+                raise InputError(f"instruction data {self.name} has a single row, and one is to be held out. Add rows.")
+            yield replace(row, split=side)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A text, and where in it the answers are: (begin, end) in characters.
+
+    ``in_full`` adds the beginning of a sequence, if the tokenizer has one, and its end, which is part of the answer;
+    a chat template writes its own.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    in_full: bool = False
+
+
+def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
+    """Each row with its tokens (int64), and which of them are of an answer (bool), as this tokenizer's model sees them.
+
+    Raises:
+        InputError: a row has neither form, an answer is empty, or the template cannot take it, each with its place; or
+            the tokenizer does not tell which characters a token stands for.
+    """
+    conversations = [_conversation(row, tokenizer) for row in rows]
+    for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer)):
+        if not answers[1:].any():
+            raise InputError(f"{row.where}: none of its tokens is of an answer, by the tokenizer's chat template.")
+        yield row, tokens, answers
+
+
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+    if row.columns.get("messages") is not None:
+        return _of_messages(_messages(row), tokenizer, row.where)
+    if "instruction" in row.columns and "output" in row.columns:
+        return _of_instruction(row)
+    raise InputError(f"{row.where}: expected {_FORMS}; its columns are {', '.join(row.columns) or '(none)'}.")
+
+
+def _encode(
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A token that begins in the prompt and ends in the answer counts to the answer."""
+    texts = [conversation.text for conversation in conversations]
+    try:
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except NotImplementedError as error:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path} does not tell which characters a token stands for, which marks the "
+            "answers. Take a model with a fast tokenizer (tokenizer.json)."
+        ) from error
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    begin = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    for conversation, ids, offsets in zip(conversations, encoded["input_ids"], encoded["offset_mapping"]):
+        begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        answers = np.zeros(len(ids), dtype=bool)
+        for start, stop in conversation.answers:
+            # By their ends: some tokenizers report a token of blanks as empty, at the end of the blanks.
+            answers |= (ends > start) & ((ends <= stop) | (begins < stop))
+        if conversation.in_full:
+            ids = [*begin, *ids, eos]
+            answers = np.concatenate([np.zeros(len(begin), dtype=bool), answers, [True]])
+        yield np.array(ids, dtype=np.int64), answers
+
+
+def _of_instruction(row: Row) -> Conversation:
+    texts = {}
+    for column in ("instruction", "input", "output"):
+        text = row.columns.get(column)
+        if not isinstance(text, str) and not (text is None and column == "input"):
+            raise InputError(f"{row.where}: {column!r} is {type(text).__name__}, not a string. Mend the row.")
+        texts[column] = _encodable(text or "", f"{row.where}: {column!r}")
+    if not texts["output"].strip():
+        raise InputError(f"{row.where}: the answer ('output') is empty. Take the row out.")
+    instruction = f"{texts['instruction']}\n{texts['input']}" if texts["input"].strip() else texts["instruction"]
+    prompt = f"[INST]{instruction}[/INST]"
+    text = prompt + texts["output"]
+    return Conversation(text, [(len(prompt), len(text))], in_full=True)
+
+
+def _messages(row: Row) -> list[dict[str, str]]:
+    messages = row.columns["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{row.where}: 'messages' is no list of {{role, content}} with something in it. Mend the row.")
+    for number, message in enumerate(messages):
+        where = f"{row.where}, message {number}"
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError(f"{where}: expected {{role, content}}, two strings. Mend the row.")
+        _encodable(message["content"], where)
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise InputError(f"{where}: the assistant's answer is empty. Take the row out.")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Mend the row.")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _of_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: the tokenizer of {tokenizer.name_or_path} has no chat template to write messages out with. Take "
+            "an instruct model, or data with the columns instruction and output."
+        )
+
+    with _template_errors(where):
+        if _GENERATION.search(template := tokenizer.get_chat_template()):
+            # Not by the mask that apply_chat_template returns: where a tokenizer reports offsets without blanks, it
+            # loses an answer that begins with one, and all answers after it.
+            (text,), (answers,) = render_jinja_template(
+                [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            )
+            return Conversation(text, answers)
+        return _by_beginnings(messages, tokenizer, where)
+
+
+def _by_beginnings(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
+    def written(count: int, prompt: bool) -> str:
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: the first message is the assistant's; expected a user's or a system message.")
+    answers = []
+    text = written(len(messages), prompt=False)
+    for turn in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
+        before, through = written(turn, prompt=True), written(turn + 1, prompt=False)
+        if not (through.startswith(before) and text.startswith(through)) or through == before:
+            raise InputError(
+                f"{where}: the chat template of {tokenizer.name_or_path} does not write message {turn} the same way "
+                "whatever follows it, so its answers cannot be told from its prompts. Give the tokenizer a template "
+                "with {% generation %} marks, or one that leaves earlier turns as they are."
+            )
+        answers.append((len(before), len(through)))
+    return Conversation(text, answers)
+
+
+class _template_errors:
+    """What a template raises for a conversation that it does not take, as an InputError with its place."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        from jinja2 import TemplateError
+
+        if isinstance(error, TemplateError):
+            raise InputError(f"{self.where}: the chat template does not take it ({error}). Mend the row.") from error
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer takes
+        raise InputError(f"{where} has a lone surrogate. Mend the row.") from error
+    return text

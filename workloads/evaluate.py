@@ -1,0 +1,43 @@
+"""``python -m workloads.evaluate MODEL [perplexity] [passkey] [topics] [flags]``: a model at several lengths."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from workloads.errors import InputError
+from workloads.evaluation.options import Options
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+# Wide enough for the tables where the output goes to a file.
+LOG_WIDTH = 140
+
+
+def main(arguments: list[str] | None = None) -> int:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=LOG_WIDTH)
+    try:
+        options = tyro.cli(
+            Options,
+            prog="python -m workloads.evaluate",
+            description="Evaluate a model at several lengths, always with full attention.",
+            args=arguments,
+        )
+        from workloads.evaluation.run import evaluate  # torch and transformers, which --help does without
+
+        for file in evaluate(options, console):
+            console.print(str(file), soft_wrap=True)
+        return 0
+    except InputError as error:
+        console.print(f"error: {error}", style="bold red", soft_wrap=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; nothing is kept of the task that was running.")
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What an evaluation takes, before it is run: tokens to forward, FLOPs, and seconds by a first forward or two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from workloads.attention import full_attention
+from workloads.engine import Engine
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of forward passes: their number, tokens, FLOPs of which those of attention, and seconds where measured."""
+
+    forwards: int
+    tokens: int
+    flops: float
+    attention_flops: float
+    seconds: float | None = None
+
+
+def forward_cost(model: nn.Module, counts: Mapping[int, int], seconds: Mapping[int, float] | None = None) -> Cost:
+    """The cost of ``counts[length]`` sequences of each length.
+
+    Counted as the LongLoRA paper does (table 11): 2 FLOPs for each weight of a linear layer and token, and 4 N^2 h L
+    of full attention over N tokens in L layers of width h, without halving for causality.
+    """
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    attention = sum(count * attention_flops(model.config, length) for length, count in counts.items())
+    tokens = sum(length * count for length, count in counts.items())
+    return Cost(
+        forwards=sum(counts.values()),
+        tokens=tokens,
+        flops=2.0 * linear * tokens + attention,
+        attention_flops=attention,
+        seconds=sum(count * seconds[length] for length, count in counts.items()) if seconds else None,
+    )
+
+
+def attention_flops(config: Any, length: int) -> float:
+    """4 N^2 h L, where h is the width of all query heads together."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4.0 * length**2 * config.num_attention_heads * head_dim * config.num_hidden_layers
+
+
+def seconds_per_forward(
+    model: nn.Module, lengths: Collection[int], engine: Engine, logits_to_keep: int = 0
+) -> dict[int, float]:
+    """Seconds of one sequence of each length: measured at the shortest and the longest, after one forward that warms
+    up, and between them a power of the length.
+
+    ``logits_to_keep`` as transformers has it: the last so many positions', 0 for all.
+    """
+    ends = sorted({min(lengths), max(lengths)})
+    seconds = []
+    model.eval()
+    with torch.inference_mode(), full_attention(model), engine.autocast():
+        for length in [ends[0], *ends]:
+            tokens = torch.zeros(1, length, dtype=torch.long, device=engine.device)
+            engine.synchronize()
+            started = time.perf_counter()
+            model(input_ids=tokens, logits_to_keep=logits_to_keep)
+            engine.synchronize()
+            seconds.append(time.perf_counter() - started)
+    logarithms = np.interp(np.log(list(lengths)), np.log(ends), np.log(seconds[1:]))
+    return dict(zip(lengths, np.exp(logarithms).tolist()))

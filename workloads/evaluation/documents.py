@@ -1,0 +1,60 @@
+"""Documents to be scored: the first tokens of those that are long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from workloads.data import Corpus
+from workloads.data.documents import Document, name_hash
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ScoredDocument:
+    """A document's name and its first ``span`` tokens, int64."""
+
+    name: str
+    tokens: np.ndarray
+
+
+def documents_to_score(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, span: int, count: int, held_out_only: bool = True
+) -> list[ScoredDocument]:
+    """Up to ``count`` documents that have ``span`` tokens, in the order of a hash of their names.
+
+    Held-out documents come out as a sweep's trials score them (``PackedCorpus.validation_windows``), but the training
+    side is not tokenised for it.
+
+    Raises:
+        InputError: none is long enough; the message says how many are at which lengths.
+    """
+    found, sizes = [], []
+    for document in _in_fixed_order(corpus.documents("validation" if held_out_only else None)):
+        tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        sizes.append(len(tokens))
+        if len(tokens) >= span:
+            found.append(ScoredDocument(document.name, np.array(tokens[:span], dtype=np.int64)))
+            if len(found) == count:
+                break
+    if not found:
+        lengths = [2**power for power in range(6, 24) if 2**power <= max(sizes)]
+        counts = ", ".join(f"{sum(size >= length for size in sizes)} at {length:,}" for length in lengths[-4:])
+        which = "held-out documents" if held_out_only else "documents"
+        raise InputError(
+            f"no document of corpus {corpus.name} has {span:,} tokens: the longest of {len(sizes)} {which} has "
+            f"{max(sizes):,}. Long enough are {counts or 'none at 64'}. Give shorter --lengths, or longer documents"
+            + ("; --split all takes those that are not held out too" if held_out_only else "")
+        )
+    return found
+
+
+def _in_fixed_order(documents: Iterable[Document]) -> list[Document]:
+    # With both sides of a single document that was cut in two, the name comes twice.
+    return sorted(documents, key=lambda document: (name_hash(document.name), document.split))

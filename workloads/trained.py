@@ -1,0 +1,188 @@
+"""A trained trial, read from its folder: what it is, its base model, its weights and what it scored.
+
+The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
+
+    trial.json      model, data, identities, training (the fields of TrainingConfig), model_location
+    checkpoints/    step-00000100 and the like: see workloads.checkpoint
+    journal.jsonl   one JSON object a line: see workloads.training for the events
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from workloads.adaptation import trainable_parameters
+from workloads.checkpoint import TENSORS, damage, newest_step
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.engine import Engine
+from workloads.errors import InputError
+from workloads.models import ModelSource
+from workloads.training import build_model
+
+PARAMETER = "model/"  # what training.Trial.save puts before a parameter's name in a checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedTrial:
+    """One trial's folder. Make it with ``open``."""
+
+    folder: Path
+    model: str
+    data: str
+    model_identity: str
+    data_identity: str
+    training: TrainingConfig
+    model_location: str | None = None
+
+    @classmethod
+    def open(cls, folder: Path) -> TrainedTrial:
+        """The trial in ``folder``.
+
+        Raises:
+            InputError: it is no trial's folder, or one of another version of longspan.
+        """
+        file = folder / "trial.json"
+        try:
+            values = json.loads(file.read_text())
+            return cls(
+                folder=folder,
+                model=values["model"],
+                data=values["data"],
+                model_identity=values["identities"]["model"],
+                data_identity=values["identities"]["data"],
+                training=TrainingConfig(**values["training"]),
+                model_location=values.get("model_location"),
+            )
+        except OSError as error:
+            raise InputError(f"{folder} is no trial's folder (no trial.json in it); {_trials_near(folder)}") from error
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{file} is not what this version of longspan writes ({reason}); read it with the version that trained "
+                "it, or let its sweep write it again"
+            ) from error
+
+    def base(self, location: str | None = None) -> ModelSource:
+        """The model that was trained, at ``location`` (a folder or an id) or by default where it was in training.
+
+        Raises:
+            InputError: it is no longer there, or what is there is another model.
+        """
+        given = location or self._base_location()
+        try:
+            source = ModelSource.parse(given)
+        except InputError as error:
+            raise InputError(
+                f"the base model of {self.folder}, {self.model}, is not at {given} ({error}); say where it is with "
+                "--base"
+            ) from error
+        if source.identity != self.model_identity:
+            raise InputError(
+                f"{self.folder} was trained from another base than {given}: from {self.model_identity}, and this is "
+                f"{source.identity}. Give the model that it was trained from with --base"
+            )
+        return source
+
+    def _base_location(self) -> str:
+        if self.model_identity.startswith("hub:"):
+            return self.model_identity.removeprefix("hub:")  # with the commit, whatever the id points to by now
+        if self.model.startswith("builtin:"):
+            return self.model
+        return self.model_location or self.model
+
+    def step(self, unfinished: bool = False) -> int:
+        """The step whose weights are taken: the last, or with ``unfinished`` that of the newest whole checkpoint.
+
+        Raises:
+            InputError: there is no whole checkpoint, or not one of the last step.
+        """
+        steps = self.training.steps
+        if steps == 0:
+            return 0
+        checkpoints = self.folder / "checkpoints"
+        step = newest_step(checkpoints)
+        damaged = "".join(
+            f" ({folder.name} is damaged: {problem})"
+            for folder in sorted(checkpoints.glob("step-*"), reverse=True)[:1]
+            if (problem := damage(folder))
+        )
+        again = "run its sweep's command again, which goes on with it"
+        if step is None:
+            raise InputError(f"{self.folder} has no whole checkpoint{damaged}; {again}")
+        if step < steps and not unfinished:
+            raise InputError(
+                f"{self.folder} is unfinished: its newest whole checkpoint is of step {step} of {steps}{damaged}; "
+                f"{again}, or take that step with --unfinished"
+            )
+        return step
+
+    def build(self, source: ModelSource, step: int, engine: Engine | None = None) -> nn.Module:
+        """The trial's model with the weights of ``step``, with its training's attention pattern.
+
+        It is on ``engine``'s device and computes in its precision; by default on the CPU, in training's precision.
+
+        Raises:
+            InputError: the checkpoint's parameters are not those that this trial trains.
+        """
+        engine = engine or Engine(torch.device("cpu"), self.training.precision)
+        precision = "float32" if engine.dtype == torch.float32 else "bfloat16"
+        model = build_model(source, replace(self.training, precision=precision), engine, ExecutionConfig())
+        if self.training.steps:
+            self._restore(trainable_parameters(model), self.folder / "checkpoints" / f"step-{step:08d}")
+        return model
+
+    def _restore(self, parameters: dict[str, nn.Parameter], checkpoint: Path) -> None:
+        try:
+            # One by one, without the optimiser's state: that is twice as large again.
+            with safe_open(checkpoint / TENSORS, framework="pt") as file:
+                names = {n.removeprefix(PARAMETER) for n in file.keys() if n.startswith(PARAMETER)}
+                if difference := sorted(names ^ parameters.keys()):
+                    raise InputError(
+                        f"{checkpoint} holds another model's parameters: {len(names)} where this trial trains "
+                        f"{len(parameters)}; {difference[0]} is in one of them only"
+                    )
+                for name, parameter in parameters.items():
+                    tensor = file.get_tensor(PARAMETER + name)
+                    if tensor.shape != parameter.shape:
+                        raise InputError(
+                            f"{checkpoint} holds another model's parameters: {name} is {tuple(tensor.shape)} there and "
+                            f"{tuple(parameter.shape)} in {self.model}"
+                        )
+                    parameter.data.copy_(tensor)
+        except SafetensorError as error:
+            raise InputError(f"{checkpoint / TENSORS} cannot be read as safetensors ({error})") from error
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The journal's ``eval`` events, the last of each (context length, step), in that order."""
+        events: dict[tuple[int, int], dict[str, Any]] = {}
+        try:
+            lines = (self.folder / "journal.jsonl").read_text().splitlines()
+        except OSError:
+            return []  # a trial that was not trained by a sweep
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # cut off by a process that died
+            if event.get("event") == "eval":
+                events[event["context_length"], event["step"]] = event
+        return [events[key] for key in sorted(events)]
+
+
+def _trials_near(folder: Path) -> str:
+    """What the user may have meant."""
+    for trials in (folder / "trials", folder):
+        found = sorted(file.parent for file in trials.glob("*/trial.json"))
+        if found:
+            shown = ", ".join(str(path) for path in found[:5])
+            return f"give one of the {len(found)} trials below it: {shown}{', ...' if len(found) > 5 else ''}"
+    return "expected runs/trials/<fingerprint>, as the end of a sweep names it"
