@@ -52,7 +52,7 @@ def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTra
     source = ModelSource.parse(name)
     tokenizer = source.tokenizer()
     options: dict[str, Any] = {"dtype": "auto", "device_map": _placement(device), "attn_implementation": "sdpa"}
-    folder = Path(source.location)
+    folder = Path(source.pretrained)
     try:
         if (folder / "adapter_config.json").is_file():
             from peft import PeftModel
@@ -60,7 +60,7 @@ def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTra
             model = PeftModel.from_pretrained(base_of_adapter(folder, **options), folder)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                source.location, revision=source.revision, use_safetensors=True, **options
+                source.pretrained, revision=source.revision, use_safetensors=True, **options
             )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

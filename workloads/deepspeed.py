@@ -56,7 +56,7 @@ class ZeroEngine(Engine):
         self.stage, self.offload = stage, offload
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Stage 3 moves a model to the device piece by piece as it shares it out: whole, it may not fit."""
+        """Stage 3 leaves it in host memory, until :meth:`prepare` shares it out: whole, it may not fit the device."""
         return model if self.stage == 3 else super().place(model)
 
     def prepare(
@@ -65,11 +65,17 @@ class ZeroEngine(Engine):
         if optimizer is None and self.stage == 2:
             return super().prepare(model)
         self.parameters = trainable_parameters(model)
+        configuration = self._configuration(max_grad_norm)
+        if self.stage == 3:
+            # One parameter at a time; deepspeed.initialize would first move the whole model to the device.
+            self.deepspeed.zero.Init(module=model, config_dict_or_path=configuration)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.device)
         self.engine, *_ = self.deepspeed.initialize(
             args=SimpleNamespace(device_rank=self.device.index or 0),
             model=model,
             optimizer=optimizer,
-            config=self._configuration(max_grad_norm),
+            config=configuration,
             dist_init_required=False,
         )
         self.optimizer = optimizer

@@ -100,7 +100,7 @@ def _loading(base: ModelSource, what: str) -> list[str]:
             'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
             "```",
         ]
-    where = f'"{base.location}", revision="{base.revision}"' if base.revision else f'"{base.location}"'
+    where = f'"{base.location}", revision="{base.revision}"' if base.revision else f'"{base.pretrained}"'
     return [
         "The base has to be loaded with the configuration that lies here: it holds the extended positions. (What loads "
         "a base by its name alone, such as `AutoPeftModelForCausalLM`, takes the base's own, and the long context is "

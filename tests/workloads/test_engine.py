@@ -22,6 +22,9 @@ from workloads.training import NonFiniteLoss, Trial, build_model
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ENGINES = ["ddp", *(pytest.param(engine, marks=needs_deepspeed) for engine in ("zero2", "zero3"))]
+# How much rounding moves losses and weights: on a GPU sums come in another order each time.
+LOSSES = {"cpu": {"rel": 1e-4}, "cuda": {"rel": 1e-3}}
+WEIGHTS = {"cpu": {"rtol": 1e-3, "atol": 1e-5}, "cuda": {"rtol": 1e-2, "atol": 1e-3}}
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])]
 
 
@@ -51,14 +54,14 @@ def corpus(tmp_path_factory):
     return packed.folder
 
 
-def trial(source, corpus, folder, device, engine="auto", offload=False, micro_batch=None, **overrides):
+def trial(source, corpus, folder, device, engine="auto", execution=None, **overrides):
     """A trial of five steps that saves after the second, the fourth and the last, ready to run on this worker."""
     values = {
         "context_length": 128, "method": "lora+", "attention": "full", "steps": 5, "batch": 6, "learning_rate": 1e-2,
         "warmup_steps": 2, "max_grad_norm": 2.0, "eval_every": 5, "eval_documents": 3, "eval_span": 128,
     }  # fmt: skip
     config = TrainingConfig(**{**values, **overrides})
-    execution = ExecutionConfig(checkpoint_every=2, engine=engine, offload=offload, micro_batch=micro_batch)
+    execution = ExecutionConfig(checkpoint_every=2, engine=engine, **execution or {})
     worker = make_engine(execution, this_device(device), config.precision)
     events = []
     return Trial(
@@ -72,10 +75,12 @@ def train(*args, **kwargs):
     trained, events = trial(*args, **kwargs)
     trained.run()
     steps = [event for event in events if event["event"] == "step"]
+    frozen = [parameter for parameter in trained.model.parameters() if not parameter.requires_grad]
     return {
         "loss": {event["step"]: event["loss"] for event in steps},
         "grad_norm": {event["step"]: event["grad_norm"] for event in steps},
         "perplexity": [event["perplexity"] for event in events if event["event"] == "eval"],
+        "frozen": sorted({str(getattr(p, "ds_tensor", p).dtype) for p in frozen}),
     }
 
 
@@ -133,13 +138,14 @@ def every_run(engine, model, corpus, folder, device):
 
     runs = {
         "plain": go("plain"),
-        "micro_batch": go("micro_batch", micro_batch=2),
+        "micro_batch": go("micro_batch", execution={"micro_batch": 2, "gradient_checkpointing": True}),
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),
+        "untuned": go("untuned", method="untuned", steps=0),
         "unwritable": fail_to_save(model, corpus, folder / "a file", device, engine),
     }
     if engine != "ddp":
-        runs["offload"] = go("offload", offload=True, micro_batch=2)
+        runs["offload"] = go("offload", execution={"micro_batch": 2, "offload": True})
     for what in ("loss", "gradient"):
         runs[what] = train_poisoned(what, model, corpus, folder / what, device, engine)
     return runs
@@ -157,7 +163,7 @@ def test_two_workers_train_what_one_trains(alone, together, how):
     if how not in together:
         pytest.skip("DDP has nothing to offload")
     for what in ("loss", "grad_norm", "perplexity"):
-        assert together[how][what] == pytest.approx(alone[what], rel=1e-4)
+        assert together[how][what] == pytest.approx(alone[what], **LOSSES[alone["device"]])
     assert min(alone["grad_norm"].values()) < 2 < max(alone["grad_norm"].values())
 
 
@@ -165,6 +171,12 @@ def test_the_precision_of_a_gpu_trains_the_same_under_every_engine(alone, togeth
     """Frozen weights and computation in bfloat16, what trains in float32."""
     assert together["bfloat16"]["loss"] == pytest.approx(alone["bfloat16"]["loss"], rel=5e-3)
     assert {tensor.dtype for tensor in tensors_of(together["folder"] / "bfloat16", 5).values()} == {torch.float32}
+    assert together["bfloat16"]["frozen"] == alone["bfloat16"]["frozen"] == ["torch.bfloat16"]
+
+
+def test_two_workers_score_an_untuned_model_as_one_does(alone, together):
+    """Three windows for two workers, which under ZeRO-3 have to make as many forward passes each."""
+    assert together["untuned"]["perplexity"][0] == pytest.approx(alone["perplexity"][0], **LOSSES[alone["device"]])
 
 
 def test_a_checkpoint_holds_the_whole_of_everything_whatever_the_engine(alone, together):
@@ -172,19 +184,19 @@ def test_a_checkpoint_holds_the_whole_of_everything_whatever_the_engine(alone, t
     ours, theirs = tensors_of(together["folder"] / "plain", 5), tensors_of(alone["folder"], 5)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours[name], tensor, **WEIGHTS[alone["device"]], msg=name)
 
 
 def test_a_checkpoint_of_any_engine_goes_on_alone_and_back(alone, together, model, corpus, tmp_path):
     shutil.copytree(together["folder"] / "plain" / "step-00000004", tmp_path / "step-00000004")
     back = train(model, corpus, tmp_path, alone["device"])
     last = {5: alone["loss"][5]}
-    assert together["alone"]["loss"] == pytest.approx(last, rel=1e-4)
-    assert back["loss"] == pytest.approx(last, rel=1e-4)
+    assert together["alone"]["loss"] == pytest.approx(last, **LOSSES[alone["device"]])
+    assert back["loss"] == pytest.approx(last, **LOSSES[alone["device"]])
     # The update after it: both moments and the count of steps were taken up, or it would be another.
     for folder in (together["folder"] / "alone", tmp_path):
         for name, tensor in tensors_of(alone["folder"], 5).items():
-            torch.testing.assert_close(tensors_of(folder, 5)[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(tensors_of(folder, 5)[name], tensor, **WEIGHTS[alone["device"]], msg=name)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

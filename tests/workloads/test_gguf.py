@@ -51,7 +51,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write(path, model, quantised=False):
-    """The model as llama.cpp's converter writes it: its names, and rows of queries and keys in the order of its RoPE."""
+    """The model as llama.cpp's converter writes it: its names, and query and key rows in the order of its RoPE."""
     config = model.config
     writer = GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -143,5 +143,5 @@ def test_a_file_that_cannot_be_converted_is_named_once_and_leaves_nothing(model,
                 getattr(ModelSource.parse(str(path)), read)()
             assert str(caught.value).count(str(path)) == 1
     assert not [entry for entry in cache.iterdir() if entry.suffix != ".lock"]
-    with pytest.raises(InputError, match="missing.gguf' is no file here"):
+    with pytest.raises(InputError, match=r"missing\.gguf' is no file here"):
         ModelSource.parse("missing.gguf")
