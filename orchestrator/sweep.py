@@ -180,13 +180,13 @@ class Sweep:
         if self.spec.quantization == "nf4" and not self.cluster.gpus:
             raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
         self.trials = self.spec.trials(self.identities, precision)
-        for trial in self.trials:
-            training = trial.training
+        for training in (trial.training for trial in self.trials if trial.training.steps):
             if training.task == "sft":
                 self.packed.check(training.context_length, training.batch, training.long_examples)
             else:
                 self.packed.check(training.context_length, training.batch)
-            self.held_out(training)
+        for trial in self.trials:
+            self.held_out(trial.training)
         self.concurrency = self.cluster.concurrency(self.options)
         self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -425,8 +425,15 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
     assert "org/missing is neither a local path nor on the Hugging Face hub" in missing
 
 
+ASK_FOR_ROWS = """
+from workloads.data import Instructions
+instructions = Instructions.parse("Yukang/LongAlpaca-12k")
+print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, r.split] for r in instructions.rows()]]))
+"""
+
+
 def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_path):
-    books, test_books, pages, proofs, many, *refused = ask(
+    books, test_books, pages, proofs, many, *refused, instructions = ask(
         hub,
         tmp_path,
         "emozilla/pg19",
@@ -440,6 +447,7 @@ def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_p
         "togethercomputer/RedPajama-Data-1T-Sample",
         "hoskinson-center/proof-pile:train/none.jsonl.gz",
         "hoskinson-center/proof-pile:test/none*.jsonl.gz",
+        script=ASK + ASK_FOR_ROWS,
     )
     for (_, documents), text in ((books, "book"), (pages, "page")):
         assert {(split, found) for _, found, split in documents} == {
@@ -455,16 +463,7 @@ def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_p
         assert "loading script" in message and alternative in message
     for message in refused[-2:]:
         assert "cannot be loaded" in message and "proof-pile:test/proofpile_test.jsonl.gz" in message
-
-
-def test_the_papers_instruction_data_load(hub, tmp_path):
-    script = """
-import json, sys
-from workloads.data import Instructions
-instructions = Instructions.parse(sys.argv[1])
-print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, r.split] for r in instructions.rows()]]))
-"""
-    ((identity, rows),) = ask(hub, tmp_path, "Yukang/LongAlpaca-12k", script=script)
+    identity, rows = instructions
     assert identity == f"hub:Yukang/LongAlpaca-12k@{COMMIT}:default"
     assert [(name, row["instruction"], row["output"]) for name, row, _ in rows] == [
         (f"train#{i}", f"question {i}", f"answer {i}") for i in range(30)

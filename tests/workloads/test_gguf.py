@@ -51,7 +51,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write(path, model, quantised=False):
-    """The model as llama.cpp's converter writes it: its names, and query and key rows in the order of its RoPE."""
+    """The model as llama.cpp's converter writes it: its names, and queries' and keys' rows in the order of its RoPE."""
     config = model.config
     writer = GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -102,11 +102,8 @@ def test_the_model_of_a_gguf_file_is_the_one_that_was_written(model, tmp_path, c
     tokenizer = source.tokenizer()
     ids = tokenizer("ab, ü", add_special_tokens=False)["input_ids"]
     assert [TOKENS[i] for i in ids] == ["ab", ",", "Ġ", "Ã", "¼"] and tokenizer.decode(ids) == "ab, ü"
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == (
-        "<|begin|>",
-        "<|end|>",
-        len(TOKENS) - 1,
-    )
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|begin|>", "<|end|>")
+    assert tokenizer.eos_token_id == len(TOKENS) - 1
     assert tokenizer.chat_template == TEMPLATE
 
 
