@@ -58,8 +58,10 @@ def trial(source, corpus, folder, device, engine="auto", execution=None, **overr
     """A trial of five steps that saves after the second, the fourth and the last, ready to run on this worker."""
     values = {
         "context_length": 128, "method": "lora+", "attention": "full", "steps": 5, "batch": 6, "learning_rate": 1e-2,
-        "warmup_steps": 2, "max_grad_norm": 2.0, "eval_every": 5, "eval_documents": 3, "eval_span": 128,
+        "warmup_steps": 2, "max_grad_norm": 2.0, "eval_every": 2, "eval_documents": 3, "eval_span": 128,
     }  # fmt: skip
+    if "method" not in overrides:
+        values |= {"learning_rate_embeddings": 3e-3, "learning_rate_norms": 3e-3}  # several parameter groups
     config = TrainingConfig(**{**values, **overrides})
     execution = ExecutionConfig(checkpoint_every=2, engine=engine, **execution or {})
     worker = make_engine(execution, this_device(device), config.precision)
