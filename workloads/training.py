@@ -94,6 +94,11 @@ def run(
     """
     if config.steps and config.batch % engine.num_workers:
         raise InputError(f"a batch of {config.batch} sequences does not divide among {engine.num_workers} workers")
+    if config.quantization != "none" and execution.engine == "zero3":
+        raise InputError(
+            f"quantization {config.quantization} with the engine zero3, which cannot share out 4-bit weights; "
+            "choose the engine zero2 or ddp"
+        )
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
     emit("model", parameters=total, trainable_parameters=trainable, attention_backend=backend_of(model))

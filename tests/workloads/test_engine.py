@@ -14,10 +14,10 @@ from tests.workloads.workers import run_workers, this_device
 from workloads.checkpoint import load_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
-from workloads.engine import make_engine
+from workloads.engine import Engine, make_engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
-from workloads.training import NonFiniteLoss, Trial, build_model
+from workloads.training import NonFiniteLoss, Trial, build_model, run
 
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -58,8 +58,10 @@ def trial(source, corpus, folder, device, engine="auto", execution=None, **overr
     """A trial of five steps that saves after the second, the fourth and the last, ready to run on this worker."""
     values = {
         "context_length": 128, "method": "lora+", "attention": "full", "steps": 5, "batch": 6, "learning_rate": 1e-2,
-        "warmup_steps": 2, "max_grad_norm": 2.0, "eval_every": 5, "eval_documents": 3, "eval_span": 128,
+        "warmup_steps": 2, "max_grad_norm": 2.0, "eval_every": 2, "eval_documents": 3, "eval_span": 128,
     }  # fmt: skip
+    if "method" not in overrides:
+        values |= {"learning_rate_embeddings": 3e-3, "learning_rate_norms": 3e-3}  # several parameter groups
     config = TrainingConfig(**{**values, **overrides})
     execution = ExecutionConfig(checkpoint_every=2, engine=engine, **execution or {})
     worker = make_engine(execution, this_device(device), config.precision)
@@ -116,9 +118,9 @@ def fail_to_save(*args):
 def alone(request, model, corpus, tmp_path_factory):
     """One worker without any engine: the reference."""
     folder, device = tmp_path_factory.mktemp("alone"), request.param
-    run = train(model, corpus, folder, device)
+    whole = train(model, corpus, folder, device)
     reduced = train(model, corpus, folder / "bfloat16", device, precision="bfloat16")
-    return {"device": device, "folder": folder, **run, "bfloat16": reduced}
+    return {"device": device, "folder": folder, **whole, "bfloat16": reduced}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -221,6 +223,15 @@ def test_zero_without_deepspeed_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(InputError, match=r"zero3 needs DeepSpeed.*pip install 'longspan\[deepspeed\]'"):
         make_engine(ExecutionConfig(engine="zero3"), torch.device("cpu"), "float32")
+
+
+def test_zero3_refuses_a_quantised_base(model, corpus, tmp_path):
+    """Before anything is loaded, so also where there is no GPU."""
+    shared = {"context_length": 128, "method": "lora", "attention": "full", "eval_span": 128, "quantization": "nf4"}
+    config, execution = TrainingConfig(**shared, steps=1), ExecutionConfig(engine="zero3")
+    engine = Engine(torch.device("cpu"), "float32")
+    with pytest.raises(InputError, match="nf4 with the engine zero3"):
+        run(model, config, execution, PackedCorpus.open(corpus), tmp_path, engine, lambda event, **fields: None)
 
 
 def test_only_zero_offloads():
