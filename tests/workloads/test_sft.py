@@ -107,7 +107,7 @@ def test_padding_on_the_right_leaves_every_sequence_as_it_is_alone():
         )
     ).eval()
     use_pattern(model, AttentionPattern(name="s2", group_size=16))
-    tokens = [np.random.default_rng(length).integers(64, size=length) for length in (57, 17, 40, 32)]
+    tokens = [np.random.default_rng(length).integers(64, size=length) for length in (57, 17, 40, 32, 16, 9)]
     batch = Batch.padded(tokens, [np.ones(len(t), dtype=bool) for t in tokens])
     with torch.inference_mode():
         together, _, mask = to_device(batch, torch.device("cpu"))
