@@ -1,7 +1,7 @@
 """What computes a pattern: the backends, which of them can serve here, and the one function that calls them.
 
 ``sdpa``     PyTorch's scaled dot-product attention, on any device: groups without a mask, other patterns with one
-``cudnn``    the same with cuDNN's kernels first (measured on an H200: about twice as fast as the default)
+``cudnn``    the same with cuDNN's kernels first
 ``flash3``   FlashAttention-3, the package flash-attn-3
 ``flash2``   FlashAttention-2, the package flash-attn
 ``varlen``   torch's own FlashAttention-2, variable-length
