@@ -71,6 +71,7 @@ class TrialRecord:
     reason: str | None = None
     failed_attempt: str | None = None
     launched: float | None = None
+    ended: float | None = None
     started: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -112,9 +113,10 @@ class TrialRecord:
             case "saved":
                 self.saved_step = event["step"]
             case "finished":
-                self.state, self.reason = "finished", None
+                self.state, self.reason, self.ended = "finished", None, event["time"]
             case "failed":
                 self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
+                self.ended = event["time"]
 
     def curve(self, context_length: int) -> list[dict[str, Any]]:
         """The evaluations at a length, by step."""

@@ -267,7 +267,9 @@ class TrialRun:
         if status == "RUNNING":
             self.tracker.client.update_run(self.run_id, status=status)
         else:
-            self.tracker.client.set_terminated(self.run_id, status)
+            # When it ended, not when that is told: a later sweep that shares the trial tells it again.
+            ended = time.time() if status == "KILLED" else self.record.ended
+            self.tracker.client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
         self.status = status
 
     def _save(self) -> None:

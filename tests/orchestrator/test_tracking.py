@@ -95,6 +95,8 @@ def test_restarts_and_a_second_sweep_add_no_run_and_no_point(storage, trial):
 
     client, (run,) = runs(tracker.uri)
     assert run.info.status == "FINISHED"
+    (finished,) = (event for event in journal.read(0)[0] if event["event"] == "finished")
+    assert run.info.end_time == int(finished["time"] * 1000)
     assert history(client, run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
     assert run.data.tags["longspan.sweeps"] == "first, second"
 
