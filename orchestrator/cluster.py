@@ -27,7 +27,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+    # Said outright, or tokenizers warns of every process that is started after it has used threads.
+    "TOKENIZERS_PARALLELISM": "true",
 }
 # On a cluster of this one machine: nobody takes the machine away, and each trial saves a process.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

@@ -38,9 +38,7 @@ from orchestrator.view import LiveView, Row, make_console
 from workloads.config import ExecutionConfig, TrainingConfig, trained_layers
 from workloads.data import (
     Corpus,
-    ExampleCorpus,
     Instructions,
-    PackedCorpus,
     ValidationDocument,
     ValidationExample,
     prepare,
@@ -50,6 +48,9 @@ from workloads.errors import InputError
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models import ModelSource
 from workloads.positions import extend, original_context_length
+
+# How often a preparation that takes long says what it is at.
+PREPARING_NOTE_SECONDS = 15
 
 EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -96,9 +97,12 @@ class _Background(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def wait(self) -> None:
-        """Waits for its end and raises what it raised."""
-        self.join()
+    def wait(self, meanwhile: Callable[[], None]) -> None:
+        """Waits for its end and raises what it raised; calls ``meanwhile`` now and then."""
+        while self.is_alive():
+            self.join(PREPARING_NOTE_SECONDS)
+            if self.is_alive():
+                meanwhile()
         if self.error is not None:
             raise self.error
 
@@ -115,6 +119,7 @@ class Sweep:
         self.name, self.spec, self.options, self.console = name, spec, options, console
         self.began = time.time()
         self.planned: list[Planned] = []
+        self.doing = "reading the model and the data"  # said where it takes long
 
     def run(self) -> int:
         self.check()
@@ -123,7 +128,7 @@ class Sweep:
         self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
         _end_as_ctrl_c_does()  # Ray has put a handler of its own on SIGTERM
         for other in others:
-            other.wait()
+            other.wait(meanwhile=lambda: self.console.print(f"{self.doing} ...", markup=False))
         self.make_trials()
         self.say_plan()
         if any(p.action != "known" for p in self.planned):
@@ -159,18 +164,26 @@ class Sweep:
 
     def prepare(self) -> None:
         """What the model and the data are: the original length, identities, and the corpus tokenised."""
+        self.doing = f"reading the model {self.spec.model}"
         config = self.source.config()
         self.original_length = original_context_length(config)
         trained_layers(self.spec.train_layers, config.num_hidden_layers)
         all_positions = {self.spec.positions, *self.spec.references}
         for length, positions in itertools.product(self.spec.context_lengths, all_positions):
             extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
-        sft = self.spec.task == "sft"
-        tokenizer = self.source.chat_identity if sft else self.source.tokenizer_identity
+        self.doing = f"reading and tokenising {self.spec.data}"
+        if self.spec.task == "sft":
+            tokenizer = self.source.chat_identity
+            self.packed = prepare_examples(self.corpus, self.source.tokenizer, tokenizer, self.storage.data)
+        else:
+            tokenizer = self.source.tokenizer_identity
+            self.packed = prepare(
+                self.corpus, self.source.tokenizer, tokenizer, self.storage.data, on_progress=self.has_tokenised
+            )
         self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
-        self.packed: PackedCorpus | ExampleCorpus = (prepare_examples if sft else prepare)(
-            self.corpus, self.source.tokenizer, tokenizer, self.storage.data
-        )
+
+    def has_tokenised(self, documents: int) -> None:
+        self.doing = f"tokenising {self.spec.data}: {documents:,} documents so far"
 
     def make_trials(self) -> None:
         """The sweep's trials, checked against the corpus and the cluster, and what is to be done about each."""

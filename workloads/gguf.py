@@ -7,7 +7,9 @@ twenty seconds for 100 MB, the folder one. It lies in ``$XDG_CACHE_HOME/longspan
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,9 +49,10 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         # Without dequantize the model would stay quantised, and could be neither trained nor saved.
         quantization = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=quantization, dtype=_weights_dtype(file)
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+            model = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=quantization, dtype=_weights_dtype(file)
+            )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever a broken or unknown file makes the readers raise
         raise InputError(f"model {file} cannot be read from GGUF ({type(error).__name__}: {error})") from error
