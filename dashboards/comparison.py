@@ -77,7 +77,7 @@ class Context(TypedDict):
 class Model(TypedDict):
     name: str
     original_context_length: int
-    parameters: int
+    parameters: int | None  # None where no model was ever loaded
     identity: str
 
 

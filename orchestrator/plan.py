@@ -37,4 +37,5 @@ def summary(planned: list[Planned]) -> str:
     """One line: how many trials run, resume and are known already."""
     counts = {action: sum(p.action == action for p in planned) for action in ("run", "resume", "known")}
     words = {"run": "to run", "resume": "to resume", "known": "finished before, not trained again"}
-    return f"{len(planned)} trials: " + ", ".join(f"{n} {words[action]}" for action, n in counts.items() if n)
+    total = f"{len(planned)} trial" + ("s" if len(planned) != 1 else "")
+    return f"{total}: " + ", ".join(f"{n} {words[action]}" for action, n in counts.items() if n)

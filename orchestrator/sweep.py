@@ -250,6 +250,13 @@ class Sweep:
 
     def tune(self, trials: list[TrialSpec]) -> None:
         from ray import tune
+        from ray.tune.progress_reporter import TrialProgressCallback
+
+        class Silent(TrialProgressCallback):
+            """Tune's own prints a line of a trial without any result, whatever its verbosity."""
+
+            def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
+                pass
 
         # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
@@ -265,6 +272,7 @@ class Sweep:
                 storage_path=str(self.storage.ray_train),
                 # A driver raises nothing of its own; what Tune tries again is one whose node was lost.
                 failure_config=tune.FailureConfig(max_failures=self.options.max_failures),
+                callbacks=[Silent()],
                 verbose=0,
             ),
         )
