@@ -81,7 +81,7 @@ def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
     for winner, lengths in winners.items():
         at = _join([f"{length:,}" for length in lengths])
         if winner is None:
-            sentences.append(f"At {at} tokens no trial has finished yet, so nothing wins.")
+            sentences.append(f"At {at} tokens nothing that was trained has finished, so nothing wins.")
         else:
             sentences.append(f"Of what was trained, {METHOD_NAMES[winner]} has the lowest perplexity at {at} tokens.")
     unbeaten = defaultdict(list)

@@ -49,6 +49,8 @@ def save_checkpoint(
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / TENSORS)
         (partial / STATE).write_text(json.dumps({"step": step, **state}))
+        # safetensors writes for the owner alone, whatever the umask; a shared storage has other readers.
+        (partial / TENSORS).chmod((partial / STATE).stat().st_mode)
         manifest = {name: _describe(partial / name) for name in (TENSORS, STATE)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):

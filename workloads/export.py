@@ -340,6 +340,8 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, out: P
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = reach(model.config)
     tokenizer.save_pretrained(out)
+    for weights in out.glob("*.safetensors"):  # written for the owner alone, whatever the umask
+        weights.chmod((out / "config.json").stat().st_mode)
 
 
 def _refuse_what_is_there(out: Path) -> None:

@@ -117,7 +117,7 @@ def load_subject(options: Options, console: Console) -> Subject:
     if longest > reach(model.config):
         console.print(
             f"note: {longest:,} tokens lie beyond the {reach(model.config):,} that this model's positions are made for"
-            + ("" if "step" in about else "; --positions yarn or linear would stretch them")
+            + ("" if reach(model.config) > original else "; --positions yarn or linear would stretch them")
         )
     tokenizer = source.tokenizer()
     vocabulary, embeddings = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
