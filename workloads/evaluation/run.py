@@ -107,8 +107,13 @@ def load_subject(options: Options, console: Console) -> Subject:
             console.print(f"note: this trial is not finished: step {step} of {training.steps}")
     else:
         source = ModelSource.parse(options.model)
-        positions = options.positions
-        longest = max(options.lengths, default=reach(source.config()))
+        positions, reached = options.positions, reach(source.config())
+        longest = max(options.lengths, default=reached)
+        if positions != "none" and longest <= reached:
+            console.print(
+                f"note: --positions {positions} changes nothing: the model reaches {reached:,} tokens as it is"
+            )
+            positions = "none"
         model = source.load(longest, positions, engine.dtype)
         use_pattern(model, AttentionPattern(name="full"))
         model = model.to(engine.device)
@@ -356,7 +361,8 @@ def _progress(console: Console, tokens: int) -> Iterator[Callable[[int], None]]:
 def _write(result: dict[str, Any], task: str, options: Options) -> list[Path]:
     name = Path(options.model).resolve().name if Path(options.model).exists() else options.model
     name = re.sub(r"[^\w.-]+", "-", name).strip("-")
-    suffix = "" if options.positions == "none" else f"-{options.positions}"
+    stretched = options.positions != "none" and result["model"]["positions"] != "none"
+    suffix = f"-{options.positions}" if stretched else ""
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{task}-{name}{suffix}.json"
     path.write_text(json.dumps(result, indent=1))
