@@ -265,12 +265,11 @@ class TrialSpec:
         Fields at their default are left out of the hash, so that a new field orphans no trial; a default that changes
         raises RESULT_VERSION.
         """
-        training = {
-            field.name: value
-            for field in dataclasses.fields(TrainingConfig)
-            if (value := getattr(self.training, field.name)) != field.default
+        what = {
+            "result_version": RESULT_VERSION,
+            **dataclasses.asdict(self.identities),
+            "training": self.training.not_at_default(),
         }
-        what = {"result_version": RESULT_VERSION, **dataclasses.asdict(self.identities), "training": training}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def untuned(self) -> TrialSpec:

@@ -80,10 +80,8 @@ class LiveView:
     def cells(self, row: Row) -> list[str]:
         record, training = row.record, row.trial.training
         curve = record.curve(training.context_length)
-        if record.state in (
-            "waiting",
-            "starting",
-        ):  # what it knows is of an earlier attempt, of which this much is kept
+        if record.state in ("waiting", "starting"):
+            # What it knows is of an earlier attempt, of which this much is kept.
             steps = f"{record.saved_step}/{training.steps}" if training.steps else "-"
             return [row.trial.label, self.state(row), steps, "-", "-", "-", "-"]
         step = record.steps.get(record.last_step)

@@ -6,12 +6,13 @@ fast or where it runs is in :class:`ExecutionConfig`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from workloads.errors import InputError
 
@@ -103,6 +104,14 @@ class TrainingConfig:
     eval_span: int
     task: Task = "pretraining"
     long_examples: LongExamples = "drop"
+
+    def not_at_default(self) -> dict[str, Any]:
+        """The fields that are not at their default: what a trial is known by, so that a new field orphans none."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
 
     def __post_init__(self) -> None:
         for field in ("context_length", "batch", "lora_rank", "eval_every", "eval_documents", "eval_span"):

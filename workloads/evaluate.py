@@ -7,10 +7,10 @@ import sys
 import tyro
 from rich.console import Console
 
+from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from workloads.errors import InputError
 from workloads.evaluation.options import Options
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 # Wide enough for the tables where the output goes to a file.
 LOG_WIDTH = 140
 

@@ -12,7 +12,6 @@ The events and their fields:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -247,7 +246,7 @@ class Trial:
         failure = None
         if self.engine.rank == 0:
             try:
-                save_checkpoint(self.checkpoints, self.step, tensors, {"training": self.identity})
+                save_checkpoint(self.checkpoints, self.step, tensors, {"training": self.config.not_at_default()})
             except OSError as error:
                 failure = error
         if self.engine.any(failure is not None):
@@ -282,17 +281,8 @@ class Trial:
         self.emit("resume", step=self.step)
         return training_model
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the trial that wrote it: the configuration, but for fields at their default."""
-        return {
-            field.name: value
-            for field in dataclasses.fields(self.config)
-            if (value := getattr(self.config, field.name)) != field.default
-        }
-
     def refuse_another_trials(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        ours, theirs = json.loads(json.dumps(self.identity)), state.get("training", {})
+        ours, theirs = json.loads(json.dumps(self.config.not_at_default())), state.get("training", {})
         different = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
         names = {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
         shapes_agree = names == self.parameters.keys() and all(
