@@ -70,7 +70,7 @@ def _train(
         try:
             emit("started", **describe_attempt(device, workers))
             execution = ExecutionConfig(**config["execution"])
-            run(
+            ended = run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
                 execution,
@@ -80,7 +80,8 @@ def _train(
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
             )
-            emit("finished")
+            if ended:
+                emit("finished")
         except Exception as error:
             # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
             journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])

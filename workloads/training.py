@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,8 @@ from workloads.positions import original_context_length
 from workloads.quantization import nf4_loading
 
 Emit = Callable[..., None]
+# What whoever runs a trial may ask of it between two steps: to write a checkpoint, or to end there with one.
+Asked = Literal["save", "stop"]
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -82,10 +84,13 @@ def run(
     engine: Engine,
     emit: Emit,
     untuned: DocumentScores | None = None,
-) -> None:
-    """Trains and evaluates one trial, from its newest checkpoint if it has one.
+    asked: Callable[[], Asked | None] = lambda: None,
+) -> bool:
+    """Trains and evaluates one trial, from its newest checkpoint if it has one. Returns whether it came to its end.
 
-    ``untuned``: what the model scores at step 0, if an untuned trial with the same positions has shown it already.
+    Args:
+        untuned: what the model scores at step 0, if an untuned trial with the same positions has shown it already.
+        asked: called after each step, its evaluation and its checkpoint, on worker 0 alone.
 
     Raises:
         InputError: the batch does not divide among the workers, or the model cannot be trained as asked.
@@ -101,7 +106,7 @@ def run(
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
     emit("model", parameters=total, trainable_parameters=trainable, attention_backend=backend_of(model))
-    Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned).run()
+    return Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned, asked).run()
 
 
 @dataclass
@@ -116,16 +121,17 @@ class Trial:
     engine: Engine
     emit: Emit
     untuned: DocumentScores | None = None
+    asked: Callable[[], Asked | None] = lambda: None
     step: int = 0
 
     def __post_init__(self) -> None:
         self.original_length = original_context_length(self.model.config)
 
-    def run(self) -> None:
+    def run(self) -> bool:
         if self.config.steps == 0:
             self.engine.prepare(self.model)
             self.evaluate(at_original_length=True)
-            return
+            return True
         self.parameters = trainable_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.config)
         training_model = self.start()
@@ -137,8 +143,21 @@ class Trial:
             last = self.step == self.config.steps
             if last or self.step % self.config.eval_every == 0:
                 self.evaluate(at_original_length=last)
-            if last or self.step % self.execution.checkpoint_every == 0:
+            saved = last or self.step % self.execution.checkpoint_every == 0
+            if saved:
                 self.save()
+            asked = None if last else self.what_is_asked()
+            if asked and not saved:
+                self.save()
+            if asked == "stop":
+                return False
+        return True
+
+    def what_is_asked(self) -> Asked | None:
+        """What worker 0 is asked, for all."""
+        answers = (None, "save", "stop")
+        first = answers.index(self.asked()) if self.engine.rank == 0 else 0
+        return answers[int(self.engine.sum(torch.tensor(first)))]
 
     def train_step(self, training_model: nn.Module) -> None:
         config, engine = self.config, self.engine

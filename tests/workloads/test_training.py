@@ -52,7 +52,7 @@ def config(method="lora+", **overrides):
     return TrainingConfig(**{**values, **overrides})
 
 
-def train(config, corpus, folder, execution=None, source=SOURCE):
+def train(config, corpus, folder, execution=None, source=SOURCE, **asking):
     """The events of a run."""
     events = []
 
@@ -60,7 +60,7 @@ def train(config, corpus, folder, execution=None, source=SOURCE):
         events.append({"event": event, **fields})
 
     engine = Engine(torch.device("cpu"), config.precision)
-    run(source, config, execution or ExecutionConfig(checkpoint_every=2), corpus, folder, engine, emit)
+    run(source, config, execution or ExecutionConfig(checkpoint_every=2), corpus, folder, engine, emit, **asking)
     return events
 
 
@@ -133,6 +133,19 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(method, changes, co
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one), f"killed after step {last}"
     assert not list((tmp_path / "parts").glob(".*")), "what the killed process left lies about"
+
+
+def test_a_run_saves_and_stops_when_asked_and_goes_on_from_there(corpus, tmp_path):
+    trial = config(context_length=256, group_size=64, eval_span=256, steps=6, eval_every=3)
+    execution = ExecutionConfig(checkpoint_every=5)
+    answers = iter([None, "save", None, "stop"])
+    first = train(trial, corpus, tmp_path / "parts", execution, asked=lambda: next(answers))
+    assert [event["step"] for event in first if event["event"] == "saved"] == [2, 4]
+    assert max(losses(first)) == 4
+    second = train(trial, corpus, tmp_path / "parts", execution)
+    whole = train(trial, corpus, tmp_path / "whole", execution)
+    assert losses(first) | losses(second) == losses(whole)
+    assert perplexities(second)[-1] == perplexities(whole)[-1]
 
 
 def test_checkpoints_of_another_trial_are_refused_and_left_alone(corpus, tmp_path):
