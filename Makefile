@@ -14,8 +14,9 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# Pins every dependency for Python 3.11 to 3.13 (constraints.txt is this command's output).
-constraints: $(VENV)/.installed
+# Pins every dependency for Python 3.11 to 3.13 (constraints.txt is this command's output). Wants an environment that is
+# there, but does not renew it: without the pins that it is about to write, pip may not find a solution.
+constraints:
 	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --no-emit-index-url --no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
