@@ -13,6 +13,8 @@ ENVIRONMENT = {
     # Train's controller polls its workers this often and each report waits for a poll: 10 reports took 18 s at the
     # default of 2 s, 2.25 s at 0.1 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # A notice of 30 s is usual; at the default of 5 s a sixth of it would be gone.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # The sweep has its own journals and its own way to end on Ctrl-C.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -66,15 +68,17 @@ class Cluster:
         return {"workers": options.workers, "cpus": cpus, "gpus": 1 if self.gpus else 0}
 
 
-def join_or_start(address: str | None) -> Cluster:
-    """Connects this process to Ray: to ``address``, the cluster of a submitted job (RAY_ADDRESS), or a new local one.
+def join_or_start(options: RunOptions) -> Cluster:
+    """Connects this process to Ray: to the address given, the cluster of a submitted job (RAY_ADDRESS), or a new local
+    one.
 
     Raises:
         InputError: the cluster does not answer.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = options.address or os.environ.get("RAY_ADDRESS")
     local = address in (None, "local")
-    for name, value in (ENVIRONMENT | (LOCAL_ENVIRONMENT if local else {})).items():
+    environment = ENVIRONMENT | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(options.hang_timeout)}
+    for name, value in (environment | (LOCAL_ENVIRONMENT if local else {})).items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -86,7 +90,7 @@ def join_or_start(address: str | None) -> Cluster:
         )  # fmt: skip
     else:
         try:
-            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **quiet)
+            ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "

@@ -8,7 +8,9 @@ Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: th
     launched   Tune has started the trial's driver
     started    a worker has begun: hardware, packages, host, pid, workers
     finished   the trial is complete
-    failed     reason, attempt: the attempt ended in an error
+    failed     kind (see orchestrator.faults), reason, attempt: the attempt ended in an error
+    retry      kind, remedy: the trial is tried again, and what is different then
+    preempted  attempt: a node was about to be taken away; the trial stopped with a checkpoint and goes on elsewhere
 """
 
 from __future__ import annotations
@@ -69,7 +71,11 @@ class TrialRecord:
     journal: Journal
     state: State = "waiting"
     reason: str | None = None
+    failure_kind: str = "error"
     failed_attempt: str | None = None
+    preempted_attempt: str | None = None
+    attempts: int = 0  # times a worker began
+    remedies: list[str] = field(default_factory=list)
     launched: float | None = None
     ended: float | None = None
     started: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +108,7 @@ class TrialRecord:
             case "started":
                 self.state, self.reason, self.started = "running", None, event
                 self.resumed_at = 0
+                self.attempts += 1
             case "model":
                 self.model = event
             case "resume":
@@ -114,8 +121,15 @@ class TrialRecord:
                 self.saved_step = event["step"]
             case "finished":
                 self.state, self.reason, self.ended = "finished", None, event["time"]
-            case "failed":
+            case "failed" if event.get("attempt") != self.failed_attempt or self.state != "failed":
+                # Of several workers' errors in one attempt the first is the cause.
                 self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
+                self.failure_kind = event.get("kind", "error")
+            case "retry":
+                self.state = "starting"
+                self.remedies.append(f"{event['kind'].replace('_', ' ')}: {event['remedy']}")
+            case "preempted":
+                self.state, self.preempted_attempt = "starting", event["attempt"]
                 self.ended = event["time"]
 
     def curve(self, context_length: int) -> list[dict[str, Any]]:

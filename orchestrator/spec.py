@@ -332,6 +332,10 @@ class RunOptions:
     """Trials at the same time; by default as many as the cluster has room for."""
     max_failures: int = 2
     """Times a trial is started again after its worker or node was lost."""
+    max_preemptions: int = 100
+    """Times a trial goes on elsewhere after a notice that its node is about to be taken away."""
+    hang_timeout: int = 540
+    """Seconds that workers wait for one that has gone silent before it counts as lost."""
     micro_batch: int | None = None
     """Sequences in one forward and backward pass of a worker; by default the worker's whole share of the batch."""
     gradient_checkpointing: bool = False
@@ -350,7 +354,14 @@ class RunOptions:
             raise InputError(
                 f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
             )
-        for field in ("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"):
+        for field in (
+            "workers",
+            "cpus_per_worker",
+            "max_concurrent",
+            "micro_batch",
+            "checkpoint_every",
+            "hang_timeout",
+        ):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"{field} is {value}; expected a positive number")

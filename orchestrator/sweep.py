@@ -125,7 +125,7 @@ class Sweep:
         self.check()
         # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
         others = [_Background(self.prepare), _Background(self.tracker.connect)]
-        self.cluster: Cluster = join_or_start(self.options.address)  # Ray wants the main thread for its signals
+        self.cluster: Cluster = join_or_start(self.options)  # Ray wants the main thread for its signals
         _end_as_ctrl_c_does()  # Ray has put a handler of its own on SIGTERM
         for other in others:
             other.wait(meanwhile=lambda: self.console.print(f"{self.doing} ...", markup=False))
@@ -309,8 +309,8 @@ class Sweep:
             "threads": options.cpus_per_worker,
             "ray_storage": str(self.storage.ray_train),
             "max_failures": options.max_failures,
-            # Names this drive of the trials, so that an error is final for it and tried again by the next command.
-            "attempt": uuid.uuid4().hex,
+            "max_preemptions": options.max_preemptions,
+            "hang_timeout": options.hang_timeout,
         }
 
     def conclude(self) -> int:

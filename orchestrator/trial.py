@@ -6,12 +6,17 @@ trial that trains has a drive of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.faults import Kind, Remedy, remedy
 from orchestrator.journal import TrialRecord
 from orchestrator.storage import TrialFolder
+from workloads.config import ExecutionConfig
 
 if TYPE_CHECKING:
     from ray.train.backend import BackendConfig
@@ -21,10 +26,25 @@ if TYPE_CHECKING:
 def drive_trial(config: dict[str, Any]) -> None:
     """Tune's function: trains the trials of ``config`` (see :meth:`orchestrator.sweep.Sweep.run_config`) to their end.
 
-    A trial that fails ends this function normally, with the reason in its journal: the other trials go on, and the
-    sweep tells of it at its end.
+    A fault with a remedy (:mod:`orchestrator.faults`) is followed by another attempt. A trial that fails for good ends
+    this function normally, with the reason in its journal: the other trials go on, and the sweep tells of it at its
+    end.
     """
     folders = [TrialFolder(Path(entry["folder"])) for entry in config["trials"]]
+    mended: list[Kind] = []
+    while True:
+        # Names this attempt, so that what went wrong in it is told from what went wrong before.
+        config = {**config, "attempt": uuid.uuid4().hex}
+        _attempt(config, folders)
+        after = _remedy(config, folders, mended)
+        if after is None:
+            return
+        time.sleep(after.pause)
+        config = {**config, "execution": dataclasses.asdict(after.execution)}
+
+
+def _attempt(config: dict[str, Any], folders: list[TrialFolder]) -> None:
+    """One run of Ray Train, which itself replaces workers that are lost."""
     for folder in folders:
         folder.journal.append("launched")
     try:
@@ -32,28 +52,56 @@ def drive_trial(config: dict[str, Any]) -> None:
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
+        # Ray's own guard of the host's memory ends workers, and says so in these words.
+        kind = "out_of_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != config["attempt"]:
                 with folder.log.open("a") as log:
                     log.write(f"the trial failed: {reason}\n")
-                folder.journal.append("failed", reason=reason, attempt=config["attempt"])
+                folder.journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+
+
+def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
+    """How to go on after an attempt, written into the journals; None where every trial is finished or has failed for
+    good. ``mended`` remembers what has been gone on after."""
+    execution = ExecutionConfig(**config["execution"])
+    for entry, folder in zip(config["trials"], folders):
+        record = TrialRecord.of(folder.journal)
+        if record.preempted_attempt == config["attempt"]:
+            if mended.count("preempted") < config["max_preemptions"]:
+                mended.append("preempted")
+                return Remedy(execution, 0, "goes on elsewhere")
+            folder.journal.append(
+                "failed", kind="preempted", attempt=config["attempt"],
+                reason=f"preempted more than {config['max_preemptions']} times; allow more with --max-preemptions",
+            )  # fmt: skip
+        if record.state != "failed" or record.failed_attempt != config["attempt"]:
+            continue
+        share = entry["trial"]["training"]["batch"] // config["resources"]["workers"]
+        found = remedy(record.failure_kind, execution, share, mended)
+        if found is not None:
+            mended.append(record.failure_kind)
+            folder.journal.append("retry", kind=record.failure_kind, remedy=found.words)
+            return found
+    return None
 
 
 def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
     shutil.rmtree(Path(config["ray_storage"]) / name, ignore_errors=True)
     resources = config["resources"]
+    alone = resources["workers"] == 1
     return TorchTrainer(
         _work,
         train_loop_config=config,
-        torch_config=_no_process_group() if resources["workers"] == 1 else None,
+        torch_config=_no_process_group() if alone else TorchConfig(timeout_s=config["hang_timeout"]),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources["workers"],
             use_gpu=resources["gpus"] > 0,
@@ -65,7 +113,9 @@ def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=config["ray_storage"],
-            failure_config=ray.train.FailureConfig(max_failures=config["max_failures"]),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config["max_failures"], max_preemption_failures=config["max_preemptions"]
+            ),
             callbacks=[TuneReportCallback()],
         ),
     )

@@ -18,7 +18,9 @@ import ray.train.collective
 import ray.train.torch
 import torch
 from filelock import FileLock
+from ray.train.v2._internal.execution.context import get_train_context
 
+from orchestrator.faults import classify
 from orchestrator.journal import TrialRecord
 from orchestrator.provenance import package_versions
 from orchestrator.spec import TrialSpec
@@ -29,7 +31,7 @@ from workloads.engine import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.models import ModelSource
-from workloads.training import run
+from workloads.training import Asked, run
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -60,6 +62,7 @@ def _train(
         if event == "eval" and fields["context_length"] == trial.training.context_length:
             ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
 
+    notice = PreemptionNotice()
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
         if first:
@@ -79,13 +82,34 @@ def _train(
                 make_engine(execution, device, trial.training.precision),
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
+                asked=notice.asked,
             )
             if ended:
                 emit("finished")
+            elif notice.given:
+                emit("preempted", attempt=config["attempt"])
         except Exception as error:
-            # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
-            journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])
-            raise
+            kind = classify(error)
+            if kind == "lost":
+                raise  # Ray Train starts the workers again
+            reason = f"{type(error).__name__}: {error}"
+            journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+            if workers > 1:
+                raise  # the others wait for this one
+            logging.getLogger(__name__).error("the attempt ended in an error", exc_info=error)
+
+
+class PreemptionNotice:
+    """Whether a node of this trial is about to be taken away. The trial then stops with a checkpoint at once, and its
+    driver starts it again elsewhere: whatever it trained until the node goes would be lost."""
+
+    given = False
+
+    def asked(self) -> Asked | None:
+        # ray.train.get_preemption_info would make the workers wait for each other in every step; this reads what Ray
+        # has told this one, which is the same.
+        self.given = get_train_context().preemption_context.preemption_info is not None
+        return "stop" if self.given else None
 
 
 def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:

@@ -1,0 +1,157 @@
+"""What an error means, and that a trial goes on after it: real processes are killed, stopped, starved."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.faults import HICCUP_PAUSES, classify, remedy
+from orchestrator.journal import TrialRecord
+from tests.orchestrator.conftest import SweepCommand, wait_for
+from tests.orchestrator.test_sweep import ONE_TRIAL, running_trial
+from workloads.config import ExecutionConfig
+from workloads.errors import InputError
+from workloads.training import NonFiniteLoss
+
+TWO_WORKERS = (*ONE_TRIAL, "--steps", "10", "--workers", "2")
+
+
+def raised_from(error, cause):
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (InputError("lora_rank is 512; expected at most 64"), "configuration"),
+        (NonFiniteLoss("step 3"), "not_finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (raised_from(OSError("checkpoint of 5 bytes"), OSError(errno.ENOSPC, "No space left")), "disk_full"),
+        (raised_from(InputError("model x could not be loaded"), ConnectionResetError()), "hiccup"),
+        (OSError(errno.ESTALE, "Stale file handle"), "hiccup"),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), "lost"),
+        (KeyError("weight"), "error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error"),
+    ],
+)
+def test_what_kind_of_fault_an_error_is(error, kind):
+    assert classify(error) == kind
+
+
+def test_what_the_cpu_allocator_and_gloo_really_raise():
+    with pytest.raises(RuntimeError) as allocation:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert classify(allocation.value) == "out_of_memory"
+    script = """
+        import datetime, os, sys, torch.distributed as dist
+        rank = int(sys.argv[1])
+        store = dist.FileStore(sys.argv[2], 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=5))
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), 9)
+        from orchestrator.faults import classify
+        try:
+            dist.barrier()
+        except Exception as error:
+            print(classify(error))
+    """
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, "-c", textwrap.dedent(script)]
+        peers = [
+            subprocess.Popen([*arguments, str(rank), f"{folder}/store"], stdout=subprocess.PIPE, text=True)
+            for rank in (0, 1)
+        ]
+        assert peers[0].communicate(timeout=60)[0] == "lost\n"
+        peers[1].wait()
+
+
+def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
+    execution = ExecutionConfig()
+    pieces = []
+    while plan := remedy("out_of_memory", execution, 8, []):
+        execution = plan.execution
+        pieces.append((execution.micro_batch, execution.gradient_checkpointing))
+    assert pieces == [(2, False), (1, False), (1, True)]
+    assert remedy("out_of_memory", ExecutionConfig(), 8, ["out_of_memory"]) is None, "once is enough"
+    pauses = [remedy("hiccup", execution, 8, ["hiccup"] * tried).pause for tried in range(len(HICCUP_PAUSES))]
+    assert pauses == sorted(pauses) and sum(pauses) > 120
+    assert remedy("hiccup", execution, 8, ["hiccup"] * len(HICCUP_PAUSES)) is None
+    for final in ("configuration", "not_finite", "disk_full", "error"):
+        assert remedy(final, execution, 8, []) is None
+
+
+def child_of(pid):
+    """The processes whose parent is ``pid``."""
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def worker_processes(record):
+    """The trial's workers, rank 0 first: Ray's raylet is the parent of them all, and their titles say what they are."""
+    first = record.started["pid"]
+    parent = int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1])
+    workers = [pid for pid in child_of(parent) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [first, *sorted(set(workers) - {first})]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text_folder):
+    """The trial's losses on two workers that nothing happens to."""
+    command = SweepCommand(tmp_path_factory.mktemp("undisturbed") / "runs", *TWO_WORKERS, "--data", str(text_folder))
+    status, output = command.run()
+    assert status == 0, output
+    return last_checkpoint(command)
+
+
+def last_checkpoint(command):
+    return load_file(max(command.storage.glob("trials/*/checkpoints/step-*")) / "tensors.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_killed_or_silent_rank_of_two_costs_an_interval_and_changes_nothing(
+    rank, how, undisturbed, tmp_path, text_folder
+):
+    """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever."""
+    command = SweepCommand(tmp_path / "runs", *TWO_WORKERS, "--data", str(text_folder), "--hang-timeout", "10")
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
+    os.kill(worker_processes(record)[rank], how)
+    killed_at = TrialRecord.of(record.journal).last_step
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    record = TrialRecord.of(record.journal)
+    assert record.state == "finished" and record.attempts == 2 and record.resumed_at >= killed_at - 2
+    assert_same(last_checkpoint(command), undisturbed)
+
+
+def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):
+    """The worker may not take more memory than it has: its allocator really fails."""
+    command = SweepCommand(tmp_path / "runs", *ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 2), process, "step 2")
+    pid = record.started["pid"]
+    resource.prlimit(pid, resource.RLIMIT_DATA, (2**20, resource.RLIM_INFINITY))
+    output, _ = process.communicate(timeout=200)
+    record = TrialRecord.of(record.journal)
+    assert process.returncode == 0, output
+    assert record.state == "finished"
+    assert record.remedies == ["out of memory: tried again with micro batch 1"]
