@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.collective
 import ray.train.torch
@@ -135,6 +136,7 @@ def describe_attempt(device: torch.device, workers: int) -> dict[str, Any]:
     """What the trial runs on, for the record."""
     return {
         "host": socket.gethostname(),
+        "node": ray.get_runtime_context().get_node_id(),
         "pid": os.getpid(),
         "workers": workers,
         "hardware": hardware(device, workers),

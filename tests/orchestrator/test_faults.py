@@ -1,5 +1,6 @@
 """What an error means, and that a trial goes on after it: real processes are killed, stopped, starved."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -18,6 +19,7 @@ from orchestrator.faults import HICCUP_PAUSES, classify, remedy
 from orchestrator.journal import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
 from tests.orchestrator.test_sweep import ONE_TRIAL, running_trial
+from workloads.checkpoint import newest_step
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 from workloads.training import NonFiniteLoss
@@ -155,3 +157,40 @@ def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_f
     assert process.returncode == 0, output
     assert record.state == "finished"
     assert record.remedies == ["out of memory: tried again with micro batch 1"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that can be filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=560m", "none", disk], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_is_named_with_its_bytes_and_the_checkpoint_before_is_gone_on_from(small_disk, text_folder):
+    flags = (*ONE_TRIAL, "--steps", "8", "--data", str(text_folder))
+    command = SweepCommand(small_disk / "runs", *flags)
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    told = " ".join(output.split())
+    assert "No space left on device" in told
+    folder = record.journal.path.parent
+    record = TrialRecord.of(record.journal)
+    assert record.failure_kind == "disk_full" and record.attempts == 1, "a full disk is not tried again"
+    kept = newest_step(folder / "checkpoints")
+    assert kept >= 2 and not list((folder / "checkpoints").glob(".*")), "nothing partial stays"
+
+    filler.unlink()
+    status, output = command.run()
+    assert status == 0, output
+    record = TrialRecord.of(record.journal)
+    assert record.state == "finished" and record.resumed_at == kept
