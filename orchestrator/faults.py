@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orchestrator.journal import DISK_FULL
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 
@@ -35,7 +36,6 @@ Kind = Literal[
 # of a file server and most throttling.
 HICCUP_PAUSES = (5, 10, 20, 40, 80)
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TRANSIENT = {
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EPIPE, errno.EREMOTEIO,

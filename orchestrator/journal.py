@@ -15,6 +15,7 @@ Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workloads.evaluation.bootstrap import DocumentScores
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 State = Literal["waiting", "starting", "running", "finished", "failed"]
 
@@ -34,6 +37,20 @@ class Journal:
     def append(self, event: str, **fields: Any) -> None:
         """Adds a line and has it on disk before returning, since what follows may kill the process."""
         line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+        try:
+            self._write(line)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not self.reserve.exists():
+                raise
+            self.reserve.unlink()
+            self._write(line)
+
+    @property
+    def reserve(self) -> Path:
+        """A file of a few kilobytes that is given up for a line that finds the disk full: what says so."""
+        return self.path.with_name(".reserve")
+
+    def _write(self, line: str) -> None:
         with self.path.open("ab") as file:
             if file.tell() and not self._ends_with_newline():
                 line = "\n" + line  # the line before was cut off

@@ -1,7 +1,7 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, mlflow.json
-    sweeps/<name>/          spec.json, sweep.json, comparison.json, report/
+    sweeps/<name>/          spec.json, sweep.json, comparison.json, report/, log.txt
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 
@@ -22,6 +22,8 @@ from workloads.errors import InputError
 
 # What a sweep of the built-in model writes at most (checkpoints, journals, MLflow's store), with a margin.
 LEAST_FREE_BYTES = 500 * 2**20
+# Of each trial, for its last words on a full disk: several blocks of any file system.
+RESERVE_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Storage:
         """Makes a trial's folder. ``model_location``, the base model's folder or id, is for its export later."""
         folder = self.trial(trial.fingerprint)
         folder.path.mkdir(parents=True, exist_ok=True)
+        folder.journal.reserve.write_bytes(bytes(RESERVE_BYTES))
         write_json(folder.path / "trial.json", {**trial.to_dict(), "model_location": model_location})
         return folder
 

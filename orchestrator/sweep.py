@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import importlib.util
 import itertools
+import logging
 import shutil
 import signal
 import sys
@@ -81,6 +82,16 @@ def _end_as_ctrl_c_does() -> None:
     Ctrl-C unless it says otherwise."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
+
+
+def _libraries_log_to(path: Path) -> None:
+    """What Ray and MLflow say in this process goes to a file: what it means for the sweep is said by the sweep."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.raiseExceptions = False  # a full disk must not fill the terminal
+    for name in ("ray", "ray.tune", "ray.train", "mlflow"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
 
 
 class _Background(threading.Thread):
@@ -203,6 +214,7 @@ class Sweep:
         self.concurrency = self.cluster.concurrency(self.options)
         self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)
+        _libraries_log_to(self.folder / "log.txt")
         (self.folder / "spec.json").write_text(self.spec.to_json())
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
 
@@ -325,9 +337,12 @@ class Sweep:
         ]
         self.follow_in_mlflow()
         comparison = self.describe(outcomes)
-        write_json(self.folder / "comparison.json", comparison)
-        report = render(comparison, self.folder / "report")
-        self.log_to_mlflow(comparison, [*report, self.folder / "comparison.json"])
+        try:
+            write_json(self.folder / "comparison.json", comparison)
+            report = render(comparison, self.folder / "report")
+            self.log_to_mlflow(comparison, [*report, self.folder / "comparison.json"])
+        except OSError as error:
+            self.console.print(f"note: the report could not be written: {error}", markup=False)
 
         self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:

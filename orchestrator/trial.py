@@ -6,6 +6,7 @@ trial that trains has a drive of its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -57,9 +58,9 @@ def _attempt(config: dict[str, Any], folders: list[TrialFolder]) -> None:
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != config["attempt"]:
-                with folder.log.open("a") as log:
-                    log.write(f"the trial failed: {reason}\n")
                 folder.journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+                with contextlib.suppress(OSError), folder.log.open("a") as log:
+                    log.write(f"the trial failed: {reason}\n")
 
 
 def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:

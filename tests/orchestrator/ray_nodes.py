@@ -102,8 +102,7 @@ except ConnectionError:
         """Ends what was started here, the head last, and nothing else on the host."""
         for process in reversed(self.processes):
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.wait(timeout=60)
+                self.kill(process)
         subprocess.run(["rm", "-rf", str(self.folder)], check=True)
 
 

@@ -164,7 +164,7 @@ def small_disk(tmp_path):
     """A file system of its own that can be filled."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=560m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "none", disk], capture_output=True).returncode:
         pytest.skip("only root can mount a file system")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
