@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: sweep test lint constraints clean
+.PHONY: sweep test drill lint constraints clean
 
 sweep: $(VENV)/.installed
 	$(RUN) -m orchestrator.sweep $(ARGS)
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest $(ARGS)
+
+# Real kills and outages, about an hour: before a release. docs/drill.md has the last results.
+drill: $(VENV)/.installed
+	$(RUN) -m tests.drill $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

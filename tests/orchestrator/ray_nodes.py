@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from orchestrator.journal import TrialRecord
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -106,9 +108,18 @@ except ConnectionError:
         subprocess.run(["rm", "-rf", str(self.folder)], check=True)
 
 
+def children(pid: int) -> list[int]:
+    """The processes whose parent is ``pid``."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+
+
+def worker_processes(record: TrialRecord) -> list[int]:
+    """The trial's workers, rank 0 first: Ray's raylet is the parent of them all, and their titles say what they are."""
+    first = record.started["pid"]
+    parent = int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1])
+    workers = [pid for pid in children(parent) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [first, *sorted(set(workers) - {first})]
+
+
 def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
+    return [found for child in children(pid) for found in (child, *descendants(child))]

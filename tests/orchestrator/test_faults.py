@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from orchestrator.faults import HICCUP_PAUSES, classify, remedy
 from orchestrator.journal import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
+from tests.orchestrator.ray_nodes import worker_processes
 from tests.orchestrator.test_sweep import ONE_TRIAL, running_trial
 from workloads.checkpoint import newest_step
 from workloads.config import ExecutionConfig
@@ -95,19 +95,6 @@ def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
     assert remedy("hiccup", execution, 8, ["hiccup"] * len(HICCUP_PAUSES)) is None
     for final in ("configuration", "not_finite", "disk_full", "error"):
         assert remedy(final, execution, 8, []) is None
-
-
-def child_of(pid):
-    """The processes whose parent is ``pid``."""
-    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def worker_processes(record):
-    """The trial's workers, rank 0 first: Ray's raylet is the parent of them all, and their titles say what they are."""
-    first = record.started["pid"]
-    parent = int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1])
-    workers = [pid for pid in child_of(parent) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return [first, *sorted(set(workers) - {first})]
 
 
 @pytest.fixture(scope="module")
