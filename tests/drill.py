@@ -129,7 +129,8 @@ def driver(folder: Path) -> Iterator[Row]:
     yield (
         "kill -9 of the driver, 5 times in a sweep of six trials",
         "no finished trial runs again; each other resumes from its newest whole checkpoint",
-        f"{again} steps trained after a trial's end; {older} resumes from an older checkpoint; weights and perplexities "
+        f"{again} steps trained after a trial's end; {older} resumes from an older checkpoint; weights and "
+        + "perplexities "
         + ("bit-equal to an undisturbed sweep" if same else "DIFFER from an undisturbed sweep"),
     )
 
