@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from workloads.budget.shape import ATTENTION, Linear, ModelShape, Training
+from workloads.budget.shape import ATTENTION, Linear, ModelShape, Training, what_trains
 from workloads.config import Attention, TrainingConfig
 
 # The matrix products of attention: two forward (scores, output); backward four, and the scores once more, which a
@@ -153,12 +153,13 @@ class Flops:
 def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | None = None) -> Flops:
     """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
     ``training`` adds to the model (LoRA)."""
-    lora = Training(shape, training).lora_parameters if training else 0
+    lora = what_trains(shape, training).lora_parameters if training else 0
     weights = shape.num_layers * sum(linear.weights for linear in shape.linears) + shape.embedding_parameters + lora
     pairs = shape.num_layers * attended_pairs("full", None, shape.num_heads, tokens)
     return Flops(forward_linear=2.0 * tokens * weights, forward_attention=4.0 * shape.head_dim * pairs)
 
 
+@lru_cache(maxsize=4096)
 def training_flops(shape: ModelShape, training: TrainingConfig, gradient_checkpointing: bool = False) -> Flops:
     """Forward and backward of one training sequence.
 
@@ -167,7 +168,7 @@ def training_flops(shape: ModelShape, training: TrainingConfig, gradient_checkpo
     no backward pass. Checkpointing computes each layer that has one again, all of it but its last linear module: torch
     stops when it has what it needs.
     """
-    trains = Training(shape, training, gradient_checkpointing)
+    trains = what_trains(shape, training, gradient_checkpointing)
     tokens = training.context_length
     linear, attention = _Passes(), _Passes()
     for layer, count in trains.kinds:

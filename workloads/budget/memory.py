@@ -16,7 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from workloads.budget.activations import FLOAT32, Activations, Widths
-from workloads.budget.shape import ModelShape, Training
+from workloads.budget.shape import ModelShape, what_trains
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.errors import InputError
 
@@ -122,13 +122,19 @@ def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: i
     return min(execution.micro_batch or share, share)
 
 
+def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
+    """About what one checkpoint takes on disk: each trained weight and its two moments, in float32; names, shapes and
+    the random state are some kilobytes more. A trial keeps two (workloads/checkpoint.py)."""
+    return 3 * FLOAT32 * what_trains(shape, training).trainable
+
+
 class _Moments:
     def __init__(
         self, shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, widths: Widths
     ) -> None:
         self.shape, self.training, self.execution, self.workers = shape, training, execution, workers
         self.widths = widths
-        self.trains = Training(shape, training, execution.gradient_checkpointing)
+        self.trains = what_trains(shape, training, execution.gradient_checkpointing)
         self.rows = micro_batch(training, execution, workers)
         self.tokens = self.rows * training.context_length
         self.accumulates = training.batch > self.rows * workers

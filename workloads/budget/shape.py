@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from workloads.config import TrainingConfig, trained_layers, trains_embeddings, trains_norms
@@ -310,3 +310,9 @@ class Training:
     def parameters(self) -> int:
         """All, LoRA's among them."""
         return self.shape.parameters + self.lora_parameters
+
+
+@lru_cache(maxsize=1024)
+def what_trains(shape: ModelShape, config: TrainingConfig, checkpointing: bool = False) -> Training:
+    """:class:`Training`, made once for all who ask."""
+    return Training(shape, config, checkpointing)
