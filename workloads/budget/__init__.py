@@ -1,0 +1,44 @@
+"""What a trial costs before it runs: FLOPs, memory and seconds, from configurations alone. Imports no torch.
+
+``shape``        a model's sizes and parameter counts, and what of it a configuration trains
+``flops``        FLOPs of patterns, forward passes and training steps, in closed form; the paper's table
+``activations``  what a model keeps for its backward pass
+``memory``       memory of one worker, by parts, at the worst moment of a step; a checkpoint's size
+``devices``      devices by name: memory, peaks, efficiencies
+``speed``        seconds of steps, evaluations and trials; calibration; model FLOPs utilisation
+``fitting``      the change that costs least and makes a trial fit
+"""
+
+from workloads.budget.devices import Device
+from workloads.budget.fitting import Fit, smallest_change_that_fits
+from workloads.budget.flops import attended_pairs, forward_flops, paper_flops, training_flops
+from workloads.budget.memory import Memory, checkpoint_bytes, memory
+from workloads.budget.shape import ModelShape, Training, what_trains
+from workloads.budget.speed import (
+    calibrated,
+    evaluation_seconds,
+    model_flops_utilisation,
+    step_seconds,
+    trial_seconds,
+)
+
+__all__ = [
+    "Device",
+    "Fit",
+    "Memory",
+    "ModelShape",
+    "Training",
+    "attended_pairs",
+    "calibrated",
+    "checkpoint_bytes",
+    "evaluation_seconds",
+    "forward_flops",
+    "memory",
+    "model_flops_utilisation",
+    "paper_flops",
+    "smallest_change_that_fits",
+    "step_seconds",
+    "training_flops",
+    "trial_seconds",
+    "what_trains",
+]

@@ -1,0 +1,181 @@
+"""Activations: the bytes that each part of a model keeps for its backward pass, for each token.
+
+What is kept follows from the code that runs: transformers' model code, PEFT's LoRA layers, torch's autograd and
+autocast, and this package's attention. A test sums the distinct storages that autograd saves in real models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workloads.budget.shape import GEMMA, Linear, Reads, Training
+from workloads.config import Precision
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Widths:
+    """Bytes of a number, by what it is.
+
+    Args:
+        compute: what matrix products take and give.
+        frozen: a frozen weight.
+        trained: a weight that trains, with its gradient and each of its optimiser's two moments; of LoRA, ``lora``.
+        autocast: whether torch.autocast makes the compute type, else each product computes in what it is given.
+    """
+
+    compute: int
+    frozen: int
+    trained: int = FLOAT32
+    lora: int = FLOAT32
+    autocast: bool = True
+
+    @classmethod
+    def of(cls, precision: Precision) -> Widths:
+        """This package's rule: what trains is float32, and bfloat16 otherwise means autocast."""
+        if precision == "float32":
+            return cls(compute=FLOAT32, frozen=FLOAT32, autocast=False)
+        return cls(compute=2, frozen=2)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a model keeps under a configuration: bytes a token.
+
+    Args:
+        rows: sequences in a forward pass.
+        masked: attention is computed with a mask of queries by keys, which is kept.
+    """
+
+    trains: Training
+    widths: Widths
+    rows: int = 1
+    masked: bool = False
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers."""
+        return self.widths.trained if self.trains.embeddings else self.widths.frozen
+
+    @property
+    def layer_input(self) -> int:
+        """What gradient checkpointing keeps of a layer."""
+        return self.residual * self.trains.shape.hidden_size
+
+    def layer(self, layer: int) -> float:
+        """What a layer keeps without checkpointing; with it, what is kept while its backward pass runs."""
+        return self.attention_part(layer) + self.mlp_part(layer)
+
+    def attention_part(self, layer: int) -> float:
+        """From the layer's first norm to its first residual sum."""
+        trains, shape, compute = self.trains, self.trains.shape, self.widths.compute
+        trained = trains.norms(layer)
+        kept = self._norm(shape.hidden_size, 1, self.residual, trains.reaches_input(layer), trained)
+        kept += self._inputs(layer, "attention norm", self._norm_output(trained))
+        flows = trains.needs_gradient(layer, "attention")
+        if shape.head_norms:
+            for width in (shape.query_width, shape.key_value_width):
+                kept += self._norm(width, width // shape.head_dim, compute, flows, trained)
+        if flows:
+            value = shape.query_width + 2 * shape.key_value_width if shape.fused_qkv else shape.key_value_width
+            kept += compute * (2 * shape.query_width + shape.key_value_width + value) + FLOAT32 * shape.num_heads
+            kept += self._moved_groups(layer)
+            if self.masked:  # a boolean, and what it becomes to be added to the scores, for each head and key
+                kept += (1 + compute) * shape.num_heads * trains.config.context_length
+        joined = self._shifted_heads(layer) > 0
+        kept += self._inputs(layer, "attention", compute, kept_already=flows and not joined)
+        if shape.norms == 4:
+            kept += self._norm(shape.hidden_size, 1, compute, trains.needs_gradient(layer, "mlp norm"), trained)
+        return kept
+
+    def mlp_part(self, layer: int) -> float:
+        """The rest of the layer."""
+        trains, shape, compute = self.trains, self.trains.shape, self.widths.compute
+        trained = trains.norms(layer)
+        reached = trains.reaches_input(layer) if shape.parallel else trains.needs_gradient(layer, "mlp norm")
+        kept = self._norm(shape.hidden_size, 1, self.residual, reached, trained)
+        kept += self._inputs(layer, "mlp norm", self._norm_output(trained))
+        if trains.needs_gradient(layer, "activation"):
+            # What the activation function takes; with a gate also what it gives, and the other factor.
+            kept += compute * shape.intermediate_size * (3 if shape.gated else 1)
+        kept += self._inputs(layer, "activation", compute)
+        if shape.norms == 4:
+            kept += self._norm(shape.hidden_size, 1, compute, trains.has_backward(layer), trained)
+        return kept
+
+    def head(self) -> float:
+        """The final norm and the output layer, without the logits."""
+        trains, shape = self.trains, self.trains.shape
+        kept = self._norm(shape.hidden_size, 1, self.residual, trains.trainable > 0, trains.final_norm)
+        if trains.output:
+            output = self._norm_output(trains.final_norm)
+            kept += shape.hidden_size * (self.widths.compute if self.widths.autocast else output)
+        return kept
+
+    def backward_work(self, layer: int) -> float:
+        """The most that a layer's backward pass holds beside what was kept: gradients between its operations."""
+        shape, compute = self.trains.shape, self.widths.compute
+        stream = 2 * self.residual * shape.hidden_size
+        mlp = compute * shape.intermediate_size * (3 if shape.gated else 2)
+        heads = 2 * shape.query_width + 2 * shape.key_value_width
+        attention = FLOAT32 * heads - self.mlp_part(layer)
+        return stream + max(mlp, attention)
+
+    def _norm(self, width: int, statistics: int, given: int, reached: bool, trained: bool) -> float:
+        if self.trains.shape.norm_biases:  # LayerNorm: its input, mean and deviation; autocast makes it float32
+            number = FLOAT32 if self.widths.autocast else given
+            return (number * width + 2 * FLOAT32 * statistics) * (reached or trained)
+        # RMSNorm computes in float32: a copy of its input (or the input) and a root for each mean.
+        kept = FLOAT32 * (width + statistics) * reached
+        # For the weight's gradient what it multiplies: cast back before, in Llama, or not, in Gemma.
+        return kept + width * trained * (FLOAT32 if self.trains.shape.family in GEMMA else given)
+
+    def _norm_output(self, trained: bool) -> int:
+        shape = self.trains.shape
+        if shape.norm_biases and self.widths.autocast:
+            return FLOAT32
+        if shape.norm_biases or shape.family in GEMMA:
+            return self.residual
+        return max(self.residual, self.widths.trained if trained else self.widths.frozen)
+
+    def _inputs(self, layer: int, reads: Reads, given: int, kept_already: bool = False) -> float:
+        """What linear modules keep of what they read, for the gradients of weights; ``given`` is bytes of a number."""
+        trains, widths = self.trains, self.widths
+        linears = [linear for linear in trains.shape.linears if linear.reads == reads]
+        width = linears[0].inputs
+        copies, itself = 0.0, False
+        for linear in linears:
+            if trains.weights(layer):
+                # Autocast casts what it is given for each module anew.
+                cast = widths.autocast and given != widths.compute
+                copies += widths.compute * width * cast
+                itself |= not cast
+            elif linear.name in trains.adapted(layer):
+                copies += self._lora(linear)
+                # PEFT casts to the type of LoRA's weights, autocast to its own.
+                cast = widths.autocast or given != widths.lora
+                copies += (widths.compute if widths.autocast else widths.lora) * width * cast
+                itself |= not cast
+        return copies + given * width * (itself and not kept_already)
+
+    def _lora(self, linear: Linear) -> float:
+        """What LoRA's matrix A gives, which B reads."""
+        number = self.widths.compute if self.widths.autocast else self.widths.lora
+        return number * self.trains.config.lora_rank
+
+    def _shifted_heads(self, layer: int) -> float:
+        """The share of heads whose groups are shifted: their parts are joined to one output, beside what is kept."""
+        config = self.trains.config
+        if config.group_size is None or config.group_size >= config.context_length:
+            return 0.0
+        return {"s2": 0.5, "shifted": 1.0, "s2-layers": float(layer % 2)}.get(config.attention, 0.0)
+
+    def _moved_groups(self, layer: int) -> float:
+        """Copies of what shifted heads read: of several sequences their whole groups do not lie evenly in memory."""
+        if self.rows == 1:
+            return 0.0
+        config, shape = self.trains.config, self.trains.shape
+        whole = 1 - (config.group_size or 0) / config.context_length
+        moved = shape.query_width + 2 * shape.key_value_width
+        return self.widths.compute * moved * self._shifted_heads(layer) * whole

@@ -1,0 +1,231 @@
+"""Floating-point operations: of attention patterns, of a forward pass, of a training step; in closed form.
+
+A multiplication with its addition is 2 FLOPs. Two ways to count attention:
+
+    causally   only the pairs (query, key) that attend: what a kernel does that skips the rest
+    dense      every pair inside a group, also those above the diagonal: the LongLoRA paper's table (v3 table 11)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from workloads.budget.shape import ATTENTION, Linear, ModelShape, Training, what_trains
+from workloads.config import Attention, TrainingConfig
+
+# The matrix products of attention: two forward (scores, output); backward four, and the scores once more, which a
+# fused kernel does not keep (Dao, arXiv 2205.14135).
+BACKWARD_BY_FORWARD, RECOMPUTED_SCORES = 2.0, 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaperFlops:
+    """One row of the paper's FLOP table, in FLOPs."""
+
+    attention: float
+    projections: float
+    mlp: float
+    others: float
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.projections + self.mlp + self.others
+
+
+def paper_flops(shape: ModelShape, tokens: int, group_size: int | None = None) -> PaperFlops:
+    """The forward pass of one sequence as LongLoRA's table 11 (v1: table 7) counts it, with torchprofile.
+
+    Attention is dense: ``tokens`` x ``tokens`` pairs, or with S²-Attn ``tokens`` x ``group_size``. Elementwise
+    multiplications are counted as 2 FLOPs too: of the gate in the MLP; of norms (two each) and of rotary positions in
+    the others, beside the output layer. With that every printed digit comes out; the printed totals are sums of the
+    rounded entries.
+    """
+    layers, width = shape.num_layers, shape.query_width
+    projections = sum(linear.weights for linear in shape.linears if linear.reads in ATTENTION)
+    mlp = sum(linear.weights for linear in shape.linears if linear.reads not in ATTENTION)
+    rotary = 2 * shape.rotary * (shape.num_heads + shape.num_key_value_heads)
+    norms = 2 * shape.hidden_size * (layers * shape.norms + 1)
+    return PaperFlops(
+        attention=4.0 * tokens * (group_size or tokens) * width * layers,
+        projections=2.0 * tokens * projections * layers,
+        mlp=2.0 * tokens * layers * (mlp + shape.gated * shape.intermediate_size),
+        others=2.0 * tokens * (shape.embedding_parameters + norms + layers * rotary),
+    )
+
+
+@lru_cache(maxsize=4096)
+def attended_pairs(attention: Attention, group_size: int | None, num_heads: int, tokens: int, layer: int = 0) -> int:
+    """How many (query, key) pairs attend, over all heads of a layer, in a sequence without padding.
+
+    The sum of :func:`workloads.attention.patterns.dense_mask` in closed form. Documents are not known here: where
+    attention stops at their boundaries it is less.
+    """
+    first, second = num_heads // 2, num_heads - num_heads // 2
+    size = min(group_size or tokens, tokens)
+    short, shifted = _in_groups(tokens, size, 0), _in_groups(tokens, size, size // 2 if size < tokens else 0)
+    match attention:
+        case "full" | "short":
+            return num_heads * short
+        case "shifted":
+            return num_heads * shifted
+        case "s2":
+            return first * short + second * shifted
+        case "s2-layers":
+            return num_heads * (shifted if layer % 2 else short)
+        case "dilated":
+            return first * _in_window(tokens, group_size, 1) + second * _in_window(tokens, group_size, 2)
+        case "stride-sparse":
+            stride = math.isqrt(tokens)
+            return first * _in_window(tokens, group_size, 1) + second * _in_window(tokens, tokens, stride)
+        case "block-sparse":
+            return sum(_in_blocks(tokens, group_size, head) for head in range(num_heads))
+
+
+def _causal(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2
+
+
+def _in_groups(tokens: int, size: int, first: int) -> int:
+    """Groups [0, first), [first, first + size), ...; the last one may be shorter."""
+    whole, rest = divmod(tokens - first, size)
+    return _causal(first) + whole * _causal(size) + _causal(rest)
+
+
+def _in_window(tokens: int, size: int, dilation: int) -> int:
+    """The keys query, query - d, query - 2d, ..., at most ``size`` of them: query number q has q // d + 1 in all."""
+    growing = min(tokens, size * dilation)
+    whole, rest = divmod(growing, dilation)
+    return dilation * _causal(whole) + rest * (whole + 1) + (tokens - growing) * size
+
+
+def _in_blocks(tokens: int, size: int, head: int) -> int:
+    blocks = -(-tokens // size)
+    number = head % blocks
+    pairs = 0
+    for i in range(blocks):
+        rows = min(size, tokens - i * size)
+        keys = {(i + number) % blocks, (i - number) % blocks}
+        before = sum(j < i for j in keys)  # whole blocks of keys: only the last may be shorter, and it has none after
+        diagonal = i in keys or (number > i and i + number < blocks)
+        pairs += before * rows * size + (_causal(rows) if diagonal else rows)
+    return pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flops:
+    """FLOPs of some tokens, attention counted causally. ``linear`` is every matrix product with a weight, LoRA's and
+    the output layer's among them; ``recomputed`` is what gradient checkpointing does again."""
+
+    forward_linear: float
+    forward_attention: float
+    backward_linear: float = 0.0
+    backward_attention: float = 0.0
+    recomputed_linear: float = 0.0
+    recomputed_attention: float = 0.0
+
+    @property
+    def linear(self) -> float:
+        return self.forward_linear + self.backward_linear + self.recomputed_linear
+
+    @property
+    def attention(self) -> float:
+        return self.forward_attention + self.backward_attention + self.recomputed_attention
+
+    @property
+    def total(self) -> float:
+        """All that the device does: of attention's backward pass, also the scores that its kernel computes again."""
+        return self.linear + self.attention
+
+    @property
+    def model(self) -> float:
+        """What model FLOPs utilisation counts (Chowdhery et al., arXiv 2204.02311): nothing that is computed twice, by
+        checkpointing or inside the attention kernel."""
+        once = BACKWARD_BY_FORWARD / (BACKWARD_BY_FORWARD + RECOMPUTED_SCORES)
+        forward = self.forward_linear + self.forward_attention
+        return forward + self.backward_linear + once * self.backward_attention
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(**{name: getattr(self, name) * times for name in self.__slots__})
+
+
+def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | None = None) -> Flops:
+    """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
+    ``training`` adds to the model (LoRA)."""
+    lora = what_trains(shape, training).lora_parameters if training else 0
+    weights = shape.num_layers * sum(linear.weights for linear in shape.linears) + shape.embedding_parameters + lora
+    pairs = shape.num_layers * attended_pairs("full", None, shape.num_heads, tokens)
+    return Flops(forward_linear=2.0 * tokens * weights, forward_attention=4.0 * shape.head_dim * pairs)
+
+
+@lru_cache(maxsize=4096)
+def training_flops(shape: ModelShape, training: TrainingConfig, gradient_checkpointing: bool = False) -> Flops:
+    """Forward and backward of one training sequence.
+
+    A weight costs 2 FLOPs a token forward, 2 for the gradient of its input where something before it trains, and 2 for
+    its own gradient if it trains: 4N for frozen weights, 6N for trained ones. Layers before the first that trains have
+    no backward pass. Checkpointing computes each layer that has one again, all of it but its last linear module: torch
+    stops when it has what it needs.
+    """
+    trains = what_trains(shape, training, gradient_checkpointing)
+    tokens = training.context_length
+    linear, attention = _Passes(), _Passes()
+    for layer, count in trains.kinds:
+        pairs = attended_pairs(training.attention, training.group_size, shape.num_heads, tokens, layer)
+        again = gradient_checkpointing and trains.has_backward(layer)
+        attention.forward += count * pairs
+        attention.backward += count * pairs * trains.needs_gradient(layer, "attention")
+        attention.recomputed += count * pairs * again
+        for each in shape.linears:
+            linear.forward += count * _forward_weights(trains, layer, each)
+            linear.backward += count * _backward_weights(trains, layer, each)
+            linear.recomputed += count * again * _forward_weights(trains, layer, each)
+        linear.recomputed -= count * again * _not_recomputed(trains, layer)
+    head = shape.embedding_parameters
+    linear.forward += head
+    linear.backward += head * (trains.trainable > 0) + head * trains.output
+    a_weight, a_pair = 2.0 * tokens, 4.0 * shape.head_dim
+    return Flops(
+        forward_linear=a_weight * linear.forward,
+        forward_attention=a_pair * attention.forward,
+        backward_linear=a_weight * linear.backward,
+        backward_attention=a_pair * attention.backward * (BACKWARD_BY_FORWARD + RECOMPUTED_SCORES),
+        recomputed_linear=a_weight * linear.recomputed,
+        recomputed_attention=a_pair * attention.recomputed,
+    )
+
+
+@dataclass
+class _Passes:
+    """Weights (or pairs) times how often each is multiplied by a token."""
+
+    forward: int = 0
+    backward: int = 0
+    recomputed: int = 0
+
+
+def _lora_sides(trains: Training, layer: int, linear: Linear) -> tuple[int, int]:
+    """Weights of LoRA's matrices A and B, zero where there are none."""
+    rank = trains.config.lora_rank * (linear.name in trains.adapted(layer))
+    return rank * linear.inputs, rank * linear.outputs
+
+
+def _forward_weights(trains: Training, layer: int, linear: Linear) -> int:
+    return linear.weights + sum(_lora_sides(trains, layer, linear))
+
+
+def _backward_weights(trains: Training, layer: int, linear: Linear) -> int:
+    a, b = _lora_sides(trains, layer, linear)
+    to_input = (linear.weights + a) * trains.needs_gradient(layer, linear.reads)
+    return to_input + linear.weights * trains.weights(layer) + a + 2 * b
+
+
+def _not_recomputed(trains: Training, layer: int) -> int:
+    """Checkpointing stops before the last product of a layer, whose result the backward pass does not need; a norm
+    after it does (Gemma 2 and 3)."""
+    if trains.shape.norms == 4:
+        return 0
+    last = trains.shape.linears[-1]
+    _, b = _lora_sides(trains, layer, last)
+    return b or last.weights

@@ -1,0 +1,286 @@
+"""Memory of one worker, by parts, at the moment when it is largest.
+
+The moments of a step (workloads/training.py), each with what is alive then:
+
+    forward     its end: what all layers kept, autocast's copies of weights that train, logits
+    loss        its backward pass: also log-probabilities and two gradients of the logits, in float32
+    last layer  the backward pass of the layer that comes first, all others still kept
+    first layer the one that comes last: all gradients are there
+    update      gradients, weights and optimiser state
+    evaluation  no gradients; as many tokens as an evaluation forwards, at least a whole window
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from workloads.budget.activations import FLOAT32, Activations, Widths
+from workloads.budget.shape import ModelShape, what_trains
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.errors import InputError
+
+GIB = 2**30
+
+# NF4: half a byte a weight; an 8-bit scale for each 64 weights, a float32 one for each 256 of these (Dettmers et al.,
+# arXiv 2305.14314, section 3).
+NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
+
+# DeepSpeed under workloads/deepspeed.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to a
+# billion stay (stage3_max_live_parameters).
+ZERO_BUCKET = 50_000_000 * FLOAT32
+ZERO3_LIVE = 1_000_000_000
+
+# What the allocator does not count: the CUDA context with its libraries (0.5 to 0.6 GiB on A100 and H100), NCCL's
+# channels where there are several workers; and a share of what comes and goes, for gaps between blocks.
+CONTEXT_BYTES = int(0.6 * GIB)
+NCCL_BYTES = int(1.0 * GIB)
+FRAGMENTATION = 0.05
+
+# As workloads/evaluation/perplexity.py scores: positions whose logits are float32 at the same time.
+LOSS_POSITIONS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one worker's device at the worst moment of a trial.
+
+    Args:
+        moment: which, see this module.
+        weights: frozen ones.
+        trained: weights that train (float32: their own masters), with ZeRO also its partition of them.
+        casts: autocast's bfloat16 copies of trained weights.
+        gradients: those that exist then, and what DDP or ZeRO keep of them.
+        optimizer: AdamW's two moments.
+        activations: kept for the backward pass.
+        logits: and the loss's float32 work on them.
+        workspace: gradients between operations, ZeRO's buckets and gathered weights, masks.
+        reserve: what torch does not count as allocated: CUDA context, NCCL, gaps between blocks.
+        host: bytes in the host's memory that ``offload`` puts there; not part of ``total``.
+    """
+
+    moment: str
+    weights: int = 0
+    trained: int = 0
+    casts: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    workspace: int = 0
+    reserve: int = 0
+    host: int = 0
+
+    @property
+    def allocated(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` would say, and a step's ``peak_memory_gib``."""
+        return sum(getattr(self, part) for part in self.parts() if part != "reserve")
+
+    @property
+    def total(self) -> int:
+        """What the device has to have."""
+        return self.allocated + self.reserve
+
+    @classmethod
+    def parts(cls) -> tuple[str, ...]:
+        """The names of the parts that make the total."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("moment", "host"))
+
+
+def memory(
+    shape: ModelShape,
+    training: TrainingConfig,
+    execution: ExecutionConfig,
+    workers: int = 1,
+    *,
+    widths: Widths | None = None,
+) -> Memory:
+    """The memory of one of ``workers`` workers that train (or, untuned, evaluate) as told.
+
+    Args:
+        widths: bytes of numbers; None: as this package trains with ``training.precision``.
+
+    Raises:
+        InputError: the batch does not divide among the workers, or what trains does not fit the model.
+    """
+    moments = _Moments(shape, training, execution, workers, widths or Widths.of(training.precision))
+    worst = max(moments.all(), key=lambda moment: moment.allocated)
+    comes_and_goes = worst.activations + worst.logits + worst.workspace
+    reserve = CONTEXT_BYTES + NCCL_BYTES * (workers > 1) + int(FRAGMENTATION * comes_and_goes)
+    return dataclasses.replace(worst, reserve=reserve)
+
+
+def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: int) -> int:
+    """Sequences in one forward pass of one worker.
+
+    Raises:
+        InputError: the batch does not divide among the workers.
+    """
+    if training.steps and training.batch % workers:
+        raise InputError(f"a batch of {training.batch} sequences does not divide among {workers} workers")
+    share = max(1, training.batch // workers)
+    return min(execution.micro_batch or share, share)
+
+
+def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
+    """About what one checkpoint takes on disk: each trained weight and its two moments, in float32; names, shapes and
+    the random state are some kilobytes more. A trial keeps two (workloads/checkpoint.py)."""
+    return 3 * FLOAT32 * what_trains(shape, training).trainable
+
+
+class _Moments:
+    def __init__(
+        self, shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, widths: Widths
+    ) -> None:
+        self.shape, self.training, self.execution, self.workers = shape, training, execution, workers
+        self.widths = widths
+        self.trains = what_trains(shape, training, execution.gradient_checkpointing)
+        self.rows = micro_batch(training, execution, workers)
+        self.tokens = self.rows * training.context_length
+        self.accumulates = training.batch > self.rows * workers
+        grouped = training.attention in ("full", "short", "shifted", "s2", "s2-layers")
+        masked = execution.attention_backend == "sdpa" and not grouped
+        self.kept = Activations(self.trains, widths, self.rows, masked)
+        self.stage = int(execution.engine[-1]) if execution.engine.startswith("zero") else 0
+        self.logits = self.tokens * shape.vocab_size * widths.compute
+
+    def all(self) -> list[Memory]:
+        fixed = self.fixed()
+        moments = [self.evaluation(fixed)]
+        if self.trains.trainable and self.training.steps:
+            moments += [self.forward(fixed), self.loss(fixed), self.update(fixed)]
+            moments += [self.in_layer(fixed, last=True), self.in_layer(fixed, last=False)]
+        return moments
+
+    def trained_bytes(self, share: float = 1.0) -> int:
+        """Bytes of what trains, or of its gradients, or of one of its moments; or a share of them."""
+        trains, widths = self.trains, self.widths
+        others = trains.trainable - trains.lora_parameters
+        return int(share * (others * widths.trained + trains.lora_parameters * widths.lora))
+
+    def fixed(self) -> Memory:
+        """What is there from the first update to the end."""
+        frozen = self.frozen_bytes()
+        whole, share, offload = self.trained_bytes(), 1 / self.workers, self.execution.offload
+        part = self.trained_bytes(share)
+        if self.stage == 0:
+            buckets = whole if self.workers > 1 else 0  # DDP's, into which gradients are copied
+            return Memory(moment="", weights=frozen, trained=whole, optimizer=2 * whole, gradients=buckets)
+        # ZeRO updates a copy of its partition, and keeps the partition's gradients.
+        on_host = 4 * part if offload else 0
+        updates = dict(trained=part, optimizer=2 * part, gradients=part) if not offload else dict(trained=0)
+        bucket = 2 * ZERO_BUCKET if self.workers > 1 else ZERO_BUCKET
+        if self.stage == 2:
+            updates["trained"] += whole
+            return Memory(moment="", weights=frozen, workspace=bucket, host=on_host, **updates)
+        parameters = self.trains.parameters
+        live = int(min(parameters, ZERO3_LIVE) / parameters * (frozen + whole))
+        if offload:
+            return Memory(moment="", workspace=bucket + live, host=on_host + int(share * frozen) + part, **updates)
+        updates["trained"] += part
+        return Memory(moment="", weights=int(share * frozen), workspace=bucket + live, **updates)
+
+    def frozen_bytes(self) -> int:
+        frozen, shape = self.trains.frozen, self.shape
+        if self.training.quantization == "none":
+            return frozen * self.widths.frozen
+        quantized = shape.num_layers * sum(linear.weights for linear in shape.linears)
+        return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
+
+    def gradients(self) -> int:
+        """Of the weights themselves. ZeRO takes each away as it comes, and keeps its own: see :meth:`fixed`."""
+        if not self.stage:
+            return self.trained_bytes()
+        of_linears = max(linear.weights for linear in self.shape.linears) if self.training.method == "full" else 0
+        return max(of_linears, self.trains.embeddings * self.shape.embedding_parameters) * self.widths.trained
+
+    def casts(self) -> int:
+        """Autocast's copies of all trained weights of linear modules."""
+        return self.trains.linear_weights * self.widths.compute * self.widths.autocast
+
+    def layers(self) -> float:
+        """Kept of all layers, bytes a token: with checkpointing, each one's input."""
+        if self.execution.gradient_checkpointing:
+            return self.shape.num_layers * self.kept.layer_input
+        return sum(count * self.kept.layer(layer) for layer, count in self.trains.kinds)
+
+    def activations(self) -> float:
+        return self.tokens * (self.layers() + self.kept.head())
+
+    def forward(self, fixed: Memory) -> Memory:
+        before = self.logits * self.accumulates  # the logits of the micro-batch before
+        return self.add(
+            fixed,
+            "forward",
+            gradients=self.gradients() * self.accumulates,
+            casts=self.casts(),
+            activations=self.activations(),
+            logits=self.logits + before,
+        )
+
+    def loss(self, fixed: Memory) -> Memory:
+        head = self.trains.output * self.shape.embedding_parameters * self.widths.compute * self.widths.autocast
+        return self.add(
+            fixed,
+            "loss",
+            gradients=self.gradients() * self.accumulates,
+            casts=head if self.execution.gradient_checkpointing else self.casts(),
+            activations=self.activations(),
+            logits=self.logits + 3 * FLOAT32 * self.tokens * self.shape.vocab_size,
+        )
+
+    def in_layer(self, fixed: Memory, last: bool) -> Memory:
+        """The backward pass of the last layer (the first to have one), or of the first."""
+        layer = self.shape.num_layers - 1 if last else 0
+        checkpointing, kept, trains = self.execution.gradient_checkpointing, self.kept, self.trains
+        a_token = kept.layer(layer)
+        if last:
+            a_token = self.layers()
+            if checkpointing:  # the layer again; a float32 input is what its first norm keeps
+                a_token += kept.layer(layer) - kept.layer_input * (kept.residual == FLOAT32)
+        weights = sum(linear.weights for linear in self.shape.linears) * trains.weights(layer)
+        a_layer = weights * self.widths.compute * self.widths.autocast
+        gradients = self.gradients()
+        if not self.accumulates and not self.stage:
+            head = trains.output * self.shape.embedding_parameters * self.widths.trained
+            own = trains.embeddings * self.shape.embedding_parameters + weights
+            gradients = head if last else max(head, gradients - own * self.widths.trained)
+        return self.add(
+            fixed,
+            "last layer" if last else "first layer",
+            gradients=gradients,
+            casts=a_layer if checkpointing or not last else self.casts(),
+            activations=self.tokens * a_token,
+            logits=self.logits,
+            workspace=self.tokens * kept.backward_work(layer) + self.dequantized(),
+        )
+
+    def update(self, fixed: Memory) -> Memory:
+        gradients = 0 if self.stage else self.gradients()
+        return self.add(fixed, "update", gradients=gradients, logits=self.logits)
+
+    def evaluation(self, fixed: Memory) -> Memory:
+        training, shape, widths = self.training, self.shape, self.widths
+        tokens = max(training.context_length, self.execution.eval_batch_tokens)
+        if training.method == "untuned":
+            fixed = dataclasses.replace(fixed, gradients=0, optimizer=0)
+        inner = 3 if shape.gated else 2
+        layer = widths.compute * inner * shape.intermediate_size + 3 * self.kept.residual * shape.hidden_size
+        in_float32 = min(tokens, LOSS_POSITIONS) * shape.vocab_size * (2 * FLOAT32 + widths.compute)
+        return self.add(
+            fixed,
+            "evaluation",
+            logits=tokens * shape.vocab_size * widths.compute + in_float32,
+            workspace=tokens * layer + self.dequantized(),
+        )
+
+    def dequantized(self) -> int:
+        """A 4-bit weight is made whole for each product."""
+        if self.training.quantization == "none":
+            return 0
+        return max(linear.weights for linear in self.shape.linears) * self.widths.compute
+
+    @staticmethod
+    def add(fixed: Memory, moment: str, **parts: float) -> Memory:
+        sums = {part: getattr(fixed, part) + int(size) for part, size in parts.items()}
+        return dataclasses.replace(fixed, moment=moment, **sums)

@@ -1,0 +1,318 @@
+"""A model's shape: what its FLOPs, memory and parameters follow from, read off a transformers configuration alone.
+
+Read off, not measured: no weight is loaded and torch is not imported. The families are those of
+:mod:`workloads.attention.families`; a test holds that the counts equal those of real models of each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from workloads.config import TrainingConfig, trained_layers, trains_embeddings, trains_norms
+from workloads.errors import InputError
+
+# The linear modules of a decoder layer, by what they read: the first norm, attention's output, the second norm, or what
+# the activation function made.
+Reads = Literal["attention norm", "attention", "mlp norm", "activation"]
+ATTENTION: tuple[Reads, ...] = ("attention norm", "attention")
+
+GEMMA = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", *GEMMA)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear module of a decoder layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    reads: Reads
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + self.bias * self.outputs
+
+    def lora_parameters(self, rank: int) -> int:
+        return rank * (self.inputs + self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a decoder-only model, all layers alike.
+
+    Args:
+        family: its ``model_type``.
+        linears: the linear modules of one layer.
+        norms: of one layer, how many of the hidden size (2; 4 in Gemma 2 and 3).
+        head_norms: whether queries and keys are normalised, each over a head's dimension.
+        norm_biases: whether norms have a bias as well (LayerNorm: GPT-NeoX).
+        parallel: attention and MLP both read the layer's input (GPT-NeoX).
+        tied: whether the output layer is the embedding matrix.
+        rotary: dimensions of a head that rotate.
+    """
+
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    linears: tuple[Linear, ...]
+    norms: int
+    head_norms: bool
+    norm_biases: bool
+    parallel: bool
+    tied: bool
+    rotary: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """The shape of a model with this transformers configuration.
+
+        Raises:
+            InputError: its family is none of those that longspan knows.
+        """
+        family = config.model_type
+        if family not in FAMILIES:
+            raise InputError(
+                f"a {family} model: longspan cannot tell what it costs; choose a model of the families "
+                f"{', '.join(FAMILIES)}"
+            )
+        heads = config.num_attention_heads
+        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if family == "gpt_neox":
+            key_value_heads, head_dim = heads, config.hidden_size // heads
+        partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        return cls(
+            family=family,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            vocab_size=config.vocab_size,
+            linears=tuple(_linears(config, heads * head_dim, key_value_heads * head_dim)),
+            norms=4 if family in ("gemma2", "gemma3_text") else 2,
+            head_norms=family in ("qwen3", "gemma3_text"),
+            norm_biases=family == "gpt_neox",
+            parallel=family == "gpt_neox" and config.use_parallel_residual,
+            tied=bool(config.tie_word_embeddings),
+            rotary=int(head_dim * partial),
+        )
+
+    @property
+    def query_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        return self.family != "gpt_neox"
+
+    @property
+    def fused_qkv(self) -> bool:
+        """Whether one linear module makes queries, keys and values."""
+        return sum(linear.reads == "attention norm" for linear in self.linears) == 1
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of the norms of one layer."""
+        return self.norms * self.final_norm_parameters + self.head_norms * 2 * self.head_dim
+
+    @property
+    def final_norm_parameters(self) -> int:
+        return self.hidden_size * (1 + self.norm_biases)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of the linear modules of one layer."""
+        return sum(linear.parameters for linear in self.linears)
+
+    @cached_property
+    def parameters(self) -> int:
+        """All of the base model; tied embeddings once."""
+        layers = self.num_layers * (self.linear_parameters + self.norm_parameters)
+        return layers + self.final_norm_parameters + (1 if self.tied else 2) * self.embedding_parameters
+
+
+def _linears(config: Any, query_width: int, key_value_width: int) -> Iterator[Linear]:
+    family, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    mlp_bias = bool(getattr(config, "mlp_bias", False))
+    if family == "gpt_neox":
+        yield Linear("query_key_value", hidden, 3 * hidden, "attention norm", attention_bias)
+        yield Linear("dense", hidden, hidden, "attention", attention_bias)
+        yield Linear("dense_h_to_4h", hidden, inner, "mlp norm", True)
+        yield Linear("dense_4h_to_h", inner, hidden, "activation", True)
+        return
+    if family == "phi3":
+        yield Linear("qkv_proj", hidden, query_width + 2 * key_value_width, "attention norm")
+        yield Linear("o_proj", query_width, hidden, "attention")
+        yield Linear("gate_up_proj", hidden, 2 * inner, "mlp norm")
+        yield Linear("down_proj", inner, hidden, "activation")
+        return
+    input_bias = {"qwen2": True, "mistral": False}.get(family, attention_bias)
+    output_bias = {"qwen2": False, "mistral": False}.get(family, attention_bias)
+    for name, width in (("q_proj", query_width), ("k_proj", key_value_width), ("v_proj", key_value_width)):
+        yield Linear(name, hidden, width, "attention norm", input_bias)
+    yield Linear("o_proj", query_width, hidden, "attention", output_bias)
+    yield Linear("gate_proj", hidden, inner, "mlp norm", mlp_bias and family == "llama")
+    yield Linear("up_proj", hidden, inner, "mlp norm", mlp_bias and family == "llama")
+    yield Linear("down_proj", inner, hidden, "activation", mlp_bias and family == "llama")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a model trains, and how far gradients reach: a shape under a :class:`TrainingConfig`.
+
+    Args:
+        checkpointing: gradient checkpointing is on. transformers then has the embeddings' output require a gradient, so
+            that one flows through every layer, whichever train.
+
+    Raises:
+        InputError: the choice of layers goes beyond the model, or a LoRA target is none of its linear modules.
+    """
+
+    shape: ModelShape
+    config: TrainingConfig
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        known = {linear.name for linear in self.shape.linears}
+        if unknown := sorted(set(self.config.lora_targets or ()) - known):
+            raise InputError(
+                f"lora_targets has {', '.join(unknown)}, which a {self.shape.family} model does not have; its linear "
+                f"modules: {', '.join(sorted(known))}"
+            )
+        _ = self.layers
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """The decoder layers in which something trains."""
+        if self.config.method == "untuned":
+            return frozenset()
+        return frozenset(trained_layers(self.config.train_layers, self.shape.num_layers))
+
+    @property
+    def lora(self) -> bool:
+        return self.config.method.startswith("lora")
+
+    @property
+    def embeddings(self) -> bool:
+        return trains_embeddings(self.config.method, self.config.train_layers)
+
+    @property
+    def final_norm(self) -> bool:
+        whole = self.config.method != "full" or self.config.train_layers == "all"
+        return trains_norms(self.config.method) and whole
+
+    @property
+    def output(self) -> bool:
+        """Whether the output layer's weight trains: with ``full``, or with the embeddings that it is tied to."""
+        return self.embeddings and (self.config.method == "full" or self.shape.tied)
+
+    def norms(self, layer: int) -> bool:
+        return layer in self.layers and trains_norms(self.config.method)
+
+    def weights(self, layer: int) -> bool:
+        """Whether the linear weights of a layer train themselves."""
+        return layer in self.layers and self.config.method == "full"
+
+    def adapted(self, layer: int) -> frozenset[str]:
+        """The linear modules of a layer that have LoRA matrices."""
+        return self._targets if self.lora and layer in self.layers else frozenset()
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        if self.config.lora_targets is not None:
+            return frozenset(self.config.lora_targets)
+        return frozenset(linear.name for linear in self.shape.linears if linear.reads in ATTENTION)
+
+    def reaches_input(self, layer: int) -> bool:
+        """Whether a gradient flows out of a layer, to what is before it."""
+        return self.embeddings or self.checkpointing or self._first < layer
+
+    @cached_property
+    def _first(self) -> int:
+        return min(self.layers, default=self.shape.num_layers)
+
+    def has_backward(self, layer: int) -> bool:
+        return layer in self.layers or self.reaches_input(layer)
+
+    def needs_gradient(self, layer: int, what: Reads) -> bool:
+        """Whether the gradient of what a layer's linear modules read is needed, for what trains before them."""
+        if what == "attention norm" or (what == "mlp norm" and self.shape.parallel):
+            return self.norms(layer) or self.reaches_input(layer)
+        before: Reads = {"attention": "attention norm", "mlp norm": "attention", "activation": "mlp norm"}[what]
+        return self.norms(layer) or self.needs_gradient(layer, before) or self._trains_in(layer, before)
+
+    def _trains_in(self, layer: int, reads: Reads) -> bool:
+        adapted = self.adapted(layer)
+        return self.weights(layer) or any(each.reads == reads and each.name in adapted for each in self.shape.linears)
+
+    @cached_property
+    def kinds(self) -> list[tuple[int, int]]:
+        """Layers that are alike, as (one of them, how many): alike in what trains, in gradients, and in being even."""
+        alike: dict[tuple, list[int]] = {}
+        for layer in range(self.shape.num_layers):
+            alike.setdefault((layer in self.layers, self.reaches_input(layer), layer % 2), []).append(layer)
+        return [(layers[0], len(layers)) for layers in alike.values()]
+
+    @cached_property
+    def lora_parameters(self) -> int:
+        one_layer = sum(
+            linear.lora_parameters(self.config.lora_rank)
+            for linear in self.shape.linears
+            if linear.name in self._targets
+        )
+        return len(self.layers) * one_layer if self.lora else 0
+
+    @cached_property
+    def linear_weights(self) -> int:
+        """Trained weights of linear modules, LoRA's aside: those that autocast casts as a whole."""
+        weights = sum(linear.weights for linear in self.shape.linears)
+        return self.output * self.shape.embedding_parameters + sum(map(self.weights, self.layers)) * weights
+
+    @cached_property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        shape = self.shape
+        count = self.lora_parameters + self.final_norm * shape.final_norm_parameters
+        count += (self.embeddings + (self.output and not shape.tied)) * shape.embedding_parameters
+        count += sum(map(self.norms, self.layers)) * shape.norm_parameters
+        return count + sum(map(self.weights, self.layers)) * shape.linear_parameters
+
+    @cached_property
+    def frozen(self) -> int:
+        return self.parameters - self.trainable
+
+    @cached_property
+    def parameters(self) -> int:
+        """All, LoRA's among them."""
+        return self.shape.parameters + self.lora_parameters
+
+
+@lru_cache(maxsize=1024)
+def what_trains(shape: ModelShape, config: TrainingConfig, checkpointing: bool = False) -> Training:
+    """:class:`Training`, made once for all who ask."""
+    return Training(shape, config, checkpointing)

@@ -1,0 +1,150 @@
+"""Seconds: of a step, of an evaluation, of a trial; and model FLOPs utilisation.
+
+A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus what workers
+and host memory exchange; nothing overlaps. A rate is a device's peak times a stated share of it (devices.py). Where
+another trial has been timed on the same hardware, :func:`calibrated` sets the shares by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from workloads.budget.devices import Device
+from workloads.budget.flops import Flops, forward_flops, training_flops
+from workloads.budget.memory import micro_batch
+from workloads.budget.shape import ModelShape, what_trains
+from workloads.config import ExecutionConfig, TrainingConfig
+
+# AdamW in host memory reads and writes weight, gradient and two moments: 28 bytes a parameter, at what a few memory
+# channels give. Ours to choose, not measured.
+HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
+
+
+def compute_seconds(flops: Flops, device: Device, training: TrainingConfig) -> float:
+    peak = device.peak(training.precision)
+    linear = flops.linear / (peak * device.linear_efficiency)
+    return linear + flops.attention / (peak * device.attention_efficiency)
+
+
+def step_seconds(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> float:
+    """Seconds of one optimiser step on ``workers`` such devices of one machine.
+
+    Raises:
+        InputError: the batch does not divide among the workers.
+    """
+    micro_batch(training, execution, workers)
+    a_sequence = training_flops(shape, training, execution.gradient_checkpointing)
+    sequences = training.batch / workers
+    compute = compute_seconds(a_sequence, device, training) * sequences
+    return compute + exchange_seconds(shape, training, execution, workers, device)
+
+
+def exchange_seconds(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> float:
+    """What workers tell each other in a step, and the host's memory where it holds something.
+
+    DDP sums gradients over workers once (two passes over them). ZeRO-2 sends each micro-batch's gradients to their
+    owners and the updated weights back; ZeRO-3 also gathers all weights, frozen ones too, for the forward and for the
+    backward pass of each micro-batch.
+    """
+    trains = what_trains(shape, training, execution.gradient_checkpointing)
+    rows = micro_batch(training, execution, workers)
+    passes = math.ceil(training.batch / workers / rows)
+    trained = 4 * trains.trainable
+    whole = trained + trains.frozen * (2 if training.precision == "bfloat16" else 4)
+    between, with_host = 0.0, 0.0
+    if execution.engine == "zero3":
+        between = passes * (2 * whole + trained)
+    elif execution.engine == "zero2":
+        between = passes * trained + trained
+    else:
+        between = 2 * trained
+    if execution.offload:
+        with_host = (2 * trained + (2 * passes * whole if execution.engine == "zero3" else 0)) / workers
+    update = HOST_UPDATE_BYTES * trains.trainable / workers / HOST_MEMORY_RATE * execution.offload
+    return between * (workers - 1) / workers / device.link + with_host / device.host_link + update
+
+
+def evaluation_seconds(
+    shape: ModelShape, training: TrainingConfig, workers: int, device: Device, context_length: int | None = None
+) -> float:
+    """One evaluation: ``eval_documents`` spans of ``eval_span`` tokens in windows of the context length (or another
+    one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
+    length = context_length or training.context_length
+    windows = training.eval_documents * max(1, training.eval_span // length)
+    flops = forward_flops(shape, length, training) * math.ceil(windows / workers)
+    return compute_seconds(flops, device, training)
+
+
+def num_evaluations(training: TrainingConfig) -> int:
+    """At step 0, every ``eval_every`` steps, and at the last."""
+    return 1 + math.ceil(training.steps / training.eval_every)
+
+
+def trial_seconds(
+    shape: ModelShape,
+    training: TrainingConfig,
+    execution: ExecutionConfig,
+    workers: int,
+    device: Device,
+    *,
+    original_length: int | None = None,
+    from_step: int = 0,
+) -> float:
+    """A trial's steps and evaluations; without starting processes, loading the model and writing checkpoints.
+
+    Args:
+        original_length: the model's own context length, at which the last evaluation scores too.
+        from_step: the step that it goes on from.
+    """
+    seconds = num_evaluations(training) * evaluation_seconds(shape, training, workers, device)
+    seconds -= (from_step // training.eval_every + (from_step > 0)) * seconds / num_evaluations(training)
+    if original_length and original_length != training.context_length and training.eval_span % original_length == 0:
+        seconds += evaluation_seconds(shape, training, workers, device, original_length)
+    if training.steps:
+        seconds += (training.steps - from_step) * step_seconds(shape, training, execution, workers, device)
+    return seconds
+
+
+def calibrated(
+    device: Device,
+    shape: ModelShape,
+    training: TrainingConfig,
+    execution: ExecutionConfig,
+    workers: int,
+    tokens_per_second: float,
+) -> Device:
+    """The device with efficiencies such that this trial, which was timed on it, comes out as it was.
+
+    Args:
+        tokens_per_second: measured, of all workers together, in steps without evaluations.
+    """
+    tokens = training.batch * training.context_length
+    computed = tokens / tokens_per_second - exchange_seconds(shape, training, execution, workers, device)
+    a_sequence = training_flops(shape, training, execution.gradient_checkpointing)
+    predicted = compute_seconds(a_sequence, device, training) * training.batch / workers
+    # What was measured may be less than the exchange that was assumed; then that is wrong, and nothing of it is kept.
+    factor = predicted / (computed if computed > 0 else tokens / tokens_per_second)
+    return dataclasses.replace(
+        device,
+        linear_efficiency=device.linear_efficiency * factor,
+        attention_efficiency=device.attention_efficiency * factor,
+        efficiency_source=f"measured: {tokens_per_second:,.0f} tokens/s at {training.context_length:,} tokens",
+    )
+
+
+def model_flops_utilisation(
+    shape: ModelShape, training: TrainingConfig, tokens_per_second: float, device: Device
+) -> float:
+    """The share of the device's peak that goes into the model's own FLOPs: attention counted causally, nothing that is
+    computed twice (:attr:`workloads.budget.flops.Flops.model`), frozen weights without weight gradients.
+
+    Args:
+        tokens_per_second: of one device.
+    """
+    a_token = training_flops(shape, training).model / training.context_length
+    return a_token * tokens_per_second / device.peak(training.precision)
