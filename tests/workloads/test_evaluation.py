@@ -147,6 +147,51 @@ def test_pairing_sees_a_small_difference_that_lies_in_every_document():
     assert gap.value == pytest.approx(worse.perplexity / baseline.perplexity - 1)
 
 
+def several_seeds(generator, seeds, documents, spread):
+    """Scores of one setting: documents of different hardness, and seeds that differ by ``spread``."""
+    tokens = generator.integers(500, 1500, documents)
+    nll = tokens * (1.0 + 0.2 * generator.standard_normal(documents))
+    return tokens, {seed: nll + tokens * spread * generator.standard_normal() for seed in seeds}
+
+
+def test_several_seeds_are_drawn_again_as_documents_are():
+    """Against the bootstrap written out, one resample at a time, with draws of its own."""
+    generator = np.random.default_rng(3)
+    tokens, nll = several_seeds(generator, (0, 1, 2, 3), 30, spread=0.05)
+    other = {seed: values - tokens * (0.02 + 0.01 * seed) for seed, values in nll.items()}
+    high, low = (
+        DocumentScores.over_seeds({seed: DocumentScores(values, tokens) for seed, values in each.items()})
+        for each in (nll, other)
+    )
+    assert high.perplexity == pytest.approx(np.exp(sum(v.sum() for v in nll.values()) / (4 * tokens.sum())))
+    ratios = []
+    for _ in range(20_000):
+        documents, seeds = generator.integers(30, size=30), generator.integers(4, size=4)
+        ours, theirs = (
+            sum(values[int(seed)][documents].sum() for seed in seeds) / (4 * tokens[documents].sum())
+            for values in (nll, other)
+        )
+        ratios.append(np.exp(ours - theirs) - 1)
+    expected = np.quantile(ratios, [0.025, 0.975])
+    gap = gap_interval(high, low)
+    assert (gap.low, gap.high) == pytest.approx(expected, abs=1.5e-3)
+    assert gap.high - gap.low > 0.01  # though the documents alone say the same of every seed's gap
+    # The same seeds are drawn for both: what makes a seed good cancels out, as what makes a document easy does.
+    apart = gap_interval(high, DocumentScores(low.nll, tokens, (4, 5, 6, 7)))
+    assert apart.high - apart.low > 2 * (gap.high - gap.low)
+
+
+def test_one_seed_is_the_bootstrap_over_documents_alone():
+    tokens, nll = several_seeds(np.random.default_rng(5), (7,), 12, spread=0.1)
+    alone = DocumentScores(nll[7], tokens)
+    drawn = np.random.default_rng(0).integers(12, size=(4000, 12))
+    resampled = np.exp(nll[7][drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
+    for scores in (alone, DocumentScores.over_seeds({7: alone})):
+        interval = perplexity_interval(scores)
+        assert [interval.low, interval.high] == pytest.approx(np.quantile(resampled, [0.025, 0.975]), rel=1e-12)
+        assert interval.value == pytest.approx(alone.perplexity)
+
+
 def test_models_scored_on_other_documents_are_not_compared():
     generator = np.random.default_rng(0)
     with pytest.raises(ValueError, match="same documents"):

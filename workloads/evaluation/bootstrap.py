@@ -1,12 +1,17 @@
-"""Confidence intervals by bootstrap over documents (NumPy only).
+"""Confidence intervals by bootstrap over documents, and over seeds where there are several (NumPy only).
 
 Tokens of one document are not independent, so documents are what is drawn again. Comparisons are paired: both models
-are scored on the same drawn documents, so that what makes a document hard cancels out. One seed shows nothing of the
-variance between training runs; these intervals speak of the choice of documents alone.
+are scored on the same drawn documents, so that what makes a document hard cancels out. Where a setting was trained
+with several seeds, each resample draws seeds with replacement too, independently of the documents (both factors of a
+crossed design; Owen, The pigeonhole bootstrap, 2007), and takes the mean log-likelihood over them; two settings with
+the same seeds draw the same ones, since a seed fixes the order of the data for both. With two or three seeds such an
+interval is still too narrow: they show little of the variance between training runs. With one seed it shows none, and
+the interval speaks of the choice of documents alone.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -38,24 +43,40 @@ class Interval:
 class DocumentScores:
     """What a model scored on each document: ``nll`` the summed negative log-likelihood (nats), ``tokens`` its tokens.
 
-    Both have the shape (documents,), in the same order of documents for every model that is compared.
+    Both have the shape (documents,), in the same order of documents for every model that is compared. Of a setting
+    that was trained with several seeds (:meth:`over_seeds`), ``nll`` has the shape (seeds, documents).
     """
 
     nll: np.ndarray
     tokens: np.ndarray
+    seeds: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, event: dict[str, Any]) -> DocumentScores:
         """From the fields of an ``eval`` event (see ``workloads.training``)."""
         return cls(np.array(event["nll"]), np.array(event["num_tokens"]))
 
+    @classmethod
+    def over_seeds(cls, by_seed: dict[int, DocumentScores]) -> DocumentScores:
+        """The scores of one setting that was trained with several seeds.
+
+        Raises:
+            ValueError: they did not score the same tokens.
+        """
+        tokens = next(iter(by_seed.values())).tokens
+        if not all(np.array_equal(scores.tokens, tokens) for scores in by_seed.values()):
+            raise ValueError("only models scored on the same documents can be taken together")
+        seeds = tuple(sorted(by_seed))
+        return cls(np.stack([by_seed[seed].nll for seed in seeds]), tokens, seeds)
+
     @property
     def perplexity(self) -> float:
-        return float(np.exp(self.nll.sum() / self.tokens.sum()))
+        """Over all tokens; of several seeds, by the mean of their log-likelihoods."""
+        return float(np.exp(np.atleast_2d(self.nll).mean(axis=0).sum() / self.tokens.sum()))
 
 
 def perplexity_interval(scores: DocumentScores) -> Interval:
-    """Perplexity over all tokens, with its bootstrap percentile interval over documents."""
+    """Perplexity over all tokens, with its bootstrap percentile interval over documents, and seeds if several."""
     low, high = np.quantile(np.exp(_mean_nll_of_resamples(scores)), _tails())
     return Interval(scores.perplexity, float(low), float(high))
 
@@ -63,12 +84,16 @@ def perplexity_interval(scores: DocumentScores) -> Interval:
 def gap_interval(scores: DocumentScores, baseline: DocumentScores) -> Interval:
     """How much higher the perplexity is than the baseline's, as a fraction (0.01: 1%), by paired bootstrap.
 
+    The documents of a resample are the same for both, and so are its seeds if both have the same ones; otherwise each
+    draws from its own.
+
     Raises:
         ValueError: the two did not score the same tokens.
     """
     if not np.array_equal(scores.tokens, baseline.tokens):
         raise ValueError("only models scored on the same documents can be compared pairwise")
-    ratios = np.exp(_mean_nll_of_resamples(scores) - _mean_nll_of_resamples(baseline)) - 1
+    apart = scores.seeds != baseline.seeds
+    ratios = np.exp(_mean_nll_of_resamples(scores) - _mean_nll_of_resamples(baseline, stream=2 if apart else 1)) - 1
     low, high = np.quantile(ratios, _tails())
     return Interval(scores.perplexity / baseline.perplexity - 1, float(low), float(high))
 
@@ -102,11 +127,24 @@ def accuracy_interval(correct: int, tests: int) -> Interval:
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _mean_nll_of_resamples(scores: DocumentScores) -> np.ndarray:
-    """The mean negative log-likelihood of each resample, shape (RESAMPLES,): the same draws at every call."""
-    count = len(scores.tokens)
-    drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    return scores.nll[drawn].sum(axis=1) / scores.tokens[drawn].sum(axis=1)
+def _mean_nll_of_resamples(scores: DocumentScores, stream: int = 1) -> np.ndarray:
+    """The mean negative log-likelihood of each resample, shape (RESAMPLES,): the same documents at every call, and the
+    same seeds for the same ``stream``."""
+    nll = np.atleast_2d(scores.nll)
+    if not np.isfinite(nll).all():  # a model that diverged: no document's weight, not even 0, makes it finite again
+        return np.full(RESAMPLES, nll.sum())
+    documents = _draws(len(scores.tokens), 0)
+    totals = documents @ nll.T  # (resamples, seeds)
+    seeds = _draws(len(nll), stream) / len(nll)
+    return (totals * seeds).sum(axis=1) / (documents @ scores.tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(count: int, stream: int) -> np.ndarray:
+    """How often each of ``count`` things is in each resample, shape (RESAMPLES, count)."""
+    drawn = np.random.default_rng(stream).integers(count, size=(RESAMPLES, count))
+    places = drawn + count * np.arange(RESAMPLES)[:, None]
+    return np.bincount(places.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count).astype(float)
 
 
 def _tails() -> list[float]:

@@ -1,0 +1,264 @@
+"""What machines have and what their hours cost: a small table of instance types, and clusters known by name.
+
+A price is the on-demand list price of Linux in US dollars, with its region, the day on which it held, and where it was
+read. Prices change and depend on region, contract and spot markets: give your own with ``overrides``
+(:func:`read_prices` reads a file of them). A price that could not be confirmed is None, not a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CLUSTER_FILES = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceType:
+    """A kind of machine.
+
+    Args:
+        name: as its cloud calls it.
+        gpus: GPUs in it.
+        gpu: their name as ``torch.cuda.get_device_name`` gives it; None without GPUs, or where it is not known.
+        gpu_memory_gib: of each GPU, as its driver reports it; PyTorch can use up to 1 GiB less.
+        cpus: virtual CPUs.
+        memory_gib: of the host.
+        usd_per_hour: for the whole machine; None where unknown.
+        region, date, source: where and when the price held (date: ISO 8601), and where it was read.
+    """
+
+    name: str
+    gpus: int | None
+    gpu: str | None
+    gpu_memory_gib: float | None
+    cpus: int | None
+    memory_gib: float | None
+    usd_per_hour: float | None
+    region: str | None
+    date: str | None
+    source: str
+
+    @property
+    def usd_per_gpu_hour(self) -> float | None:
+        return self.usd_per_hour / self.gpus if self.usd_per_hour is not None and self.gpus else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """US dollars for an hour of one GPU, and in words where the figure comes from."""
+
+    usd_per_gpu_hour: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedCluster:
+    """A cluster that a file of this room describes: at most ``nodes`` machines of one type that has GPUs."""
+
+    name: str
+    nodes: int
+    instance: InstanceType
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.instance.gpus
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Of all its workers, on demand; its head and its storage are not in it."""
+        price = self.instance.usd_per_hour
+        return None if price is None else self.nodes * price
+
+
+THIS_MACHINE = "this machine"
+
+# By the name that torch.cuda.get_device_name gives: GiB, from the MiB that nvidia-smi lists.
+GPU_MEMORY_GIB = {
+    "NVIDIA A100-SXM4-40GB": 40.0,
+    "NVIDIA A100-SXM4-80GB": 80.0,
+    "NVIDIA H100 80GB HBM3": 79.6,
+    "NVIDIA H200": 140.4,
+    "NVIDIA A10G": 22.5,
+    "NVIDIA L4": 22.5,
+    "NVIDIA L40S": 45.0,
+}
+
+AWS = ("us-east-1", "2026-09-24", "AWS's price list, version 20260924211011, as the tables that copy it give it")
+GCP_A2 = ("us-central1", "2026-02-12", "Google's billing catalog, as the Cyclenerd pricing file copies it")
+GCP_A3 = ("us-central1", "2026-09-26", "Google's billing catalog: GPUs, vCPUs and memory, without the local disks")
+AZURE = ("eastus", "2026-11-09", "Azure's retail price list, as a table that copies it gives it")
+AZURE_UNKNOWN = ("eastus", None, "the price could not be confirmed")
+
+# name, GPUs, GPU, vCPUs, memory in GiB, USD an hour, and where the price comes from. Sizes: the clouds' own pages on
+# their instance types.
+_TABLE = [
+    ("p4d.24xlarge", 8, "NVIDIA A100-SXM4-40GB", 96, 1152, 21.957642, AWS),
+    ("p4de.24xlarge", 8, "NVIDIA A100-SXM4-80GB", 96, 1152, 27.44705, AWS),
+    ("p5.48xlarge", 8, "NVIDIA H100 80GB HBM3", 192, 2048, 55.04, AWS),
+    ("p5en.48xlarge", 8, "NVIDIA H200", 192, 2048, 63.296, AWS),
+    ("g5.xlarge", 1, "NVIDIA A10G", 4, 16, 1.006, AWS),
+    ("g5.2xlarge", 1, "NVIDIA A10G", 8, 32, 1.212, AWS),
+    ("g5.4xlarge", 1, "NVIDIA A10G", 16, 64, 1.624, AWS),
+    ("g5.8xlarge", 1, "NVIDIA A10G", 32, 128, 2.448, AWS),
+    ("g5.12xlarge", 4, "NVIDIA A10G", 48, 192, 5.672, AWS),
+    ("g5.16xlarge", 1, "NVIDIA A10G", 64, 256, 4.096, AWS),
+    ("g5.24xlarge", 4, "NVIDIA A10G", 96, 384, 8.144, AWS),
+    ("g5.48xlarge", 8, "NVIDIA A10G", 192, 768, 16.288, AWS),
+    ("g6.xlarge", 1, "NVIDIA L4", 4, 16, 0.8048, AWS),
+    ("g6.2xlarge", 1, "NVIDIA L4", 8, 32, 0.9776, AWS),
+    ("g6.4xlarge", 1, "NVIDIA L4", 16, 64, 1.3232, AWS),
+    ("g6.8xlarge", 1, "NVIDIA L4", 32, 128, 2.0144, AWS),
+    ("g6.12xlarge", 4, "NVIDIA L4", 48, 192, 4.6016, AWS),
+    ("g6.16xlarge", 1, "NVIDIA L4", 64, 256, 3.3968, AWS),
+    ("g6.24xlarge", 4, "NVIDIA L4", 96, 384, 6.6752, AWS),
+    ("g6.48xlarge", 8, "NVIDIA L4", 192, 768, 13.3504, AWS),
+    ("g6e.xlarge", 1, "NVIDIA L40S", 4, 32, 1.861, AWS),
+    ("g6e.2xlarge", 1, "NVIDIA L40S", 8, 64, 2.24208, AWS),
+    ("g6e.4xlarge", 1, "NVIDIA L40S", 16, 128, 3.00424, AWS),
+    ("g6e.8xlarge", 1, "NVIDIA L40S", 32, 256, 4.52856, AWS),
+    ("g6e.12xlarge", 4, "NVIDIA L40S", 48, 384, 10.49264, AWS),
+    ("g6e.16xlarge", 1, "NVIDIA L40S", 64, 512, 7.57719, AWS),
+    ("g6e.24xlarge", 4, "NVIDIA L40S", 96, 768, 15.06559, AWS),
+    ("g6e.48xlarge", 8, "NVIDIA L40S", 192, 1536, 30.13118, AWS),
+    ("a2-highgpu-1g", 1, "NVIDIA A100-SXM4-40GB", 12, 85, 3.673385, GCP_A2),
+    ("a2-highgpu-2g", 2, "NVIDIA A100-SXM4-40GB", 24, 170, 7.34677, GCP_A2),
+    ("a2-highgpu-4g", 4, "NVIDIA A100-SXM4-40GB", 48, 340, 14.69354, GCP_A2),
+    ("a2-highgpu-8g", 8, "NVIDIA A100-SXM4-40GB", 96, 680, 29.38708, GCP_A2),
+    ("a3-highgpu-8g", 8, "NVIDIA H100 80GB HBM3", 208, 1872, 87.83, GCP_A3),
+    ("ND96asr_v4", 8, "NVIDIA A100-SXM4-40GB", 96, 900, 27.197, AZURE),
+    ("ND96amsr_A100_v4", 8, "NVIDIA A100-SXM4-80GB", 96, 1900, None, AZURE_UNKNOWN),
+    ("ND96isr_H100_v5", 8, "NVIDIA H100 80GB HBM3", 96, 1900, 98.32, AZURE),
+]
+
+INSTANCES: dict[str, InstanceType] = {
+    name: InstanceType(
+        name=name, gpus=gpus, gpu=gpu, gpu_memory_gib=GPU_MEMORY_GIB[gpu], cpus=cpus, memory_gib=memory,
+        usd_per_hour=usd, region=region, date=date, source=source,
+    )
+    for name, gpus, gpu, cpus, memory, usd, (region, date, source) in _TABLE
+}  # fmt: skip
+INSTANCES[THIS_MACHINE] = InstanceType(
+    name=THIS_MACHINE, gpus=None, gpu=None, gpu_memory_gib=None, cpus=None, memory_gib=None, usd_per_hour=None,
+    region=None, date=None, source="a machine of your own: its price is not known here",
+)  # fmt: skip
+
+
+def find_instance(name: str) -> InstanceType:
+    """An instance type by its name; Azure's may begin with ``Standard_``, as Azure's own tools write them.
+
+    Raises:
+        ValueError: no such name; it lists the known ones.
+    """
+    found = INSTANCES.get(name.removeprefix("Standard_"))
+    if found is None:
+        raise ValueError(_unknown("instance type", name, INSTANCES))
+    return found
+
+
+def cheapest_for_gpu(gpu: str) -> InstanceType | None:
+    """The instance type with the lowest known price for an hour of one such GPU; None where no price is known."""
+    priced = [one for one in INSTANCES.values() if one.gpu == gpu and one.usd_per_gpu_hour is not None]
+    return min(priced, key=lambda one: one.usd_per_gpu_hour, default=None)
+
+
+def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -> Price | None:
+    """What an hour of one GPU costs: the user's own price, else the cheapest on demand in the table, else None.
+
+    Args:
+        gpu: its name as ``torch.cuda.get_device_name`` gives it, or an instance type's name.
+        overrides: the user's prices: by a GPU's name USD an hour of one GPU, by an instance type's name USD an hour
+            of the machine. A price by the GPU's name goes before one by the machine's.
+    """
+    overrides = overrides or {}
+    if gpu in overrides:
+        return Price(usd_per_gpu_hour=overrides[gpu], source="given by the user")
+    own = {
+        name: overrides[name] / INSTANCES[name].gpus
+        for name in overrides
+        if name in INSTANCES and INSTANCES[name].gpus and gpu in (name, INSTANCES[name].gpu)
+    }
+    if own:
+        name = min(own, key=own.get)
+        return Price(usd_per_gpu_hour=own[name], source=f"{name}, given by the user")
+    instance = INSTANCES[gpu] if gpu in INSTANCES else cheapest_for_gpu(gpu)
+    if instance is None or instance.usd_per_gpu_hour is None:
+        return None
+    where = f"{instance.name} on demand in {instance.region} on {instance.date}"
+    return Price(usd_per_gpu_hour=instance.usd_per_gpu_hour, source=f"{where} ({instance.source})")
+
+
+def read_prices(path: Path) -> dict[str, float]:
+    """The user's prices from a .toml or .json file, for ``overrides``: ``"p4d.24xlarge" = 11.50`` is USD an hour of the
+    machine, ``"NVIDIA H200" = 3.20`` USD an hour of one GPU.
+
+    Raises:
+        ValueError: it cannot be read, or holds something other than names with positive numbers.
+    """
+    try:
+        text = path.read_text()
+        prices: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the prices in {path} cannot be read ({error}); expected a .toml or .json file") from error
+    example = 'expected names with USD an hour, such as "p4d.24xlarge" = 11.50 or "NVIDIA H200" = 3.20'
+    if not isinstance(prices, dict):
+        raise ValueError(f"the prices in {path} are no table; {example}")
+    for name, price in prices.items():
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < float("inf"):
+            raise ValueError(f"the price of {name!r} in {path} is {price!r}; {example}")
+    gpus = {instance.gpu for instance in INSTANCES.values()}
+    for name in prices:
+        if name.removeprefix("Standard_") not in INSTANCES and name not in gpus and not name.startswith("NVIDIA "):
+            raise ValueError(f"{path}: {_unknown('instance type', name, INSTANCES)}; GPUs are named NVIDIA ...")
+    return {name.removeprefix("Standard_"): float(price) for name, price in prices.items()}
+
+
+def named_clusters() -> list[str]:
+    """The names that :func:`find_cluster` knows: the cluster files of this room that have GPU workers."""
+    return sorted(path.stem for path in CLUSTER_FILES.glob("*.yaml") if _gpu_workers(path))
+
+
+def find_cluster(name: str) -> NamedCluster:
+    """A cluster by its file's name: ``aws-p4d`` is clusters/aws-p4d.yaml at its full size.
+
+    Raises:
+        ValueError: no such cluster, and it lists the known ones; or its workers are of a type without an entry here.
+    """
+    if name not in named_clusters():
+        raise ValueError(_unknown("cluster", name, named_clusters()))
+    (nodes, instance), *others = _gpu_workers(CLUSTER_FILES / f"{name}.yaml")
+    if others:
+        raise ValueError(f"the cluster {name} has several types of GPU workers; only one type can be planned for")
+    return NamedCluster(name=name, nodes=nodes, instance=find_instance(instance))
+
+
+def _gpu_workers(path: Path) -> list[tuple[int, str]]:
+    """(most machines, instance type) of the workers with GPUs in a file for Ray's cluster launcher; none in others."""
+    config = next(iter(yaml.safe_load_all(path.read_text())), None)
+    types = config.get("available_node_types", {}) if isinstance(config, dict) else {}
+    return [
+        (min(node["max_workers"], config["max_workers"]), instance)
+        for name, node in types.items()
+        if name != config["head_node_type"] and node["resources"].get("GPU") and (instance := _instance_of(node))
+    ]
+
+
+def _instance_of(node: dict[str, Any]) -> str | None:
+    """The instance type of a node type: AWS, Google and Azure each have a field of their own for it."""
+    fields = node["node_config"]
+    return (
+        fields.get("InstanceType") or fields.get("machineType") or fields.get("azure_arm_parameters", {}).get("vmSize")
+    )
+
+
+def _unknown(kind: str, name: str, known: Any) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ";"
+    return f"{kind} {name!r} is unknown{hint} known: {', '.join(known)}"

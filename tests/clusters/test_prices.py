@@ -1,0 +1,101 @@
+"""The table of machines and prices: what a plan of a sweep's cost stands on."""
+
+import datetime
+
+import pytest
+import yaml
+
+from clusters import check, prices
+
+
+def test_every_machine_is_described_and_every_price_says_when_and_where_it_held():
+    for name, instance in prices.INSTANCES.items():
+        assert instance.name == name
+        if name == prices.THIS_MACHINE:
+            assert instance.usd_per_hour is None
+            continue
+        assert instance.gpus in (1, 2, 4, 8) and instance.cpus >= 4 and instance.memory_gib >= 16
+        assert instance.gpu.startswith("NVIDIA ") and instance.gpu_memory_gib > 20
+        assert instance.source and instance.region
+        if instance.usd_per_hour is not None:
+            assert datetime.date.fromisoformat(instance.date) <= datetime.date(2026, 11, 23)
+            assert 0.5 < instance.usd_per_gpu_hour < 15
+
+
+def test_the_table_agrees_with_the_check_of_cluster_files():
+    """clusters.check has CPUs, memory and GPUs of AWS machines from another source."""
+    shared = check.MACHINES.keys() & prices.INSTANCES.keys()
+    assert len(shared) >= 3
+    for name in shared:
+        ours, theirs = prices.find_instance(name), check.MACHINES[name]
+        assert (ours.cpus, ours.memory_gib, ours.gpus) == (theirs.vcpus, theirs.memory_gib, theirs.gpus)
+
+
+def test_an_instance_is_found_by_its_name_and_an_unknown_one_lists_the_known():
+    assert prices.find_instance("p5.48xlarge").gpu == "NVIDIA H100 80GB HBM3"
+    assert prices.find_instance("Standard_ND96asr_v4").usd_per_hour == 27.197
+    with pytest.raises(ValueError, match=r"'p4.24xlarge' is unknown; did you mean p4d.24xlarge\? known: p4d.*a3-high"):
+        prices.find_instance("p4.24xlarge")
+
+
+def test_the_cheapest_instance_of_a_gpu():
+    by_hand = {"p4d.24xlarge": 21.957642 / 8, "a2-highgpu-8g": 29.38708 / 8, "ND96asr_v4": 27.197 / 8}
+    found = prices.cheapest_for_gpu("NVIDIA A100-SXM4-40GB")
+    assert (found.name, found.usd_per_gpu_hour) == (min(by_hand, key=by_hand.get), min(by_hand.values()))
+    # The 80 GB card is not the 40 GB one; a machine without a price is not the cheapest.
+    assert prices.cheapest_for_gpu("NVIDIA A100-SXM4-80GB").name == "p4de.24xlarge"
+    assert prices.cheapest_for_gpu("NVIDIA GeForce RTX 4090") is None
+
+
+def test_the_users_own_prices_go_first():
+    price = prices.price_per_gpu_hour("NVIDIA H200")
+    assert price.usd_per_gpu_hour == pytest.approx(63.296 / 8)
+    assert "p5en.48xlarge on demand in us-east-1 on 2026-09-24" in price.source
+    machine = prices.price_per_gpu_hour("NVIDIA H200", {"p5en.48xlarge": 32.0})
+    assert machine.usd_per_gpu_hour == 4.0 and "by the user" in machine.source
+    both = prices.price_per_gpu_hour("NVIDIA H200", {"p5en.48xlarge": 32.0, "NVIDIA H200": 3.2})
+    assert both.usd_per_gpu_hour == 3.2
+    assert prices.price_per_gpu_hour("NVIDIA L4", {"p5en.48xlarge": 32.0}).usd_per_gpu_hour == 0.8048
+    assert prices.price_per_gpu_hour("g5.48xlarge").usd_per_gpu_hour == pytest.approx(2.036)
+    assert prices.price_per_gpu_hour("NVIDIA GeForce RTX 4090") is None
+    assert prices.price_per_gpu_hour("ND96amsr_A100_v4") is None
+    assert prices.price_per_gpu_hour(prices.THIS_MACHINE) is None
+
+
+def test_prices_from_a_file(tmp_path):
+    toml, json = tmp_path / "prices.toml", tmp_path / "prices.json"
+    toml.write_text('"p4d.24xlarge" = 11.5\n"NVIDIA GeForce RTX 4090" = 1\n')
+    json.write_text('{"p4d.24xlarge": 11.5, "NVIDIA GeForce RTX 4090": 1}')
+    expected = {"p4d.24xlarge": 11.5, "NVIDIA GeForce RTX 4090": 1.0}
+    assert prices.read_prices(toml) == prices.read_prices(json) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"p4d.24xlarge": "cheap"}', r"the price of 'p4d.24xlarge' .* is 'cheap'; expected names with USD an hour"),
+        ('{"p4d.24xlarge": -1}', "is -1"),
+        ('{"p4.24xlarge": 1}', "did you mean p4d.24xlarge"),
+        ("[]", "no table"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_of_prices_says_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "prices.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        prices.read_prices(tmp_path / "prices.json")
+
+
+def test_a_named_cluster_is_its_files_workers_at_full_size():
+    cluster = prices.find_cluster("aws-p4d")
+    config = yaml.safe_load((prices.CLUSTER_FILES / "aws-p4d.yaml").read_text())
+    assert cluster.nodes == config["max_workers"] == 2
+    assert cluster.instance == prices.find_instance("p4d.24xlarge")
+    assert cluster.gpus == 16
+    assert cluster.usd_per_hour == pytest.approx(2 * 21.957642)
+
+
+def test_an_unknown_cluster_lists_the_known_ones():
+    for name in ("aws-p4", "../clusters/aws-p4d", ""):
+        with pytest.raises(ValueError, match=r"is unknown; .*known: .*aws-p4d"):
+            prices.find_cluster(name)
