@@ -85,9 +85,9 @@ def test_winner_gaps_and_where_they_close(tmp_path):
     assert trials["full"]["gap_to_full"] is None
     assert trials["lora+"]["gap_to_full"]["percent"] == pytest.approx(100 * (2.41 / 2.40 - 1))
     # Within 1% at step 20 (2.51 of 2.50) and at 30; at 10 it was 3.3% above.
-    assert trials["lora+"]["gap_to_full"]["within_1_percent_from_step"] == 20
+    assert trials["lora+"]["gap_to_full"]["as_good_from_step"] == 20
     # Within 1% at step 10, but not from there on.
-    assert trials["lora"]["gap_to_full"]["within_1_percent_from_step"] is None
+    assert trials["lora"]["gap_to_full"]["as_good_from_step"] is None
     assert [point["step"] for point in trials["lora"]["curve"]] == [0, 10, 20, 30]
     assert trials["lora"]["final"]["perplexity"] == pytest.approx(2.6)
     assert trials["lora"]["final"]["low"] < 2.6 < trials["lora"]["final"]["high"]
