@@ -123,12 +123,14 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
     bottom, top = min(ends) - margin, max(ends) + margin
     hidden = [point["percent"] for line in lines for point in line["points"] if point["percent"] > top]
     above = [f"{wording.percent(max(hidden))} early on"] if hidden else []
+    if not any(_fell(one["points"], "percent") for each in comparison["contexts"] for one in each["gaps"]):
+        above = None
     measure = f"perplexity above {wording.method(baseline)}, in percent"
     axes = drawing.panel(figure, context, measure, None, above=above, left=28, right=116)
     axes.set_ylim(bottom, top)
     axes.grid(visible=True, axis="y")
     axes.locator_params(axis="y", nbins=5)
-    axes.yaxis.set_major_formatter(lambda value, _: wording.percent(value).removesuffix("%").replace(".0", ""))
+    axes.yaxis.set_major_formatter(lambda value, _: wording.percent(value).removesuffix(".0%") if value else "0")
     axes.axhline(0, color=looks[baseline][0], linewidth=1.4)
     labels = [(None, 0.0, wording.method(baseline), looks[baseline][0])]
     if baseline == "full":
@@ -179,7 +181,7 @@ def pareto(figure: Any, comparison: dict, context: dict) -> None:
         for (_, before), (hours, perplexity) in zip([(0, top), *front], front):
             corners += [(hours, before), (hours, perplexity)]
         corners.append((axes.get_xlim()[1], front[-1][1]))
-        axes.plot(*zip(*corners), color=LINE, linewidth=1.2, zorder=1)
+        axes.plot(*zip(*corners), color=MUTED, linewidth=0.8, alpha=0.7, zorder=1)
     for name, one in zip(wording.trial_names(settings), settings):
         own, _, marker = looks[one["method"]]
         colour = MUTED if one["dominated"] else own
@@ -270,8 +272,11 @@ def write_png(comparison: dict, name: str, path: Path) -> Path:
 
 def _after_the_fall(points: list[dict], measure: str = "perplexity") -> list[dict]:
     """Without the first point where it is very far above the last and would flatten every difference."""
-    fell = len(points) > 2 and points[0][measure] > TALLEST * abs(points[-1][measure])
-    return points[1:] if fell else points
+    return points[1:] if _fell(points, measure) else points
+
+
+def _fell(points: list[dict], measure: str) -> bool:
+    return len(points) > 2 and points[0][measure] > TALLEST * abs(points[-1][measure])
 
 
 def _labelled(reference: dict) -> str:

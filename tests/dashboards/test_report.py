@@ -108,7 +108,7 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "run20485",
         "20 81,920",  # an evaluation: step and tokens
         "LoRA+ above Full Step Tokens Gap Interval 5 20,480",
-        "Tokens to 2.753 CPU hours to 2.753 Worth its hours",
+        "What it takes Setting CPU hours Cost Tokens to 2.749 CPU hours to 2.749 Worth its hours",
         "LoRA+ 0.0197 $0.04 129,024 0.0148 yes",
         "LoRA 0.0181 $0.04 not reached not reached yes",
         "Learning rates each method's by its final perplexity from a small grid",
