@@ -79,6 +79,8 @@ class NamedCluster:
 
 
 THIS_MACHINE = "this machine"
+# In the user's prices: of a device that is not named.
+ANY = "any"
 
 # By the name that torch.cuda.get_device_name gives: GiB, from the MiB that nvidia-smi lists.
 GPU_MEMORY_GIB = {
@@ -175,7 +177,8 @@ def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -
     Args:
         gpu: its name as ``torch.cuda.get_device_name`` gives it, or an instance type's name.
         overrides: the user's prices: by a GPU's name USD an hour of one GPU, by an instance type's name USD an hour
-            of the machine. A price by the GPU's name goes before one by the machine's.
+            of the machine, by ``any`` USD an hour of whatever GPU has no price of its own there. A price by the GPU's
+            name goes before one by the machine's.
     """
     overrides = overrides or {}
     if gpu in overrides:
@@ -188,6 +191,8 @@ def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -
     if own:
         name = min(own, key=own.get)
         return Price(usd_per_gpu_hour=own[name], source=f"{name}, given by the user")
+    if ANY in overrides:
+        return Price(usd_per_gpu_hour=overrides[ANY], source="given by the user")
     instance = INSTANCES[gpu] if gpu in INSTANCES else cheapest_for_gpu(gpu)
     if instance is None or instance.usd_per_gpu_hour is None:
         return None
@@ -197,7 +202,7 @@ def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -
 
 def read_prices(path: Path) -> dict[str, float]:
     """The user's prices from a .toml or .json file, for ``overrides``: ``"p4d.24xlarge" = 11.50`` is USD an hour of the
-    machine, ``"NVIDIA H200" = 3.20`` USD an hour of one GPU.
+    machine, ``"NVIDIA H200" = 3.20`` USD an hour of one GPU, ``any = 2.00`` of any GPU that is not named.
 
     Raises:
         ValueError: it cannot be read, or holds something other than names with positive numbers.
@@ -213,9 +218,8 @@ def read_prices(path: Path) -> dict[str, float]:
     for name, price in prices.items():
         if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < float("inf"):
             raise ValueError(f"the price of {name!r} in {path} is {price!r}; {example}")
-    gpus = {instance.gpu for instance in INSTANCES.values()}
     for name in prices:
-        if name.removeprefix("Standard_") not in INSTANCES and name not in gpus and not name.startswith("NVIDIA "):
+        if name.removeprefix("Standard_") not in INSTANCES and name != ANY and not name.startswith("NVIDIA "):
             raise ValueError(f"{path}: {_unknown('instance type', name, INSTANCES)}; GPUs are named NVIDIA ...")
     return {name.removeprefix("Standard_"): float(price) for name, price in prices.items()}
 

@@ -42,18 +42,71 @@ class Gap(TypedDict):
     percent: float
     low: float | None
     high: float | None
-    within_1_percent_from_step: int | None
+    as_good_from_step: int | None  # from which on it stays within the comparison's `as_good` of full fine-tuning
+
+
+class GapPoint(TypedDict):
+    """Perplexity above the baseline's after some training, in percent; over seeds and documents, paired."""
+
+    step: int
+    tokens: int
+    percent: float
+    low: float | None
+    high: float | None
+
+
+class Gaps(TypedDict):
+    """One method's best setting against another's, at every evaluation that both have but step 0."""
+
+    method: str
+    baseline: str
+    seeds: list[int]  # that both finished and are paired; empty where they share none
+    points: list[GapPoint]
+
+
+class Target(TypedDict):
+    """The perplexity whose cost is compared."""
+
+    perplexity: float
+    source: str
+
+
+class Reached(TypedDict):
+    """What it took to reach the target for the first time, interpolated between two evaluations."""
+
+    step: float
+    tokens: float
+    hours: float | None
+    usd: float | None
+
+
+class Setting(TypedDict):
+    """Finished trials that differ in nothing but their seed, taken together."""
+
+    method: str
+    learning_rate: float
+    fingerprint: str  # of its first trial
+    chosen: bool  # the best of its method: the one that stands for it
+    seeds: list[int]
+    final: Point
+    hours: float | None  # of training steps, in the context's unit; the mean over seeds
+    usd: float | None
+    dominated: bool | None  # another setting is at least as good for no more hours
+    reached: Reached | None
+    as_good_from_step: int | None
 
 
 class Trial(TypedDict):
     method: str
     fingerprint: str
-    state: Literal["finished", "unfinished", "failed"]
+    state: Literal["finished", "unfinished", "failed", "stopped"]  # stopped: early, by the sweep itself
     reason: str | None
+    last_step: int | None
     log: str | None
     learning_rate: float | None
     trainable_parameters: int | None
     seed: int | None
+    chosen: bool  # of its method's best setting
     curve: list[Point]
     final: Point | None
     original_length: OriginalLength | None
@@ -61,6 +114,8 @@ class Trial(TypedDict):
     tokens_per_second: float | None
     peak_memory_gib: float | None
     train_seconds: float | None
+    hours: float | None
+    usd: float | None
     mlflow_run_id: str | None
 
 
@@ -70,6 +125,10 @@ class Context(TypedDict):
     context_length: int
     references: list[Reference]
     trials: list[Trial]
+    settings: list[Setting]
+    gaps: list[Gaps]
+    target: Target | None
+    hours_unit: str | None  # GPU hours, CPU hours; None where the trials' hours cannot be compared
     winner: str | None
     sentences: list[str]
 
@@ -102,9 +161,14 @@ class Comparison(TypedDict):
     quantization: str | None  # of the frozen weights
     seeds: list[int]
     confidence: float
+    as_good: float  # the share above full fine-tuning's perplexity that counts as as good
+    learning_rates_chosen: str
     hardware: str
+    driver: str | None
+    price: str | None  # of a device's hour: where it comes from
     packages: dict[str, str]
     git_commit: str | None
+    git_diff: str | None  # the file that holds what the code differs in from the commit
     wall_seconds: float | None
     peak_memory_gib: float | None
     storage: str
@@ -136,6 +200,9 @@ def check(value: Any, kind: Any = Comparison, where: str = "comparison") -> Any:
         return {key: check(item, get_args(kind)[1], f"{where}[{key!r}]") for key, item in value.items()}
     if get_origin(kind) is Literal:
         _expect(value in get_args(kind), where, value, f"one of {', '.join(get_args(kind))}")
+        return value
+    if kind is bool:
+        _expect(isinstance(value, bool), where, value, "true or false")
         return value
     allowed = (int, float) if kind is float else kind
     _expect(

@@ -58,7 +58,7 @@ def panel(
     figure: Any,
     context: dict,
     measure: str,
-    limits: tuple[float, float],
+    limits: tuple[float, float] | None,
     *,
     above: list[str] | None = None,
     left: float,
@@ -66,14 +66,16 @@ def panel(
 ) -> Any:
     """Axes under a heading: the context length, what is measured, and what lies above the chart.
 
-    Two lines are kept for the latter wherever `above` is a list, so that panels side by side align.
+    Two lines are kept for the latter wherever `above` is a list, so that panels side by side align. `limits` are those
+    of what is measured, where a wide range is drawn on a log scale; None where it never is.
     """
     dpi = figure.get_figure(root=True).dpi
     width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72
     notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 80) if above else []
     top = 46 + LINE_HEIGHT * max(len(notes), 0 if above is None else 2)
     figure.text(0.02, 1 - 16 / height, f"{context['context_length']:,} tokens", size=11, weight="bold")
-    figure.text(0.02, 1 - 30 / height, f"{measure}, log scale" if _logarithmic(*limits) else measure, color=MUTED)
+    scaled = f"{measure}, log scale" if limits and _logarithmic(*limits) else measure
+    figure.text(0.02, 1 - 30 / height, scaled, color=MUTED)
     for row, note in enumerate(notes):
         figure.text(0.02, 1 - (42.5 + LINE_HEIGHT * row) / height, note, color=MUTED, size=8.6)
     return figure.add_axes((left / width, 34 / height, (width - left - right) / width, (height - top - 34) / height))

@@ -111,11 +111,95 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
             axes.plot([end["perplexity"]], [row], marker, color=colour, markersize=5, markeredgewidth=0)
 
 
+def gaps(figure: Any, comparison: dict, context: dict) -> None:
+    """How far each method is above the baseline at each evaluation: full fine-tuning's line where there is one."""
+    looks = styles(comparison)
+    baseline = context["gaps"][0]["baseline"]
+    lines = [one for one in context["gaps"] if one["baseline"] == baseline]
+    shown = [point for line in lines for point in _after_the_fall(line["points"], "percent")]
+    ends = [point[key] for point in shown for key in ("percent", "low", "high") if point[key] is not None]
+    ends = [value for value in ends if math.isfinite(value)] + [0.0, 100 * comparison["as_good"]]
+    margin = 0.06 * (max(ends) - min(ends))
+    bottom, top = min(ends) - margin, max(ends) + margin
+    hidden = [point["percent"] for line in lines for point in line["points"] if point["percent"] > top]
+    above = [f"{wording.percent(max(hidden))} early on"] if hidden else []
+    if not any(_fell(one["points"], "percent") for each in comparison["contexts"] for one in each["gaps"]):
+        above = None
+    measure = f"perplexity above {wording.method(baseline)}, in percent"
+    axes = drawing.panel(figure, context, measure, None, above=above, left=28, right=116)
+    axes.set_ylim(bottom, top)
+    axes.grid(visible=True, axis="y")
+    axes.locator_params(axis="y", nbins=5)
+    axes.yaxis.set_major_formatter(lambda value, _: wording.percent(value).removesuffix(".0%") if value else "0")
+    axes.axhline(0, color=looks[baseline][0], linewidth=1.4)
+    labels = [(None, 0.0, wording.method(baseline), looks[baseline][0])]
+    if baseline == "full":
+        within = 100 * comparison["as_good"]
+        axes.axhline(within, color=MUTED, linewidth=0.8, dashes=(4, 3))
+        labels.append((None, within, f"{within:g}% above", MUTED))
+    for line in lines:
+        colour, _, marker = looks[line["method"]]
+        points = [point for point in line["points"] if math.isfinite(point["percent"])]
+        if not points:
+            continue
+        where, values = [point["step"] for point in points], [point["percent"] for point in points]
+        low, high = (
+            [point["percent"] if point[end] is None else point[end] for point in points] for end in ("low", "high")
+        )
+        axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(where, values, color=colour, linewidth=1.4, marker=marker, markersize=3.4, markeredgewidth=0)
+        labels.append(
+            (where[-1], values[-1], f"{wording.method(line['method'])} {wording.percent(values[-1])}", colour)
+        )
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.xaxis.set_major_formatter(lambda value, _: wording.short_count(value))
+    axes.set_xlabel("optimiser steps")
+    drawing.label_ends(axes, labels)
+
+
+def pareto(figure: Any, comparison: dict, context: dict) -> None:
+    """Final perplexity by what it took; grey where another setting is at least as good for no more."""
+    looks = styles(comparison)
+    settings = context["settings"]
+    bottom, top = drawing.limits([one["final"] for one in settings], context["references"], reach=1.35)
+    axes = drawing.panel(figure, context, "final perplexity", (bottom, top), left=28, right=116)
+    drawing.scale(axes, "y", bottom, top)
+    most = max(one["hours"] for one in settings)
+    axes.set_xlim(0, 1.12 * most if most else 1)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda value, _: wording.short_count(float(f"{value:.6g}")))
+    axes.set_xlabel(f"{context['hours_unit']} of training steps")
+    labels = []
+    for reference in context["references"]:
+        if bottom <= reference["perplexity"] <= top:
+            axes.axhline(reference["perplexity"], color=MUTED, linewidth=0.8, dashes=(4, 3))
+            labels.append((None, reference["perplexity"], _labelled(reference), MUTED))
+    front = sorted((one["hours"], one["final"]["perplexity"]) for one in settings if not one["dominated"])
+    if front:
+        corners = [(front[0][0], top)]
+        for (_, before), (hours, perplexity) in zip([(0, top), *front], front):
+            corners += [(hours, before), (hours, perplexity)]
+        corners.append((axes.get_xlim()[1], front[-1][1]))
+        axes.plot(*zip(*corners), color=MUTED, linewidth=0.8, alpha=0.7, zorder=1)
+    for name, one in zip(wording.trial_names(settings), settings):
+        own, _, marker = looks[one["method"]]
+        colour = MUTED if one["dominated"] else own
+        x, y, low, high = one["hours"], one["final"]["perplexity"], one["final"]["low"], one["final"]["high"]
+        faint = 0.45 if one["dominated"] else 1
+        if low is not None and high is not None:
+            axes.plot([x, x], [low, high], color=colour, linewidth=3, alpha=0.3 * faint)
+        axes.plot([x], [y], marker, color=colour, markersize=5.5, markeredgewidth=0, alpha=faint)
+        labels.append((x, y, f"{name} {wording.perplexity(y, 1)}", colour))
+    drawing.label_ends(axes, labels)
+
+
 @dataclass(frozen=True)
 class Kind:
     title: str
     draw: Callable[[Any, dict, dict], None]
     height: Callable[[dict], float]  # of a panel, in points
+    has: Callable[[dict], bool] = lambda context: True  # whether a context has what it draws
 
 
 FIGURES = {
@@ -125,17 +209,34 @@ FIGURES = {
         lambda comparison: 86 + 18 * max(len(one["trials"]) + len(one["references"]) for one in comparison["contexts"]),
     ),
     "perplexity_by_step": Kind("Perplexity by optimiser step", lambda *to: curves(*to, "step"), lambda _: 262),
+    "gap_by_step": Kind(
+        "Gap between the methods by optimiser step",
+        gaps,
+        lambda _: 262,
+        lambda context: any(math.isfinite(p["percent"]) for one in context["gaps"][:1] for p in one["points"]),
+    ),
     "perplexity_by_tokens": Kind("Perplexity by tokens trained on", lambda *to: curves(*to, "tokens"), lambda _: 262),
+    "perplexity_by_hours": Kind(
+        "What it is worth: perplexity by hours",
+        pareto,
+        lambda _: 240,
+        lambda context: bool(context["hours_unit"] and context["settings"]),
+    ),
 }
 
 
-def svg_panels(comparison: dict, name: str) -> list[str]:
-    """One inline SVG element for each context length; its colours are the page's CSS variables."""
+def of(comparison: dict) -> dict[str, Kind]:
+    """The figures for which some context has what they draw."""
+    return {name: kind for name, kind in FIGURES.items() if any(map(kind.has, comparison["contexts"]))}
+
+
+def svg_panels(comparison: dict, name: str) -> list[tuple[dict, str]]:
+    """(context, inline SVG element) for each that has what is drawn; its colours are the page's CSS variables."""
     kind = FIGURES[name]
     inks = {INK: "ink", MUTED: "muted", LINE: "line"}
     inks |= {look[0]: f"method-{index}" for index, look in enumerate(styles(comparison).values())}
     panels = []
-    for index, context in enumerate(comparison["contexts"]):
+    for index, context in enumerate(filter(kind.has, comparison["contexts"])):
         with drawing.style():
             figure = drawing.new_figure(WIDTH, kind.height(comparison))
             kind.draw(figure, comparison, context)
@@ -146,13 +247,14 @@ def svg_panels(comparison: dict, name: str) -> list[str]:
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-{index}-", text)  # unique on the page
         for colour, ink in inks.items():
             text = text.replace(colour, f"var(--{ink})")
-        panels.append(text)
+        panels.append((context, text))
     return panels
 
 
 def write_png(comparison: dict, name: str, path: Path) -> Path:
     """The panels of one figure, three a row, under its title."""
-    kind, contexts = FIGURES[name], comparison["contexts"]
+    kind = FIGURES[name]
+    contexts = list(filter(kind.has, comparison["contexts"]))
     columns = max(1, min(3, len(contexts)))
     rows = max(1, math.ceil(len(contexts) / columns))
     header, height = 42, rows * kind.height(comparison)
@@ -168,10 +270,13 @@ def write_png(comparison: dict, name: str, path: Path) -> Path:
     return path
 
 
-def _after_the_fall(points: list[dict]) -> list[dict]:
+def _after_the_fall(points: list[dict], measure: str = "perplexity") -> list[dict]:
     """Without the first point where it is very far above the last and would flatten every difference."""
-    fell = len(points) > 2 and points[0]["perplexity"] > TALLEST * points[-1]["perplexity"]
-    return points[1:] if fell else points
+    return points[1:] if _fell(points, measure) else points
+
+
+def _fell(points: list[dict], measure: str) -> bool:
+    return len(points) > 2 and points[0][measure] > TALLEST * abs(points[-1][measure])
 
 
 def _labelled(reference: dict) -> str:

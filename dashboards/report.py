@@ -1,4 +1,4 @@
-"""A comparison as one page and three pictures: `python -m dashboards.report COMPARISON.json [--out FOLDER]`.
+"""A comparison as one page and its pictures: `python -m dashboards.report COMPARISON.json [--out FOLDER]`.
 
 The page is one self-contained file: it opens from disk, offline, in light and dark, on a phone and on paper. The answer
 comes first, in words; then figures, tables, and how it was all measured.
@@ -14,7 +14,7 @@ from dashboards.comparison import check
 
 
 def render(comparison: dict, folder: Path) -> list[Path]:
-    """Writes report.html and the three PNG figures into `folder`, and returns their paths.
+    """Writes report.html and the PNG figures into `folder`, and returns their paths.
 
     Raises ValueError where `comparison` is not of the shape that dashboards.comparison describes.
     """
@@ -25,7 +25,7 @@ def render(comparison: dict, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
     page.write_text(html(comparison), encoding="utf-8")
-    return [page, *(figures.write_png(comparison, name, folder / f"{name}.png") for name in figures.FIGURES)]
+    return [page, *(figures.write_png(comparison, name, folder / f"{name}.png") for name in figures.of(comparison))]
 
 
 def html(comparison: dict) -> str:
@@ -39,19 +39,22 @@ def html(comparison: dict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = ("count", "duration", "gibibytes", "method", "moment", "percent", "perplexity", "small")
+    words = ("count", "dollars", "duration", "gibibytes", "hours", "method", "moment", "percent", "perplexity", "small")
     environment.filters |= {name: getattr(wording, name) for name in words}
     trials = [(context, trial) for context in comparison["contexts"] for trial in context["trials"]]
     looks = figures.styles(comparison)
     return environment.get_template("report.html").render(
         comparison,
-        figures={name: (kind.title, figures.svg_panels(comparison, name)) for name, kind in figures.FIGURES.items()},
+        figures={
+            name: (kind.title, figures.svg_panels(comparison, name)) for name, kind in figures.of(comparison).items()
+        },
         colours=list(looks.values()),
         colour_of={name: f"var(--method-{index})" for index, name in enumerate(looks)},
         interval=lambda point: wording.interval(point["low"], point["high"]),
         names=wording.trial_names,
         explained={name: wording.EXPLAINED[name] for name in looks if name in wording.EXPLAINED},
-        troubled=[(context, trial) for context, trial in trials if trial["state"] != "finished"],
+        troubled=[(context, trial) for context, trial in trials if trial["state"] in ("failed", "unfinished")],
+        stopped=[(context, trial) for context, trial in trials if trial["state"] == "stopped"],
         trials=trials,
     )
 

@@ -86,11 +86,19 @@ def trial_names(trials: list[dict]) -> list[str]:
 
     def name(trial: dict) -> str:
         siblings = [other for other in trials if other["method"] == trial["method"]]
-        if len(siblings) == 1:
-            return method(trial["method"])
-        for key, text in (("learning_rate", f"lr {small(trial['learning_rate'])}"), ("seed", f"seed {trial['seed']}")):
-            if len({other[key] for other in siblings}) == len(siblings):
-                return f"{method(trial['method'])} {text}"
-        return f"{method(trial['method'])} {trial['fingerprint'][:6]}"
+        texts = {"learning_rate": f"lr {small(trial['learning_rate'])}", "seed": f"seed {trial.get('seed')}"}
+        differing = [key for key in texts if len({other.get(key) for other in siblings}) > 1]
+        alike = sum(all(other.get(key) == trial.get(key) for key in differing) for other in siblings)
+        own = [trial["fingerprint"][:6]] if alike > 1 else []
+        return " ".join([method(trial["method"]), *(texts[key] for key in differing), *own])
 
     return [name(trial) for trial in trials]
+
+
+def hours(value: float | None) -> str:
+    """Three significant digits."""
+    return NOTHING if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def dollars(value: float | None) -> str:
+    return NOTHING if value is None else f"${value:,.2f}" if value >= 0.01 else "under 1 cent"

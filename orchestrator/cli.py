@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,21 @@ def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
         default=Command(default, RunOptions()),
         args=arguments,
     )
-    return command.run.name or _name(recipe, command.sweep), command.sweep, command.run
+    sweep = _with_true_words_on_rates(default, command.sweep)
+    return command.run.name or _name(recipe, sweep), sweep, command.run
+
+
+def _with_true_words_on_rates(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:
+    """What a recipe says of how it chose its learning rates does not hold for rates that are given as flags."""
+    fields = [
+        field.name
+        for field in dataclasses.fields(sweep)
+        if field.name.startswith("learning_rate_") and field.name != "learning_rate_sweep"
+    ]
+    given = [f"--{name.replace('_', '-')}" for name in fields if getattr(sweep, name) != getattr(default, name)]
+    if not given or sweep.learning_rates_chosen != default.learning_rates_chosen:
+        return sweep
+    return dataclasses.replace(sweep, learning_rates_chosen=f"not stated of {', '.join(given)}, given as flags")
 
 
 def _name(recipe: str, sweep: SweepSpec) -> str:

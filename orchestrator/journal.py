@@ -96,6 +96,7 @@ class TrialRecord:
     launched: float | None = None
     ended: float | None = None
     started: dict[str, Any] = field(default_factory=dict)
+    attempts: list[dict[str, Any]] = field(default_factory=list)  # each ``started``, in order
     model: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evals: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # by (context length, step)
@@ -124,6 +125,7 @@ class TrialRecord:
                 self.state, self.reason, self.launched = "starting", None, event["time"]
             case "started":
                 self.state, self.reason, self.started = "running", None, event
+                self.attempts.append(event)
                 self.resumed_at = 0
                 self.attempts += 1
             case "model":

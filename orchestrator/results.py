@@ -15,31 +15,50 @@ def result_table(comparison: dict[str, Any]) -> Table:
     )  # fmt: skip
     table.add_column("context", justify="right")
     table.add_column("setting", no_wrap=True)
-    for name in ("perplexity", "interval", "gap to full", "within 1% from", "tokens/s"):
+    within, unit = f"within {100 * comparison['as_good']:g}% from", _unit(comparison)
+    for name in ("perplexity", "interval", "gap to full", within, "tokens/s", unit):
         table.add_column(name, justify="right", no_wrap=True)
     for context in comparison["contexts"]:
         length = f"{context['context_length']:,}"
         for reference in context["references"]:
-            table.add_row(length, reference["label"], *_interval(reference), "-", "-", "-", style="dim")
+            table.add_row(length, reference["label"], *_interval(reference), "-", "-", "-", "-", style="dim")
         for trial in context["trials"]:
-            winner = trial["method"] == context["winner"]
+            winner = trial["method"] == context["winner"] and trial["chosen"]
             gap = trial["gap_to_full"]
             table.add_row(
                 length,
-                trial["method"] + (f" seed {trial['seed']}" if len(comparison["seeds"]) > 1 else ""),
-                *(_interval(trial["final"]) if trial["final"] else (trial["state"], "-")),
+                _name(trial, context["trials"]),
+                *(_interval(trial["final"]) if trial["final"] else (_state(trial), "-")),
                 f"{gap['percent']:+.1f}%" if gap else "-",
                 _within(gap),
                 f"{trial['tokens_per_second']:,.0f}" if trial["tokens_per_second"] else "-",
+                f"{trial['hours']:.3g}" if trial["hours"] is not None else "-",
                 style="bold" if winner else None,
             )
     return table
 
 
+def _unit(comparison: dict[str, Any]) -> str:
+    units = {context["hours_unit"] for context in comparison["contexts"]} - {None}
+    return units.pop() if len(units) == 1 else "hours"
+
+
+def _name(trial: dict[str, Any], trials: list[dict[str, Any]]) -> str:
+    """The method, and what tells its trials of this context length apart."""
+    siblings = [other for other in trials if other["method"] == trial["method"]]
+    rate = f" lr {trial['learning_rate']:g}" if len({other["learning_rate"] for other in siblings}) > 1 else ""
+    seed = f" seed {trial['seed']}" if len({other["seed"] for other in siblings}) > 1 else ""
+    return trial["method"] + rate + seed
+
+
+def _state(trial: dict[str, Any]) -> str:
+    return f"stopped at {trial['last_step']}" if trial["state"] == "stopped" else trial["state"]
+
+
 def _within(gap: dict[str, Any] | None) -> str:
     if gap is None:
         return "-"
-    step = gap["within_1_percent_from_step"]
+    step = gap["as_good_from_step"]
     return f"step {step}" if step is not None else "not reached"
 
 
@@ -51,6 +70,6 @@ def winners(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     """The best trial of each context length: of the winning setting, the seed with the lowest perplexity."""
     best = []
     for context in comparison["contexts"]:
-        finished = [t for t in context["trials"] if t["method"] == context["winner"] and t["final"]]
+        finished = [t for t in context["trials"] if t["method"] == context["winner"] and t["chosen"]]
         best += sorted(finished, key=lambda trial: trial["final"]["perplexity"])[:1]
     return best

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -94,6 +95,11 @@ class SweepSpec:
     """Learning rate of embeddings where they train; by default the method's own."""
     learning_rate_norms: float | None = None
     """Learning rate of norms where they train; by default the method's own."""
+    learning_rate_sweep: tuple[float, ...] = (1.0,)
+    """Multiples of each method's own learning rates to train with, such as 0.3 1 3: each is a trial, and the comparison
+    takes each method's best."""
+    learning_rates_chosen: str = "not stated"
+    """How the methods' learning rates were chosen, in words for the report; it changes no trial."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     schedule: Schedule = "constant"
@@ -118,7 +124,7 @@ class SweepSpec:
     """Tokens scored of each held-out document, the same at every context length; the longest one where not given."""
 
     def __post_init__(self) -> None:
-        for field in ("context_lengths", "methods", "seeds"):
+        for field in ("context_lengths", "methods", "seeds", "learning_rate_sweep"):
             values = getattr(self, field)
             flag = f"--{field.replace('_', '-')}"
             if not values:
@@ -126,6 +132,9 @@ class SweepSpec:
             if len(set(values)) != len(values):
                 given = " ".join(str(value) for value in values)
                 raise InputError(f"{flag} {given}: expected none of the values twice")
+        for multiple in self.learning_rate_sweep:
+            if not 0 < multiple < math.inf:
+                raise InputError(f"--learning-rate-sweep {multiple:g}: expected positive multiples, such as 0.3 1 3")
         for flag, given in (("--text-column", self.text_column), ("--max-train-tokens", self.max_train_tokens)):
             if self.task == "sft" and given is not None:
                 raise InputError(f"{flag} {given} has no effect with --task sft. Leave it out")
@@ -138,8 +147,11 @@ class SweepSpec:
                     "trains them; leave it out, or add a method that does, such as lora+"
                 )
 
-    def learning_rates(self, method: TrainedMethod) -> dict[str, float]:
-        """The learning rates of a method, by TrainingConfig's fields; those of what it does not train are left out."""
+    def learning_rates(self, method: TrainedMethod, multiple: float = 1.0) -> dict[str, float | None]:
+        """The learning rates of a method, by TrainingConfig's fields; those of what it does not train are left out.
+
+        With a multiple of ``learning_rate_sweep`` all of them are scaled by it, so that their ratio stays.
+        """
         rate = {
             "lora": self.learning_rate_lora,
             "lora+norm": self.learning_rate_lora,
@@ -152,6 +164,9 @@ class SweepSpec:
             rates["learning_rate_embeddings"] = self.learning_rate_embeddings
         if trains_norms(method):
             rates["learning_rate_norms"] = self.learning_rate_norms
+        if multiple != 1:
+            # Rounded, so that 0.3 x 2e-5 is the trial that somebody has trained at 6e-6.
+            rates = {name: rate and float(f"{rate * multiple:.12g}") for name, rate in rates.items()}
         return rates
 
     def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
@@ -193,7 +208,7 @@ class SweepSpec:
                         quantization=self.quantization,
                         steps=self.steps,
                         batch=self.batch,
-                        **self.learning_rates(method),
+                        **self.learning_rates(method, multiple),
                         warmup_steps=self.warmup_steps,
                         schedule=self.schedule,
                         beta1=self.beta1,
@@ -206,11 +221,21 @@ class SweepSpec:
                         **{field: getattr(self, field) for field in lora},
                         **shared,
                     )
+                    for multiple in self.learning_rate_sweep
                     for seed in self.seeds
                 ]
         return [
-            TrialSpec(model=self.model, data=self.data, text_column=self.text_column, identities=identities, training=c)
-            for c in configs
+            TrialSpec(
+                model=self.model,
+                data=self.data,
+                text_column=self.text_column,
+                identities=identities,
+                training=config,
+                distinction=f"lr {config.learning_rate:g}"
+                if config.method != "untuned" and self.learning_rate_sweep != (1.0,)
+                else "",
+            )
+            for config in configs
         ]
 
     def to_json(self) -> str:
@@ -250,13 +275,15 @@ class Identities:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """One trial. ``model`` and ``data`` say where things are; ``identities`` and ``training`` are what it is."""
+    """One trial. ``model`` and ``data`` say where things are; ``identities`` and ``training`` are what it is;
+    ``distinction`` is what tells it from its sweep's other trials of the method, for its label."""
 
     model: str
     data: str
     text_column: str | None = None
     identities: Identities
     training: TrainingConfig
+    distinction: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -285,7 +312,7 @@ class TrialSpec:
             eval_span=training.eval_span,
             task=training.task,
         )
-        return dataclasses.replace(self, training=untuned)
+        return dataclasses.replace(self, training=untuned, distinction="")
 
     @property
     def label(self) -> str:
@@ -293,7 +320,8 @@ class TrialSpec:
         training = self.training
         name = f"untuned {training.positions}" if training.method == "untuned" else training.method
         seed = f" seed {training.seed}" if training.seed else ""
-        return f"{name} {training.context_length}{seed}"
+        distinction = f" {self.distinction}" if self.distinction else ""
+        return f"{name} {training.context_length}{distinction}{seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -348,6 +376,15 @@ class RunOptions:
     """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
     offload: bool = False
     """Keep in host memory what zero2 or zero3 shares out, and update there."""
+    price_per_hour: float | None = None
+    """USD an hour of one GPU (an instance's price divided by its GPUs), or of one CPU thread where there are no GPUs;
+    by default of the cheapest instance on demand that has this GPU (clusters/prices.py), else unknown."""
+    prices: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Your prices as .toml or .json: USD an hour by instance type ("p4d.24xlarge") or of one GPU ("NVIDIA H200")."""
+    target_perplexity: float | None = None
+    """Compare what it takes to reach this perplexity; by default the one that full fine-tuning ends with."""
+    as_good_within: float = 0.01
+    """How far above full fine-tuning's perplexity still counts as as good, as a share of it."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
@@ -355,14 +392,12 @@ class RunOptions:
                 f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
             )
         for field in (
-            "workers",
-            "cpus_per_worker",
-            "max_concurrent",
-            "micro_batch",
-            "checkpoint_every",
-            "hang_timeout",
+            *("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"),
+            *("hang_timeout", "price_per_hour", "as_good_within"),
         ):
             value = getattr(self, field)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{field} is {value}; expected a positive number")
+        if self.target_perplexity is not None and not 1 < self.target_perplexity < math.inf:
+            raise InputError(f"target_perplexity is {self.target_perplexity}; expected a number above 1")
         ExecutionConfig(engine=self.engine, offload=self.offload)  # refuses what cannot go together

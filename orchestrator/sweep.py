@@ -30,7 +30,7 @@ from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.journal import TrialRecord
 from orchestrator.plan import Planned, plan, summary
-from orchestrator.provenance import Provenance
+from orchestrator.provenance import Provenance, own_prices
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
@@ -169,6 +169,7 @@ class Sweep:
         else:
             self.corpus = Corpus.parse(self.spec.data, self.spec.text_column, self.spec.max_train_tokens)
         self.provenance = Provenance.collect()
+        self.prices = own_prices(self.options)
         self.tracker = Tracker(
             tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
         )
@@ -242,7 +243,8 @@ class Sweep:
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
         for trial in to_train:
-            self.storage.add_trial(trial, self.source.location)
+            folder = self.storage.add_trial(trial, self.source.location)
+            self.provenance.keep_diff(folder.path)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
         view = LiveView(rows, self.concurrency, self.console)
@@ -320,6 +322,8 @@ class Sweep:
             "resources": self.cluster.trial_resources(options),
             "threads": options.cpus_per_worker,
             "ray_storage": str(self.storage.ray_train),
+            "provenance": self.provenance.of_attempt(),
+            "prices": self.prices,
             "max_failures": options.max_failures,
             "max_preemptions": options.max_preemptions,
             "hang_timeout": options.hang_timeout,
@@ -340,7 +344,9 @@ class Sweep:
         try:
             write_json(self.folder / "comparison.json", comparison)
             report = render(comparison, self.folder / "report")
-            self.log_to_mlflow(comparison, [*report, self.folder / "comparison.json"])
+            diff = self.provenance.keep_diff(self.folder)
+            kept = [self.folder / "comparison.json", self.folder / "spec.json", *([diff] if diff else [])]
+            self.log_to_mlflow(comparison, [*report, *kept])
         except OSError as error:
             self.console.print(f"note: the report could not be written: {error}", markup=False)
 
@@ -354,7 +360,7 @@ class Sweep:
         for trial in winners(comparison):
             command = self.export_command(trial["fingerprint"])
             self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
-        failed = [o for o in outcomes if not o.finished]
+        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped")]
         for outcome in failed:
             self.console.print(
                 f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
@@ -381,7 +387,8 @@ class Sweep:
             )
 
     def describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
-        contexts = compare(outcomes, self.original_length)
+        as_good = self.options.as_good_within
+        contexts = compare(outcomes, self.original_length, as_good, self.options.target_perplexity)
         run_ids = {trial.fingerprint: self.tracker.run_id(trial) for trial in self.trials}
         for context in contexts:
             for described in context["trials"]:
@@ -415,9 +422,14 @@ class Sweep:
             "quantization": self.spec.quantization if self.spec.quantization != "none" else None,
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
+            "as_good": as_good,
+            "learning_rates_chosen": self.describe_learning_rates(),
+            "price": started.get("price_source"),
+            "driver": f"{started['driver']}, CUDA {started['cuda']}" if started.get("driver") else None,
             "hardware": started.get("hardware", "unknown"),
             "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
             "git_commit": self.provenance.git_commit,
+            "git_diff": self.provenance.diff_name,
             "wall_seconds": time.time() - self.began,
             "peak_memory_gib": max(peaks, default=None),
             "storage": str(self.storage.root),
@@ -442,6 +454,16 @@ class Sweep:
         group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
         pattern = "shifted sparse attention (S²-Attn)" if self.spec.attention == "s2" else self.spec.attention
         return f"{pattern} in training, groups of {group}{inside}"
+
+    def describe_learning_rates(self) -> str:
+        chosen = self.spec.learning_rates_chosen
+        if len(self.spec.learning_rate_sweep) == 1:
+            return chosen
+        multiples = ", ".join(f"{multiple:g}" for multiple in self.spec.learning_rate_sweep)
+        return (
+            f"for each method and context length the best of {multiples} times its own rate, by final perplexity on "
+            f"the scored documents themselves, which flatters every method; those rates: {chosen}"
+        )
 
     def mlflow_command(self, storage: str) -> str:
         if self.tracker.uri.startswith("sqlite:"):

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,32 @@ def metrics_of(event: dict[str, Any], context_length: int, workers: int) -> dict
         case "eval":
             return {f"eval/perplexity_{event['context_length']}": event["perplexity"]}
     return {}
+
+
+def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """(name, value, step) of what a comparison says of one context length: of each method by its best setting."""
+    length = context["context_length"]
+    for setting in context["settings"]:
+        method, step = setting["method"], setting["final"]["step"]
+        if setting["chosen"]:
+            yield f"final/perplexity_{length}/{method}", setting["final"]["perplexity"], step
+            if setting["hours"] is not None:
+                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{method}", setting["hours"], step
+            if setting["reached"]:
+                yield f"to_target/tokens_{length}/{method}", setting["reached"]["tokens"], step
+    for gap in context["gaps"]:
+        for point in gap["points"]:
+            yield f"gap_percent_{length}/{gap['method']} to {gap['baseline']}", point["percent"], point["step"]
+
+
+def attempt_tags(event: dict[str, Any]) -> dict[str, str]:
+    """What a ``started`` line says of code and machine, as tags of the trial's run."""
+    fields = (
+        *("hardware", "host", "platform", "python", "driver", "cuda", "git_commit", "git_diff", "device_memory_gib"),
+        *("usd_per_device_hour", "price_source"),
+    )
+    tags = {name: str(event[name]) for name in fields if event.get(name) is not None}
+    return tags | {f"package.{name}": version for name, version in event["packages"].items()}
 
 
 def tracking_uri(storage: Storage, given: str | None) -> str:
@@ -142,10 +168,8 @@ class Tracker:
         now = int(time.time() * 1000)
         metrics, tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
         for context in comparison["contexts"]:
-            for trial in context["trials"]:
-                if trial["final"]:
-                    key = f"final/perplexity_{context['context_length']}/{trial['method'].replace('+', '_plus')}"
-                    metrics.append(Metric(key, trial["final"]["perplexity"], now, trial["final"]["step"]))
+            for name, value, step in sweep_metrics(context):
+                metrics.append(Metric(name.replace("+", "_plus"), value, now, step))
             if context["winner"]:
                 tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
         params = [Param("model", comparison["model"]["name"]), Param("data", comparison["data"]["name"])]
@@ -176,6 +200,7 @@ class TrialRun:
             self.run_id = state["run_id"] if state else self._find_or_create()
             # The last step logged of each metric.
             self.logged: dict[str, int] = state["logged"] if state else {}
+            self.kept: list[str] = state.get("artifacts", []) if state else []
             self._save()
         self._tag_with_sweep(sweep)
 
@@ -238,8 +263,7 @@ class TrialRun:
         tags = []
         for event in events:
             if event["event"] == "started":
-                tags += [RunTag("hardware", event["hardware"]), RunTag("host", event["host"])]
-                tags += [RunTag(f"package.{name}", version) for name, version in event["packages"].items()]
+                tags += [RunTag(name, value) for name, value in attempt_tags(event).items()]
             if event["event"] == "model" and "attention_backend" in event:
                 tags += [RunTag("attention_backend", event["attention_backend"])]
             if event["event"] == "failed":
@@ -248,6 +272,8 @@ class TrialRun:
             self.tracker.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_CALL])
         if tags:
             self.tracker.client.log_batch(self.run_id, tags=tags)
+        if any(event["event"] == "started" for event in events):
+            self._log_artifacts()
         if metrics:
             self.logged = logged
             self._save()
@@ -256,6 +282,14 @@ class TrialRun:
                 self.record.state
             )
         )
+
+    def _log_artifacts(self) -> None:
+        """The resolved trial, and what its code differed in from the commit; each once."""
+        for path in [self.folder.path / "trial.json", *sorted(self.folder.path.glob("code-*.diff"))]:
+            if path.name not in self.kept and path.exists():
+                self.tracker.client.log_artifact(self.run_id, str(path))
+                self.kept.append(path.name)
+                self._save()
 
     def rewind(self) -> None:
         """Reads the journal again from its start at the next ``follow``; what is logged already is not repeated."""
@@ -274,7 +308,7 @@ class TrialRun:
 
     def _save(self) -> None:
         stores = read_json(self.folder.mlflow_state) or {}
-        stores[self._store_key] = {"run_id": self.run_id, "logged": self.logged}
+        stores[self._store_key] = {"run_id": self.run_id, "logged": self.logged, "artifacts": self.kept}
         write_json(self.folder.mlflow_state, stores)
 
 

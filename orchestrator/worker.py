@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import platform
 import socket
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from orchestrator.faults import classify
 from orchestrator.journal import TrialRecord
-from orchestrator.provenance import package_versions
+from orchestrator.provenance import describe_machine
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import TrialFolder
 from workloads.config import ExecutionConfig
@@ -72,7 +70,9 @@ def _train(
             return
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
-            emit("started", **describe_attempt(device, workers))
+            machine = describe_machine(device, workers, config["prices"])
+            where = {"node": ray.get_runtime_context().get_node_id()}
+            emit("started", **machine, **where, **config["provenance"], execution=config["execution"])
             execution = ExecutionConfig(**config["execution"])
             ended = run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
@@ -130,35 +130,6 @@ def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
 def _agree(value: Any, workers: int) -> Any:
     """What worker 0 decides or knows, for all."""
     return ray.train.collective.broadcast_from_rank_zero(value) if workers > 1 else value
-
-
-def describe_attempt(device: torch.device, workers: int) -> dict[str, Any]:
-    """What the trial runs on, for the record."""
-    return {
-        "host": socket.gethostname(),
-        "node": ray.get_runtime_context().get_node_id(),
-        "pid": os.getpid(),
-        "workers": workers,
-        "hardware": hardware(device, workers),
-        "python": platform.python_version(),
-        "packages": package_versions(),
-    }
-
-
-def hardware(device: torch.device, workers: int) -> str:
-    """``2 x NVIDIA H200`` or ``1 x 1 CPU thread (AMD EPYC)``."""
-    if device.type == "cuda":
-        return f"{workers} x {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"{workers} x {threads} CPU thread{'s' if threads > 1 else ''} ({cpu_name()})"
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class log_to:

@@ -56,6 +56,9 @@ def test_the_users_own_prices_go_first():
     both = prices.price_per_gpu_hour("NVIDIA H200", {"p5en.48xlarge": 32.0, "NVIDIA H200": 3.2})
     assert both.usd_per_gpu_hour == 3.2
     assert prices.price_per_gpu_hour("NVIDIA L4", {"p5en.48xlarge": 32.0}).usd_per_gpu_hour == 0.8048
+    any_gpu = {"any": 2.0, "NVIDIA H200": 3.2}
+    assert prices.price_per_gpu_hour("NVIDIA H200", any_gpu).usd_per_gpu_hour == 3.2
+    assert prices.price_per_gpu_hour("NVIDIA GeForce RTX 4090", any_gpu).usd_per_gpu_hour == 2.0
     assert prices.price_per_gpu_hour("g5.48xlarge").usd_per_gpu_hour == pytest.approx(2.036)
     assert prices.price_per_gpu_hour("NVIDIA GeForce RTX 4090") is None
     assert prices.price_per_gpu_hour("ND96amsr_A100_v4") is None

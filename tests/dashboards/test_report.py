@@ -58,8 +58,9 @@ def read(changed: dict) -> Reader:
     return Reader(report.html(check(changed)))
 
 
-def test_writes_a_page_and_three_pictures(written: list[Path]) -> None:
-    names = {"report.html", "perplexity_by_step.png", "perplexity_by_tokens.png", "final_perplexity.png"}
+def test_writes_a_page_and_its_pictures(written: list[Path]) -> None:
+    pictures = ("final_perplexity", "perplexity_by_step", "gap_by_step", "perplexity_by_tokens", "perplexity_by_hours")
+    names = {"report.html", *(f"{name}.png" for name in pictures)}
     assert {path.name for path in written} == names
     for path in written:
         if path.suffix == ".png":
@@ -106,6 +107,12 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "python -m dashboards.mlflow --storage runs",
         "run20485",
         "20 81,920",  # an evaluation: step and tokens
+        "LoRA+ above Full Step Tokens Gap Interval 5 20,480",
+        "What it takes Setting CPU hours Cost Tokens to 2.749 CPU hours to 2.749 Worth its hours",
+        "LoRA+ 0.0197 $0.04 129,024 0.0148 yes",
+        "LoRA 0.0181 $0.04 not reached not reached yes",
+        "Learning rates each method's by its final perplexity from a small grid",
+        "Price given by the user",
     ],
 )
 def test_the_page_holds(reader: Reader, text: str) -> None:
@@ -118,7 +125,7 @@ def test_what_did_not_finish_says_why_and_where_its_log_is(reader: Reader) -> No
         "Full at 4,096 tokens failed out of memory: 14.2 GiB asked for, 11.0 GiB free <at step 12> "
         "runs/trials/full-4096/log.txt" in reader.text
     )
-    assert "LoRA+ at 4,096 tokens unfinished stopped at step 25 of 40" in reader.text
+    assert "LoRA+ at 4,096 tokens unfinished interrupted at step 25 of 40" in reader.text
 
 
 def test_a_sweep_without_trouble_does_not_mention_any() -> None:
@@ -132,7 +139,8 @@ def test_the_page_needs_nothing_but_itself(written: list[Path], reader: Reader) 
     assert reader.fetched == []
     assert "script" not in reader.tags
     assert "@import" not in page and "url(http" not in page
-    assert page.count("<svg") == 9  # three figures of three contexts, drawn into the page
+    # Five figures of three contexts, drawn into the page; at the last one there is no gap to draw.
+    assert page.count("<svg") == 14
     assert len(reader.ids) == len(set(reader.ids))
 
 
@@ -177,6 +185,8 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     hostile["model"]["name"] = hostile["question"] = hostile["data"]["name"] = name
     for context in hostile["contexts"]:
         context["trials"][0] |= {"method": name, "state": "failed", "reason": name, "log": name}
+        for each in (context["settings"][0], *context["gaps"][:1]):
+            each["method"] = name
         context["references"][0]["label"] = name
     reader = Reader(report.render(hostile, tmp_path)[0].read_text(encoding="utf-8"))
     assert "script" not in reader.tags
@@ -199,6 +209,42 @@ def test_several_trials_of_one_method_are_told_apart() -> None:
     trials.append(copy.deepcopy(trials[0]) | {"learning_rate": 3e-5})
     text = read(several).text
     assert "LoRA lr 0.003" in text and "LoRA lr 3e-5" in text
+    trials += [copy.deepcopy(trial) | {"seed": 1, "chosen": False} for trial in (trials[0], trials[-1])]
+    text = read(several).text
+    for name in ("LoRA lr 0.003 seed 0", "LoRA lr 3e-5 seed 1"):
+        assert name in text
+
+
+def test_a_trial_that_was_stopped_early_is_no_trouble_and_says_at_which_step() -> None:
+    stopped = comparison()
+    stopped["contexts"].pop()
+    stopped["contexts"][0]["trials"][0] |= {
+        "state": "stopped", "last_step": 15, "final": None, "gap_to_full": None, "chosen": False,
+        "reason": "at 61,440 tokens LoRA+ with 0.003 was at 3.2, below its 4.1",
+    }  # fmt: skip
+    text = read(stopped).text
+    assert "did not finish" not in text
+    assert "1 of 6 trials was stopped early and does not compete" in text
+    assert "LoRA at 1,024 tokens , learning rate 0.003, stopped at step 15 at 61,440 tokens LoRA+ with" in text
+    assert "stopped at step 15" in text
+
+
+def test_where_hours_cannot_be_compared_there_is_no_picture_of_them(tmp_path: Path) -> None:
+    mixed = comparison()
+    for context in mixed["contexts"]:
+        context["hours_unit"] = None
+        for each in [*context["trials"], *context["settings"]]:
+            each |= {"hours": None, "dominated": None}
+    assert "perplexity_by_hours.png" not in {path.name for path in report.render(mixed, tmp_path)}
+
+
+def test_what_is_dominated_is_grey_in_the_picture() -> None:
+    grey = comparison()
+    before = figures.svg_panels(grey, "perplexity_by_hours")[0][1]
+    grey["contexts"][0]["settings"][0]["dominated"] = True
+    panel = figures.svg_panels(grey, "perplexity_by_hours")[0][1]
+    assert "var(--method-0)" in before  # LoRA's colour
+    assert "var(--method-0)" not in panel and "var(--method-1)" in panel
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -209,6 +255,7 @@ def test_every_trial_may_have_failed_before_its_first_evaluation(contexts: int) 
     for context in bare["contexts"]:
         for trial in context["trials"]:
             trial |= {"curve": [], "final": None, "gap_to_full": None, "state": "failed", "reason": None}
+        context |= {"settings": [], "gaps": [], "target": None}
     assert read(bare).text.count("No reason was recorded.") == 3 * contexts
 
 
@@ -218,6 +265,10 @@ def test_a_diverged_trial_is_reported_and_drawn_as_far_as_it_goes() -> None:
     trial["curve"][-1] |= {"perplexity": float("nan"), "low": None, "high": None}
     trial["curve"][-2] |= {"perplexity": float("inf"), "low": None, "high": None}
     trial["final"] = trial["curve"][-1]
+    context = diverged["contexts"][0]
+    context["settings"][0]["final"] = trial["final"]
+    context["gaps"][0]["points"][-1] |= {"percent": float("nan"), "low": None, "high": None}
+    context["gaps"][0]["points"][-2] |= {"percent": float("inf"), "low": float("nan"), "high": float("inf")}
     text = read(diverged).text
     assert "not a number" in text and "∞" in text
 

@@ -18,7 +18,10 @@ from tests.orchestrator.test_journal import a_step, evaluation
 from workloads.errors import InputError
 
 PROVENANCE = Provenance(git_commit="abc123", packages={})
-STARTED = {"hardware": "1 x test", "host": "here", "packages": {"torch": "2"}, "workers": 1}
+STARTED = {
+    "hardware": "1 x NVIDIA H200", "host": "here", "packages": {"torch": "2"}, "workers": 1, "driver": "580.65.06",
+    "cuda": "13.0", "git_commit": "abc123-dirty", "usd_per_device_hour": 7.912, "price_source": "p5en.48xlarge",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -74,8 +77,9 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     assert history(client, run, "eval/perplexity_512") == [(0, 2.0)]
     tags = run.data.tags
     assert (tags["method"], tags["context_length"], tags["attention"]) == ("lora+", "1024", "s2")
-    assert (tags["longspan.fingerprint"], tags["git_commit"]) == (trial.fingerprint, "abc123")
-    assert (tags["hardware"], tags["package.torch"]) == ("1 x test", "2")
+    assert (tags["longspan.fingerprint"], tags["git_commit"]) == (trial.fingerprint, "abc123-dirty")
+    assert (tags["hardware"], tags["package.torch"]) == ("1 x NVIDIA H200", "2")
+    assert (tags["driver"], tags["cuda"], tags["usd_per_device_hour"]) == ("580.65.06", "13.0", "7.912")
     assert run.data.params["lora_rank"] == "8"
 
 
@@ -99,6 +103,28 @@ def test_restarts_and_a_second_sweep_add_no_run_and_no_point(storage, trial):
     assert run.info.end_time == int(finished["time"] * 1000)
     assert history(client, run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
     assert run.data.tags["longspan.sweeps"] == "first, second"
+
+
+def test_the_resolved_trial_and_what_its_code_differed_in_are_artifacts_of_its_run(storage, trial):
+    folder = storage.trial(trial.fingerprint)
+    first, second = (Provenance("abc-dirty", {}, diff) for diff in ("one line\n", "another line\n"))
+    assert Provenance("abc", {}, None).keep_diff(folder.path) is None
+    first.keep_diff(folder.path)
+    write_some_steps(folder.journal, last=1)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", first)
+    # It goes on with other code, in another process.
+    second.keep_diff(folder.path)
+    write_some_steps(folder.journal, first=2, last=2)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", second)
+    client, (run,) = runs(tracker.uri)
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "trial.json", first.diff_name, second.diff_name,
+    }  # fmt: skip
+    kept = client.download_artifacts(run.info.run_id, second.diff_name)
+    with open(kept) as file:
+        assert file.read() == "another line\n"
 
 
 def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(storage, trial):

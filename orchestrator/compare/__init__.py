@@ -1,0 +1,10 @@
+"""From the trials' journals to an answer: which setting wins, by how much, how surely, and for what effort.
+
+``compare`` gives plain data, ready for JSON, whose fields ``dashboards.comparison`` documents; ``python -m
+orchestrator.compare RUN RUN`` compares single runs (``__main__``).
+"""
+
+from orchestrator.compare.answer import Outcome, compare
+from orchestrator.compare.words import summarise
+
+__all__ = ["Outcome", "compare", "summarise"]

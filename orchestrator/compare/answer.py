@@ -1,0 +1,342 @@
+"""A sweep's trials compared: a setting is what was trained whatever its seed, a method's best setting stands for it.
+
+Only finished trials compete. Settings are compared over their seeds and the scored documents, at every evaluation they
+have in common, by the bootstrap of :mod:`workloads.evaluation.bootstrap`: documents, and seeds where there are several,
+are drawn again, the same ones for both sides. Of methods that finished different seeds the shared ones are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.compare import effort, words
+from orchestrator.journal import TrialRecord
+from orchestrator.spec import TrialSpec
+from workloads.config import TrainingConfig
+from workloads.evaluation.bootstrap import DocumentScores, Interval, gap_interval, perplexity_interval
+
+# "Within 1% of full fine-tuning" is what the comparison calls as good as it, unless it is told otherwise.
+AS_GOOD = 0.01
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial with what its journal says."""
+
+    trial: TrialSpec
+    record: TrialRecord
+    log: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return self.record.state == "finished"
+
+    @property
+    def context_length(self) -> int:
+        return self.trial.training.context_length
+
+    def scores(self, step: int | None = None) -> DocumentScores | None:
+        """What it scored at its trained length at a step, by default the last."""
+        return self.record.scores(self.context_length, step)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Finished trials that differ in nothing but their seed."""
+
+    training: TrainingConfig
+    by_seed: dict[int, Outcome]
+
+    @property
+    def method(self) -> str:
+        return self.training.method
+
+    @property
+    def name(self) -> str:
+        return words.METHOD_NAMES[self.method]
+
+    def steps(self) -> list[int]:
+        """The steps at which every seed was evaluated."""
+        each = [{e["step"] for e in o.record.curve(o.context_length)} for o in self.by_seed.values()]
+        return sorted(set.intersection(*each))
+
+    def scores(self, step: int | None = None, seeds: Iterable[int] | None = None) -> DocumentScores:
+        chosen = self.by_seed if seeds is None else seeds
+        return DocumentScores.over_seeds({seed: self.by_seed[seed].scores(step) for seed in chosen})
+
+    def tokens(self, step: int) -> int:
+        """Trained on by then; the mean over seeds where that differs."""
+        at = [o.record.evals[o.context_length, step]["tokens"] for o in self.by_seed.values()]
+        return round(sum(at) / len(at))
+
+    def curve(self) -> list[effort.Evaluation]:
+        """Perplexity over the seeds by what it took, at every evaluation that all have."""
+        hours = [effort.hours_by_step(o.record) for o in self.by_seed.values()]
+        dollars = [effort.dollars_by_step(o.record) for o in self.by_seed.values()]
+        return [
+            effort.Evaluation(
+                step=step,
+                tokens=self.tokens(step),
+                hours=effort.mean(each.get(step, 0.0) for each in hours),
+                usd=None if None in dollars else effort.mean(each.get(step, 0.0) for each in dollars),
+                perplexity=self.scores(step).perplexity,
+            )
+            for step in self.steps()
+        ]
+
+
+def compare(
+    outcomes: list[Outcome],
+    original_length: int,
+    as_good: float = AS_GOOD,
+    target_perplexity: float | None = None,
+) -> list[dict[str, Any]]:
+    """One entry a context length, shortest first; see ``dashboards.comparison.Context``.
+
+    Args:
+        outcomes: the trials of a sweep, whatever became of them.
+        original_length: the context length that the model was pretrained for.
+        as_good: how far above full fine-tuning's perplexity is as good, as a share of it.
+        target_perplexity: whose cost is compared; by default what full fine-tuning ends with.
+    """
+    by_length = defaultdict(list)
+    for outcome in outcomes:
+        by_length[outcome.context_length].append(outcome)
+    return [
+        _compare_length(length, by_length[length], original_length, as_good, target_perplexity)
+        for length in sorted(by_length)
+    ]
+
+
+def _compare_length(
+    length: int, outcomes: list[Outcome], original_length: int, as_good: float, target_perplexity: float | None
+) -> dict[str, Any]:
+    trained = [outcome for outcome in outcomes if outcome.trial.training.method != "untuned"]
+    settings = _settings(trained)
+    best = _best_of_each_method(settings)
+    seeds = _seeds_in_common(best.values()) or None
+    scores = {method: setting.scores(seeds=seeds) for method, setting in best.items()}
+    ranked = sorted(scores, key=lambda method: scores[method].perplexity)
+    winner = ranked[0] if ranked else None
+    full = best.get("full")
+    target = _target(full, target_perplexity)
+    unit = effort.unit_of([o.record for o in trained if o.record.steps])
+    described = _describe_settings(settings, best, full, target, unit, as_good)
+    references = _references(outcomes, trained)
+    before = _unchanged_at(original_length, outcomes)
+    context = {
+        "context_length": length,
+        "references": [
+            {"label": words.REFERENCE_NAMES[positions], **_as_perplexity(perplexity_interval(reference))}
+            for positions, reference in references.items()
+        ],
+        "trials": [_describe(o, full, best, original_length, before, as_good, unit) for o in trained],
+        "settings": described,
+        "gaps": _gaps(best, ["full", *(m for m in ranked if m != "full")] if full else ranked),
+        "target": target,
+        "hours_unit": unit,
+        "winner": winner,
+    }
+    hardware = sorted({effort.device_of(o.record) for o in trained if o.record.steps})
+    return context | {"sentences": words.of_context(context, scores, references, as_good, seeds, hardware)}
+
+
+def _settings(trained: list[Outcome]) -> list[Setting]:
+    """Of what is finished, in the order of the trials."""
+    groups: dict[TrainingConfig, dict[int, Outcome]] = defaultdict(dict)
+    for outcome in trained:
+        if outcome.finished:
+            training = outcome.trial.training
+            groups[dataclasses.replace(training, seed=0)][training.seed] = outcome
+    return [Setting(training, by_seed) for training, by_seed in groups.items()]
+
+
+def _best_of_each_method(settings: list[Setting]) -> dict[str, Setting]:
+    """By final perplexity: of several learning rates (or whatever else was tried) the one that ends lowest."""
+    best: dict[str, Setting] = {}
+    for setting in settings:
+        known = best.get(setting.method)
+        if known is None or setting.scores().perplexity < known.scores().perplexity:
+            best[setting.method] = setting
+    return best
+
+
+def _seeds_in_common(settings: Iterable[Setting]) -> list[int]:
+    each = [set(setting.by_seed) for setting in settings]
+    return sorted(set.intersection(*each)) if each else []
+
+
+def _target(full: Setting | None, given: float | None) -> dict[str, Any] | None:
+    if given is not None:
+        return {"perplexity": given, "source": "as asked for"}
+    if full is None:
+        return None
+    return {"perplexity": full.scores().perplexity, "source": "what full fine-tuning ends with"}
+
+
+def _describe_settings(
+    settings: list[Setting],
+    best: dict[str, Setting],
+    full: Setting | None,
+    target: dict[str, Any] | None,
+    unit: str | None,
+    as_good: float,
+) -> list[dict[str, Any]]:
+    described = []
+    for setting in settings:
+        curve = setting.curve()
+        last = curve[-1]
+        reached = effort.reach(curve, target["perplexity"]) if target else None
+        described.append(
+            {
+                "method": setting.method,
+                "learning_rate": setting.training.learning_rate,
+                "fingerprint": next(iter(setting.by_seed.values())).trial.fingerprint,
+                "chosen": best[setting.method] is setting,
+                "seeds": sorted(setting.by_seed),
+                "final": {
+                    "step": last.step,
+                    "tokens": last.tokens,
+                    **_as_perplexity(perplexity_interval(setting.scores())),
+                },
+                "hours": last.hours if unit else None,
+                "usd": last.usd,
+                "reached": reached
+                and {
+                    "step": reached.step,
+                    "tokens": reached.tokens,
+                    "hours": reached.hours if unit else None,
+                    "usd": reached.usd,
+                },
+                "as_good_from_step": _as_good_from(setting, full, as_good) if full and setting is not full else None,
+            }
+        )
+    if unit:
+        points = [(one["hours"], one["final"]["perplexity"]) for one in described]
+        for one, dominated in zip(described, effort.dominated(points)):
+            one["dominated"] = dominated
+    return described
+
+
+def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
+    """Every method against each before it in ``order``, at every evaluation of both; at step 0 they are one model."""
+    gaps = []
+    for place, baseline in enumerate(order):
+        for method in order[place + 1 :]:
+            ours, theirs = best[method], best[baseline]
+            seeds = _seeds_in_common([ours, theirs]) or None
+            points = []
+            for step in sorted(set(ours.steps()) & set(theirs.steps()) - {0}):
+                gap = gap_interval(ours.scores(step, seeds), theirs.scores(step, seeds))
+                points.append({"step": step, "tokens": ours.tokens(step), **_as_percent(gap)})
+            gaps.append({"method": method, "baseline": baseline, "seeds": seeds or [], "points": points})
+    return gaps
+
+
+def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, DocumentScores]:
+    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from,
+    unless that is quantised, and stands in where the untuned trial failed."""
+    found = {}
+    for outcome in outcomes:
+        if outcome.trial.training.method == "untuned" and outcome.finished:
+            found[outcome.trial.training.positions] = outcome.scores()
+    for outcome in trained:
+        training = outcome.trial.training
+        if training.quantization == "none" and training.positions not in found and (scores := outcome.scores(step=0)):
+            found[training.positions] = scores
+    return {positions: found[positions] for positions in words.REFERENCE_NAMES if positions in found}
+
+
+def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None:
+    """The perplexity of the unchanged model at its original length, if the sweep has it among its references."""
+    for outcome in outcomes:
+        if outcome.trial.training.method == "untuned" and outcome.trial.training.positions == "none":
+            for event in outcome.record.curve(original_length):
+                return event["perplexity"]
+    return None
+
+
+def _describe(
+    outcome: Outcome,
+    full: Setting | None,
+    best: dict[str, Setting],
+    original_length: int,
+    before: float | None,
+    as_good: float,
+    unit: str | None,
+) -> dict[str, Any]:
+    training, record = outcome.trial.training, outcome.record
+    curve = [
+        {
+            "step": event["step"],
+            "tokens": event["tokens"],
+            **_as_perplexity(perplexity_interval(DocumentScores.of(event))),
+        }
+        for event in record.curve(outcome.context_length)
+    ]
+    at_original = [event["perplexity"] for event in record.curve(original_length)]
+    same_seed = full.by_seed.get(training.seed) if full else None
+    return {
+        "label": outcome.trial.label,
+        "method": training.method,
+        "fingerprint": outcome.trial.fingerprint,
+        "state": record.state if record.state in ("finished", "failed", "stopped") else "unfinished",
+        "reason": record.reason,
+        "last_step": record.last_step,
+        "log": outcome.log,
+        "learning_rate": training.learning_rate,
+        "trainable_parameters": record.model.get("trainable_parameters"),
+        "seed": training.seed,
+        "chosen": training.method in best and outcome in best[training.method].by_seed.values(),
+        "curve": curve,
+        "final": curve[-1] if outcome.finished else None,
+        "original_length": {"context_length": original_length, "before": before, "after": at_original[-1]}
+        if outcome.finished and at_original
+        else None,
+        "gap_to_full": _gap(outcome, same_seed, as_good)
+        if same_seed and training.method != "full" and outcome.finished
+        else None,
+        "tokens_per_second": record.tokens_per_second,
+        "peak_memory_gib": record.peak_memory_gib,
+        "train_seconds": record.train_seconds,
+        "hours": effort.last(effort.hours_by_step(record)) if unit else None,
+        "usd": effort.last(effort.dollars_by_step(record)),
+        "mlflow_run_id": None,
+    }
+
+
+def _gap(outcome: Outcome, full: Outcome, as_good: float) -> dict[str, Any]:
+    """Against full fine-tuning with the same seed."""
+    pair = [Setting(o.trial.training, {o.trial.training.seed: o}) for o in (outcome, full)]
+    return {
+        **_as_percent(gap_interval(outcome.scores(), full.scores())),
+        "as_good_from_step": _as_good_from(*pair, as_good),
+    }
+
+
+def _as_good_from(setting: Setting, full: Setting, as_good: float) -> int | None:
+    """The first step from which on the perplexity stays within the share of full fine-tuning's at the same steps, or
+    None; over the seeds that both have.
+
+    Step 0 does not count: there both are the same untuned model.
+    """
+    seeds = _seeds_in_common([setting, full]) or None
+    reached = None
+    for step in sorted(set(setting.steps()) & set(full.steps()) - {0}):
+        if setting.scores(step, seeds).perplexity / full.scores(step, seeds).perplexity - 1 > as_good:
+            reached = None
+        elif reached is None:
+            reached = step
+    return reached
+
+
+def _as_perplexity(interval: Interval) -> dict[str, float]:
+    return {"perplexity": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _as_percent(gap: Interval) -> dict[str, float]:
+    return {"percent": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}

@@ -1,0 +1,132 @@
+"""Single runs by whatever somebody calls them, and what differs between them.
+
+Differences come before results: a run that is better with another seed, data, code or machine says something else than
+one that is better with another learning rate alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.journal import TrialRecord
+from orchestrator.spec import TrialSpec
+from orchestrator.storage import Storage, TrialFolder, read_json
+from workloads.errors import InputError
+
+EXPECTED = (
+    "expected a trial's folder, its fingerprint or the beginning of it (4 digits or more), SWEEP/LABEL such as "
+    "'convergence/lora+ 2048', or an MLflow run id"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trial, with what its journal says and where it lies."""
+
+    trial: TrialSpec
+    record: TrialRecord
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial.label} ({self.trial.fingerprint[:8]})"
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """All that may explain a difference, by section and field; of several attempts, by the last."""
+        trial, started = self.trial, self.record.started
+        execution = {
+            **started.get("execution", {}),
+            # What was chosen, where the setting leaves the choice.
+            "attention_backend": self.record.model.get("attention_backend"),
+            "workers": started.get("workers"),
+        }
+        code, machine = ("git_commit", "git_diff", "python"), (
+            *("hardware", "devices", "device_memory_gib", "driver", "cuda", "host", "platform", "cpus", "memory_gib"),
+        )  # fmt: skip
+        return {
+            "model and data": {
+                "model": trial.model,
+                "data": trial.data,
+                "text column": trial.text_column,
+                **{f"{name} identity": value for name, value in dataclasses.asdict(trial.identities).items()},
+            },
+            "training": {name: getattr(trial.training, name) for name in trial.training.__slots__},
+            "execution": execution,
+            "code": {name: started.get(name) for name in code},
+            "packages": started.get("packages", {}),
+            "machine": {name: started.get(name) for name in machine},
+        }
+
+
+def find_run(text: str, storage: Storage) -> Run:
+    """The run that somebody means.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    folder = Path(text).expanduser()
+    if (folder / "trial.json").is_file():
+        return _read(TrialFolder(folder.resolve()))
+    trials = storage.root / "trials"
+    if not trials.is_dir():
+        raise InputError(f"{storage.root} holds no trials; name a sweep's storage root with --storage FOLDER")
+    found: list[TrialFolder] = []
+    if re.fullmatch(r"[0-9a-f]{4,16}", text):
+        found = [TrialFolder(path) for path in sorted(trials.glob(f"{text}*")) if (path / "trial.json").is_file()]
+    elif re.fullmatch(r"[0-9a-f]{32}", text):
+        found = [folder for folder in map(TrialFolder, sorted(trials.iterdir())) if _has_mlflow_run(folder, text)]
+    elif "/" in text:
+        found = _by_sweep_and_label(text, storage)
+    if len(found) > 1:
+        each = ", ".join(f"{folder.path.name} ({_read(folder).trial.label})" for folder in found)
+        raise InputError(f"{text!r} may mean {each}; give more digits of the fingerprint")
+    if not found:
+        raise InputError(f"no run {text!r} in {storage.root}; {EXPECTED}")
+    return _read(found[0])
+
+
+def _by_sweep_and_label(text: str, storage: Storage) -> list[TrialFolder]:
+    name, _, label = text.partition("/")
+    sweep = read_json(storage.sweep(name) / "sweep.json") if re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) else None
+    if sweep is None:
+        known = sorted(path.parent.name for path in storage.root.glob("sweeps/*/sweep.json"))
+        raise InputError(f"no sweep {name!r} in {storage.root}; it has {', '.join(known) or 'none'}. {EXPECTED}")
+    folders = [storage.trial(fingerprint) for fingerprint in sweep["trials"]]
+    labels = {_read(folder).trial.label: folder for folder in folders if (folder.path / "trial.json").is_file()}
+    if label not in labels:
+        raise InputError(f"the sweep {name} has no trial {label!r}; it has {', '.join(labels)}")
+    return [labels[label]]
+
+
+def _has_mlflow_run(folder: TrialFolder, run_id: str) -> bool:
+    return any(state["run_id"] == run_id for state in (read_json(folder.mlflow_state) or {}).values())
+
+
+def _read(folder: TrialFolder) -> Run:
+    values = read_json(folder.path / "trial.json")
+    fields = {field.name for field in dataclasses.fields(TrialSpec)}
+    try:
+        trial = TrialSpec.from_dict({name: value for name, value in values.items() if name in fields})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder.path / 'trial.json'} is no trial of this version of longspan ({error})") from error
+    return Run(trial, TrialRecord.of(folder.journal), folder.path)
+
+
+def differences(runs: list[Run]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """(what differs: section, field and a value a run, None where none is recorded; how many fields of each section
+    are the same)."""
+    described = [run.described() for run in runs]
+    differ, same = [], {}
+    for section in described[0]:
+        fields = dict.fromkeys(name for each in described for name in each[section])
+        for name in fields:
+            values = [each[section].get(name) for each in described]
+            if all(value == values[0] for value in values):
+                same[section] = same.get(section, 0) + (values[0] is not None)
+            else:
+                differ.append({"section": section, "field": name, "values": values})
+    return differ, same

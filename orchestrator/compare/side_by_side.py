@@ -1,0 +1,138 @@
+"""Runs side by side: first what differs between them, then their curves, then which is better, if that can be said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from orchestrator.compare import effort
+from orchestrator.compare.answer import Outcome
+from orchestrator.compare.runs import Run, differences
+from orchestrator.compare.words import join
+from workloads.evaluation.bootstrap import CONFIDENCE, gap_interval, perplexity_interval
+
+
+def side_by_side(runs: list[Run]) -> dict[str, Any]:
+    """All of it as plain data, ready for JSON; the first run is what the others are compared with.
+
+    ``differences`` and ``same``: see :func:`orchestrator.compare.runs.differences`. ``curve``: a row for each step at
+    which any was evaluated, with each run's tokens and perplexity, and its perplexity above the first's in percent with
+    the paired interval, where both were evaluated on the same documents. ``winner``: an index into ``runs``, or None;
+    ``verdict`` says in words which is better and how surely, or why that cannot be said.
+    """
+    outcomes = [Outcome(run.trial, run.record) for run in runs]
+    differ, same = differences(runs)
+    why_not = [_scored_differently(outcomes[0], outcome) for outcome in outcomes]
+    curve = _curve(outcomes, [reason is None for reason in why_not])
+    reasons = [f"{run.name}: {reason}" for run, reason in zip(runs, why_not) if reason]
+    winner, verdict = _verdict(runs, outcomes, "; ".join(reasons))
+    return {
+        "runs": [_describe(run, outcome) for run, outcome in zip(runs, outcomes)],
+        "differences": differ,
+        "same": same,
+        "scored_on_the_same_documents": not reasons,
+        "curve": curve,
+        "winner": winner,
+        "verdict": verdict,
+    }
+
+
+def _describe(run: Run, outcome: Outcome) -> dict[str, Any]:
+    record, scores = run.record, outcome.scores()
+    interval = perplexity_interval(scores) if scores and outcome.finished else None
+    return {
+        "name": run.name,
+        "fingerprint": run.trial.fingerprint,
+        "folder": str(run.folder),
+        "state": record.state,
+        "reason": record.reason,
+        "steps": record.last_step,
+        "of_steps": run.trial.training.steps,
+        "final": interval and {"perplexity": interval.value, "low": interval.low, "high": interval.high},
+        "hours": effort.last(effort.hours_by_step(record)),
+        "hours_unit": effort.unit_of([record]) or "hours",
+        "usd": effort.last(effort.dollars_by_step(record)),
+        "tokens_per_second": record.tokens_per_second,
+    }
+
+
+def _scored_differently(first: Outcome, other: Outcome) -> str | None:
+    """Why the perplexities of two runs cannot be compared, or None: their scored tokens are the same."""
+    ours, theirs = first.trial, other.trial
+    for what, one, another in (
+        ("the data", ours.identities.data, theirs.identities.data),
+        ("the tokenizer", ours.identities.tokenizer, theirs.identities.tokenizer),
+        *(
+            (name.replace("_", " "), getattr(ours.training, name), getattr(theirs.training, name))
+            for name in ("task", "context_length", "eval_documents", "eval_span")
+        ),
+    ):
+        if one != another:
+            return f"{what} differs ({one} and {another})"
+    scores = first.scores(), other.scores()
+    if None not in scores and not np.array_equal(scores[0].tokens, scores[1].tokens):
+        return "the documents that were scored have other lengths"
+    return None
+
+
+def _curve(outcomes: list[Outcome], alike: list[bool]) -> list[dict[str, Any]]:
+    curves = [{event["step"]: event for event in o.record.curve(o.context_length)} for o in outcomes]
+    rows = []
+    for step in sorted(set().union(*curves)):
+        events = [curve.get(step) for curve in curves]
+        gaps = [
+            gap_interval(outcome.scores(step), outcomes[0].scores(step)) if paired and event and events[0] else None
+            for outcome, event, paired in zip(outcomes[1:], events[1:], alike[1:])
+        ]
+        rows.append(
+            {
+                "step": step,
+                "tokens": [event and event["tokens"] for event in events],
+                "perplexity": [event and event["perplexity"] for event in events],
+                "gaps": [
+                    gap and {"percent": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high} for gap in gaps
+                ],
+            }
+        )
+    return rows
+
+
+def _verdict(runs: list[Run], outcomes: list[Outcome], why_not: str) -> tuple[int | None, list[str]]:
+    """(the winner, sentences)"""
+    sentences = [
+        f"{run.name} is {_state(run)} and does not compete." for run, o in zip(runs, outcomes) if not o.finished
+    ]
+    if why_not:
+        return None, [
+            *sentences,
+            f"No winner: not all were scored on the same tokens as {runs[0].name} ({why_not}), and perplexities on "
+            "other tokens say nothing about which is better.",
+        ]
+    finished = [place for place, outcome in enumerate(outcomes) if outcome.finished]
+    if len(finished) < 2:
+        return None, [*sentences, "No winner: fewer than two of the runs have finished."]
+    ranked = sorted(finished, key=lambda place: outcomes[place].scores().perplexity)
+    best, established = ranked[0], True
+    for place in ranked[1:]:
+        gap = gap_interval(outcomes[place].scores(), outcomes[best].scores())
+        text = (
+            f"{runs[place].name} ends {gap.value:.2%} above {runs[best].name} (paired {CONFIDENCE:.0%} interval over "
+            f"documents {gap.low:+.2%} to {gap.high:+.2%})"
+        )
+        if gap.low <= 0:
+            established = False
+            text += ": these documents do not tell the two apart"
+        sentences.append(f"{text}.")
+    if not established:
+        return None, [*sentences, "No winner: the best is not established against all others."]
+    steps = [f"{runs[place].name} {runs[place].record.last_step:,}" for place in ranked]
+    if len({runs[place].record.last_step for place in ranked}) > 1:
+        sentences.append(f"They trained for different numbers of steps: {join(steps)}.")
+    return best, [*sentences, f"{runs[best].name} is better."]
+
+
+def _state(run: Run) -> str:
+    at = f" at step {run.record.last_step}" if run.record.steps else ""
+    reason = f" ({run.record.reason})" if run.record.reason else ""
+    return ("stopped early" if run.record.state == "stopped" else run.record.state) + at + reason
