@@ -42,6 +42,7 @@ STEP_METRICS = {
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "perf/tokens_per_second",
     "peak_memory_gib": "perf/peak_memory_gib",
+    "mfu": "perf/mfu",  # on GPUs whose peak is known
 }
 
 
@@ -49,7 +50,7 @@ def metrics_of(event: dict[str, Any], context_length: int, workers: int) -> dict
     """MLflow's metrics for one line of a journal: by their names in MLflow."""
     match event["event"]:
         case "step":
-            metrics = {name: event[field] for field, name in STEP_METRICS.items()}
+            metrics = {name: event[field] for field, name in STEP_METRICS.items() if field in event}
             return metrics | {"perf/tokens_per_second_per_gpu": event["tokens_per_second"] / workers}
         case "eval" if event["context_length"] == context_length:
             return {"eval/perplexity": event["perplexity"]}

@@ -135,6 +135,10 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def device_name(self) -> str:
+        """As torch names a GPU; ``CPU`` where there is none."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def peak_memory_gib(self) -> float:
         """The most memory used so far: allocated on the GPU, or resident in this process where there is none."""
         if self.device.type == "cuda":

@@ -6,7 +6,8 @@ The events and their fields:
     model    parameters, trainable_parameters, attention_backend
     resume   step: training goes on from this checkpoint
     eval     step, tokens, context_length, perplexity, nll and num_tokens (a list each, one entry a document)
-    step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib
+    step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib,
+             mfu (on a GPU that workloads/budget/devices.py knows)
     saved    step
 """
 
@@ -25,6 +26,7 @@ from torch import nn
 
 from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
 from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
+from workloads.budget import Device, ModelShape, model_flops_utilisation
 from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
@@ -53,6 +55,11 @@ def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, exe
     dtype = compute_dtype(config.precision)
     quantized = nf4_loading(engine.device, dtype) if config.quantization == "nf4" else None
     model = source.load(config.context_length, config.positions, dtype, quantized)
+    return set_up(model, config, engine, execution)
+
+
+def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
+    """A loaded model as a trial trains it: its attention pattern, checkpointing, what trains, its device."""
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
     use_pattern(
         model,
@@ -188,6 +195,7 @@ class Trial:
         self.step += 1
         engine.synchronize()
         seconds = time.perf_counter() - started
+        tokens_per_second = batch.num_tokens / seconds
         self.emit(
             "step",
             step=self.step,
@@ -196,9 +204,19 @@ class Trial:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm,
             seconds=seconds,
-            tokens_per_second=batch.num_tokens / seconds,
+            tokens_per_second=tokens_per_second,
             peak_memory_gib=engine.peak_memory_gib(),
+            **self.utilisation(tokens_per_second),
         )
+
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation, where the device's peak is known; not of examples, whose lengths differ."""
+        device = Device.named(self.engine.device_name())
+        if device is None or self.config.task == "sft":
+            return {}
+        shape = ModelShape.of(self.model.config)
+        a_worker = tokens_per_second / self.engine.num_workers
+        return {"mfu": model_flops_utilisation(shape, self.config, a_worker, device)}
 
     def train_batch(self) -> Batch:
         """The sequences of the next step, of all workers."""

@@ -83,6 +83,18 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     assert run.data.params["lora_rank"] == "8"
 
 
+def test_utilisation_is_logged_where_a_step_tells_it(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    journal.append("started", **STARTED)
+    journal.append("step", **a_step(1))
+    journal.append("step", **a_step(2), mfu=0.4)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    client, (run,) = runs(tracker.uri)
+    assert history(client, run, "perf/mfu") == [(2, 0.4)]
+    assert history(client, run, "perf/tokens_per_second") == [(1, 5.0), (2, 5.0)]
+
+
 def test_restarts_and_a_second_sweep_add_no_run_and_no_point(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
     write_some_steps(journal)

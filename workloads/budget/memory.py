@@ -256,7 +256,11 @@ class _Moments:
         )
 
     def update(self, fixed: Memory) -> Memory:
-        gradients = 0 if self.stage else self.gradients()
+        gradients = self.gradients()
+        if self.stage:  # joined to one tensor; stage 3 does that for a billion numbers at a time
+            partition = self.trained_bytes(1 / self.workers)
+            gradients = min(partition, FLOAT32 * ZERO3_LIVE) if self.stage == 3 else partition
+            gradients *= not self.execution.offload
         return self.add(fixed, "update", gradients=gradients, logits=self.logits)
 
     def evaluation(self, fixed: Memory) -> Memory:

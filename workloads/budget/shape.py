@@ -86,7 +86,7 @@ class ModelShape:
         family = config.model_type
         if family not in FAMILIES:
             raise InputError(
-                f"a {family} model: longspan cannot tell what it costs; choose a model of the families "
+                f"model family {family}: longspan cannot tell what it costs; choose a model of the families "
                 f"{', '.join(FAMILIES)}"
             )
         heads = config.num_attention_heads
@@ -201,8 +201,8 @@ class Training:
         known = {linear.name for linear in self.shape.linears}
         if unknown := sorted(set(self.config.lora_targets or ()) - known):
             raise InputError(
-                f"lora_targets has {', '.join(unknown)}, which a {self.shape.family} model does not have; its linear "
-                f"modules: {', '.join(sorted(known))}"
+                f"lora_targets has {', '.join(unknown)}, which the family {self.shape.family} does not have; "
+                f"its linear modules: {', '.join(sorted(known))}"
             )
         _ = self.layers
 

@@ -101,9 +101,10 @@ def trial_seconds(
         original_length: the model's own context length, at which the last evaluation scores too.
         from_step: the step that it goes on from.
     """
-    seconds = num_evaluations(training) * evaluation_seconds(shape, training, workers, device)
-    seconds -= (from_step // training.eval_every + (from_step > 0)) * seconds / num_evaluations(training)
-    if original_length and original_length != training.context_length and training.eval_span % original_length == 0:
+    evaluated = 1 + from_step // training.eval_every if from_step else 0
+    left = num_evaluations(training) - evaluated
+    seconds = left * evaluation_seconds(shape, training, workers, device)
+    if original_length not in (None, training.context_length) and training.eval_span % original_length == 0:
         seconds += evaluation_seconds(shape, training, workers, device, original_length)
     if training.steps:
         seconds += (training.steps - from_step) * step_seconds(shape, training, execution, workers, device)
