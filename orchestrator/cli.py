@@ -20,6 +20,12 @@ class Command:
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
+@dataclass(frozen=True)
+class PlanCommand(Command):
+    cluster: str | None = None
+    """Plan for a cluster by the name of its file in clusters/, such as aws-p4d, at its full size."""
+
+
 def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
     """(name of the sweep, the sweep, how to run it) from command-line arguments.
 
@@ -29,6 +35,18 @@ def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
     Raises:
         InputError: an unknown recipe, a saved sweep that cannot be read, or values that no sweep can have.
     """
+    name, command = _parse(arguments, Command, "python -m orchestrator.sweep", _description())
+    return name, command.sweep, command.run
+
+
+def parse_plan(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions, str | None]:
+    """As :func:`parse`, for the command that only plans: also the name of a cluster to plan for, or None."""
+    description = "What a sweep would do and take, trial by trial; nothing is started.\n\n" + _description()
+    name, command = _parse(arguments, PlanCommand, "python -m orchestrator.plan", description)
+    return name, command.sweep, command.run, command.cluster
+
+
+def _parse(arguments: list[str], kind: type[Command], prog: str, description: str) -> tuple[str, Command]:
     recipe, arguments = DEFAULT, list(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
     if arguments and not arguments[0].startswith("-"):
@@ -39,15 +57,9 @@ def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
         if named:
             raise InputError(f"both the recipe {recipe} and --spec {file} are given; expected one of them")
         default = SweepSpec.from_json(_read(file), str(file))
-    command = tyro.cli(
-        Command,
-        prog="python -m orchestrator.sweep",
-        description=_description(),
-        default=Command(default, RunOptions()),
-        args=arguments,
-    )
+    command = tyro.cli(kind, prog=prog, description=description, default=kind(default, RunOptions()), args=arguments)
     sweep = _with_true_words_on_rates(default, command.sweep)
-    return command.run.name or _name(recipe, sweep), sweep, command.run
+    return command.run.name or _name(recipe, sweep), dataclasses.replace(command, sweep=sweep)
 
 
 def _with_true_words_on_rates(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import subprocess
 from dataclasses import dataclass
 
+from clusters.prices import find_cluster
+from orchestrator.provenance import cpu_name
 from orchestrator.spec import RunOptions
+from workloads.budget import Device
 from workloads.errors import InputError
+
+GIB = 2**30
 
 # Set before Ray starts, so that its processes inherit them.
 ENVIRONMENT = {
@@ -42,19 +49,84 @@ OBJECT_STORE_BYTES = 150 * 2**20
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Node:
+    """A machine of the cluster. Memory in bytes; ``gpu`` as ``torch.cuda.get_device_name`` gives it."""
+
     cpus: float
-    gpus: float
+    gpus: float = 0
+    memory: float = 0
+    gpu: str | None = None
+    gpu_memory: float = 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines that trials run on."""
+
+    nodes: tuple[Node, ...]
+    instance: str | None = None  # the type of its machines, where that is known
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    @classmethod
+    def named(cls, name: str) -> Cluster:
+        """That of a file in ``clusters/``, at its full size.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        try:
+            found = find_cluster(name)
+        except ValueError as error:
+            raise InputError(f"--cluster: {error}") from error
+        kind = found.instance
+        node = Node(kind.cpus, kind.gpus, kind.memory_gib * GIB, kind.gpu, kind.gpu_memory_gib * GIB)
+        return cls((node,) * found.nodes, kind.name)
+
+    @classmethod
+    def this_machine(cls) -> Cluster:
+        """Without Ray: what it would find here."""
+        gpus = visible_gpus()
+        name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls((Node(usable_cpus(), len(gpus), host, name, memory),))
+
+    def worker_resources(self, options: RunOptions) -> dict[str, float]:
+        """What each worker reserves."""
+        return {"cpus": options.cpus_per_worker - DRIVER_CPU, "gpus": options.gpus_per_worker if self.gpus else 0}
+
+    def slots(self, options: RunOptions) -> int:
+        """How many workers fit at once."""
+        return sum(self._slots_of(node, options) for node in self.nodes)
+
+    def most_workers(self, options: RunOptions) -> int:
+        """How many workers of one trial fit on one machine: beyond it they talk over a network that is not planned
+        for."""
+        return max((self._slots_of(node, options) for node in self.nodes), default=0)
+
+    def _slots_of(self, node: Node, options: RunOptions) -> int:
+        by_cpus = int(node.cpus // options.cpus_per_worker)
+        if not self.gpus:
+            return by_cpus
+        a_gpu = int(1 / options.gpus_per_worker) if options.gpus_per_worker <= 1 else 1 / options.gpus_per_worker
+        return min(by_cpus, int(node.gpus * a_gpu))
 
     def concurrency(self, options: RunOptions) -> int:
-        """How many trials fit at once.
+        """How many trials of ``options.workers`` workers fit at once.
 
         Raises:
             InputError: not one does.
         """
-        cpus, gpus = options.workers * options.cpus_per_worker, options.workers if self.gpus else 0
-        fits = int(self.cpus // cpus) if not gpus else int(min(self.cpus // cpus, self.gpus // gpus))
+        fits = self.slots(options) // options.workers
         if fits < 1:
+            needs = self.worker_resources(options)
+            cpus, gpus = options.workers * options.cpus_per_worker, options.workers * needs["gpus"]
             has = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
             raise InputError(
                 f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has {has}; "
@@ -62,10 +134,46 @@ class Cluster:
             )
         return min(fits, options.max_concurrent or fits)
 
-    def trial_resources(self, options: RunOptions) -> dict[str, float]:
-        """Of one trial: its workers, and the CPUs and GPUs that each reserves."""
-        cpus = options.cpus_per_worker - DRIVER_CPU
-        return {"workers": options.workers, "cpus": cpus, "gpus": 1 if self.gpus else 0}
+    def device(self, options: RunOptions) -> Device:
+        """What a worker computes on; on a mixed cluster that with the least memory, so that what is planned fits
+        wherever it comes to run. Of a GPU that is not known only the memory is."""
+        if self.gpus:
+            node = min((node for node in self.nodes if node.gpus), key=lambda node: node.gpu_memory)
+            known = Device.named(node.gpu or "")
+            share = min(1.0, options.gpus_per_worker)
+            memory = int((min(known.memory, node.gpu_memory) if known else node.gpu_memory) * share)
+            if known is None:
+                known = Device(
+                    name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, linear_efficiency=1,
+                    attention_efficiency=1, efficiency_source="", link=1, host_link=1,
+                )  # fmt: skip
+            return dataclasses.replace(known, memory=memory)
+        # The operating system lets processes share a machine's memory as they need it.
+        memory = min(node.memory for node in self.nodes)
+        return Device.cpu(max(1, int(options.cpus_per_worker)), int(memory))
+
+    def hardware(self, options: RunOptions) -> str:
+        """How a trial's record calls a worker's device (:func:`orchestrator.provenance.hardware`)."""
+        if self.gpus:
+            return self.device(options).name
+        threads = max(1, int(options.cpus_per_worker))
+        return f"{threads} CPU thread{'s' if threads > 1 else ''} ({cpu_name()})"
+
+
+def visible_gpus() -> list[tuple[str, float]]:
+    """(name, bytes of memory) of the NVIDIA GPUs of this machine that a process may use; without torch, which takes
+    seconds to import."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = [[field.strip() for field in line.split(",")] for line in lines if line.count(",") == 3]
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        wanted = [each.strip() for each in allowed.split(",") if each.strip()]
+        found = [gpu for gpu in found if gpu[0] in wanted or any(gpu[1].startswith(each) for each in wanted)]
+    return [(name, float(mebibytes) * 2**20) for _, _, name, mebibytes in found]
 
 
 def join_or_start(options: RunOptions) -> Cluster:
@@ -96,8 +204,30 @@ def join_or_start(options: RunOptions) -> Cluster:
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
                 "out --address and unset RAY_ADDRESS to run on this machine"
             ) from error
-    resources = ray.cluster_resources()
-    return Cluster(resources.get("CPU", 0), resources.get("GPU", 0))
+    return Cluster(_nodes())
+
+
+def _nodes() -> tuple[Node, ...]:
+    """The nodes of the Ray cluster that this process has joined."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    look = ray.remote(num_cpus=0)(visible_gpus)
+    asked = {
+        node["NodeID"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in alive
+        if node["Resources"].get("GPU")
+    }
+    nodes = []
+    for node in alive:
+        has = node["Resources"]
+        gpus = ray.get(asked[node["NodeID"]], timeout=120) if node["NodeID"] in asked else []
+        name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
+        nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0), name, memory))
+    return tuple(nodes)
 
 
 def usable_cpus() -> int:

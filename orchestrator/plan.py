@@ -1,41 +1,245 @@
-"""What a sweep would do with each of its trials, and why, before anything is trained."""
+"""What a sweep would do with each of its trials, and why, and what that takes: before anything is trained.
+
+``python -m orchestrator.plan [RECIPE] [flags] [--cluster NAME]`` prints it and starts nothing; ``--cluster`` plans for
+one of the files in ``clusters/`` instead of for this machine (or the Ray cluster at ``--address``), without touching
+it.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from rich.table import Table
+
+from orchestrator.cluster import Cluster
+from orchestrator.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.journal import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.spec import RunOptions, TrialSpec
 from orchestrator.storage import Storage
+from workloads.errors import InputError
+
+Action = Literal["run", "resume", "known", "cannot"]
 
 
 @dataclass(frozen=True)
 class Planned:
     trial: TrialSpec
     record: TrialRecord
-    action: Literal["run", "resume", "known"]
+    action: Action
     reason: str
+    estimate: Estimate | None = None
 
 
-def plan(trials: list[TrialSpec], storage: Storage) -> list[Planned]:
-    """Each trial with what is to be done about it, from what its journal says."""
-    return [_plan(trial, TrialRecord.of(storage.trial(trial.fingerprint).journal)) for trial in trials]
+def plan(
+    trials: list[TrialSpec], storage: Storage, estimator: Estimator | None = None, fit: bool = False
+) -> list[Planned]:
+    """Each trial with what is to be done about it, from what its journal says, and what that takes."""
+    records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
+    if estimator:
+        estimator.learn([*zip(trials, records), *storage.others(trials)])
+    return [_plan(trial, record, estimator, fit) for trial, record in zip(trials, records)]
 
 
-def _plan(trial: TrialSpec, record: TrialRecord) -> Planned:
+def _plan(trial: TrialSpec, record: TrialRecord, estimator: Estimator | None, fit: bool) -> Planned:
+    estimate = estimator.of(trial, record, fit) if estimator else None
     if record.state == "finished":
-        return Planned(trial, record, "known", f"finished before, in trials/{trial.fingerprint}")
+        return Planned(trial, record, "known", f"finished before, in trials/{trial.fingerprint}", estimate)
+    if estimate and estimate.refusal:
+        return Planned(trial, record, "cannot", estimate.refusal, estimate)
+    changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate and estimate.changes else ""
     if record.saved_step:
-        return Planned(trial, record, "resume", f"from step {record.saved_step} of {trial.training.steps}")
+        reason = f"from step {record.saved_step} of {trial.training.steps}"
+        return Planned(trial, record, "resume", reason + changed, estimate)
     if record.state == "failed":
-        return Planned(trial, record, "run", f"failed before ({record.reason}), tried again")
-    return Planned(trial, record, "run", "not trained yet" if trial.training.steps else "not evaluated yet")
+        return Planned(trial, record, "run", f"failed before ({record.reason}), tried again" + changed, estimate)
+    reason = "not trained yet" if trial.training.steps else "not evaluated yet"
+    return Planned(trial, record, "run", reason + changed, estimate)
 
 
 def summary(planned: list[Planned]) -> str:
     """One line: how many trials run, resume and are known already."""
-    counts = {action: sum(p.action == action for p in planned) for action in ("run", "resume", "known")}
-    words = {"run": "to run", "resume": "to resume", "known": "finished before, not trained again"}
+    words = {
+        "run": "to run",
+        "resume": "to resume",
+        "known": "finished before, not trained again",
+        "cannot": "that cannot run",
+    }
+    counts = {action: sum(p.action == action for p in planned) for action in words}
     total = f"{len(planned)} trial" + ("s" if len(planned) != 1 else "")
     return f"{total}: " + ", ".join(f"{n} {words[action]}" for action, n in counts.items() if n)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is left to be done, of all trials together. None: unknown of at least one."""
+
+    hours: float | None
+    usd: float | None
+    makespan: float | None
+    disk: int
+
+
+def totals(planned: list[Planned], cluster: Cluster, options: RunOptions) -> Totals:
+    to_do = [p.estimate for p in planned if p.action in ("run", "resume")]
+    jobs = [(e.workers, e.seconds) for e in to_do]
+    known = all(seconds is not None for _, seconds in jobs)
+    return Totals(
+        hours=_sum(e.hours for e in to_do),
+        usd=_sum(e.usd for e in to_do),
+        makespan=makespan(jobs, cluster.slots(options), options.max_concurrent) if known else None,
+        disk=sum(e.disk for e in to_do),
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return None if any(value is None for value in values) else sum(values)
+
+
+def refuse_what_cannot_run(planned: list[Planned]) -> None:
+    """Raises:
+    InputError: a trial does not fit, with what would make it.
+    """
+    if cannot := [p for p in planned if p.action == "cannot"]:
+        each = "\n".join(f"  {p.trial.label}: {p.reason}" for p in cannot)
+        raise InputError(f"{len(cannot)} of {len(planned)} trials do not fit into memory:\n{each}")
+
+
+def refuse_beyond_budget(total: Totals, options: RunOptions) -> None:
+    """Raises:
+    InputError: what is left to be done takes more than the sweep may, or cannot be told.
+    """
+    for flag, limit, takes, unit in (
+        ("--budget-hours", options.budget_hours, total.hours, "hours of devices"),
+        ("--budget-usd", options.budget_usd, total.usd, "US dollars"),
+    ):
+        if limit is None:
+            continue
+        if takes is None:
+            what = "--price-per-hour" if flag == "--budget-usd" else "a device whose speed is known"
+            raise InputError(f"{flag} {limit:g}: what this sweep takes is not known; it needs {what}, or leave it out")
+        if takes > limit:
+            raise InputError(
+                f"{flag} {limit:g}: what is left of this sweep takes about {takes:,.2f} {unit}; allow more, or sweep "
+                "fewer lengths, methods or steps"
+            )
+
+
+def plan_table(planned: list[Planned], unit: str) -> Table:
+    """One row a trial. ``unit``: what its hours are of, GPU or CPU."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
+    for name in ("workers", "memory", "tokens/s", "time", f"{unit} h", "USD"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for each in planned:
+        table.add_row(each.trial.label, each.action, *_cells(each), each.reason, style=_style(each))
+    return table
+
+
+def _style(planned: Planned) -> str | None:
+    return {"known": "dim", "cannot": "red"}.get(planned.action)
+
+
+def _cells(planned: Planned) -> list[str]:
+    estimate = planned.estimate
+    if planned.action == "known" or estimate is None:
+        return ["-"] * 6
+    return [
+        str(estimate.workers),
+        f"{estimate.memory.total / GIB:.1f} of {estimate.has / GIB:.0f} GiB",
+        _number(estimate.tokens_per_second, ",.0f"),
+        "-" if estimate.seconds is None else duration(estimate.seconds),
+        _number(estimate.hours, ".2f"),
+        _number(estimate.usd, ",.2f"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def totals_line(total: Totals, cluster: Cluster) -> str:
+    unit = "GPU" if cluster.gpus else "CPU"
+    parts = ["time unknown" if total.makespan is None else f"about {duration(total.makespan)}"]
+    parts.append(f"{_number(total.hours, ',.2f')} {unit} hours")
+    parts.append("cost unknown" if total.usd is None else f"{total.usd:,.2f} USD")
+    parts.append(f"{total.disk / GIB:.1f} GiB of checkpoints")
+    has = f"{cluster.gpus:g} x {_gpu_name(cluster)}" if cluster.gpus else f"{cluster.cpus:g} CPUs"
+    return f"to do: {', '.join(parts)}, on {has}"
+
+
+def _gpu_name(cluster: Cluster) -> str:
+    return " and ".join(sorted({node.gpu or "unknown GPU" for node in cluster.nodes if node.gpus}))
+
+
+def duration(seconds: float) -> str:
+    """``2h05m``, ``3m20s``, ``45s``; days where it takes days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from orchestrator.cli import parse_plan
+    from orchestrator.sweep import EXIT_FAILED_TRIALS, EXIT_USER_ERROR, Sweep
+    from orchestrator.view import make_console
+
+    console = make_console()
+    try:
+        name, spec, options, cluster = parse_plan(sys.argv[1:] if arguments is None else arguments)
+        sweep = Sweep(name, spec, options, console)
+        sweep.check()
+        sweep.identify()
+        sweep.cluster = _cluster(cluster, options)
+        sweep.plan_trials()
+        sweep.say_plan()
+        sweep.refuse()
+    except InputError as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        return EXIT_USER_ERROR
+    return EXIT_FAILED_TRIALS if any(p.action == "cannot" for p in sweep.planned) else 0
+
+
+def _cluster(name: str | None, options: RunOptions) -> Cluster:
+    """The cluster to plan for: a named one, the one at an address, or this machine."""
+    if name is not None:
+        return Cluster.named(name)
+    if options.address in (None, "local"):
+        return Cluster.this_machine()
+    from orchestrator.cluster import join_or_start
+
+    return join_or_start(options)
+
+
+def as_json(planned: list[Planned], total: Totals) -> dict[str, Any]:
+    """The plan as plain data: it is kept with the sweep, to be laid beside what came of it."""
+    return {
+        "totals": {"hours": total.hours, "usd": total.usd, "seconds": total.makespan, "disk_bytes": total.disk},
+        "trials": [
+            {
+                "fingerprint": p.trial.fingerprint,
+                "label": p.trial.label,
+                "action": p.action,
+                "reason": p.reason,
+                "workers": p.estimate.workers,
+                "memory_bytes": p.estimate.memory.total,
+                "allocated_bytes": p.estimate.memory.allocated,
+                "tokens_per_second": p.estimate.tokens_per_second,
+                "seconds": p.estimate.seconds,
+                "usd": p.estimate.usd,
+            }
+            for p in planned
+            if p.estimate
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

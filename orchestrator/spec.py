@@ -356,6 +356,8 @@ class RunOptions:
     """Ray Train workers of each trial, one GPU each where there are GPUs; the batch must divide by it."""
     cpus_per_worker: float = 1
     """CPUs each worker reserves and computes with where it has no GPU."""
+    gpus_per_worker: float = 1
+    """GPUs each worker reserves where there are GPUs; a share such as 0.25 lets several small trials use one."""
     max_concurrent: int | None = None
     """Trials at the same time; by default as many as the cluster has room for."""
     max_failures: int = 2
@@ -381,6 +383,14 @@ class RunOptions:
     by default of the cheapest instance on demand that has this GPU (clusters/prices.py), else unknown."""
     prices: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Your prices as .toml or .json: USD an hour by instance type ("p4d.24xlarge") or of one GPU ("NVIDIA H200")."""
+    fit: bool = False
+    """Where a trial does not fit into memory, run it with the smallest change that does: smaller micro-batches, ZeRO,
+    more workers, gradient checkpointing, offload. None of them changes its result beyond rounding."""
+    budget_hours: float | None = None
+    """GPU hours (hours of workers where there are no GPUs) that this sweep may take: a plan beyond them is refused, a
+    run that comes to them stops with checkpoints."""
+    budget_usd: float | None = None
+    """The same in US dollars."""
     target_perplexity: float | None = None
     """Compare what it takes to reach this perplexity; by default the one that full fine-tuning ends with."""
     as_good_within: float = 0.01
@@ -393,11 +403,24 @@ class RunOptions:
             )
         for field in (
             *("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"),
-            *("hang_timeout", "price_per_hour", "as_good_within"),
+            *("hang_timeout", "price_per_hour", "as_good_within", "budget_hours", "budget_usd"),
         ):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{field} is {value}; expected a positive number")
+        if self.gpus_per_worker <= 0 or (self.gpus_per_worker > 1 and self.gpus_per_worker % 1):
+            raise InputError(f"gpus_per_worker is {self.gpus_per_worker:g}; expected a share of one, or a whole number")
         if self.target_perplexity is not None and not 1 < self.target_perplexity < math.inf:
             raise InputError(f"target_perplexity is {self.target_perplexity}; expected a number above 1")
-        ExecutionConfig(engine=self.engine, offload=self.offload)  # refuses what cannot go together
+        self.execution()  # refuses what cannot go together
+
+    def execution(self) -> ExecutionConfig:
+        """How a trial's workers run it."""
+        return ExecutionConfig(
+            micro_batch=self.micro_batch,
+            gradient_checkpointing=self.gradient_checkpointing,
+            checkpoint_every=self.checkpoint_every,
+            attention_backend=self.attention_backend,
+            engine=self.engine,
+            offload=self.offload,
+        )

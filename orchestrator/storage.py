@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.journal import Journal
+from orchestrator.journal import Journal, TrialRecord
 from orchestrator.spec import TrialSpec
 from workloads.errors import InputError
 
@@ -93,6 +93,18 @@ class Storage:
 
     def trial(self, fingerprint: str) -> TrialFolder:
         return TrialFolder(self.root / "trials" / fingerprint)
+
+    def others(self, trials: list[TrialSpec], most: int = 20) -> list[tuple[TrialSpec, TrialRecord]]:
+        """Trials of the same model that other sweeps have trained here, the newest first, with their records."""
+        known = {trial.fingerprint for trial in trials}
+        model = {trial.identities.model for trial in trials}
+        journals = [path for path in self.root.glob("trials/*/journal.jsonl") if path.parent.name not in known]
+        found = []
+        for path in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True)[:most]:
+            trial = TrialSpec.from_dict(read_json(path.with_name("trial.json")))
+            if trial.identities.model in model:
+                found.append((trial, TrialRecord.of(Journal(path))))
+        return found
 
     def add_trial(self, trial: TrialSpec, model_location: str | None = None) -> TrialFolder:
         """Makes a trial's folder. ``model_location``, the base model's folder or id, is for its export later."""

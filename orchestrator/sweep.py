@@ -28,15 +28,28 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
-from orchestrator.plan import Planned, plan, summary
+from orchestrator.plan import (
+    Planned,
+    Totals,
+    as_json,
+    plan,
+    plan_table,
+    refuse_beyond_budget,
+    refuse_what_cannot_run,
+    summary,
+    totals,
+    totals_line,
+)
 from orchestrator.provenance import Provenance, own_prices
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
-from workloads.config import ExecutionConfig, TrainingConfig, trained_layers
+from workloads.budget import ModelShape
+from workloads.config import TrainingConfig, trained_layers
 from workloads.data import (
     Corpus,
     Instructions,
@@ -142,6 +155,8 @@ class Sweep:
             other.wait(meanwhile=lambda: self.console.print(f"{self.doing} ...", markup=False))
         self.make_trials()
         self.say_plan()
+        self.say_notes()
+        self.refuse()
         if any(p.action != "known" for p in self.planned):
             self.train()
         else:
@@ -174,37 +189,48 @@ class Sweep:
             tracking_uri(self.storage, self.options.tracking_uri), self.options.experiment, self.storage
         )
 
-    def prepare(self) -> None:
-        """What the model and the data are: the original length, identities, and the corpus tokenised."""
+    def identify(self) -> None:
+        """What the model and the data are, without reading more of them than that takes."""
         self.doing = f"reading the model {self.spec.model}"
         config = self.source.config()
         self.original_length = original_context_length(config)
+        self.shape = ModelShape.of(config)
         trained_layers(self.spec.train_layers, config.num_hidden_layers)
         all_positions = {self.spec.positions, *self.spec.references}
         for length, positions in itertools.product(self.spec.context_lengths, all_positions):
             extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
-        self.doing = f"reading and tokenising {self.spec.data}"
-        if self.spec.task == "sft":
-            tokenizer = self.source.chat_identity
-            self.packed = prepare_examples(self.corpus, self.source.tokenizer, tokenizer, self.storage.data)
-        else:
-            tokenizer = self.source.tokenizer_identity
-            self.packed = prepare(
-                self.corpus, self.source.tokenizer, tokenizer, self.storage.data, on_progress=self.has_tokenised
-            )
+        self.doing = f"reading {self.spec.data}"
+        tokenizer = self.source.chat_identity if self.spec.task == "sft" else self.source.tokenizer_identity
         self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
+
+    def prepare(self) -> None:
+        """What the model and the data are, and the corpus tokenised."""
+        self.identify()
+        self.doing = f"reading and tokenising {self.spec.data}"
+        tokenizer, identity = self.source.tokenizer, self.identities.tokenizer
+        if self.spec.task == "sft":
+            self.packed = prepare_examples(self.corpus, tokenizer, identity, self.storage.data)
+        else:
+            self.packed = prepare(self.corpus, tokenizer, identity, self.storage.data, on_progress=self.has_tokenised)
 
     def has_tokenised(self, documents: int) -> None:
         self.doing = f"tokenising {self.spec.data}: {documents:,} documents so far"
 
-    def make_trials(self) -> None:
-        """The sweep's trials, checked against the corpus and the cluster, and what is to be done about each."""
+    def plan_trials(self) -> None:
+        """The sweep's trials, what is to be done about each on the cluster, and what that takes."""
         precision = self.spec.precision
         if precision == "auto":
             precision = "bfloat16" if self.cluster.gpus else "float32"
         if self.spec.quantization == "nf4" and not self.cluster.gpus:
             raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
         self.trials = self.spec.trials(self.identities, precision)
+        self.concurrency = self.cluster.concurrency(self.options)
+        self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
+        self.planned = plan(self.trials, self.storage, self.estimator, self.options.fit)
+
+    def make_trials(self) -> None:
+        """The sweep's trials, checked against the corpus too, and its folder."""
+        self.plan_trials()
         for training in (trial.training for trial in self.trials if trial.training.steps):
             if training.task == "sft":
                 self.packed.check(training.context_length, training.batch, training.long_examples)
@@ -212,19 +238,44 @@ class Sweep:
                 self.packed.check(training.context_length, training.batch)
         for trial in self.trials:
             self.held_out(trial.training)
-        self.concurrency = self.cluster.concurrency(self.options)
-        self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)
         _libraries_log_to(self.folder / "log.txt")
         (self.folder / "spec.json").write_text(self.spec.to_json())
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
+        write_json(self.folder / "plan.json", as_json(self.planned, self.totals()))
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        return {p.trial.fingerprint: p.estimate for p in self.planned}
+
+    def totals(self) -> Totals:
+        return totals(self.planned, self.cluster, self.options)
+
+    def refuse(self) -> None:
+        """Raises InputError where a trial does not fit, or all together take more than they may."""
+        refuse_what_cannot_run(self.planned)
+        refuse_beyond_budget(self.totals(), self.options)
 
     def say_plan(self) -> None:
         print_line = self.console.print
         print_line(f"sweep {self.name}: {self.spec.model} on {self.spec.data}, storage {self.options.storage}")
         print_line(summary(self.planned))
-        for planned in self.planned:
-            print_line(f"  {planned.trial.label:<22} {planned.action:<7} {planned.reason}", markup=False)
+        print_line(plan_table(self.planned, "GPU" if self.cluster.gpus else "CPU"))
+        if any(p.action in ("run", "resume") for p in self.planned):
+            print_line(totals_line(self.totals(), self.cluster), markup=False)
+            print_line(f"  ({self.estimator.source}; {self.describe_price()})", markup=False)
+
+    def describe_price(self) -> str:
+        if not self.cluster.gpus:
+            return "no price is known of this machine's hours"
+        price = self.estimator.price
+        if price is None:
+            return f"no price is known of {self.estimator.device.name}; give --price-per-hour"
+        return f"{price.usd_per_gpu_hour:.2f} USD a GPU hour: {price.source}"
+
+    def say_notes(self) -> None:
+        """What a user should know before it starts, although nothing of it is wrong."""
+        print_line = self.console.print
         for length in self.spec.context_lengths:
             if length <= self.original_length:
                 print_line(
@@ -298,14 +349,7 @@ class Sweep:
     def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
         """What :func:`drive_trial` and its workers need to know to train these trials, one after the other."""
         options = self.options
-        execution = ExecutionConfig(
-            micro_batch=options.micro_batch,
-            gradient_checkpointing=options.gradient_checkpointing,
-            checkpoint_every=options.checkpoint_every,
-            attention_backend=options.attention_backend,
-            engine=options.engine,
-            offload=options.offload,
-        )
+        estimate = self.estimates[trials[0].fingerprint]
         return {
             "trials": [
                 {
@@ -318,8 +362,8 @@ class Sweep:
             "model_location": self.source.location,
             "model_revision": self.source.revision,
             "corpus": str(self.packed.folder),
-            "execution": dataclasses.asdict(execution),
-            "resources": self.cluster.trial_resources(options),
+            "execution": dataclasses.asdict(estimate.execution),
+            "resources": {"workers": estimate.workers, **self.cluster.worker_resources(options)},
             "threads": options.cpus_per_worker,
             "ray_storage": str(self.storage.ray_train),
             "provenance": self.provenance.of_attempt(),

@@ -165,6 +165,7 @@ def serve(tmp_path, port):
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     store = f"sqlite:///{tmp_path / 'server.db'}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
     server = subprocess.Popen(
         [*command, "--workers", "1"], env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

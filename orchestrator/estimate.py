@@ -1,0 +1,207 @@
+"""What a trial will take, before it runs: workers, memory, speed, time, hours and money; and what makes it fit.
+
+Memory and FLOPs come from ``workloads.budget``. Speed is what trials on the same hardware have measured, scaled by
+their FLOPs, and the stated efficiency of the device where there is none. Prices are ``clusters.prices``'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from clusters.prices import Price, price_per_gpu_hour
+from orchestrator.cluster import Cluster
+from orchestrator.journal import TrialRecord
+from orchestrator.spec import RunOptions, TrialSpec
+from workloads.budget import (
+    Device,
+    Memory,
+    ModelShape,
+    calibrated,
+    checkpoint_bytes,
+    memory,
+    smallest_change_that_fits,
+    step_seconds,
+    trial_seconds,
+)
+from workloads.config import ExecutionConfig
+
+GIB = 2**30
+# From a trial's launch until its model stands ready, where no trial of this storage has shown it: measured 9 to 10 s on
+# two CPU cores (docs/performance.md). A model from a hub has to be downloaded as well.
+START_UP_SECONDS = 10.0
+# A checkpoint's two copies, and one that is being written.
+CHECKPOINTS_KEPT = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one trial. What is unknown is None: a device without an entry in workloads/budget/devices.py has no speed, one
+    that no instance type of clusters/prices.py has no price."""
+
+    workers: int
+    execution: ExecutionConfig
+    memory: Memory
+    has: int  # bytes of the device for each worker
+    tokens_per_second: float | None
+    seconds: float | None  # until its end, start-up and evaluations included
+    usd: float | None
+    disk: int  # bytes of its checkpoints
+    changes: tuple[str, ...] = ()  # what --fit has changed
+    refusal: str | None = None  # why it cannot run as asked, and what would make it
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of all its workers' devices together: GPU hours where there are GPUs."""
+        return None if self.seconds is None else self.workers * self.seconds / 3600
+
+
+class Estimator:
+    """Estimates the trials of one sweep on one cluster."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        original_length: int,
+        cluster: Cluster,
+        options: RunOptions,
+        prices: Mapping[str, float],
+    ) -> None:
+        self.shape, self.original_length = shape, original_length
+        self.cluster, self.options = cluster, options
+        self.device = cluster.device(options)
+        self.price: Price | None = (
+            price_per_gpu_hour(cluster.instance or self.device.name, prices) if cluster.gpus else None
+        )
+        self.start_up = START_UP_SECONDS
+        self.timed: list[tuple[TrialSpec, TrialRecord]] = []
+
+    def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
+        """Takes in what trials of the same model on the same kind of device have measured."""
+        known = [(trial, record) for trial, record in known if self._same_hardware(record)]
+        self.timed = [(trial, record) for trial, record in known if record.tokens_per_second and trial.training.steps]
+        if starts := [record.start_up_seconds for _, record in known if record.start_up_seconds]:
+            self.start_up = statistics.median(starts)
+
+    def _same_hardware(self, record: TrialRecord) -> bool:
+        return self.cluster.hardware(self.options) in record.started.get("hardware", "")
+
+    def of(self, trial: TrialSpec, record: TrialRecord, fit: bool = False) -> Estimate:
+        """A trial's, from where its record says that it is. With ``fit``, as it runs with the smallest change that
+        makes it fit."""
+        options = self.options
+        workers = options.workers if trial.training.steps else 1
+        execution = options.execution()
+        needs = memory(self.shape, trial.training, execution, workers)
+        changes, refusal = (), None
+        if needs.total > self.device.memory:
+            has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"
+            found = smallest_change_that_fits(
+                self.shape, trial.training, execution, workers, self.device, self.cluster.most_workers(options)
+            )
+            if found is None:
+                refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
+            elif not fit:
+                refusal = f"needs {has} {self.device.name}; {_and(found.changes)} would make it fit (--fit)"
+            else:
+                workers, execution, needs, changes = found.workers, found.execution, found.memory, found.changes
+        return self._estimate(trial, record, workers, execution, needs, changes, refusal)
+
+    def _estimate(
+        self,
+        trial: TrialSpec,
+        record: TrialRecord,
+        workers: int,
+        execution: ExecutionConfig,
+        needs: Memory,
+        changes: tuple[str, ...],
+        refusal: str | None,
+    ) -> Estimate:
+        training = trial.training
+        device = self._timed_device(trial)
+        seconds = tokens_per_second = usd = None
+        if device.bfloat16:
+            if training.steps:
+                a_step = step_seconds(self.shape, training, execution, workers, device)
+                tokens_per_second = training.batch * training.context_length / a_step
+            # The step that it would go on from: finished ones have nothing left.
+            done = training.steps if record.state == "finished" else record.saved_step
+            seconds = 0.0
+            if record.state != "finished":
+                seconds = self.start_up + trial_seconds(
+                    self.shape, training, execution, workers, device,
+                    original_length=self.original_length, from_step=done,
+                )  # fmt: skip
+            if self.price:
+                usd = seconds * workers / 3600 * self.price.usd_per_gpu_hour
+        return Estimate(
+            workers=workers,
+            execution=execution,
+            memory=needs,
+            has=self.device.memory,
+            tokens_per_second=tokens_per_second,
+            seconds=seconds,
+            usd=usd,
+            disk=CHECKPOINTS_KEPT * checkpoint_bytes(self.shape, training) if training.steps else 0,
+            changes=changes,
+            refusal=refusal,
+        )
+
+    def _timed_device(self, trial: TrialSpec) -> Device:
+        """The device, as fast as the timed trial that is most like this one was on it."""
+        if not self.timed:
+            return self.device
+        training = trial.training
+
+        def unlikeness(timed: tuple[TrialSpec, TrialRecord]) -> tuple:
+            other = timed[0].training
+            ratio = max(other.context_length, training.context_length) / min(
+                other.context_length, training.context_length
+            )
+            return other.attention != training.attention, other.method != training.method, ratio
+
+        like, record = min(self.timed, key=unlikeness)
+        execution = ExecutionConfig(**record.started.get("execution", {}))
+        workers = record.started.get("workers", 1)
+        return calibrated(self.device, self.shape, like.training, execution, workers, record.tokens_per_second)
+
+    @property
+    def source(self) -> str:
+        """Where the speeds come from, in words."""
+        if not self.device.bfloat16:
+            return f"no speed is known of {self.device.name}: none of its trials has been timed here"
+        if self.timed:
+            return f"speeds as {len(self.timed)} trial{'s' * (len(self.timed) > 1)} here had on this hardware"
+        return f"speeds from {self.device.name}'s peak times an efficiency ({self.device.efficiency_source})"
+
+
+def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | None = None) -> float:
+    """Seconds until all jobs (devices, seconds) are done on so many devices: the largest first, each begun as soon as
+    it fits."""
+    waiting = sorted(jobs, key=lambda job: job[0] * job[1], reverse=True)
+    running: list[tuple[float, int]] = []
+    now, free = 0.0, capacity
+    while waiting or running:
+        for job in list(waiting):
+            devices, seconds = job
+            if devices <= free and (at_once is None or len(running) < at_once):
+                waiting.remove(job)
+                free -= devices
+                heapq.heappush(running, (now + seconds, devices))
+        if not running:
+            return float("inf")  # one needs more than there is
+        now, devices = heapq.heappop(running)
+        free += devices
+    return now
+
+
+def _and(words: tuple[str, ...]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def with_changes(options: RunOptions, estimate: Estimate) -> RunOptions:
+    """The options as the estimate has them: what a trial that --fit has changed runs with."""
+    return dataclasses.replace(options, workers=estimate.workers, **dataclasses.asdict(estimate.execution))
