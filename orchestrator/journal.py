@@ -8,6 +8,8 @@ Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: th
     launched   Tune has started the trial's driver
     started    a worker has begun: hardware, packages, host, pid, workers
     finished   the trial is complete
+    stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
+               orchestrator/early_stopping.py; unfinished, and can go on from its checkpoint
     failed     reason, attempt: the attempt ended in an error
 """
 
@@ -22,7 +24,7 @@ from typing import Any, Literal
 
 from workloads.evaluation.bootstrap import DocumentScores
 
-State = Literal["waiting", "starting", "running", "finished", "failed"]
+State = Literal["waiting", "starting", "running", "finished", "stopped", "failed"]
 
 
 class Journal:
@@ -72,6 +74,7 @@ class TrialRecord:
     failed_attempt: str | None = None
     launched: float | None = None
     ended: float | None = None
+    stopped: dict[str, Any] | None = None  # the last time that it was stopped early
     started: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -114,6 +117,9 @@ class TrialRecord:
                 self.saved_step = event["step"]
             case "finished":
                 self.state, self.reason, self.ended = "finished", None, event["time"]
+            case "stopped" if self.state != "finished":
+                self.state, self.reason, self.stopped = "stopped", event["reason"], event
+                self.ended = event["time"]
             case "failed":
                 self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
                 self.ended = event["time"]

@@ -1,7 +1,7 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, mlflow.json
-    sweeps/<name>/          spec.json, sweep.json, comparison.json, report/
+    sweeps/<name>/          spec.json, sweep.json, comparison.json, report/, rungs/, search.jsonl
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 
@@ -122,6 +122,12 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1, default=str))
     partial.replace(path)
+
+
+def read_folder(path: Path) -> dict[str, Any]:
+    """The content of each .json file in a folder by its name without the ending; none where there is no folder."""
+    contents = {file.stem: read_json(file) for file in sorted(path.glob("*.json"))}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def read_json(path: Path) -> Any | None:

@@ -27,9 +27,11 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
-from orchestrator.journal import TrialRecord
+from orchestrator.early_stopping import EarlyStopping, Rungs
+from orchestrator.journal import Journal, TrialRecord
 from orchestrator.plan import Planned, plan, summary
 from orchestrator.provenance import Provenance
+from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
@@ -119,6 +121,8 @@ class Sweep:
         self.name, self.spec, self.options, self.console = name, spec, options, console
         self.began = time.time()
         self.planned: list[Planned] = []
+        self.search: Search | None = None
+        self.rungs: Rungs | None = None
         self.doing = "reading the model and the data"  # said where it takes long
 
     def run(self) -> int:
@@ -131,15 +135,20 @@ class Sweep:
             other.wait(meanwhile=lambda: self.console.print(f"{self.doing} ...", markup=False))
         self.make_trials()
         self.say_plan()
-        if any(p.action != "known" for p in self.planned):
+        if any(p.trains for p in self.planned) or (self.search and self.search.to_come):
             self.train()
         else:
-            self.console.print("Nothing is left to train: every trial of this sweep is finished.")
+            stopped = any(p.action == "stopped" for p in self.planned)
+            ended = "finished, or was stopped early" if stopped else "finished"
+            self.console.print(f"Nothing is left to train: every trial of this sweep is {ended}.")
         return self.conclude()
 
     def check(self) -> None:
         """What can be known to be wrong at once, before anything is started."""
-        self.spec.trials(Identities(model="", tokenizer="", data=""), "float32")
+        for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), "float32"):
+            if self.spec.search != "none" and trial.training.steps:
+                Space.of(self.spec, trial)
+        early_stopping = EarlyStopping.of(self.options, self.spec)
         if self.spec.batch % self.options.workers:
             raise InputError(
                 f"a batch of {self.spec.batch} sequences does not divide among {self.options.workers} workers; "
@@ -152,6 +161,7 @@ class Sweep:
             )
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
+        self.rungs = Rungs(self.folder / "rungs", early_stopping) if early_stopping else None
         self.source = ModelSource.parse(self.spec.model)
         if self.spec.task == "sft":
             self.corpus = Instructions.parse(self.spec.data)
@@ -201,10 +211,32 @@ class Sweep:
         for trial in self.trials:
             self.held_out(trial.training)
         self.concurrency = self.cluster.concurrency(self.options)
-        self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "spec.json").write_text(self.spec.to_json())
+        if self.spec.search != "none":
+            bases = [trial for trial in self.trials if trial.training.steps]
+            self.search = Search(self.spec, bases, self.storage, Journal(self.folder / "search.jsonl"))
+            self.search.begin()
+            self.trials = [trial for trial in self.trials if not trial.training.steps] + self.search.trials
+        self.planned = self.plan(self.trials)
+        self.list_trials()
+
+    def plan(self, trials: list[TrialSpec]) -> list[Planned]:
+        return plan(trials, self.storage, stopping=self.name if self.rungs else None)
+
+    def list_trials(self) -> None:
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
+
+    def next_of_search(self) -> Planned | None:
+        """The next trial that a search suggests, as part of the sweep from now on."""
+        trial = self.search.next() if self.search else None
+        if trial is None:
+            return None
+        (planned,) = self.plan([trial])
+        self.trials.append(trial)
+        self.planned.append(planned)
+        self.list_trials()
+        return planned
 
     def say_plan(self) -> None:
         print_line = self.console.print
@@ -212,6 +244,8 @@ class Sweep:
         print_line(summary(self.planned))
         for planned in self.planned:
             print_line(f"  {planned.trial.label:<22} {planned.action:<7} {planned.reason}", markup=False)
+        if self.search and self.search.to_come:
+            print_line(f"  and {self.search.to_come} more, which the search suggests ({self.spec.search})")
         for length in self.spec.context_lengths:
             if length <= self.original_length:
                 print_line(
@@ -220,25 +254,29 @@ class Sweep:
                 )
             if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
                 print_line(f"note: {left_out}")
+        if self.rungs and not any(self.rungs.settings.rungs(trial.training) for trial in self.trials):
+            print_line(
+                f"note: --early-stopping {self.options.early_stopping} judges nothing: no evaluation lies between the "
+                "first rung and the last step; lower --first-rung or --eval-every"
+            )
         fit = "are short enough" if self.spec.task == "sft" else "are long enough"
         if (scored := len(self.validation_documents())) < self.spec.eval_documents:
             print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
-        to_train = [p.trial for p in self.planned if p.action != "known"]
+        to_train = [p.trial for p in self.planned if p.trains]
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
-        for trial in to_train:
-            self.storage.add_trial(trial, self.source.location)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
         view = LiveView(rows, self.concurrency, self.console)
         view.note = lambda: tracking.trouble
+        view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
         tracking.start()
         try:
             with view:
-                self.tune(to_train)
+                self.tune(self.drives(to_train, view))
         except KeyboardInterrupt:
             self.end_ray()
             tracking.stop()
@@ -248,9 +286,35 @@ class Sweep:
         if tracking.trouble:
             self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
 
-    def tune(self, trials: list[TrialSpec]) -> None:
+    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[list[TrialSpec]]:
+        """What one drive after the other trains: first what there is, then what a search suggests while it goes on."""
+        for planned in self.planned:
+            self.enter_at_rungs(planned)
+        for trial in trials:
+            self.storage.add_trial(trial, self.source.location)
+        # The untuned first: what they score is step 0 of the trials that start from them.
+        untuned = [trial for trial in trials if trial.training.method == "untuned"]
+        if untuned:
+            yield untuned
+        yield from ([trial] for trial in trials if trial not in untuned)
+        while planned := self.next_of_search():
+            self.enter_at_rungs(planned)
+            view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
+            if planned.trains:
+                self.storage.add_trial(planned.trial, self.source.location)
+                yield [planned.trial]
+
+    def enter_at_rungs(self, planned: Planned) -> None:
+        """Those that have finished before count at the rungs of early stopping too."""
+        if self.rungs and planned.action == "known":
+            self.rungs.enter(planned.trial, planned.record)
+
+    def tune(self, drives: Iterator[list[TrialSpec]]) -> None:
+        """Runs drives with Tune, as many at a time as there is room for."""
         from ray import tune
         from ray.tune.progress_reporter import TrialProgressCallback
+
+        from orchestrator.queue import DriveQueue
 
         class Silent(TrialProgressCallback):
             """Tune's own prints a line of a trial without any result, whatever its verbosity."""
@@ -258,15 +322,16 @@ class Sweep:
             def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
                 pass
 
-        # The untuned first: what they score is step 0 of the trials that start from them.
-        untuned = [trial for trial in trials if trial.training.method == "untuned"]
-        drives = ([untuned] if untuned else []) + [[trial] for trial in trials if trial not in untuned]
         name = f"{self.name}-{uuid.uuid4().hex[:8]}"
         tuner = tune.Tuner(
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
             tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
-            param_space=tune.grid_search([self.run_config(drive) for drive in drives]),
-            tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrency, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=DriveQueue(self.run_config(drive) for drive in drives),
+                num_samples=-1,  # until the drives end
+                max_concurrent_trials=self.concurrency,
+                reuse_actors=True,
+            ),
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=str(self.storage.ray_train),
@@ -309,6 +374,8 @@ class Sweep:
             "threads": options.cpus_per_worker,
             "ray_storage": str(self.storage.ray_train),
             "max_failures": options.max_failures,
+            "sweep": self.name,
+            "early_stopping": self.rungs.to_dict() if self.rungs else None,
             # Names this drive of the trials, so that an error is final for it and tried again by the next command.
             "attempt": uuid.uuid4().hex,
         }
@@ -339,7 +406,13 @@ class Sweep:
         for trial in winners(comparison):
             command = self.export_command(trial["fingerprint"])
             self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
-        failed = [o for o in outcomes if not o.finished]
+        for outcome in outcomes:
+            if outcome.record.state == "stopped":
+                step = f"step {outcome.record.stopped['step']} of {outcome.trial.training.steps}"
+                self.console.print(
+                    f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
+                )
+        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped")]
         for outcome in failed:
             self.console.print(
                 f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
@@ -448,6 +521,8 @@ class Sweep:
             record = TrialRecord.of(self.storage.trial(planned.trial.fingerprint).journal)
             if record.state == "finished":
                 kept = "finished"
+            elif record.state == "stopped":
+                kept = f"stopped early at step {record.stopped['step']} of {planned.trial.training.steps}"
             elif record.saved_step:
                 kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
             elif record.launched:

@@ -19,6 +19,7 @@ import ray.train.torch
 import torch
 from filelock import FileLock
 
+from orchestrator.early_stopping import Judge, Rungs
 from orchestrator.journal import TrialRecord
 from orchestrator.provenance import package_versions
 from orchestrator.spec import TrialSpec
@@ -52,10 +53,13 @@ def _train(
             f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node sees"
         )
     journal = folder.journal
+    judge = None
 
     def emit(event: str, **fields: Any) -> None:
         if first:
             journal.append(event, **fields)
+        if judge:
+            judge.event(event, fields)
         # Tells Ray of evaluations at the trained length only: each report costs one poll of Train's controller.
         if event == "eval" and fields["context_length"] == trial.training.context_length:
             ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
@@ -64,8 +68,14 @@ def _train(
         stack.enter_context(log_to(folder.log))
         if first:
             stack.enter_context(FileLock(folder.lock))
+        rungs = Rungs.from_dict(config["early_stopping"]) if first and config["early_stopping"] else None
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
+            record = TrialRecord.of(journal)
+            if rungs and record.state == "finished":
+                rungs.enter(trial, record)
             return
+        if rungs:
+            judge = Judge(rungs, config["sweep"], trial, TrialRecord.of(journal))
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             emit("started", **describe_attempt(device, workers))
@@ -79,9 +89,12 @@ def _train(
                 make_engine(execution, device, trial.training.precision),
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
+                asked=judge.asked if judge else lambda: None,
             )
             if ended:
                 emit("finished")
+            elif judge and judge.verdict:
+                emit("stopped", **judge.verdict)
         except Exception as error:
             # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
             journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])
