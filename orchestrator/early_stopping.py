@@ -15,25 +15,23 @@ ones have stopped stays stopped even if enough worse ones follow to put it among
 never stopped, whatever the order.
 
 ``median`` (after Golovin et al. 2017, Google Vizier): a trial is stopped at any evaluation from the first rung on where
-its best score so far is above the median of the others'. Vizier takes the median of the others' running averages; a
-perplexity falls so steeply that its average is far above anything a trial is at by then, and would stop nothing. So
-theirs, too, count with their best so far. Step 0, the untuned model that all start from, counts for nobody.
+its best score since that rung is above the median of the others'. Vizier takes the median of the others' running
+averages; a perplexity falls so steeply that its average is far above anything a trial is at by then, and would stop
+nothing. So theirs, too, count with their best.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.journal import TrialRecord
 from orchestrator.spec import RunOptions, SweepSpec, TrialSpec
-from orchestrator.storage import read_folder, write_json
+from orchestrator.storage import Storage
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 
@@ -132,26 +130,22 @@ class Rungs:
     stopped reason.
     """
 
-    def __init__(self, folder: Path, settings: EarlyStopping) -> None:
-        self.folder, self.settings = folder, settings
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a worker makes it from again."""
-        return {"folder": str(self.folder), "settings": dataclasses.asdict(self.settings)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Rungs:
-        return cls(Path(values["folder"]), EarlyStopping(**values["settings"]))
+    def __init__(self, storage: Storage, sweep: str, settings: EarlyStopping) -> None:
+        self.storage, self.sweep, self.settings = storage, sweep, settings
 
     def enter(self, trial: TrialSpec, record: TrialRecord) -> None:
         """Writes down what a finished trial, which nothing judges any more, scored at its rungs."""
-        curve = curve_of(trial, record)
-        for step in self.settings.rungs(trial.training):
-            if step in curve and trial.fingerprint not in self.at(trial, step):
+        evaluated = curve_of(trial, record)
+        curve = {step: evaluated[step] for step in self.settings.rungs(trial.training) if step in evaluated}
+        for step in curve:
+            if trial.fingerprint not in self.at(trial, step):
                 self.write(trial, step, self.entry(trial, step, curve) | {"stop": False})
 
     def judge(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
-        """What a rung says of a trial: as it was written down there before, else by comparing it now."""
+        """What a rung says of a trial: as it was written down there before, else by comparing it now.
+
+        ``curve``: its perplexity by step, at this rung and those before.
+        """
         entries = self.at(trial, step)
         if trial.fingerprint in entries:
             return entries[trial.fingerprint]
@@ -184,14 +178,15 @@ class Rungs:
 
     def at(self, trial: TrialSpec, step: int) -> dict[str, dict[str, Any]]:
         """Everything at a rung, by fingerprint."""
-        return read_folder(self.path(trial, step))
+        return self.storage.read_folder(self.folder(trial, step))
 
     def write(self, trial: TrialSpec, step: int, entry: dict[str, Any]) -> None:
-        write_json(self.path(trial, step) / f"{trial.fingerprint}.json", entry)
+        self.storage.write(f"{self.folder(trial, step)}/{trial.fingerprint}.json", entry)
 
-    def path(self, trial: TrialSpec, step: int) -> Path:
+    def folder(self, trial: TrialSpec, step: int) -> str:
+        """A rung's folder, below the storage root."""
         length = trial.training.context_length
-        return self.folder / str(length) / str(step * trial.training.batch * length)
+        return f"sweeps/{self.sweep}/rungs/{length}/{step * trial.training.batch * length}"
 
 
 class Judge:
@@ -201,10 +196,11 @@ class Judge:
     ``verdict`` holds the fields of the journal's ``stopped``.
     """
 
-    def __init__(self, rungs: Rungs, sweep: str, trial: TrialSpec, record: TrialRecord) -> None:
-        self.rungs, self.sweep, self.trial = rungs, sweep, trial
+    def __init__(self, rungs: Rungs, trial: TrialSpec, record: TrialRecord) -> None:
+        self.rungs, self.trial = rungs, trial
         self.curve = curve_of(trial, record)
         self.due = rungs.settings.rungs(trial.training)
+        self.judged: dict[int, float] = {}  # what it scored at its rungs, as written down there first
         self.at: dict[str, int] = {}
         self.verdict: dict[str, Any] | None = None
 
@@ -217,11 +213,13 @@ class Judge:
     def asked(self) -> Literal["stop"] | None:
         # A trial that was killed between a rung's checkpoint and its judgement makes up for it here, a step later.
         while self.due and self.due[0] in self.curve:
-            entry = self.rungs.judge(self.trial, self.due.pop(0), self.curve)
+            step = self.due.pop(0)
+            entry = self.rungs.judge(self.trial, step, {**self.judged, step: self.curve[step]})
+            self.judged[step] = entry["scores"]["asha"]
             if entry["stop"]:
                 self.verdict = {
                     **self.at,
-                    "sweep": self.sweep,
+                    "sweep": self.rungs.sweep,
                     "reason": entry["reason"],
                     "rule": entry["rule"],
                     "rung": entry["tokens"],
@@ -239,8 +237,8 @@ def curve_of(trial: TrialSpec, record: TrialRecord) -> dict[int, float]:
 
 
 def scores_at(curve: dict[int, float], step: int) -> dict[str, float]:
-    """What a trial counts with at a rung under each rule, from its perplexity by step: lower is better."""
-    so_far = [math.inf if math.isnan(curve[s]) else curve[s] for s in sorted(curve) if 0 < s <= step]
+    """What a trial counts with at a rung under each rule, from its perplexity at the rungs: lower is better."""
+    so_far = [math.inf if math.isnan(curve[s]) else curve[s] for s in sorted(curve) if s <= step]
     return {"asha": so_far[-1], "median": min(so_far)}
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+# What a trial's label calls them.
+NAMES = {"learning_rate": "lr", "lora_rank": "r", "group_size": "g"}
 # How far below and above a method's own learning rate a search goes where no range is given.
 RATE_FACTOR = 10
 # Rates are rounded to so many digits, so that a trial can be told, and hit again, by what a person types.
@@ -78,6 +80,7 @@ class Space:
 
     @property
     def varied(self) -> tuple[str, ...]:
+        """In what its trials differ."""
         rate = ("learning_rate",) if self.rates[0] < self.rates[1] else ()
         return (*rate, *(name for name, values in self.choices.items() if len(values) > 1))
 
@@ -92,7 +95,9 @@ class Space:
         values = dict(parameters)
         if "group_size" in values:
             values["group_size"] = group_size_in_tokens(values["group_size"], base.training.context_length)
-        return dataclasses.replace(base, training=dataclasses.replace(base.training, **values), varied=self.varied)
+        training = dataclasses.replace(base.training, **values)
+        named = [f"{NAMES[name]} {_short(getattr(training, name))}" for name in self.varied]
+        return dataclasses.replace(base, training=training, distinction=" ".join(named))
 
     def own(self, base: TrialSpec) -> dict[str, Any] | None:
         """The parameters of ``base`` itself, or None where they lie outside."""
@@ -258,6 +263,14 @@ class Search:
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.{SIGNIFICANT_DIGITS - 1}e}")
+
+
+def _short(value: float) -> str:
+    """``3e-3`` for 0.003, ``3.12e-4`` for 0.000312; whole numbers as they are."""
+    if isinstance(value, int):
+        return str(value)
+    mantissa, exponent = f"{value:.5e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _seed(*what: Any) -> int:

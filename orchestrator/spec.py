@@ -276,15 +276,15 @@ class Identities:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """One trial. ``model`` and ``data`` say where things are; ``identities`` and ``training`` are what it is."""
+    """One trial. ``model`` and ``data`` say where things are; ``identities`` and ``training`` are what it is;
+    ``distinction`` is what tells it from its sweep's other trials of the method, for its label."""
 
     model: str
     data: str
     text_column: str | None = None
     identities: Identities
     training: TrainingConfig
-    # The fields of ``training`` in which trials of the same sweep, method and context length differ: what names it.
-    varied: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    distinction: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -313,21 +313,16 @@ class TrialSpec:
             eval_span=training.eval_span,
             task=training.task,
         )
-        return dataclasses.replace(self, training=untuned)
+        return dataclasses.replace(self, training=untuned, distinction="")
 
     @property
     def label(self) -> str:
         """How people call it: ``lora+ 2048``, ``untuned yarn 2048``, ``lora+ 2048 lr 3e-3 r 16``."""
         training = self.training
         name = f"untuned {training.positions}" if training.method == "untuned" else training.method
-        seed = f"seed {training.seed}" if training.seed else ""
-        return " ".join(part for part in (name, str(training.context_length), self.setting, seed) if part)
-
-    @property
-    def setting(self) -> str:
-        """What sets it apart from other trials of its sweep, method and context length: ``lr 3e-3 r 16``; or empty."""
-        names = {"learning_rate": "lr", "lora_rank": "r", "group_size": "g"}
-        return " ".join(f"{names[name]} {_short(getattr(self.training, name))}" for name in self.varied)
+        seed = f" seed {training.seed}" if training.seed else ""
+        distinction = f" {self.distinction}" if self.distinction else ""
+        return f"{name} {training.context_length}{distinction}{seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -339,17 +334,8 @@ class TrialSpec:
                 **values,
                 "identities": Identities(**values["identities"]),
                 "training": TrainingConfig(**_without_lists(values["training"])),
-                "varied": tuple(values.get("varied", ())),
             }
         )
-
-
-def _short(value: float) -> str:
-    """``3e-3`` for 0.003, ``3.12e-4`` for 0.000312; whole numbers as they are."""
-    if isinstance(value, int):
-        return str(value)
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 @dataclass(frozen=True, kw_only=True)

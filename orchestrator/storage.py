@@ -102,6 +102,19 @@ class Storage:
     def sweep(self, name: str) -> Path:
         return self.root / "sweeps" / name
 
+    def search_journal(self, sweep: str) -> Journal:
+        """What a sweep's search has suggested."""
+        return Journal(self.sweep(sweep) / "search.jsonl")
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes a small JSON file below the root, for every node to see: whole or not at all."""
+        write_json(self.root / name, content)
+
+    def read_folder(self, name: str) -> dict[str, Any]:
+        """The content of each JSON file in a folder below the root, by the file's name without its ending."""
+        contents = {file.stem: read_json(file) for file in sorted((self.root / name).glob("*.json"))}
+        return {stem: content for stem, content in contents.items() if content is not None}
+
     @property
     def data(self) -> Path:
         return self.root / "data"
@@ -122,12 +135,6 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1, default=str))
     partial.replace(path)
-
-
-def read_folder(path: Path) -> dict[str, Any]:
-    """The content of each .json file in a folder by its name without the ending; none where there is no folder."""
-    contents = {file.stem: read_json(file) for file in sorted(path.glob("*.json"))}
-    return {name: content for name, content in contents.items() if content is not None}
 
 
 def read_json(path: Path) -> Any | None:

@@ -28,7 +28,7 @@ from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.early_stopping import EarlyStopping, Rungs
-from orchestrator.journal import Journal, TrialRecord
+from orchestrator.journal import TrialRecord
 from orchestrator.plan import Planned, plan, summary
 from orchestrator.provenance import Provenance
 from orchestrator.search import Search, Space
@@ -161,7 +161,7 @@ class Sweep:
             )
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
-        self.rungs = Rungs(self.folder / "rungs", early_stopping) if early_stopping else None
+        self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
         self.source = ModelSource.parse(self.spec.model)
         if self.spec.task == "sft":
             self.corpus = Instructions.parse(self.spec.data)
@@ -215,7 +215,7 @@ class Sweep:
         (self.folder / "spec.json").write_text(self.spec.to_json())
         if self.spec.search != "none":
             bases = [trial for trial in self.trials if trial.training.steps]
-            self.search = Search(self.spec, bases, self.storage, Journal(self.folder / "search.jsonl"))
+            self.search = Search(self.spec, bases, self.storage, self.storage.search_journal(self.name))
             self.search.begin()
             self.trials = [trial for trial in self.trials if not trial.training.steps] + self.search.trials
         self.planned = self.plan(self.trials)
@@ -242,8 +242,9 @@ class Sweep:
         print_line = self.console.print
         print_line(f"sweep {self.name}: {self.spec.model} on {self.spec.data}, storage {self.options.storage}")
         print_line(summary(self.planned))
+        width = max((len(p.trial.label) for p in self.planned), default=0)
         for planned in self.planned:
-            print_line(f"  {planned.trial.label:<22} {planned.action:<7} {planned.reason}", markup=False)
+            print_line(f"  {planned.trial.label:<{width}} {planned.action:<7} {planned.reason}", markup=False)
         if self.search and self.search.to_come:
             print_line(f"  and {self.search.to_come} more, which the search suggests ({self.spec.search})")
         for length in self.spec.context_lengths:
@@ -375,7 +376,8 @@ class Sweep:
             "ray_storage": str(self.storage.ray_train),
             "max_failures": options.max_failures,
             "sweep": self.name,
-            "early_stopping": self.rungs.to_dict() if self.rungs else None,
+            "storage": str(self.storage.root),
+            "early_stopping": dataclasses.asdict(self.rungs.settings) if self.rungs else None,
             # Names this drive of the trials, so that an error is final for it and tried again by the next command.
             "attempt": uuid.uuid4().hex,
         }

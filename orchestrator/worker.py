@@ -19,11 +19,11 @@ import ray.train.torch
 import torch
 from filelock import FileLock
 
-from orchestrator.early_stopping import Judge, Rungs
+from orchestrator.early_stopping import EarlyStopping, Judge, Rungs
 from orchestrator.journal import TrialRecord
 from orchestrator.provenance import package_versions
 from orchestrator.spec import TrialSpec
-from orchestrator.storage import TrialFolder
+from orchestrator.storage import Storage, TrialFolder
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engine import make_engine
@@ -68,14 +68,14 @@ def _train(
         stack.enter_context(log_to(folder.log))
         if first:
             stack.enter_context(FileLock(folder.lock))
-        rungs = Rungs.from_dict(config["early_stopping"]) if first and config["early_stopping"] else None
+        rungs = _rungs(config) if first else None
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
             record = TrialRecord.of(journal)
             if rungs and record.state == "finished":
                 rungs.enter(trial, record)
             return
         if rungs:
-            judge = Judge(rungs, config["sweep"], trial, TrialRecord.of(journal))
+            judge = Judge(rungs, trial, TrialRecord.of(journal))
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             emit("started", **describe_attempt(device, workers))
@@ -106,6 +106,14 @@ def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores 
     otherwise."""
     known = untuned.state == "finished" and trial.training.quantization == "none"
     return untuned.scores(trial.training.context_length) if known else None
+
+
+def _rungs(config: dict[str, Any]) -> Rungs | None:
+    """Where and by what rule this sweep stops trials early, if it does."""
+    if config["early_stopping"] is None:
+        return None
+    settings = EarlyStopping(**config["early_stopping"])
+    return Rungs(Storage(Path(config["storage"])), config["sweep"], settings)
 
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
