@@ -60,9 +60,6 @@ def _train(
             journal.append(event, **fields)
         if judge:
             judge.event(event, fields)
-        # Tells Ray of evaluations at the trained length only: each report costs one poll of Train's controller.
-        if event == "eval" and fields["context_length"] == trial.training.context_length:
-            ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
