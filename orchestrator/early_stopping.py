@@ -138,15 +138,15 @@ class Rungs:
         evaluated = curve_of(trial, record)
         curve = {step: evaluated[step] for step in self.settings.rungs(trial.training) if step in evaluated}
         for step in curve:
-            if trial.fingerprint not in self.at(trial, step):
-                self.write(trial, step, self.entry(trial, step, curve) | {"stop": False})
+            if self.storage.read(self.file(trial, step)) is None:
+                self.storage.write(self.file(trial, step), self.entry(trial, step, curve) | {"stop": False})
 
     def judge(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
         """What a rung says of a trial: as it was written down there before, else by comparing it now.
 
         ``curve``: its perplexity by step, at this rung and those before.
         """
-        entries = self.at(trial, step)
+        entries = self.storage.read_folder(self.folder(trial, step))
         if trial.fingerprint in entries:
             return entries[trial.fingerprint]
         settings = self.settings
@@ -163,7 +163,7 @@ class Rungs:
         mine |= {"rule": settings.rule, "stop": stop, "cutoff": cutoff, "compared_with": others}
         if stop:
             mine["reason"] = settings.reason(score, cutoff, len(others), mine["tokens"])
-        self.write(trial, step, mine)
+        self.storage.write(self.file(trial, step), mine)
         return mine
 
     def entry(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
@@ -176,17 +176,13 @@ class Rungs:
             "scores": scores_at(curve, step),
         }
 
-    def at(self, trial: TrialSpec, step: int) -> dict[str, dict[str, Any]]:
-        """Everything at a rung, by fingerprint."""
-        return self.storage.read_folder(self.folder(trial, step))
-
-    def write(self, trial: TrialSpec, step: int, entry: dict[str, Any]) -> None:
-        self.storage.write(f"{self.folder(trial, step)}/{trial.fingerprint}.json", entry)
-
     def folder(self, trial: TrialSpec, step: int) -> str:
         """A rung's folder, below the storage root."""
         length = trial.training.context_length
         return f"sweeps/{self.sweep}/rungs/{length}/{step * trial.training.batch * length}"
+
+    def file(self, trial: TrialSpec, step: int) -> str:
+        return f"{self.folder(trial, step)}/{trial.fingerprint}.json"
 
 
 class Judge:

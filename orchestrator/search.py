@@ -174,7 +174,7 @@ class Study:
         for draw in range(SAMPLER_DRAWS + RANDOM_DRAWS):
             seed = _seed(self.base.training.seed, self.name, len(self.suggested), draw)
             if self.spec.search == "optuna" and draw < SAMPLER_DRAWS:
-                first_random = min(MOST_RANDOM, self.spec.search_trials // 3)
+                first_random = min(MOST_RANDOM, max(1, self.spec.search_trials // 3))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                     # A trial that runs counts as a bad one, so that two at the same time are not alike.

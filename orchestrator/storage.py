@@ -110,6 +110,10 @@ class Storage:
         """Writes a small JSON file below the root, for every node to see: whole or not at all."""
         write_json(self.root / name, content)
 
+    def read(self, name: str) -> Any | None:
+        """A JSON file below the root, or None where there is none."""
+        return read_json(self.root / name)
+
     def read_folder(self, name: str) -> dict[str, Any]:
         """The content of each JSON file in a folder below the root, by the file's name without its ending."""
         contents = {file.stem: read_json(file) for file in sorted((self.root / name).glob("*.json"))}
