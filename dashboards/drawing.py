@@ -124,7 +124,7 @@ def _plain_ticks(low: float, high: float) -> list[float]:
         (1, 1.5, 2, 3, 4, 5, 7),
         (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8),
     ):
-        ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
         if len(ticks) >= 4:
             break
     return ticks

@@ -17,8 +17,7 @@ GIB = 2**30
 
 # Set before Ray starts, so that its processes inherit them.
 ENVIRONMENT = {
-    # Train's controller polls its workers this often and each report waits for a poll: 10 reports took 18 s at the
-    # default of 2 s, 2.25 s at 0.1 s.
+    # Train's controller looks at its workers this often, by default every 2 s: so long the end of a trial may wait.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # A notice of 30 s is usual; at the default of 5 s a sixth of it would be gone.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",

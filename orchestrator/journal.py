@@ -8,6 +8,8 @@ Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: th
     launched   Tune has started the trial's driver
     started    a worker has begun: hardware, packages, host, pid, workers
     finished   the trial is complete
+    stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
+               orchestrator/early_stopping.py; unfinished, and can go on from its checkpoint
     failed     kind (see orchestrator.faults), reason, attempt: the attempt ended in an error
     retry      kind, remedy: the trial is tried again, and what is different then
     preempted  attempt: a node was about to be taken away; the trial stopped with a checkpoint and goes on elsewhere
@@ -27,7 +29,7 @@ from workloads.evaluation.bootstrap import DocumentScores
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-State = Literal["waiting", "starting", "running", "finished", "failed"]
+State = Literal["waiting", "starting", "running", "finished", "stopped", "failed"]
 
 
 class Journal:
@@ -91,10 +93,10 @@ class TrialRecord:
     failure_kind: str = "error"
     failed_attempt: str | None = None
     preempted_attempt: str | None = None
-    attempts: int = 0  # times a worker began
     remedies: list[str] = field(default_factory=list)
     launched: float | None = None
     ended: float | None = None
+    stopped: dict[str, Any] | None = None  # the last time that it was stopped early
     started: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)  # each ``started``, in order
     model: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +129,6 @@ class TrialRecord:
                 self.state, self.reason, self.started = "running", None, event
                 self.attempts.append(event)
                 self.resumed_at = 0
-                self.attempts += 1
             case "model":
                 self.model = event
             case "resume":
@@ -140,6 +141,9 @@ class TrialRecord:
                 self.saved_step = event["step"]
             case "finished":
                 self.state, self.reason, self.ended = "finished", None, event["time"]
+            case "stopped" if self.state != "finished":
+                self.state, self.reason, self.stopped = "stopped", event["reason"], event
+                self.ended = event["time"]
             case "failed" if event.get("attempt") != self.failed_attempt or self.state != "failed":
                 # Of several workers' errors in one attempt the first is the cause.
                 self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")

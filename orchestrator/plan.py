@@ -21,7 +21,7 @@ from orchestrator.spec import RunOptions, TrialSpec
 from orchestrator.storage import Storage
 from workloads.errors import InputError
 
-Action = Literal["run", "resume", "known", "cannot"]
+Action = Literal["run", "resume", "known", "stopped", "cannot"]
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,40 @@ class Planned:
     reason: str
     estimate: Estimate | None = None
 
+    @property
+    def trains(self) -> bool:
+        return self.action in ("run", "resume")
+
 
 def plan(
-    trials: list[TrialSpec], storage: Storage, estimator: Estimator | None = None, fit: bool = False
+    trials: list[TrialSpec],
+    storage: Storage,
+    estimator: Estimator | None = None,
+    fit: bool = False,
+    stopping: str | None = None,
 ) -> list[Planned]:
-    """Each trial with what is to be done about it, from what its journal says, and what that takes."""
+    """Each trial with what is to be done about it, from what its journal says, and what that takes.
+
+    Args:
+        fit: a trial that does not fit into memory is changed so that it does.
+        stopping: the name of a sweep that stops trials early. Those that it has stopped before stay so; to any other
+            sweep they are unfinished.
+    """
     records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
     if estimator:
         estimator.learn([*zip(trials, records), *storage.others(trials)])
-    return [_plan(trial, record, estimator, fit) for trial, record in zip(trials, records)]
+    return [_plan(trial, record, estimator, fit, stopping) for trial, record in zip(trials, records)]
 
 
-def _plan(trial: TrialSpec, record: TrialRecord, estimator: Estimator | None, fit: bool) -> Planned:
+def _plan(
+    trial: TrialSpec, record: TrialRecord, estimator: Estimator | None, fit: bool, stopping: str | None
+) -> Planned:
     estimate = estimator.of(trial, record, fit) if estimator else None
     if record.state == "finished":
         return Planned(trial, record, "known", f"finished before, in trials/{trial.fingerprint}", estimate)
+    if record.state == "stopped" and record.stopped["sweep"] == stopping:
+        reason = f"stopped early at step {record.stopped['step']}: {record.reason}"
+        return Planned(trial, record, "stopped", reason, estimate)
     if estimate and estimate.refusal:
         return Planned(trial, record, "cannot", estimate.refusal, estimate)
     changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate and estimate.changes else ""
@@ -65,6 +84,7 @@ def summary(planned: list[Planned]) -> str:
         "run": "to run",
         "resume": "to resume",
         "known": "finished before, not trained again",
+        "stopped": "stopped early before",
         "cannot": "that cannot run",
     }
     counts = {action: sum(p.action == action for p in planned) for action in words}
@@ -82,8 +102,9 @@ class Totals:
     disk: int
 
 
-def totals(planned: list[Planned], cluster: Cluster, options: RunOptions) -> Totals:
-    to_do = [p.estimate for p in planned if p.action in ("run", "resume")]
+def totals(planned: list[Planned], coming: list[Estimate], cluster: Cluster, options: RunOptions) -> Totals:
+    """``coming``: of trials that are still to be suggested by a search."""
+    to_do = [p.estimate for p in planned if p.trains] + coming
     jobs = [(e.workers, e.seconds) for e in to_do]
     known = all(seconds is not None for _, seconds in jobs)
     return Totals(
@@ -142,12 +163,12 @@ def plan_table(planned: list[Planned], unit: str) -> Table:
 
 
 def _style(planned: Planned) -> str | None:
-    return {"known": "dim", "cannot": "red"}.get(planned.action)
+    return {"known": "dim", "stopped": "dim", "cannot": "red"}.get(planned.action)
 
 
 def _cells(planned: Planned) -> list[str]:
     estimate = planned.estimate
-    if planned.action == "known" or estimate is None:
+    if planned.action in ("known", "stopped") or estimate is None:
         return ["-"] * 6
     return [
         str(estimate.workers),

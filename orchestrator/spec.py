@@ -122,6 +122,16 @@ class SweepSpec:
     """Held-out documents that are scored."""
     eval_span: int | None = None
     """Tokens scored of each held-out document, the same at every context length; the longest one where not given."""
+    search: Literal["none", "random", "optuna"] = "none"
+    """Looks for each method's best setting at each context length: at random, or by Optuna's TPE (Bayesian)."""
+    search_trials: int = 16
+    """Trials of a search for each method and context length; its own setting first, where that lies in the ranges."""
+    search_learning_rate: tuple[float, float] | None = None
+    """Lowest and highest learning rate of a search; by default from a tenth to ten times the method's own."""
+    search_rank: tuple[int, ...] = (4, 8, 16, 32, 64)
+    """Ranks that a search chooses from for the LoRA methods."""
+    search_group_size: tuple[float, ...] = (0.125, 0.25, 0.5)
+    """Group sizes that a search chooses from: shares of the context length (up to 1), or tokens."""
 
     def __post_init__(self) -> None:
         for field in ("context_lengths", "methods", "seeds", "learning_rate_sweep"):
@@ -140,12 +150,27 @@ class SweepSpec:
                 raise InputError(f"{flag} {given} has no effect with --task sft. Leave it out")
         if self.steps < 1:
             raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        self._check_search()
         for field in ("learning_rate_embeddings", "learning_rate_norms"):
             if getattr(self, field) is not None and not any(field in self.learning_rates(m) for m in self.methods):
                 raise InputError(
                     f"--{field.replace('_', '-')} {getattr(self, field)}: none of the methods {' '.join(self.methods)} "
                     "trains them; leave it out, or add a method that does, such as lora+"
                 )
+
+    def _check_search(self) -> None:
+        if self.search_trials < 1:
+            raise InputError(f"--search-trials {self.search_trials}: expected at least 1")
+        if self.search_learning_rate is not None:
+            low, high = self.search_learning_rate
+            if not 0 < low <= high < math.inf:
+                raise InputError(f"--search-learning-rate {low:g} {high:g}: expected a positive number, then a higher")
+        if self.search != "none" and (len(self.seeds) > 1 or len(self.learning_rate_sweep) > 1):
+            flag = "--seeds" if len(self.seeds) > 1 else "--learning-rate-sweep"
+            raise InputError(
+                f"{flag} with --search {self.search}: a search compares settings of one seed, and chooses learning "
+                "rates itself. Leave it out, and train the best setting with several seeds afterwards"
+            )
 
     def learning_rates(self, method: TrainedMethod, multiple: float = 1.0) -> dict[str, float | None]:
         """The learning rates of a method, by TrainingConfig's fields; those of what it does not train are left out.
@@ -316,7 +341,7 @@ class TrialSpec:
 
     @property
     def label(self) -> str:
-        """How people call it: ``lora+ 2048``, ``untuned yarn 2048``."""
+        """How people call it: ``lora+ 2048``, ``untuned yarn 2048``, ``lora+ 2048 lr 3e-3 r 16``."""
         training = self.training
         name = f"untuned {training.positions}" if training.method == "untuned" else training.method
         seed = f" seed {training.seed}" if training.seed else ""
@@ -395,6 +420,18 @@ class RunOptions:
     """Compare what it takes to reach this perplexity; by default the one that full fine-tuning ends with."""
     as_good_within: float = 0.01
     """How far above full fine-tuning's perplexity still counts as as good, as a share of it."""
+    early_stopping: Literal["none", "asha", "median"] = "none"
+    """Stop trials that fall behind others of their context length: asha (asynchronous successive halving), or median.
+    With none, one that was stopped goes on to its end."""
+    reduction_factor: float = 3
+    """ASHA's eta: of the trials at a rung one in so many goes on, to a rung so many times as far."""
+    first_rung: float | None = None
+    """When a trial is judged first: a share of its tokens (up to 1), or tokens. By default 1 / reduction factor²."""
+    min_trials: int = 3
+    """Trials that must have come to a rung before one is stopped there."""
+    early_stopping_among: Literal["auto", "context", "method"] = "auto"
+    """Whom a trial is compared with: all of its context length, or those of its method there. auto: of its method in
+    a search, which looks for the best of each; else all."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):

@@ -1,7 +1,7 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, mlflow.json
-    sweeps/<name>/          spec.json, sweep.json, comparison.json, report/, log.txt
+    sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 
@@ -116,6 +116,23 @@ class Storage:
 
     def sweep(self, name: str) -> Path:
         return self.root / "sweeps" / name
+
+    def search_journal(self, sweep: str) -> Journal:
+        """What a sweep's search has suggested."""
+        return Journal(self.sweep(sweep) / "search.jsonl")
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes a small JSON file below the root, for every node to see: whole or not at all."""
+        write_json(self.root / name, content)
+
+    def read(self, name: str) -> Any | None:
+        """A JSON file below the root, or None where there is none."""
+        return read_json(self.root / name)
+
+    def read_folder(self, name: str) -> dict[str, Any]:
+        """The content of each JSON file in a folder below the root, by the file's name without its ending."""
+        contents = {file.stem: read_json(file) for file in sorted((self.root / name).glob("*.json"))}
+        return {stem: content for stem, content in contents.items() if content is not None}
 
     @property
     def data(self) -> Path:

@@ -28,6 +28,7 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
 from orchestrator.plan import (
@@ -43,6 +44,7 @@ from orchestrator.plan import (
     totals_line,
 )
 from orchestrator.provenance import Provenance, own_prices
+from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
@@ -143,6 +145,8 @@ class Sweep:
         self.name, self.spec, self.options, self.console = name, spec, options, console
         self.began = time.time()
         self.planned: list[Planned] = []
+        self.search: Search | None = None
+        self.rungs: Rungs | None = None
         self.doing = "reading the model and the data"  # said where it takes long
 
     def run(self) -> int:
@@ -157,15 +161,20 @@ class Sweep:
         self.say_plan()
         self.say_notes()
         self.refuse()
-        if any(p.action != "known" for p in self.planned):
+        if any(p.trains for p in self.planned) or (self.search and self.search.to_come):
             self.train()
         else:
-            self.console.print("Nothing is left to train: every trial of this sweep is finished.")
+            stopped = any(p.action == "stopped" for p in self.planned)
+            ended = "finished, or was stopped early" if stopped else "finished"
+            self.console.print(f"Nothing is left to train: every trial of this sweep is {ended}.")
         return self.conclude()
 
     def check(self) -> None:
         """What can be known to be wrong at once, before anything is started."""
-        self.spec.trials(Identities(model="", tokenizer="", data=""), "float32")
+        for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), "float32"):
+            if self.spec.search != "none" and trial.training.steps:
+                Space.of(self.spec, trial)
+        early_stopping = EarlyStopping.of(self.options, self.spec)
         if self.spec.batch % self.options.workers:
             raise InputError(
                 f"a batch of {self.spec.batch} sequences does not divide among {self.options.workers} workers; "
@@ -178,6 +187,7 @@ class Sweep:
             )
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
+        self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
         self.source = ModelSource.parse(self.spec.model)
         if self.spec.task == "sft":
             self.corpus = Instructions.parse(self.spec.data)
@@ -226,7 +236,7 @@ class Sweep:
         self.trials = self.spec.trials(self.identities, precision)
         self.concurrency = self.cluster.concurrency(self.options)
         self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
-        self.planned = plan(self.trials, self.storage, self.estimator, self.options.fit)
+        self.planned = self.plan(self.trials)
 
     def make_trials(self) -> None:
         """The sweep's trials, checked against the corpus too, and its folder."""
@@ -241,6 +251,30 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         _libraries_log_to(self.folder / "log.txt")
         (self.folder / "spec.json").write_text(self.spec.to_json())
+        if self.spec.search != "none":
+            bases = [trial for trial in self.trials if trial.training.steps]
+            self.search = Search(self.spec, bases, self.storage, self.storage.search_journal(self.name))
+            self.search.begin()
+            self.trials = [trial for trial in self.trials if not trial.training.steps] + self.search.trials
+            self.planned = self.plan(self.trials)
+        self.list_trials()
+
+    def plan(self, trials: list[TrialSpec]) -> list[Planned]:
+        stopping = self.name if self.rungs else None
+        return plan(trials, self.storage, self.estimator, self.options.fit, stopping)
+
+    def coming(self) -> list[Estimate]:
+        """Of the trials that a search has still to suggest, about: as of its first of the method and length."""
+        if self.spec.search == "none":
+            return []
+        if self.search:
+            return [
+                self.estimates[study.base.fingerprint] for study in self.search.studies for _ in range(study.to_come)
+            ]
+        bases = [p.estimate for p in self.planned if p.trial.training.steps]
+        return [estimate for estimate in bases for _ in range(self.spec.search_trials - 1)]
+
+    def list_trials(self) -> None:
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
         write_json(self.folder / "plan.json", as_json(self.planned, self.totals()))
 
@@ -249,19 +283,32 @@ class Sweep:
         return {p.trial.fingerprint: p.estimate for p in self.planned}
 
     def totals(self) -> Totals:
-        return totals(self.planned, self.cluster, self.options)
+        return totals(self.planned, self.coming(), self.cluster, self.options)
 
     def refuse(self) -> None:
         """Raises InputError where a trial does not fit, or all together take more than they may."""
         refuse_what_cannot_run(self.planned)
         refuse_beyond_budget(self.totals(), self.options)
 
+    def next_of_search(self) -> Planned | None:
+        """The next trial that a search suggests, as part of the sweep from now on."""
+        trial = self.search.next() if self.search else None
+        if trial is None:
+            return None
+        (planned,) = self.plan([trial])
+        self.trials.append(trial)
+        self.planned.append(planned)
+        self.list_trials()
+        return planned
+
     def say_plan(self) -> None:
         print_line = self.console.print
         print_line(f"sweep {self.name}: {self.spec.model} on {self.spec.data}, storage {self.options.storage}")
         print_line(summary(self.planned))
         print_line(plan_table(self.planned, "GPU" if self.cluster.gpus else "CPU"))
-        if any(p.action in ("run", "resume") for p in self.planned):
+        if coming := self.coming():
+            print_line(f"  and {len(coming)} more, which the search suggests ({self.spec.search})")
+        if coming or any(p.trains for p in self.planned):
             print_line(totals_line(self.totals(), self.cluster), markup=False)
             print_line(f"  ({self.estimator.source}; {self.describe_price()})", markup=False)
 
@@ -284,26 +331,29 @@ class Sweep:
                 )
             if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
                 print_line(f"note: {left_out}")
+        if self.rungs and not any(self.rungs.settings.rungs(trial.training) for trial in self.trials):
+            print_line(
+                f"note: --early-stopping {self.options.early_stopping} judges nothing: no evaluation lies between the "
+                "first rung and the last step; lower --first-rung or --eval-every"
+            )
         fit = "are short enough" if self.spec.task == "sft" else "are long enough"
         if (scored := len(self.validation_documents())) < self.spec.eval_documents:
             print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
-        to_train = [p.trial for p in self.planned if p.action != "known"]
+        to_train = [p.trial for p in self.planned if p.trains]
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
-        for trial in to_train:
-            folder = self.storage.add_trial(trial, self.source.location)
-            self.provenance.keep_diff(folder.path)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
         view = LiveView(rows, self.concurrency, self.console)
         view.note = lambda: tracking.trouble
+        view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
         tracking.start()
         try:
             with view:
-                self.tune(to_train)
+                self.tune(self.drives(to_train, view))
         except KeyboardInterrupt:
             self.end_ray()
             tracking.stop()
@@ -313,9 +363,35 @@ class Sweep:
         if tracking.trouble:
             self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
 
-    def tune(self, trials: list[TrialSpec]) -> None:
+    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[list[TrialSpec]]:
+        """What one drive after the other trains: first what there is, then what a search suggests while it goes on."""
+        for planned in self.planned:
+            self.enter_at_rungs(planned)
+        for trial in trials:
+            self.storage.add_trial(trial, self.source.location)
+        # The untuned first: what they score is step 0 of the trials that start from them.
+        untuned = [trial for trial in trials if trial.training.method == "untuned"]
+        if untuned:
+            yield untuned
+        yield from ([trial] for trial in trials if trial not in untuned)
+        while planned := self.next_of_search():
+            self.enter_at_rungs(planned)
+            view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
+            if planned.trains:
+                self.storage.add_trial(planned.trial, self.source.location)
+                yield [planned.trial]
+
+    def enter_at_rungs(self, planned: Planned) -> None:
+        """Those that have finished before count at the rungs of early stopping too."""
+        if self.rungs and planned.action == "known":
+            self.rungs.enter(planned.trial, planned.record)
+
+    def tune(self, drives: Iterator[list[TrialSpec]]) -> None:
+        """Runs drives with Tune, as many at a time as there is room for."""
         from ray import tune
         from ray.tune.progress_reporter import TrialProgressCallback
+
+        from orchestrator.queue import DriveQueue
 
         class Silent(TrialProgressCallback):
             """Tune's own prints a line of a trial without any result, whatever its verbosity."""
@@ -323,15 +399,16 @@ class Sweep:
             def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
                 pass
 
-        # The untuned first: what they score is step 0 of the trials that start from them.
-        untuned = [trial for trial in trials if trial.training.method == "untuned"]
-        drives = ([untuned] if untuned else []) + [[trial] for trial in trials if trial not in untuned]
         name = f"{self.name}-{uuid.uuid4().hex[:8]}"
         tuner = tune.Tuner(
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
             tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
-            param_space=tune.grid_search([self.run_config(drive) for drive in drives]),
-            tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrency, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=DriveQueue(self.run_config(drive) for drive in drives),
+                num_samples=-1,  # until the drives end
+                max_concurrent_trials=self.concurrency,
+                reuse_actors=True,
+            ),
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=str(self.storage.ray_train),
@@ -371,6 +448,9 @@ class Sweep:
             "max_failures": options.max_failures,
             "max_preemptions": options.max_preemptions,
             "hang_timeout": options.hang_timeout,
+            "sweep": self.name,
+            "storage": str(self.storage.root),
+            "early_stopping": dataclasses.asdict(self.rungs.settings) if self.rungs else None,
         }
 
     def conclude(self) -> int:
@@ -404,6 +484,12 @@ class Sweep:
         for trial in winners(comparison):
             command = self.export_command(trial["fingerprint"])
             self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
+        for outcome in outcomes:
+            if outcome.record.state == "stopped":
+                step = f"step {outcome.record.stopped['step']} of {outcome.trial.training.steps}"
+                self.console.print(
+                    f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
+                )
         failed = [o for o in outcomes if o.record.state not in ("finished", "stopped")]
         for outcome in failed:
             self.console.print(
@@ -529,6 +615,8 @@ class Sweep:
             record = TrialRecord.of(self.storage.trial(planned.trial.fingerprint).journal)
             if record.state == "finished":
                 kept = "finished"
+            elif record.state == "stopped":
+                kept = f"stopped early at step {record.stopped['step']} of {planned.trial.training.steps}"
             elif record.saved_step:
                 kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
             elif record.launched:

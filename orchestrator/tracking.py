@@ -32,7 +32,9 @@ INTERVAL_S = 5.0
 METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 
 # A trial's state, as MLflow calls it; one that has not begun has no run.
-STATUS = {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}
+# One that was stopped early is killed, not finished: its last perplexity is of fewer tokens than that of the finished
+# ones beside it, which a filter on FINISHED should leave out. Its tag stopped_early has the reason.
+STATUS = {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 # What a journal's line becomes. Every curve is also logged by tokens seen, under by_tokens/.
 STEP_METRICS = {
@@ -267,6 +269,10 @@ class TrialRun:
                 tags += [RunTag(name, value) for name, value in attempt_tags(event).items()]
             if event["event"] == "model" and "attention_backend" in event:
                 tags += [RunTag("attention_backend", event["attention_backend"])]
+            if event["event"] == "stopped":
+                tags += [RunTag("stopped_early", event["reason"][:5000])]
+            if event["event"] == "finished" and self.record.stopped:
+                tags += [RunTag("stopped_early", "no: it went on, and finished")]
             if event["event"] == "failed":
                 tags += [RunTag("failure", event["reason"][:5000])]
         for start in range(0, len(metrics), METRICS_A_CALL):
@@ -278,11 +284,7 @@ class TrialRun:
         if metrics:
             self.logged = logged
             self._save()
-        self.set_status(
-            {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}.get(
-                self.record.state
-            )
-        )
+        self.set_status(STATUS.get(self.record.state))
 
     def _log_artifacts(self) -> None:
         """The resolved trial, and what its code differed in from the commit; each once."""
@@ -303,7 +305,8 @@ class TrialRun:
             self.tracker.client.update_run(self.run_id, status=status)
         else:
             # When it ended, not when that is told: a later sweep that shares the trial tells it again.
-            ended = time.time() if status == "KILLED" else self.record.ended
+            interrupted = self.record.state in ("starting", "running")
+            ended = time.time() if interrupted else self.record.ended
             self.tracker.client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
         self.status = status
 

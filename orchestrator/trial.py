@@ -92,7 +92,6 @@ def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
@@ -117,7 +116,9 @@ def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
             failure_config=ray.train.FailureConfig(
                 max_failures=config["max_failures"], max_preemption_failures=config["max_preemptions"]
             ),
-            callbacks=[TuneReportCallback()],
+            # Metrics go to the journal and not to Tune: nobody would read them there, and TuneReportCallback hangs for
+            # ever if the last report comes just as the driver returns (Ray 2.60, seen on a busy machine: the thread
+            # that empties the queue of results waits for room to add one).
         ),
     )
 

@@ -33,6 +33,7 @@ class LiveView:
     def __init__(self, rows: list[Row], concurrency: int, console: Console) -> None:
         self.rows, self.concurrency, self.console = rows, concurrency, console
         self.note = lambda: None  # what a person should know or do, or None
+        self.tokens_to_come = lambda: 0  # of trials that a search has not suggested yet: they join the rows later
         self.began = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="view", daemon=True)
@@ -138,7 +139,7 @@ class LiveView:
         waiting = [row for row in self.rows if row.record.state == "waiting"]
         starts = sum(row.trial.training.steps > 0 for row in waiting) + any(not r.trial.training.steps for r in waiting)
         starting = starts * sum(start_ups) / max(1, len(start_ups))
-        return (spent / tokens * to_do + starting) / self.concurrency
+        return (spent / tokens * (to_do + self.tokens_to_come()) + starting) / self.concurrency
 
     @staticmethod
     def _tokens_a_step(row: Row) -> int:

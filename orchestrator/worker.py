@@ -19,11 +19,12 @@ import torch
 from filelock import FileLock
 from ray.train.v2._internal.execution.context import get_train_context
 
+from orchestrator.early_stopping import EarlyStopping, Judge, Rungs
 from orchestrator.faults import classify
 from orchestrator.journal import TrialRecord
 from orchestrator.provenance import describe_machine
 from orchestrator.spec import TrialSpec
-from orchestrator.storage import TrialFolder
+from orchestrator.storage import Storage, TrialFolder
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engine import make_engine
@@ -53,21 +54,29 @@ def _train(
             f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node sees"
         )
     journal = folder.journal
+    judge = None
 
     def emit(event: str, **fields: Any) -> None:
         if first:
             journal.append(event, **fields)
-        # Tells Ray of evaluations at the trained length only: each report costs one poll of Train's controller.
-        if event == "eval" and fields["context_length"] == trial.training.context_length:
-            ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
+        if judge:
+            judge.event(event, fields)
 
     notice = PreemptionNotice()
+    asks = [notice.asked]
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
         if first:
             stack.enter_context(FileLock(folder.lock))
+        rungs = _rungs(config) if first else None
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
+            record = TrialRecord.of(journal)
+            if rungs and record.state == "finished":
+                rungs.enter(trial, record)
             return
+        if rungs:
+            judge = Judge(rungs, trial, TrialRecord.of(journal))
+            asks.append(judge.asked)
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             machine = describe_machine(device, workers, config["prices"])
@@ -83,10 +92,12 @@ def _train(
                 make_engine(execution, device, trial.training.precision),
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
-                asked=notice.asked,
+                asked=lambda: next((answer for each in asks if (answer := each())), None),
             )
             if ended:
                 emit("finished")
+            elif judge and judge.verdict:
+                emit("stopped", **judge.verdict)
             elif notice.given:
                 emit("preempted", attempt=config["attempt"])
         except Exception as error:
@@ -118,6 +129,14 @@ def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores 
     otherwise."""
     known = untuned.state == "finished" and trial.training.quantization == "none"
     return untuned.scores(trial.training.context_length) if known else None
+
+
+def _rungs(config: dict[str, Any]) -> Rungs | None:
+    """Where and by what rule this sweep stops trials early, if it does."""
+    if config["early_stopping"] is None:
+        return None
+    settings = EarlyStopping(**config["early_stopping"])
+    return Rungs(Storage(Path(config["storage"])), config["sweep"], settings)
 
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:

@@ -83,12 +83,12 @@ def ranks(folder: Path) -> Iterator[Row]:
         at = sorted(random_number.sample(range(interval + 1, steps - 2), kills // 4))
         for attempt, step in enumerate(at, start=1):
             record = wait_for(lambda: running_trial(command.storage, step), process, f"step {step}")  # noqa: B023
-            while TrialRecord.of(record.journal).attempts < attempt:
+            while len(TrialRecord.of(record.journal).attempts) < attempt:
                 time.sleep(0.1)
             victim = random_number.choice(worker_processes(TrialRecord.of(record.journal)))
             os.kill(victim, signal.SIGKILL)
             done += 1
-            wait_for(lambda: TrialRecord.of(record.journal).attempts > attempt, process, "the next attempt")  # noqa: B023
+            wait_for(lambda: len(TrialRecord.of(record.journal).attempts) > attempt, process, "the next attempt")  # noqa: B023
         finish(process)
         record = next(iter(records(command.storage).values()))
         told = steps_told(record)

@@ -46,7 +46,7 @@ def test_a_trial_goes_on_elsewhere_when_its_node_goes(how, cluster, results, tmp
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
-    assert record.state == "finished" and record.attempts == 2
+    assert record.state == "finished" and len(record.attempts) == 2
     events = [event["event"] for event in record.journal.read()[0]]
     if how == "after a notice":
         assert "preempted" in events and record.resumed_at >= lost_at

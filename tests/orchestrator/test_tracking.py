@@ -153,6 +153,24 @@ def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(stor
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "NonFiniteLoss: step 4")
 
 
+def test_a_trial_that_was_stopped_early_is_killed_with_its_reason_until_it_is_finished(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    journal.append("stopped", step=3, tokens=30, sweep="first", reason="perplexity 9 is not among the best 1 of 3")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    tracker.interrupted()  # the sweep may still be: this trial has ended all the same
+    (run,) = runs(tracker.uri)[1]
+    (stopped,) = (event for event in journal.read(0)[0] if event["event"] == "stopped")
+    assert (run.info.status, run.info.end_time) == ("KILLED", int(stopped["time"] * 1000))
+    assert run.data.tags["stopped_early"] == "perplexity 9 is not among the best 1 of 3"
+    write_some_steps(journal, first=4, last=5)
+    journal.append("finished")
+    connect(storage).follow([trial], "second", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["stopped_early"]) == ("FINISHED", "no: it went on, and finished")
+
+
 def test_a_server_that_does_not_answer_is_one_clear_error_within_seconds(storage):
     began = time.time()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*--tracking-uri") as refused:
