@@ -289,11 +289,8 @@ class TrialSpec:
 
     @property
     def label(self) -> str:
-        """How people call it: ``lora+ 2048``, ``untuned yarn 2048``."""
-        training = self.training
-        name = f"untuned {training.positions}" if training.method == "untuned" else training.method
-        seed = f" seed {training.seed}" if training.seed else ""
-        return f"{name} {training.context_length}{seed}"
+        """How people call it."""
+        return self.training.label
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -340,6 +337,8 @@ class RunOptions:
     """What computes the attention pattern: auto takes the fastest that the worker has."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
+    checkpoint_minutes: float = 10.0
+    """Where steps are slow, a checkpoint is also written when the last one is this old."""
     engine: EngineName = "auto"
     """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
     offload: bool = False
@@ -350,7 +349,14 @@ class RunOptions:
             raise InputError(
                 f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
             )
-        for field in ("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"):
+        for field in (
+            "workers",
+            "cpus_per_worker",
+            "max_concurrent",
+            "micro_batch",
+            "checkpoint_every",
+            "checkpoint_minutes",
+        ):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"{field} is {value}; expected a positive number")

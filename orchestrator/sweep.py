@@ -288,6 +288,7 @@ class Sweep:
             micro_batch=options.micro_batch,
             gradient_checkpointing=options.gradient_checkpointing,
             checkpoint_every=options.checkpoint_every,
+            checkpoint_minutes=options.checkpoint_minutes,
             attention_backend=options.attention_backend,
             engine=options.engine,
             offload=options.offload,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -130,7 +131,10 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks for it by a name that transformers has replaced.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -105,6 +105,13 @@ class TrainingConfig:
     task: Task = "pretraining"
     long_examples: LongExamples = "drop"
 
+    @property
+    def label(self) -> str:
+        """How people call a trial: ``lora+ 2048``, ``untuned yarn 2048``."""
+        name = f"untuned {self.positions}" if self.method == "untuned" else self.method
+        seed = f" seed {self.seed}" if self.seed else ""
+        return f"{name} {self.context_length}{seed}"
+
     def not_at_default(self) -> dict[str, Any]:
         """The fields that are not at their default: what a trial is known by, so that a new field orphans none."""
         return {
@@ -186,6 +193,7 @@ class ExecutionConfig:
         micro_batch: sequences in one forward and backward on one worker; None takes the worker's whole share.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         checkpoint_every: steps between checkpoints; the last step is always saved.
+        checkpoint_minutes: a checkpoint is also written when the last one is this old.
         eval_batch_tokens: about how many tokens one evaluation forward takes.
         attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
             fastest that can serve.
@@ -197,6 +205,7 @@ class ExecutionConfig:
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: int = 100
+    checkpoint_minutes: float = 10.0
     eval_batch_tokens: int = 8192
     attention_backend: AttentionBackend = "auto"
     engine: EngineName = "auto"
