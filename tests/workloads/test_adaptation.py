@@ -1,6 +1,7 @@
 """What trains under each method, in which layers, by count and by name."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -160,6 +161,9 @@ def test_full_with_a_layer_choice_trains_these_layers_and_nothing_outside(tied):
 
 
 def test_lora_adapts_the_modules_that_are_asked_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT's deprecated names are none of the user's business
+        adapt(small_llama(), "lora")
     model = adapt(small_llama(), "lora", lora_targets=("down_proj", "q_proj"), lora_rank=4, lora_alpha=8)
     lora = {name.split(".lora_")[0].rpartition(".")[2] for name in trainable_parameters(model)}
     assert lora == {"down_proj", "q_proj"}

@@ -310,6 +310,17 @@ def test_what_was_exported_can_be_asked(train, tmp_path):
         torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_trial_can_be_asked_as_it_is(train, trial):
+    model, _ = load_model(str(trial), "cpu")
+    torch.testing.assert_close(logits(model), train("lora+", False, "linear").logits(), atol=1e-5, rtol=1e-5)
+    rounded, _ = load_model(str(train("lora+", False, "linear", "bfloat16").folder), "cpu")
+    assert logits(rounded).dtype == torch.bfloat16  # which trains in two dtypes, and is asked in one
+    said = []
+    shutil.rmtree(trial / "checkpoints" / "step-00000003")
+    load_model(str(trial), "cpu", said.append)
+    assert said == ["this trial is not finished: step 2 of 3"]
+
+
 def test_a_quantised_base_is_dequantised_and_merged_without_being_quantised_again(tmp_path):
     """QLoRA: the oracle merges by hand what bitsandbytes says the codes stand for."""
     pytest.importorskip("bitsandbytes")
@@ -386,6 +397,10 @@ def test_a_truncated_checkpoint_is_named(trial, tmp_path):
         export_trial(trial, tmp_path / "out")
     shutil.rmtree(trial / "checkpoints" / "step-00000002")
     with pytest.raises(InputError, match=r"no whole checkpoint.*step-00000003 is damaged"):
+        export_trial(trial, tmp_path / "out", unfinished=True)
+    with (trial / "journal.jsonl").open("a") as journal:
+        journal.write('{"event": "failed", "reason": "InputError: lora_rank is 99"}\n')
+    with pytest.raises(InputError, match=r"training failed \(InputError: lora_rank is 99\): mend that"):
         export_trial(trial, tmp_path / "out", unfinished=True)
 
 

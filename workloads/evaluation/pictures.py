@@ -150,7 +150,7 @@ def _figure(result: dict[str, Any], title: str, width: float, height: float, not
 
     figure = Figure(figsize=(width / 72, height / 72))
     model = result["model"]
-    name = model["name"] if model["positions"] == "none" else f"{model['name']}, positions {model['positions']}"
+    name = model["label"] if model["positions"] == "none" else f"{model['label']}, positions {model['positions']}"
     figure.text(12 / width, 1 - 18 / height, title, size=12, weight="bold")
     figure.text(12 / width, 1 - 33 / height, name, color=INK, size=9.2)
     figure.text(12 / width, 1 - 46 / height, note, color=MUTED, size=8.6)
