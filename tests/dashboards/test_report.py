@@ -171,6 +171,14 @@ def test_a_start_that_would_flatten_everything_else_is_noted_as_off_the_chart(tm
     assert "off the chart: 412 at step 0; untuned, linear interpolation 412" in words
 
 
+def test_an_interval_that_is_cut_at_the_edge_of_the_scale_has_an_arrow_there() -> None:
+    cut, whole = comparison(), comparison()
+    for each, high in ((cut, 1e6), (whole, None)):
+        each["contexts"] = each["contexts"][:1]
+        each["contexts"][0]["references"] = [{"label": "untuned", "perplexity": 3.0, "low": None, "high": high}]
+    assert [figures.svg_panels(check(each), "final_perplexity")[0].count("→") for each in (cut, whole)] == [1, 0]
+
+
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     hostile = comparison()
     name = "<script>alert('$x$ & \"y\"')</script>"
