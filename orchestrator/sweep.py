@@ -28,6 +28,7 @@ from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.journal import TrialRecord
+from orchestrator.notes import notes
 from orchestrator.plan import Planned, plan, summary
 from orchestrator.provenance import Provenance
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
@@ -35,7 +36,7 @@ from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
-from workloads.config import ExecutionConfig, TrainingConfig, trained_layers
+from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import (
     Corpus,
     Instructions,
@@ -153,6 +154,7 @@ class Sweep:
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.source = ModelSource.parse(self.spec.model)
+        self.source.refuse_adapter()
         if self.spec.task == "sft":
             self.corpus = Instructions.parse(self.spec.data)
         else:
@@ -167,7 +169,7 @@ class Sweep:
         self.doing = f"reading the model {self.spec.model}"
         config = self.source.config()
         self.original_length = original_context_length(config)
-        trained_layers(self.spec.train_layers, config.num_hidden_layers)
+        self.check_adaptation(config)
         all_positions = {self.spec.positions, *self.spec.references}
         for length, positions in itertools.product(self.spec.context_lengths, all_positions):
             extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
@@ -181,6 +183,16 @@ class Sweep:
                 self.corpus, self.source.tokenizer, tokenizer, self.storage.data, on_progress=self.has_tokenised
             )
         self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
+
+    def check_adaptation(self, config: Any) -> None:
+        """Whether the model has the layers that are to train, and takes LoRA as asked; from its shapes alone."""
+        from workloads.adaptation import check_adaptation  # torch, which config has imported by now
+
+        spec = self.spec
+        for method in spec.methods:
+            check_adaptation(
+                config, method, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets, train_layers=spec.train_layers
+            )
 
     def has_tokenised(self, documents: int) -> None:
         self.doing = f"tokenising {self.spec.data}: {documents:,} documents so far"
@@ -212,17 +224,9 @@ class Sweep:
         print_line(summary(self.planned))
         for planned in self.planned:
             print_line(f"  {planned.trial.label:<22} {planned.action:<7} {planned.reason}", markup=False)
-        for length in self.spec.context_lengths:
-            if length <= self.original_length:
-                print_line(
-                    f"note: {length:,} tokens lie within the model's original context of {self.original_length:,}: "
-                    "positions are not extended there"
-                )
-            if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
-                print_line(f"note: {left_out}")
-        fit = "are short enough" if self.spec.task == "sft" else "are long enough"
-        if (scored := len(self.validation_documents())) < self.spec.eval_documents:
-            print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
+        scored = len(self.validation_documents())
+        for note in notes(self.spec, self.options, self.original_length, self.packed, scored):
+            print_line(f"note: {note}", markup=False)
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""

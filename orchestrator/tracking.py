@@ -240,6 +240,8 @@ class TrialRun:
             if event["event"] == "started":
                 tags += [RunTag("hardware", event["hardware"]), RunTag("host", event["host"])]
                 tags += [RunTag(f"package.{name}", version) for name, version in event["packages"].items()]
+                # Tags, not parameters, which cannot change when a trial goes on in another way.
+                tags += [RunTag(f"execution.{name}", str(v)) for name, v in event.get("execution", {}).items()]
             if event["event"] == "model" and "attention_backend" in event:
                 tags += [RunTag("attention_backend", event["attention_backend"])]
             if event["event"] == "failed":

@@ -68,8 +68,8 @@ def _train(
             return
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
-            emit("started", **describe_attempt(device, workers))
             execution = ExecutionConfig(**config["execution"])
+            emit("started", **describe_attempt(device, workers), execution=config["execution"])
             ended = run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,

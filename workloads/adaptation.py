@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from workloads.config import Method, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The projections of the attention layers, by the names that model families give them (the paper adapts q, k, v, o;
 # GPT-NeoX joins the first three, and Phi calls the last dense).
@@ -66,6 +70,23 @@ def adapt(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def check_adaptation(
+    config: PretrainedConfig, method: Method, *, lora_rank: int, lora_targets: Sequence[str] | None, train_layers: str
+) -> None:
+    """What :func:`adapt` would refuse, from a model's configuration: no weights are loaded or made.
+
+    Raises:
+        InputError: as :func:`adapt`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    trained_layers(train_layers, len(decoder_layers(model)[1]))
+    if method.startswith("lora"):
+        _lora_targets(model, lora_targets, lora_rank)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workloads.adapters import is_adapter
 from workloads.config import Positions
 from workloads.errors import InputError
 from workloads.gguf import content_hash, converted
@@ -115,6 +116,14 @@ class ModelSource:
             return self.identity
         return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), ('chat_template*',))}"
 
+    def refuse_adapter(self) -> None:
+        """Raises InputError if it is an adapter, which is not a whole model."""
+        if is_adapter(Path(self.location)):
+            raise InputError(
+                f"model folder {self.name} is an adapter, and what is trained starts from a whole model: export the "
+                "trial with --what merged, and give that folder"
+            )
+
     def config(self) -> Any:
         """The model's configuration, as transformers reads it.
 
@@ -163,6 +172,7 @@ class ModelSource:
 
         from workloads.positions import extend
 
+        self.refuse_adapter()
         config = self.config()
         extend(config, context_length, positions)
         config.use_cache = False

@@ -18,7 +18,10 @@ from tests.orchestrator.test_journal import a_step, evaluation
 from workloads.errors import InputError
 
 PROVENANCE = Provenance(git_commit="abc123", packages={})
-STARTED = {"hardware": "1 x test", "host": "here", "packages": {"torch": "2"}, "workers": 1}
+STARTED = {
+    "hardware": "1 x test", "host": "here", "packages": {"torch": "2"}, "workers": 1,
+    "execution": {"engine": "zero2", "offload": True, "micro_batch": None},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -76,6 +79,7 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     assert (tags["method"], tags["context_length"], tags["attention"]) == ("lora+", "1024", "s2")
     assert (tags["longspan.fingerprint"], tags["git_commit"]) == (trial.fingerprint, "abc123")
     assert (tags["hardware"], tags["package.torch"]) == ("1 x test", "2")
+    assert (tags["execution.engine"], tags["execution.offload"]) == ("zero2", "True")
     assert run.data.params["lora_rank"] == "8"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
-from workloads.adaptation import adapt, count_parameters, trainable_parameters
+from workloads.adaptation import adapt, check_adaptation, count_parameters, trainable_parameters
 from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
 from workloads.optimization import build_optimizer, set_learning_rate
@@ -181,8 +181,13 @@ def test_lora_adapts_the_modules_that_are_asked_for():
     ],
 )
 def test_what_the_model_cannot_have_is_refused(changes, message):
+    model = small_llama(num_key_value_heads=1)
     with pytest.raises(InputError, match=message):
-        adapt(small_llama(num_key_value_heads=1), "lora", **changes)
+        check_adaptation(
+            model.config, "lora", **{"lora_rank": 8, "lora_targets": None, "train_layers": "all", **changes}
+        )
+    with pytest.raises(InputError, match=message):
+        adapt(model, "lora", **changes)
 
 
 def test_a_rank_may_be_as_large_as_the_smaller_side_of_what_is_adapted():

@@ -30,7 +30,7 @@ import numpy as np
 from workloads.config import LongExamples
 from workloads.data.batch import Batch
 from workloads.data.documents import Split, name_hash
-from workloads.data.instructions import Instructions, encode_rows
+from workloads.data.instructions import Instructions, empty_answer, encode_rows
 from workloads.data.packed import epoch_order, permutation
 from workloads.errors import InputError
 from workloads.once import make_once
@@ -144,6 +144,12 @@ class ExampleCorpus:
             f"are {done if dropped else 'cut'}"
         )
 
+    def filled(self, context_length: int, long_examples: LongExamples = "drop") -> float:
+        """The share of the context that training examples fill, on average; 0 where none can be trained on."""
+        usable = self._usable(context_length, long_examples)
+        lengths = np.minimum(self._lengths("train")[usable], context_length)
+        return float(lengths.mean()) / context_length if len(lengths) else 0.0
+
     def train_batch(
         self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
     ) -> Batch:
@@ -237,7 +243,7 @@ def prepare_examples(
         tokenizer_identity: what the tokenizer and its chat template are; it enters the folder's name.
 
     Raises:
-        InputError: a row cannot be an example, or the tokenizer has no end-of-sequence token.
+        InputError: a row cannot be an example, some have empty answers, or the tokenizer has no end-of-sequence token.
     """
     key = json.dumps(["examples", FORMAT_VERSION, instructions.identity(), tokenizer_identity])
     folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -266,13 +272,20 @@ def _write(
             {side: stack.enter_context(open(folder / f"{side}.{kind}", "wb")) for side in SIDES}
             for kind in ("tokens", "answers")
         )
+        empty: list[str] = []
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            empty += filter(None, map(empty_answer, chunk))
+            if empty:
+                continue  # nothing comes of it: the rest is read so that all of them are told at once
             for row, tokens, answers in encode_rows(chunk, tokenizer):
                 tokens_of[row.split].write(tokens.astype(dtype).data)
                 answers_of[row.split].write(answers.astype(np.uint8).data)
                 offsets[row.split].append(offsets[row.split][-1] + len(tokens))
                 if row.split == "validation":
                     names.append(row.name)
+        if empty:
+            more = f", and {len(empty) - 1:,} more rows have an empty answer" if len(empty) > 1 else ""
+            raise InputError(f"{empty[0]}{more}. Take {'these rows' if more else 'the row'} out.")
         for file in (*tokens_of.values(), *answers_of.values()):
             file.flush()
             os.fsync(file.fileno())
