@@ -98,8 +98,7 @@ class Comparison(TypedDict):
     model: Model
     data: Data
     attention: str
-    train_layers: str | None  # where not all of them train
-    quantization: str | None  # of the frozen weights
+    shared_settings: dict[str, str] | None  # in words, by name: what all trials were trained with
     seeds: list[int]
     confidence: float
     hardware: str

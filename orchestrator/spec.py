@@ -289,8 +289,11 @@ class TrialSpec:
 
     @property
     def label(self) -> str:
-        """How people call it."""
-        return self.training.label
+        """How people call it: ``lora+ 2048``, ``untuned yarn 2048``."""
+        training = self.training
+        name = f"untuned {training.positions}" if training.method == "untuned" else training.method
+        seed = f" seed {training.seed}" if training.seed else ""
+        return f"{name} {training.context_length}{seed}"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -349,15 +352,9 @@ class RunOptions:
             raise InputError(
                 f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
             )
-        for field in (
-            "workers",
-            "cpus_per_worker",
-            "max_concurrent",
-            "micro_batch",
-            "checkpoint_every",
-            "checkpoint_minutes",
-        ):
+        for field in ("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"{field} is {value}; expected a positive number")
-        ExecutionConfig(engine=self.engine, offload=self.offload)  # refuses what cannot go together
+        # Refuses what cannot go together.
+        ExecutionConfig(engine=self.engine, offload=self.offload, checkpoint_minutes=self.checkpoint_minutes)

@@ -96,7 +96,9 @@ class Storage:
         """Makes a trial's folder. ``model_location``, the base model's folder or id, is for its export later."""
         folder = self.trial(trial.fingerprint)
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / "trial.json", {**trial.to_dict(), "model_location": model_location})
+        write_json(
+            folder.path / "trial.json", {**trial.to_dict(), "label": trial.label, "model_location": model_location}
+        )
         return folder
 
     def sweep(self, name: str) -> Path:

@@ -49,6 +49,7 @@ from workloads.errors import InputError
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models import ModelSource
 from workloads.positions import extend, original_context_length
+from workloads.wording import POSITIONS, shared_settings
 
 # How often a preparation that takes long says what it is at.
 PREPARING_NOTE_SECONDS = 15
@@ -401,8 +402,7 @@ class Sweep:
                 "scored_tokens": sum(document.num_scored for document in documents),
             },
             "attention": self.describe_attention(),
-            "train_layers": self.spec.train_layers if self.spec.train_layers != "all" else None,
-            "quantization": self.spec.quantization if self.spec.quantization != "none" else None,
+            "shared_settings": self.describe_settings(),
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "hardware": started.get("hardware", "unknown"),
@@ -423,6 +423,12 @@ class Sweep:
         if training.task == "sft":
             return self.packed.validation_examples(training.context_length, training.eval_documents)
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
+
+    def describe_settings(self) -> dict[str, str]:
+        """What all that is trained has in common; the report has a place of its own for attention and seeds."""
+        shared = shared_settings([trial.training for trial in self.trials if trial.training.method != "untuned"])
+        positions = {"Positions": POSITIONS[self.spec.positions]} if self.spec.positions != "none" else {}
+        return positions | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
 
     def describe_attention(self) -> str:
         inside = ", inside documents" if self.spec.document_mask else ""

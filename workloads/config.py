@@ -105,13 +105,6 @@ class TrainingConfig:
     task: Task = "pretraining"
     long_examples: LongExamples = "drop"
 
-    @property
-    def label(self) -> str:
-        """How people call a trial: ``lora+ 2048``, ``untuned yarn 2048``."""
-        name = f"untuned {self.positions}" if self.method == "untuned" else self.method
-        seed = f" seed {self.seed}" if self.seed else ""
-        return f"{name} {self.context_length}{seed}"
-
     def not_at_default(self) -> dict[str, Any]:
         """The fields that are not at their default: what a trial is known by, so that a new field orphans none."""
         return {
@@ -215,6 +208,8 @@ class ExecutionConfig:
         if self.attention_backend not in get_args(AttentionBackend):
             known = ", ".join(get_args(AttentionBackend))
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
+        if not self.checkpoint_minutes > 0:
+            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
         if self.offload and not self.engine.startswith("zero"):
             raise InputError(f"offload is on with the engine {self.engine!r}; choose zero2 or zero3, which can offload")
 

@@ -2,7 +2,7 @@
 
 The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 
-    trial.json      model, data, identities, training (the fields of TrainingConfig), model_location
+    trial.json      model, data, identities, training (the fields of TrainingConfig), label, model_location
     checkpoints/    step-00000100 and the like: see workloads.checkpoint
     journal.jsonl   one JSON object a line: see workloads.training for the events
 """
@@ -40,6 +40,7 @@ class TrainedTrial:
     model_identity: str
     data_identity: str
     training: TrainingConfig
+    label: str
     model_location: str | None = None
 
     @classmethod
@@ -59,6 +60,7 @@ class TrainedTrial:
                 model_identity=values["identities"]["model"],
                 data_identity=values["identities"]["data"],
                 training=TrainingConfig(**values["training"]),
+                label=values.get("label") or folder.resolve().name,  # earlier versions wrote none
                 model_location=values.get("model_location"),
             )
         except OSError as error:

@@ -105,6 +105,7 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "sha256:41bb07",
         "python -m dashboards.mlflow --storage runs",
         "run20485",
+        "LoRA rank 8, alpha 16, on the attention projections",
         "20 81,920",  # an evaluation: step and tokens
     ],
 )

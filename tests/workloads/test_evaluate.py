@@ -161,7 +161,7 @@ def test_a_trial_scores_as_it_did_when_its_training_ended(texts, tmp_path, capsy
 
     (result,) = evaluated(tmp_path / "out", folder.path, "--data", texts, "--documents", 3).values()
     assert result["model"]["step"] == 2 and result["model"]["method"] == "lora+"
-    assert result["model"]["label"] == "builtin:tiny, lora+ 1024"
+    assert result["model"]["label"] == f"builtin:tiny, {trial.label}"
     for row in result["lengths"]:
         assert [document["all"]["nll"] for document in row["documents"]] == pytest.approx(ends[row["length"]]["nll"])
     assert {row["length"] for row in result["lengths"]} == {512, 1024}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -285,11 +285,57 @@ def test_the_card_says_what_it_is_and_how_to_load_it(train, tmp_path):
     for event in events:
         assert f"| {event['context_length']} | {event['step']} | {event['perplexity']:.3f} |" in card.text
     assert "| Steps | 3 |" in card.text
+    assert trained.base.location not in card.text.split("## How to load it")[1]  # a path of this machine
     # What the card says to do is done here, to the letter.
     (code,) = [part.split("```")[0] for part in card.text.split("```python")[1:]]
     done = {}
-    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")), done)
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")).replace("BASE_FOLDER", trained.base.location), done)
     assert logits(done["model"]).isfinite().all() and done["tokenizer"].model_max_length == CONTEXT
+
+
+# Of each field a value that is not its default.
+CHANGES = dict(
+    context_length=128, method="lora+embed", attention="dilated", group_size=32, document_mask=True, positions="ntk",
+    lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj",), train_layers="last 1", quantization="nf4", steps=9, batch=4,
+    learning_rate=1e-3, learning_rate_embeddings=1e-4, learning_rate_norms=1e-5, schedule="cosine", warmup_steps=1,
+    beta1=0.8, beta2=0.99, weight_decay=0.1, max_grad_norm=None, precision="bfloat16", seed=3, eval_every=7,
+    eval_documents=9, eval_span=256, task="sft", long_examples="truncate",
+)  # fmt: skip
+
+
+def test_the_card_tells_every_setting_that_is_not_at_its_default(train):
+    trial = TrainedTrial.open(train("lora+", False, "linear").folder)
+    assert CHANGES.keys() == {field.name for field in fields(TrainingConfig)}
+
+    def card(**changes):
+        changes |= {"task": "sft"} if "long_examples" in changes else {}
+        changes |= {"eval_span": 128} if "context_length" in changes else {}
+        return model_card(
+            replace(trial, training=replace(trial.training, **changes)), TINY, llama().config, what="merged", step=3,
+            rounding="saved",
+        )  # fmt: skip
+
+    assert [name for name, value in CHANGES.items() if card(**{name: value}) in (card(), card(task="sft"))] == ["task"]
+    assert "NTK-aware scaling" in card(positions="ntk") and "[INST]" in card(task="sft")
+
+
+def test_the_card_states_the_licence_that_the_base_states(train, tmp_path):
+    trial = TrainedTrial.open(train("lora+", False, "linear").folder)
+
+    def licence(base):
+        card = ModelCard(model_card(trial, base, llama().config, what="merged", step=3, rounding="saved")).data
+        return card.license, card.to_dict().get("license_name")
+
+    assert licence(TINY) == ("apache-2.0", None)
+    shutil.copytree(TINY.location, tmp_path / "base")
+    base = ModelSource.parse(str(tmp_path / "base"))
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\n---\n")
+    assert licence(base) == ("other", "theirs")
+    for text in ("no front matter", "---\n: [\n---\n"):
+        (tmp_path / "base" / "README.md").write_text(text)
+        assert licence(base) == (None, None)
+    (tmp_path / "base" / "README.md").unlink()
+    assert licence(base) == (None, None)
 
 
 def test_the_card_of_a_hub_base_links_to_it(train):

@@ -108,7 +108,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         source, step, training = trial.base(), trial.step(unfinished=True), trial.training
         model = trial.build(source, step, engine)
         positions = training.positions
-        about |= {"label": f"{Path(source.name).name}, {training.label}", "base": source.name}
+        about |= {"label": f"{Path(source.name).name}, {trial.label}", "base": source.name}
         about |= {"method": training.method, "step": step, "steps": training.steps}
         longest = max(options.lengths, default=training.context_length)
         if step < training.steps:
