@@ -7,28 +7,13 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
+from tests.workloads.models import small_llama
 from workloads.adaptation import adapt, check_adaptation, count_parameters, trainable_parameters
 from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
 from workloads.optimization import build_optimizer, set_learning_rate
 
 LORA_METHODS = ("lora", "lora+norm", "lora+embed", "lora+")
-
-
-def small_llama(**overrides):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **{
-                "vocab_size": 64,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                **overrides,
-            }
-        )
-    )
 
 
 def kinds(model):

@@ -31,15 +31,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random model with sizes that do not divide among two workers: 33 hidden, a vocabulary of 265."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.workloads.models import small_llama  # transformers, which the workers import in their own time
 
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 33, "intermediate_size": 67, "num_attention_heads": 3, "num_key_value_heads": 3}
-    config = LlamaConfig(
-        **sizes, head_dim=16, num_hidden_layers=2, vocab_size=265, max_position_embeddings=64, initializer_range=0.2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_llama(
+        **sizes, head_dim=16, vocab_size=265, max_position_embeddings=64, initializer_range=0.2
+    ).save_pretrained(folder)
     return ModelSource.parse(str(folder))
 
 

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from dataclasses import dataclass, fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from tests.workloads.models import small_llama
 from workloads import export
 from workloads.adaptation import adapt
 from workloads.ask import load_model
@@ -42,19 +45,9 @@ TOKENS = torch.randint(0, 256, (1, CONTEXT), generator=torch.Generator().manual_
 
 
 def llama(**overrides):
-    torch.manual_seed(0)
-    values = dict(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=ORIGINAL,
-        eos_token_id=256,
-        initializer_range=0.1,  # at the usual 0.02 so small a model hardly attends, and positions hardly show
-    )
-    return LlamaForCausalLM(LlamaConfig(**{**values, **overrides}))
+    # At the usual range of 0.02 so small a model hardly attends, and positions hardly show.
+    shape = dict(num_key_value_heads=2, max_position_embeddings=ORIGINAL, eos_token_id=256, initializer_range=0.1)
+    return small_llama(**{**shape, **overrides})
 
 
 @pytest.fixture(scope="module")
@@ -338,13 +331,32 @@ def test_the_card_states_the_licence_that_the_base_states(train, tmp_path):
     assert licence(base) == (None, None)
 
 
-def test_the_card_of_a_hub_base_links_to_it(train):
+class Hub(BaseHTTPRequestHandler):
+    """A model hub of one model, as far as its card goes."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": "org/name", "cardData": {"license": "llama2"}}).encode())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_card_of_a_hub_base_links_to_it_and_states_its_licence(train, hub):
     trained = TrainedTrial.open(train("lora", False, "linear").folder)
     commit = "0123456789abcdef0123456789abcdef01234567"
     base = ModelSource.parse(f"org/name@{commit}")
     config = llama().config
     card = ModelCard(model_card(trained, base, config, what="adapter", step=3, rounding="saved"))
-    assert card.data.base_model == "org/name"
+    assert (card.data.base_model, card.data.license) == ("org/name", "llama2")
     assert f'"org/name", revision="{commit}"' in card.text
 
 
