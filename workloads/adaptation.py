@@ -73,7 +73,12 @@ def adapt(
 
 
 def check_adaptation(
-    config: PretrainedConfig, method: Method, *, lora_rank: int, lora_targets: Sequence[str] | None, train_layers: str
+    config: PretrainedConfig,
+    method: Method,
+    *,
+    lora_rank: int = 8,
+    lora_targets: Sequence[str] | None = None,
+    train_layers: str = "all",
 ) -> None:
     """What :func:`adapt` would refuse, from a model's configuration: no weights are loaded or made.
 

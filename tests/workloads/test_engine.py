@@ -4,11 +4,13 @@ With two GPUs, ``-m gpu`` runs the same over NCCL.
 """
 
 import importlib.util
+import math
 import shutil
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.workloads.workers import run_workers, this_device
 from workloads.checkpoint import load_checkpoint
@@ -112,6 +114,15 @@ def fail_to_save(*args):
         return str(error)
 
 
+def saved_by_the_clock(model, corpus, folder, device, engine):
+    """The steps that this worker saves if the clock of worker 0 alone always says so."""
+    minutes = 1e-9 if dist.get_rank() == 0 else math.inf
+    execution = {"checkpoint_minutes": minutes}
+    trained, events = trial(model, corpus, folder, device, engine, execution=execution, steps=3, method="lora")
+    trained.run()
+    return [event["step"] for event in events if event["event"] == "saved"]
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def alone(request, model, corpus, tmp_path_factory):
     """One worker without any engine: the reference."""
@@ -142,6 +153,7 @@ def every_run(engine, model, corpus, folder, device):
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),
         "untuned": go("untuned", method="untuned", steps=0),
+        "clock": saved_by_the_clock(model, corpus, folder / "clock", device, engine),
         "unwritable": fail_to_save(model, corpus, folder / "a file", device, engine),
     }
     if engine != "ddp":
@@ -213,6 +225,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_every_worker(together):
     first, second = (worker["unwritable"] for worker in together["workers"])
     assert "step-00000002" in first and "could not be written" in first
     assert second == "worker 0 could not write the checkpoint of step 2"
+
+
+def test_the_first_workers_clock_decides_for_all_when_a_checkpoint_is_due(together):
+    assert [worker["clock"] for worker in together["workers"]] == [[1, 2, 3], [1, 2, 3]]
 
 
 def test_zero_without_deepspeed_is_refused(monkeypatch):

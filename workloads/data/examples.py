@@ -31,7 +31,7 @@ from workloads.config import LongExamples
 from workloads.data.batch import Batch
 from workloads.data.documents import Split, name_hash
 from workloads.data.instructions import Instructions, empty_answer, encode_rows
-from workloads.data.packed import epoch_order, permutation
+from workloads.data.packed import epoch_order, open_prepared, permutation
 from workloads.errors import InputError
 from workloads.once import make_once
 
@@ -82,29 +82,20 @@ class ExampleCorpus:
         Raises:
             InputError: it is not there, or its files do not have the sizes that its index says.
         """
-        folder = Path(folder)
-        try:
-            index = json.loads((folder / "index.json").read_text("utf-8"))
-            if index.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("it was written by another version of longspan")
-            prepared = cls(folder=folder, **index)
-            for side in SIDES:
-                tokens, examples = prepared.tokens[side], prepared.examples[side]
-                itemsize = np.dtype(prepared.dtype).itemsize
-                for kind, expected in (
-                    ("tokens", tokens * itemsize),
-                    ("answers", tokens),
-                    ("offsets", examples * 8 + 8),
-                ):
-                    found = (folder / f"{side}.{kind}").stat().st_size
-                    if found != expected:
-                        raise ValueError(f"{side}.{kind} has {found} bytes, its index says {expected}")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"prepared instruction data {folder} cannot be read ({error}). Delete that folder; the next run "
-                "prepares it anew."
-            ) from error
-        return prepared
+        return open_prepared(cls, folder, "instruction data", FORMAT_VERSION)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files."""
+        itemsize = np.dtype(self.dtype).itemsize
+        return {
+            f"{side}.{kind}": size
+            for side in SIDES
+            for kind, size in (
+                ("tokens", self.tokens[side] * itemsize),
+                ("answers", self.tokens[side]),
+                ("offsets", self.examples[side] * 8 + 8),
+            )
+        }
 
     def __reduce__(self):
         return ExampleCorpus.open, (self.folder,)  # a memory map would be pickled by its content
