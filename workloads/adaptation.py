@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from workloads.adapters import without_deprecations
 from workloads.config import Method, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
 
@@ -157,9 +157,7 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
-    with warnings.catch_warnings():
-        # PEFT asks for it by a name that transformers has replaced.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with without_deprecations():
         return get_peft_model(model, config)
 
 

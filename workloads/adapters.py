@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,14 @@ def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
     )
 
 
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """PEFT asks a model about gradient checkpointing by a name that transformers has replaced."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def load_adapter(folder: Path, **kwargs: Any) -> PeftModel:
     """An exported adapter on its base; ``kwargs`` as of ``from_pretrained``, for the base.
 
@@ -53,7 +64,8 @@ def load_adapter(folder: Path, **kwargs: Any) -> PeftModel:
             "the base is (base_model_name_or_path): write there where it is now"
         ) from error
     try:
-        return PeftModel.from_pretrained(base, folder)
+        with without_deprecations():
+            return PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -50,15 +50,16 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
 def _facts(trial: TrainedTrial, base: ModelSource, config: Any, step: int) -> list[tuple[str, str]]:
     training = trial.training
     told = settings(training)
+    name = base.name if base.revision or base.name.startswith("builtin:") else Path(base.name).name
     if step < training.steps:
         told["Steps"] = f"{step:,} of {training.steps:,}"
     if "Attention in training" in told:
         told["Attention in training"] += "; full attention in evaluation and from here on"
     return [
-        ("Base", f"{base.name} (`{trial.model_identity}`)"),
+        ("Base", f"{name} (`{trial.model_identity}`)"),
         ("Positions", f"{POSITIONS[training.positions]}: `{json.dumps(config.rope_parameters)}`"),
         ("Method", f"{training.method}: {METHODS[training.method]}"),
-        *([("Data", f"{trial.data} (`{trial.data_identity}`)")] if training.steps else []),
+        *([("Data", f"{_data(trial)} (`{trial.data_identity}`)")] if training.steps else []),
         *told.items(),
         ("Trial", f"`{trial.folder.resolve().name}`"),
     ]
@@ -78,9 +79,14 @@ def _perplexities(trial: TrainedTrial, step: int) -> list[str]:
     )
     return [
         "\n## Perplexity\n",
-        f"Of what {trial.data} holds out: {rule}. Step 0 is the model before training.\n",
+        f"Of what {_data(trial)} holds out: {rule}. Step 0 is the model before training.\n",
         *_table(rows, "length" if sft else "window", "step", "perplexity"),
     ]
+
+
+def _data(trial: TrainedTrial) -> str:
+    """Its name; of local data without the place, which nobody else has."""
+    return trial.data if trial.data.startswith("builtin:") or _hub_id(trial.data_identity) else Path(trial.data).name
 
 
 def _loading(base: ModelSource, what: str) -> list[str]:

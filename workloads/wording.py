@@ -15,10 +15,10 @@ METHODS = {
 POSITIONS = {
     "none": "no change",
     "linear": "linear interpolation",
-    "ntk": "NTK-aware scaling",
-    "dynamic": "dynamic NTK scaling",
+    "ntk": "NTK-aware positions",
+    "dynamic": "dynamic NTK",
     "yarn": "YaRN",
-    "llama3": "Llama 3's scaling",
+    "llama3": "Llama-3 scaling",
 }
 ATTENTION = {
     "full": "full",

@@ -278,7 +278,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(train, tmp_path):
     for event in events:
         assert f"| {event['context_length']} | {event['step']} | {event['perplexity']:.3f} |" in card.text
     assert "| Steps | 3 |" in card.text
-    assert trained.base.location not in card.text.split("## How to load it")[1]  # a path of this machine
+    assert trained.base.location not in card.text  # a path of this machine
     # What the card says to do is done here, to the letter.
     (code,) = [part.split("```")[0] for part in card.text.split("```python")[1:]]
     done = {}
@@ -309,7 +309,7 @@ def test_the_card_tells_every_setting_that_is_not_at_its_default(train):
         )  # fmt: skip
 
     assert [name for name, value in CHANGES.items() if card(**{name: value}) in (card(), card(task="sft"))] == ["task"]
-    assert "NTK-aware scaling" in card(positions="ntk") and "[INST]" in card(task="sft")
+    assert "NTK-aware positions" in card(positions="ntk") and "[INST]" in card(task="sft")
 
 
 def test_the_card_states_the_licence_that_the_base_states(train, tmp_path):
