@@ -157,8 +157,7 @@ class Comparison(TypedDict):
     model: Model
     data: Data
     attention: str
-    train_layers: str | None  # where not all of them train
-    quantization: str | None  # of the frozen weights
+    shared_settings: dict[str, str] | None  # in words, by name: what all trials were trained with
     seeds: list[int]
     confidence: float
     as_good: float  # the share above full fine-tuning's perplexity that counts as as good

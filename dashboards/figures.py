@@ -103,12 +103,15 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
         beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "color": colour}
         axes.annotate(name, (0, row), (-8, 0), ha="right", **beside)
         axes.annotate(wording.perplexity(end["perplexity"], 1) if end else state, (1, row), (8, 0), **beside)
-        if end and not left <= end["perplexity"] <= right:
-            axes.annotate("→", (1, row), (0, 0), ha="right", **beside)
-        elif end:
-            if end["low"] is not None and end["high"] is not None:
-                axes.plot([end["low"], end["high"]], [row, row], color=colour, linewidth=3, alpha=0.3)
-            axes.plot([end["perplexity"]], [row], marker, color=colour, markersize=5, markeredgewidth=0)
+        if not end:
+            continue
+        low, high = (end["perplexity"] if end[bound] is None else end[bound] for bound in ("low", "high"))
+        axes.plot([low, high], [row, row], color=colour, linewidth=3, alpha=0.3)
+        axes.plot([end["perplexity"]], [row], marker, color=colour, markersize=5, markeredgewidth=0)
+        if high > right:
+            axes.annotate("→", (1, row), (3, 0), ha="right", size=12, **beside)
+        if low < left:
+            axes.annotate("←", (0, row), (-3, 0), ha="left", size=12, **beside)
 
 
 def gaps(figure: Any, comparison: dict, context: dict) -> None:

@@ -89,9 +89,9 @@ class Estimator:
     def _same_hardware(self, record: TrialRecord) -> bool:
         return self.cluster.hardware(self.options) in record.started.get("hardware", "")
 
-    def of(self, trial: TrialSpec, record: TrialRecord, fit: bool = False) -> Estimate:
-        """A trial's, from where its record says that it is. With ``fit``, as it runs with the smallest change that
-        makes it fit."""
+    def of(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
+        """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
+        smallest change that makes it fit."""
         options = self.options
         workers = options.workers if trial.training.steps else 1
         execution = options.execution()
@@ -113,7 +113,7 @@ class Estimator:
     def _estimate(
         self,
         trial: TrialSpec,
-        record: TrialRecord,
+        record: TrialRecord | None,
         workers: int,
         execution: ExecutionConfig,
         needs: Memory,
@@ -127,13 +127,11 @@ class Estimator:
             if training.steps:
                 a_step = step_seconds(self.shape, training, execution, workers, device)
                 tokens_per_second = training.batch * training.context_length / a_step
-            # The step that it would go on from: finished ones have nothing left.
-            done = training.steps if record.state == "finished" else record.saved_step
             seconds = 0.0
-            if record.state != "finished":
+            if record is None or record.state != "finished":
                 seconds = self.start_up + trial_seconds(
                     self.shape, training, execution, workers, device,
-                    original_length=self.original_length, from_step=done,
+                    original_length=self.original_length, from_step=record.saved_step if record else 0,
                 )  # fmt: skip
             if self.price:
                 usd = seconds * workers / 3600 * self.price.usd_per_gpu_hour

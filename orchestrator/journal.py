@@ -6,7 +6,7 @@ unfinished is passed over. A trial that went on from a checkpoint may tell of th
 Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training``, and
 
     launched   Tune has started the trial's driver
-    started    a worker has begun: hardware, packages, host, pid, workers
+    started    a worker has begun: hardware, packages, host, pid, workers, execution (ExecutionConfig's fields)
     finished   the trial is complete
     stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
                orchestrator/early_stopping.py; unfinished, and can go on from its checkpoint

@@ -399,6 +399,8 @@ class RunOptions:
     """What computes the attention pattern: auto takes the fastest that the worker has."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
+    checkpoint_minutes: float = 10.0
+    """Where steps are slow, a checkpoint is also written when the last one is this old."""
     engine: EngineName = "auto"
     """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
     offload: bool = False
@@ -457,6 +459,7 @@ class RunOptions:
             micro_batch=self.micro_batch,
             gradient_checkpointing=self.gradient_checkpointing,
             checkpoint_every=self.checkpoint_every,
+            checkpoint_minutes=self.checkpoint_minutes,
             attention_backend=self.attention_backend,
             engine=self.engine,
             offload=self.offload,

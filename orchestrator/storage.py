@@ -111,7 +111,9 @@ class Storage:
         folder = self.trial(trial.fingerprint)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.journal.reserve.write_bytes(bytes(RESERVE_BYTES))
-        write_json(folder.path / "trial.json", {**trial.to_dict(), "model_location": model_location})
+        write_json(
+            folder.path / "trial.json", {**trial.to_dict(), "label": trial.label, "model_location": model_location}
+        )
         return folder
 
     def sweep(self, name: str) -> Path:

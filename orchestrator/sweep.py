@@ -31,6 +31,7 @@ from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
+from orchestrator.notes import notes
 from orchestrator.plan import (
     Planned,
     Totals,
@@ -51,7 +52,7 @@ from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without
 from orchestrator.trial import drive_trial
 from orchestrator.view import LiveView, Row, make_console
 from workloads.budget import ModelShape
-from workloads.config import TrainingConfig, trained_layers
+from workloads.config import TrainingConfig
 from workloads.data import (
     Corpus,
     Instructions,
@@ -64,6 +65,7 @@ from workloads.errors import InputError
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models import ModelSource
 from workloads.positions import extend, original_context_length
+from workloads.wording import POSITIONS, shared_settings
 
 # How often a preparation that takes long says what it is at.
 PREPARING_NOTE_SECONDS = 15
@@ -189,6 +191,7 @@ class Sweep:
         self.folder = self.storage.sweep(self.name)
         self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
         self.source = ModelSource.parse(self.spec.model)
+        self.source.refuse_adapter()
         if self.spec.task == "sft":
             self.corpus = Instructions.parse(self.spec.data)
         else:
@@ -205,13 +208,23 @@ class Sweep:
         config = self.source.config()
         self.original_length = original_context_length(config)
         self.shape = ModelShape.of(config)
-        trained_layers(self.spec.train_layers, config.num_hidden_layers)
+        self.check_adaptation(config)
         all_positions = {self.spec.positions, *self.spec.references}
         for length, positions in itertools.product(self.spec.context_lengths, all_positions):
             extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
         self.doing = f"reading {self.spec.data}"
         tokenizer = self.source.chat_identity if self.spec.task == "sft" else self.source.tokenizer_identity
         self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
+
+    def check_adaptation(self, config: Any) -> None:
+        """Whether the model has the layers that are to train, and takes LoRA as asked; from its shapes alone."""
+        from workloads.adaptation import check_adaptation  # torch, which config has imported by now
+
+        spec = self.spec
+        for method in spec.methods:
+            check_adaptation(
+                config, method, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets, train_layers=spec.train_layers
+            )
 
     def prepare(self) -> None:
         """What the model and the data are, and the corpus tokenised."""
@@ -268,11 +281,10 @@ class Sweep:
         if self.spec.search == "none":
             return []
         if self.search:
-            return [
-                self.estimates[study.base.fingerprint] for study in self.search.studies for _ in range(study.to_come)
-            ]
-        bases = [p.estimate for p in self.planned if p.trial.training.steps]
-        return [estimate for estimate in bases for _ in range(self.spec.search_trials - 1)]
+            each = [(study.base, study.to_come) for study in self.search.studies]
+        else:
+            each = [(p.trial, self.spec.search_trials - 1) for p in self.planned if p.trial.training.steps]
+        return [self.estimator.of(trial) for trial, number in each for _ in range(number)]
 
     def list_trials(self) -> None:
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
@@ -322,23 +334,14 @@ class Sweep:
 
     def say_notes(self) -> None:
         """What a user should know before it starts, although nothing of it is wrong."""
-        print_line = self.console.print
-        for length in self.spec.context_lengths:
-            if length <= self.original_length:
-                print_line(
-                    f"note: {length:,} tokens lie within the model's original context of {self.original_length:,}: "
-                    "positions are not extended there"
-                )
-            if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
-                print_line(f"note: {left_out}")
+        scored = len(self.validation_documents())
+        for note in notes(self.spec, self.options, self.original_length, self.packed, scored):
+            self.console.print(f"note: {note}", markup=False)
         if self.rungs and not any(self.rungs.settings.rungs(trial.training) for trial in self.trials):
-            print_line(
+            self.console.print(
                 f"note: --early-stopping {self.options.early_stopping} judges nothing: no evaluation lies between the "
                 "first rung and the last step; lower --first-rung or --eval-every"
             )
-        fit = "are short enough" if self.spec.task == "sft" else "are long enough"
-        if (scored := len(self.validation_documents())) < self.spec.eval_documents:
-            print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
@@ -368,7 +371,7 @@ class Sweep:
         for planned in self.planned:
             self.enter_at_rungs(planned)
         for trial in trials:
-            self.storage.add_trial(trial, self.source.location)
+            self.add_trial(trial)
         # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
         if untuned:
@@ -378,8 +381,12 @@ class Sweep:
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
-                self.storage.add_trial(planned.trial, self.source.location)
+                self.add_trial(planned.trial)
                 yield [planned.trial]
+
+    def add_trial(self, trial: TrialSpec) -> None:
+        folder = self.storage.add_trial(trial, self.source.location)
+        self.provenance.keep_diff(folder.path)
 
     def enter_at_rungs(self, planned: Planned) -> None:
         """Those that have finished before count at the rungs of early stopping too."""
@@ -548,8 +555,7 @@ class Sweep:
                 "scored_tokens": sum(document.num_scored for document in documents),
             },
             "attention": self.describe_attention(),
-            "train_layers": self.spec.train_layers if self.spec.train_layers != "all" else None,
-            "quantization": self.spec.quantization if self.spec.quantization != "none" else None,
+            "shared_settings": self.describe_settings(),
             "seeds": list(self.spec.seeds),
             "confidence": CONFIDENCE,
             "as_good": as_good,
@@ -575,6 +581,12 @@ class Sweep:
         if training.task == "sft":
             return self.packed.validation_examples(training.context_length, training.eval_documents)
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
+
+    def describe_settings(self) -> dict[str, str]:
+        """What all that is trained has in common; the report has a place of its own for attention and seeds."""
+        shared = shared_settings([trial.training for trial in self.trials if trial.training.method != "untuned"])
+        positions = {"Positions": POSITIONS[self.spec.positions]} if self.spec.positions != "none" else {}
+        return positions | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
 
     def describe_attention(self) -> str:
         inside = ", inside documents" if self.spec.document_mask else ""

@@ -267,6 +267,8 @@ class TrialRun:
         for event in events:
             if event["event"] == "started":
                 tags += [RunTag(name, value) for name, value in attempt_tags(event).items()]
+                # Tags, not parameters, which cannot change when a trial goes on in another way.
+                tags += [RunTag(f"execution.{name}", str(v)) for name, v in event.get("execution", {}).items()]
             if event["event"] == "model" and "attention_backend" in event:
                 tags += [RunTag("attention_backend", event["attention_backend"])]
             if event["event"] == "stopped":

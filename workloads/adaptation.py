@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from workloads.adapters import without_deprecations
 from workloads.config import Method, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The projections of the attention layers, by the names that model families give them (the paper adapts q, k, v, o;
 # GPT-NeoX joins the first three, and Phi calls the last dense).
@@ -65,6 +70,28 @@ def adapt(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def check_adaptation(
+    config: PretrainedConfig,
+    method: Method,
+    *,
+    lora_rank: int = 8,
+    lora_targets: Sequence[str] | None = None,
+    train_layers: str = "all",
+) -> None:
+    """What :func:`adapt` would refuse, from a model's configuration: no weights are loaded or made.
+
+    Raises:
+        InputError: as :func:`adapt`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    trained_layers(train_layers, len(decoder_layers(model)[1]))
+    if method.startswith("lora"):
+        _lora_targets(model, lora_targets, lora_rank)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -130,7 +157,8 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
-    return get_peft_model(model, config)
+    with without_deprecations():
+        return get_peft_model(model, config)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -16,11 +16,15 @@ import torch
 import tyro
 from transformers import TextStreamer
 
+from workloads.adaptation import compute_dtype
+from workloads.adapters import is_adapter, load_adapter
 from workloads.command import quiet_transformers, run_command
+from workloads.engine import Engine
 from workloads.errors import InputError
-from workloads.export import base_of_adapter, check_vocabulary
+from workloads.export import cast_parameters, check_vocabulary, make_stock
 from workloads.models import ModelSource
 from workloads.positions import reach
+from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,25 +43,29 @@ class Answer:
     answer_seconds: float
 
 
-def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to ask and its tokenizer: an exported folder (merged or adapter), another one, a hub id, builtin:tiny.
+def load_model(
+    name: str, device: str = "auto", say: Callable[[str], None] = lambda line: None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to ask and its tokenizer: a trial's folder (its newest checkpoint), an exported folder (merged or
+    adapter), another one, a hub id, builtin:tiny.
 
-    Weights stay in the dtype they are saved in. ``auto`` takes every CUDA device there is, else the CPU.
+    Weights stay in the dtype they are saved in, a trial's are in its training's precision. ``auto`` takes every CUDA
+    device there is (of a trial: one), else the CPU. ``say`` gets a line if a trial is not finished.
 
     Raises:
         InputError: there is no such model or device, or the tokenizer does not match.
     """
     from transformers import AutoModelForCausalLM
 
+    if (Path(name) / "trial.json").is_file():
+        return _load_trial(TrainedTrial.open(Path(name)), device, say)
     source = ModelSource.parse(name)
     tokenizer = source.tokenizer()
     options: dict[str, Any] = {"dtype": "auto", "device_map": _placement(device), "attn_implementation": "sdpa"}
     folder = Path(source.pretrained)
     try:
-        if (folder / "adapter_config.json").is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(base_of_adapter(folder, **options), folder)
+        if is_adapter(folder):
+            model = load_adapter(folder, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 source.pretrained, revision=source.revision, use_safetensors=True, **options
@@ -66,6 +74,21 @@ def load_model(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTra
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {name} cannot be loaded ({reason})") from error
     check_vocabulary(tokenizer, model, name)
+    return model.eval(), tokenizer
+
+
+def _load_trial(
+    trial: TrainedTrial, device: str, say: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source, step, precision = trial.base(), trial.step(unfinished=True), trial.training.precision
+    if step < trial.training.steps:
+        say(f"this trial is not finished: step {step} of {trial.training.steps}")
+    placement = _placement(device)
+    model = trial.build(source, step, Engine(torch.device("cuda" if placement == "auto" else placement), precision))
+    make_stock(model)
+    cast_parameters(model, compute_dtype(precision))  # what trained is float32, and there is no autocast here
+    tokenizer = source.tokenizer()
+    check_vocabulary(tokenizer, model, source.name)
     return model.eval(), tokenizer
 
 
@@ -215,7 +238,8 @@ def main(
 
     Args:
         question: What to ask about the document.
-        model: An exported folder, merged or adapter; or another model's folder, a Hugging Face id, builtin:tiny.
+        model: A trial's folder, or an exported one (merged or adapter); or another model's, a Hugging Face id,
+            builtin:tiny.
         document: A text file in UTF-8.
         max_new_tokens: The longest answer, in tokens.
         temperature: Of sampling; 0 always takes the most likely token.
@@ -228,11 +252,11 @@ def main(
         raise InputError(f"--temperature {temperature}: expected 0 or a positive number")
     text = _read(document)
     quiet_transformers()
-    loaded, tokenizer = load_model(model, device)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    loaded, tokenizer = load_model(model, device, say)
     answer = ask(
         loaded,
         tokenizer,

@@ -186,6 +186,7 @@ class ExecutionConfig:
         micro_batch: sequences in one forward and backward on one worker; None takes the worker's whole share.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         checkpoint_every: steps between checkpoints; the last step is always saved.
+        checkpoint_minutes: a checkpoint is also written when the last one is this old.
         eval_batch_tokens: about how many tokens one evaluation forward takes.
         attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
             fastest that can serve.
@@ -197,6 +198,7 @@ class ExecutionConfig:
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: int = 100
+    checkpoint_minutes: float = 10.0
     eval_batch_tokens: int = 8192
     attention_backend: AttentionBackend = "auto"
     engine: EngineName = "auto"
@@ -206,6 +208,8 @@ class ExecutionConfig:
         if self.attention_backend not in get_args(AttentionBackend):
             known = ", ".join(get_args(AttentionBackend))
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
+        if not self.checkpoint_minutes > 0:
+            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
         if self.offload and not self.engine.startswith("zero"):
             raise InputError(f"offload is on with the engine {self.engine!r}; choose zero2 or zero3, which can offload")
 

@@ -23,6 +23,7 @@ import tyro
 from torch import nn
 
 from workloads.adaptation import compute_dtype
+from workloads.adapters import base_of_adapter
 from workloads.attention.interface import CONFIG_FIELD
 from workloads.command import quiet_transformers, run_command
 from workloads.config import Precision
@@ -284,21 +285,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, name:
             f"the tokenizer of {name} does not match the model: it has a token with id {highest}, and the model has "
             f"{embeddings} embeddings. Give a base with the tokenizer that it was trained with"
         )
-
-
-def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """The base of an exported adapter, by stock transformers, with the configuration that lies beside the adapter."""
-    from peft import PeftConfig
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    adapter = PeftConfig.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        adapter.base_model_name_or_path,
-        revision=adapter.revision,
-        config=AutoConfig.from_pretrained(folder),
-        use_safetensors=True,
-        **kwargs,
-    )
 
 
 def _reload(folder: Path, what: What, base_dtype: torch.dtype, quantization: Any | None) -> nn.Module:

@@ -6,20 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from workloads.models import ModelSource
 from workloads.positions import original_context_length, reach
 from workloads.trained import TrainedTrial
+from workloads.wording import METHODS, POSITIONS, settings
 
-METHODS = {
-    "untuned": "nothing is trained; only the positions are changed",
-    "lora": "LoRA",
-    "lora+norm": "LoRA with trained norms",
-    "lora+embed": "LoRA with trained embeddings",
-    "lora+": "LoRA with trained embeddings and norms (LongLoRA's improved LoRA)",
-    "full": "full fine-tuning",
-}
 HUB = "hub:"  # how the identity of what came from the Hugging Face hub begins
 
 
@@ -35,6 +28,7 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
         tags=["long-context", "longspan", *(["lora"] if what == "adapter" else [])],
         # Only what the hub can link to.
         base_model=base.location if base.revision else None,
+        **_licence(base, config),
         datasets=_hub_id(trial.data_identity),
     )
     return "\n".join(
@@ -55,26 +49,20 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
 
 def _facts(trial: TrainedTrial, base: ModelSource, config: Any, step: int) -> list[tuple[str, str]]:
     training = trial.training
-    facts = [
-        ("Base", f"{base.name} (`{trial.model_identity}`)"),
-        ("Positions", f"`{json.dumps(config.rope_parameters)}`"),
-        ("Method", f"{training.method}: {METHODS.get(training.method, training.method)}"),
+    told = settings(training)
+    name = base.name if base.revision or base.name.startswith("builtin:") else Path(base.name).name
+    if step < training.steps:
+        told["Steps"] = f"{step:,} of {training.steps:,}"
+    if "Attention in training" in told:
+        told["Attention in training"] += "; full attention in evaluation and from here on"
+    return [
+        ("Base", f"{name} (`{trial.model_identity}`)"),
+        ("Positions", f"{POSITIONS[training.positions]}: `{json.dumps(config.rope_parameters)}`"),
+        ("Method", f"{training.method}: {METHODS[training.method]}"),
+        *([("Data", f"{_data(trial)} (`{trial.data_identity}`)")] if training.steps else []),
+        *told.items(),
+        ("Trial", f"`{trial.folder.resolve().name}`"),
     ]
-    if training.steps:
-        groups = f" in groups of {training.group_size:,} tokens" if training.group_size else ""
-        rank = f", rank {training.lora_rank}, alpha {training.lora_alpha:g}" if "lora" in training.method else ""
-        facts[-1] = (facts[-1][0], facts[-1][1] + rank)
-        facts += [
-            ("Data", f"{trial.data} (`{trial.data_identity}`)"),
-            ("Context length in training", f"{training.context_length:,} tokens"),
-            ("Attention in training", f"{training.attention}{groups}; full attention in evaluation and from here on"),
-            ("Steps", f"{step:,}" + (f" of {training.steps:,}" if step < training.steps else "")),
-            ("Batch", f"{training.batch} sequences"),
-            ("Learning rate", f"{training.learning_rate:g} after {training.warmup_steps} steps of warm-up"),
-            ("Precision", training.precision),
-            ("Seed", str(training.seed)),
-        ]
-    return [*facts, ("Trial", f"`{trial.folder.resolve().name}`")]
 
 
 def _perplexities(trial: TrainedTrial, step: int) -> list[str]:
@@ -82,12 +70,23 @@ def _perplexities(trial: TrainedTrial, step: int) -> list[str]:
     if not events:
         return []
     rows = [(f"{e['context_length']:,}", str(e["step"]), f"{e['perplexity']:.3f}") for e in events]
+    sft = trial.training.task == "sft"
+    rule = (
+        "every token of the answers of held-out examples that fit into the given length, full attention"
+        if sft
+        else "full attention, windows of the given length that neither overlap nor cross documents, every token scored "
+        "but a window's first"
+    )
     return [
         "\n## Perplexity\n",
-        f"Of held-out documents of {trial.data}: full attention, windows of the given length that neither overlap nor "
-        "cross documents, every token scored. Step 0 is the model before training.\n",
-        *_table(rows, "window", "step", "perplexity"),
+        f"Of what {_data(trial)} holds out: {rule}. Step 0 is the model before training.\n",
+        *_table(rows, "length" if sft else "window", "step", "perplexity"),
     ]
+
+
+def _data(trial: TrainedTrial) -> str:
+    """Its name; of local data without the place, which nobody else has."""
+    return trial.data if trial.data.startswith("builtin:") or _hub_id(trial.data_identity) else Path(trial.data).name
 
 
 def _loading(base: ModelSource, what: str) -> list[str]:
@@ -100,8 +99,9 @@ def _loading(base: ModelSource, what: str) -> list[str]:
             'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
             "```",
         ]
-    where = f'"{base.location}", revision="{base.revision}"' if base.revision else f'"{base.pretrained}"'
+    where = f'"{base.location}", revision="{base.revision}"' if base.revision else '"BASE_FOLDER"'
     return [
+        *([] if base.revision else [_local_base(base)]),
         "The base has to be loaded with the configuration that lies here: it holds the extended positions. (What loads "
         "a base by its name alone, such as `AutoPeftModelForCausalLM`, takes the base's own, and the long context is "
         "lost.)\n",
@@ -115,6 +115,35 @@ def _loading(base: ModelSource, what: str) -> list[str]:
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
     ]
+
+
+def _local_base(base: ModelSource) -> str:
+    if base.name.startswith("builtin:"):
+        what = f"The base comes with longspan: BASE_FOLDER is `workloads/builtin/{Path(base.location).name}` in it."
+    elif base.is_gguf:
+        what = f"The base was a local file, {Path(base.name).name}: BASE_FOLDER is a folder it was converted to."
+    else:
+        what = f"The base was a local folder, {Path(base.name).name}: BASE_FOLDER is where you have it."
+    return (
+        f"{what} It is the right one if its content is that of the table above. What reads the place of the base from "
+        "this folder, such as `workloads.ask`, finds it in `adapter_config.json` (`base_model_name_or_path`): write "
+        "your BASE_FOLDER there.\n"
+    )
+
+
+def _licence(base: ModelSource, config: Any) -> dict[str, str]:
+    """The licence that the base's card or configuration states, in the words of a card's front matter."""
+    fields = ("license", "license_name", "license_link")
+    stated = {field: getattr(config, field, None) for field in fields}
+    try:
+        if base.revision:
+            card = HfApi().model_info(base.location, revision=base.revision, timeout=10).card_data
+        else:
+            card = ModelCard.load(Path(base.location) / "README.md", ignore_metadata_errors=True).data
+        stated |= {field: text for field in fields if card and (text := card.get(field))}
+    except Exception:  # whatever the hub's client or a broken card raises: none is stated here
+        pass
+    return {field: text for field, text in stated.items() if isinstance(text, str)}
 
 
 def _table(rows: list[tuple[str, ...]], *head: str) -> list[str]:

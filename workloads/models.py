@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workloads.adapters import is_adapter
 from workloads.config import Positions
 from workloads.errors import InputError
 from workloads.gguf import content_hash, converted
@@ -115,6 +116,14 @@ class ModelSource:
             return self.identity
         return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), ('chat_template*',))}"
 
+    def refuse_adapter(self) -> None:
+        """Raises InputError if it is an adapter, which is not a whole model."""
+        if is_adapter(Path(self.location)):
+            raise InputError(
+                f"model folder {self.name} is an adapter, and what is trained starts from a whole model: export the "
+                "trial with --what merged, and give that folder"
+            )
+
     def config(self) -> Any:
         """The model's configuration, as transformers reads it.
 
@@ -163,6 +172,7 @@ class ModelSource:
 
         from workloads.positions import extend
 
+        self.refuse_adapter()
         config = self.config()
         extend(config, context_length, positions)
         config.use_cache = False
@@ -207,11 +217,10 @@ def _hub_revision(hub_id: str, revision: str | None) -> str:
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().model_info(hub_id, revision=revision, timeout=20).sha
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's client changes what it raises for a dead network from version to version
         raise InputError(
             f"model {hub_id!r}: the model hub does not say which commit it is at ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). Check the name and the network, log in if the model is gated, give a full "

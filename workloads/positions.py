@@ -52,6 +52,15 @@ def reach(config: Any) -> int:
     return config.max_position_embeddings
 
 
+def is_extended(config: Any) -> bool:
+    """Whether the model's positions reach beyond its original context already."""
+    return reach(config) > original_context_length(config)
+
+
+def extended_by_longspan(config: Any) -> bool:
+    return hasattr(config, ORIGINAL_LENGTH_FIELD)
+
+
 def extend(config: Any, context_length: int, positions: Positions) -> None:
     """Makes ``config`` (changed in place) reach ``context_length`` by ``positions``.
 

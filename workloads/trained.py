@@ -2,7 +2,7 @@
 
 The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 
-    trial.json      model, data, identities, training (the fields of TrainingConfig), model_location
+    trial.json      model, data, identities, training (the fields of TrainingConfig), label, model_location
     checkpoints/    step-00000100 and the like: see workloads.checkpoint
     journal.jsonl   one JSON object a line: see workloads.training for the events
 """
@@ -10,6 +10,7 @@ The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class TrainedTrial:
     model_identity: str
     data_identity: str
     training: TrainingConfig
+    label: str
     model_location: str | None = None
 
     @classmethod
@@ -58,6 +60,7 @@ class TrainedTrial:
                 model_identity=values["identities"]["model"],
                 data_identity=values["identities"]["data"],
                 training=TrainingConfig(**values["training"]),
+                label=values.get("label") or folder.resolve().name,  # earlier versions wrote none
                 model_location=values.get("model_location"),
             )
         except OSError as error:
@@ -116,6 +119,8 @@ class TrainedTrial:
             if (problem := damage(folder))
         )
         again = "run its sweep's command again, which goes on with it"
+        if failure := self._failure():
+            again = f"its training failed ({failure}): mend that, then {again}"
         if step is None:
             raise InputError(f"{self.folder} has no whole checkpoint{damaged}; {again}")
         if step < steps and not unfinished:
@@ -163,19 +168,24 @@ class TrainedTrial:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The journal's ``eval`` events, the last of each (context length, step), in that order."""
-        events: dict[tuple[int, int], dict[str, Any]] = {}
+        events = {(e["context_length"], e["step"]): e for e in self._events() if e.get("event") == "eval"}
+        return [events[key] for key in sorted(events)]
+
+    def _failure(self) -> str | None:
+        """Why its last attempt failed, if it did."""
+        ends = [event for event in self._events() if event.get("event") in ("started", "failed", "finished")]
+        return ends[-1].get("reason") if ends and ends[-1]["event"] == "failed" else None
+
+    def _events(self) -> Iterator[dict[str, Any]]:
         try:
             lines = (self.folder / "journal.jsonl").read_text().splitlines()
         except OSError:
-            return []  # a trial that was not trained by a sweep
+            return  # a trial that was not trained by a sweep
         for line in lines:
             try:
-                event = json.loads(line)
+                yield json.loads(line)
             except ValueError:
                 continue  # cut off by a process that died
-            if event.get("event") == "eval":
-                events[event["context_length"], event["step"]] = event
-        return [events[key] for key in sorted(events)]
 
 
 def _trials_near(folder: Path) -> str:

@@ -133,6 +133,7 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.original_length = original_context_length(self.model.config)
+        self.saved_at = time.monotonic()
 
     def run(self) -> bool:
         if self.config.steps == 0:
@@ -161,10 +162,14 @@ class Trial:
         return True
 
     def what_is_asked(self) -> Asked | None:
-        """What worker 0 is asked, for all."""
+        """What worker 0 is asked, or by its clock has to do, for all."""
         answers = (None, "save", "stop")
-        first = answers.index(self.asked()) if self.engine.rank == 0 else 0
+        first = answers.index(self.asked() or self.what_is_due()) if self.engine.rank == 0 else 0
         return answers[int(self.engine.sum(torch.tensor(first)))]
+
+    def what_is_due(self) -> Asked | None:
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return "save" if minutes >= self.execution.checkpoint_minutes else None
 
     def train_step(self, training_model: nn.Module) -> None:
         config, engine = self.config, self.engine
@@ -288,6 +293,7 @@ class Trial:
                 failure = error
         if self.engine.any(failure is not None):
             raise failure or OSError(f"worker 0 could not write the checkpoint of step {self.step}")
+        self.saved_at = time.monotonic()
         self.emit("saved", step=self.step)
 
     def start(self) -> nn.Module:

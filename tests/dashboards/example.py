@@ -169,6 +169,7 @@ def comparison() -> dict[str, Any]:
             "scored_tokens": 49_152,
         },
         "attention": "s2, group size 1/4 of the context",
+        "shared_settings": {"LoRA": "rank 8, alpha 16, on the attention projections", "Layers that train": "last 4"},
         "seeds": [0],
         "confidence": 0.95,
         "as_good": 0.01,

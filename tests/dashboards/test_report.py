@@ -106,6 +106,7 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "sha256:41bb07",
         "python -m dashboards.mlflow --storage runs",
         "run20485",
+        "LoRA rank 8, alpha 16, on the attention projections",
         "20 81,920",  # an evaluation: step and tokens
         "LoRA+ above Full Step Tokens Gap Interval 5 20,480",
         "What it takes Setting CPU hours Cost Tokens to 2.749 CPU hours to 2.749 Worth its hours",
@@ -177,6 +178,14 @@ def test_a_start_that_would_flatten_everything_else_is_noted_as_off_the_chart(tm
             point.update(perplexity=412.0, low=400.0, high=420.0)
     words = first_curves(report.render(steep, tmp_path)[0])
     assert "off the chart: 412 at step 0; untuned, linear interpolation 412" in words
+
+
+def test_an_interval_that_is_cut_at_the_edge_of_the_scale_has_an_arrow_there() -> None:
+    cut, whole = comparison(), comparison()
+    for each, high in ((cut, 1e6), (whole, None)):
+        each["contexts"] = each["contexts"][:1]
+        each["contexts"][0]["references"] = [{"label": "untuned", "perplexity": 3.0, "low": None, "high": high}]
+    assert [figures.svg_panels(check(each), "final_perplexity")[0].count("→") for each in (cut, whole)] == [1, 0]
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:

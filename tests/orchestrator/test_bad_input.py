@@ -1,13 +1,19 @@
 """A user's mistake is one clear error, before anything is trained, and the exit status is not 0."""
 
+import contextlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from orchestrator.sweep import main
+from orchestrator.spec import RunOptions, SweepSpec
+from orchestrator.sweep import Sweep, main
+from orchestrator.view import make_console
 from tests.orchestrator.conftest import ROOT, SweepCommand
+from workloads.errors import InputError
+from workloads.models import ModelSource
 
 
 def errors_of(arguments, capsys):
@@ -75,6 +81,33 @@ def test_a_model_without_rotary_positions(tmp_path, text_folder):
         tmp_path / "runs", "--model", str(tmp_path / "gpt2"), "--data", str(text_folder)
     ).run()
     assert status == 2 and "gpt2" in output and "rotary position" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_rank": 500}, "lora_rank is 500, but k_proj has a side of 128"),
+        ({"lora_targets": ("query",)}, "lora_targets has query, which the layers of LlamaForCausalLM do not have"),
+        ({"lora_rank": 500, "methods": ("full",)}, None),
+    ],
+)
+def test_what_the_model_cannot_take_is_found_before_its_weights_are_loaded(change, message, tmp_path, text_folder):
+    shutil.copytree(ModelSource.parse("builtin:tiny").location, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"nobody reads this")
+    spec = SweepSpec(context_lengths=(1024,), model=str(tmp_path / "model"), data=str(text_folder), **change)
+    sweep = Sweep("bad", spec, RunOptions(storage=str(tmp_path / "runs")), make_console())
+    sweep.check()
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        sweep.prepare()
+
+
+def test_an_adapter_is_no_base_model(tmp_path, text_folder, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(ModelSource.parse("builtin:tiny").location, adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    flags = ["--model", str(adapter), "--data", str(text_folder), "--storage", str(tmp_path / "runs")]
+    status, printed = errors_of(flags, capsys)
+    assert status == 2 and "is an adapter" in printed and "--what merged" in printed
 
 
 def test_a_corpus_shorter_than_one_context(tmp_path):

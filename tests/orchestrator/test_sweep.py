@@ -70,6 +70,7 @@ def test_each_trial_has_a_whole_record(finished):
         assert sorted(record.steps) == list(range(1, steps + 1))
         assert [e["step"] for e in record.curve(1024)] == ([0, 2, 4] if steps else [0])
         assert [e["step"] for e in record.curve(512)] == [steps]
+        assert record.started["execution"]["engine"] == "auto" and "checkpoint_minutes" in record.started["execution"]
 
 
 def test_mlflow_has_one_run_a_trial_and_one_of_the_sweep_with_its_report(finished):

@@ -21,6 +21,7 @@ PROVENANCE = Provenance(git_commit="abc123", packages={})
 STARTED = {
     "hardware": "1 x NVIDIA H200", "host": "here", "packages": {"torch": "2"}, "workers": 1, "driver": "580.65.06",
     "cuda": "13.0", "git_commit": "abc123-dirty", "usd_per_device_hour": 7.912, "price_source": "p5en.48xlarge",
+    "execution": {"engine": "zero2", "offload": True, "micro_batch": None},
 }  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     assert (tags["longspan.fingerprint"], tags["git_commit"]) == (trial.fingerprint, "abc123-dirty")
     assert (tags["hardware"], tags["package.torch"]) == ("1 x NVIDIA H200", "2")
     assert (tags["driver"], tags["cuda"], tags["usd_per_device_hour"]) == ("580.65.06", "13.0", "7.912")
+    assert (tags["execution.engine"], tags["execution.offload"]) == ("zero2", "True")
     assert run.data.params["lora_rank"] == "8"
 
 

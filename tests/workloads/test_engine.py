@@ -4,11 +4,13 @@ With two GPUs, ``-m gpu`` runs the same over NCCL.
 """
 
 import importlib.util
+import math
 import shutil
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.workloads.workers import run_workers, this_device
 from workloads.checkpoint import load_checkpoint
@@ -31,15 +33,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random model with sizes that do not divide among two workers: 33 hidden, a vocabulary of 265."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.workloads.models import small_llama  # transformers, which the workers import in their own time
 
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 33, "intermediate_size": 67, "num_attention_heads": 3, "num_key_value_heads": 3}
-    config = LlamaConfig(
-        **sizes, head_dim=16, num_hidden_layers=2, vocab_size=265, max_position_embeddings=64, initializer_range=0.2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_llama(
+        **sizes, head_dim=16, vocab_size=265, max_position_embeddings=64, initializer_range=0.2
+    ).save_pretrained(folder)
     return ModelSource.parse(str(folder))
 
 
@@ -114,6 +114,15 @@ def fail_to_save(*args):
         return str(error)
 
 
+def saved_by_the_clock(model, corpus, folder, device, engine):
+    """The steps that this worker saves if the clock of worker 0 alone always says so."""
+    minutes = 1e-9 if dist.get_rank() == 0 else math.inf
+    execution = {"checkpoint_minutes": minutes}
+    trained, events = trial(model, corpus, folder, device, engine, execution=execution, steps=3, method="lora")
+    trained.run()
+    return [event["step"] for event in events if event["event"] == "saved"]
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def alone(request, model, corpus, tmp_path_factory):
     """One worker without any engine: the reference."""
@@ -144,6 +153,7 @@ def every_run(engine, model, corpus, folder, device):
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),
         "untuned": go("untuned", method="untuned", steps=0),
+        "clock": saved_by_the_clock(model, corpus, folder / "clock", device, engine),
         "unwritable": fail_to_save(model, corpus, folder / "a file", device, engine),
     }
     if engine != "ddp":
@@ -215,6 +225,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_every_worker(together):
     first, second = (worker["unwritable"] for worker in together["workers"])
     assert "step-00000002" in first and "could not be written" in first
     assert second == "worker 0 could not write the checkpoint of step 2"
+
+
+def test_the_first_workers_clock_decides_for_all_when_a_checkpoint_is_due(together):
+    assert [worker["clock"] for worker in together["workers"]] == [[1, 2, 3], [1, 2, 3]]
 
 
 def test_zero_without_deepspeed_is_refused(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.evaluate import main
+from workloads.export import export_trial
 from workloads.models import ModelSource
 from workloads.training import run
 
@@ -59,6 +61,50 @@ def test_perplexity_at_several_lengths_and_at_the_original_one(texts, tmp_path, 
     assert said.index("4,096 tokens to forward") < said.index("Perplexity of")
 
 
+def test_answers_to_other_questions_are_kept_and_the_same_question_is_answered_in_place(texts, tmp_path):
+    flags = ["builtin:tiny", "--data", texts, "--documents", 1]
+    evaluated(tmp_path, *flags, "--lengths", 512)
+    evaluated(tmp_path, *flags, "--lengths", 256)
+    results = evaluated(tmp_path, *flags, "--lengths", 256)
+    lengths = {name: [row["length"] for row in result["lengths"]] for name, result in results.items()}
+    assert lengths == {"perplexity-builtin-tiny": [512], "perplexity-builtin-tiny-2": [256]}
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """What an export looks like: extended by longspan, to 1,024 tokens."""
+    folder = tmp_path_factory.mktemp("extended")
+    SOURCE.load(1024, "linear", torch.float32).save_pretrained(folder)
+    SOURCE.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_positions_that_were_trained_are_not_replaced(extended, texts, tmp_path, capsys):
+    flags = [str(extended), "--data", str(texts), "--documents", "1", "--output", str(tmp_path), "--lengths", "2048"]
+    assert main([*flags, "--positions", "yarn"]) == 2
+    assert "positions of its own, made for 1,024 tokens" in capsys.readouterr().out
+    assert main(flags) == 0
+    assert "2,048 tokens lie beyond the 1,024" in capsys.readouterr().out
+
+
+def test_positions_that_a_model_comes_with_are_replaced_with_a_note(texts, tmp_path, capsys):
+    shutil.copytree(SOURCE.location, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    flags = [tmp_path / "model", "--data", texts, "--documents", 1, "--lengths", 2048, "--positions", "yarn"]
+    evaluated(tmp_path / "out", *flags)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "yarn replaces them by others, from 512 to 2,048, at every length that is scored" in said
+
+
+def test_what_cannot_work_is_found_before_the_first_task_runs(texts, tmp_path, capsys):
+    flags = ["builtin:tiny", "perplexity", "topics", "--data", str(texts), "--documents", "1", "--lengths", "200"]
+    assert main([*flags, "--output", str(tmp_path)]) == 2
+    assert "a prompt on topics needs" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_part_of_the_windows_with_the_error_it_brings(texts, tmp_path):
     flags = ["builtin:tiny", "--data", texts, "--documents", 2, "--span", 1024, "--stride", 128]
     (whole,) = evaluated(tmp_path / "whole", *flags).values()
@@ -99,7 +145,7 @@ def test_longchats_cases_make_positions_reach_the_longest_of_them(tmp_path):
     assert result["model"]["reach"] >= max(row["length"] for row in result["lengths"]) > 512
 
 
-def test_a_trial_scores_as_it_did_when_its_training_ended(texts, tmp_path):
+def test_a_trial_scores_as_it_did_when_its_training_ended(texts, tmp_path, capsys):
     corpus = Corpus.parse(str(texts))
     packed = prepare(corpus, SOURCE.tokenizer, SOURCE.tokenizer_identity, tmp_path / "data")
     config = TrainingConfig(
@@ -116,9 +162,26 @@ def test_a_trial_scores_as_it_did_when_its_training_ended(texts, tmp_path):
 
     (result,) = evaluated(tmp_path / "out", folder.path, "--data", texts, "--documents", 3).values()
     assert result["model"]["step"] == 2 and result["model"]["method"] == "lora+"
+    assert result["model"]["label"] == f"builtin:tiny, {trial.label}"
     for row in result["lengths"]:
         assert [document["all"]["nll"] for document in row["documents"]] == pytest.approx(ends[row["length"]]["nll"])
     assert {row["length"] for row in result["lengths"]} == {512, 1024}
+
+    # The same as an adapter on its base.
+    export_trial(folder.path, tmp_path / "adapter", what="adapter", dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # a library's own is none of the user's business
+        (adapter,) = evaluated(
+            tmp_path / "adapted", tmp_path / "adapter", "--data", texts, "--documents", 3, "--lengths", 1024
+        ).values()
+    for row, of_adapter in zip(result["lengths"], adapter["lengths"], strict=True):
+        assert of_adapter["rules"]["all"]["perplexity"] == pytest.approx(row["rules"]["all"]["perplexity"], rel=1e-5)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert main([str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]) == 2
+    assert "write there where it is now" in capsys.readouterr().out
 
     shutil.rmtree(folder.checkpoints)
     assert main([str(folder.path), "--output", str(tmp_path / "out")]) == 2

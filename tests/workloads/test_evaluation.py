@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.workloads.models import small_llama
 from workloads.attention import AttentionPattern, use_pattern
 from workloads.data import Corpus, ValidationDocument, prepare
 from workloads.engine import Engine
@@ -52,9 +53,8 @@ def test_perplexity_is_transformers_loss_over_all_windows_with_full_attention():
 
 @pytest.fixture(scope="module")
 def random_model():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, initializer_range=0.5, **shape)).eval()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = small_llama(vocab_size=50, initializer_range=0.5, **shape).eval()
     use_pattern(model, AttentionPattern(name="full"))
     return model
 

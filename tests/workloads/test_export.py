@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from tests.workloads.models import small_llama
 from workloads import export
 from workloads.adaptation import adapt
 from workloads.ask import load_model
@@ -42,19 +45,9 @@ TOKENS = torch.randint(0, 256, (1, CONTEXT), generator=torch.Generator().manual_
 
 
 def llama(**overrides):
-    torch.manual_seed(0)
-    values = dict(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=ORIGINAL,
-        eos_token_id=256,
-        initializer_range=0.1,  # at the usual 0.02 so small a model hardly attends, and positions hardly show
-    )
-    return LlamaForCausalLM(LlamaConfig(**{**values, **overrides}))
+    # At the usual range of 0.02 so small a model hardly attends, and positions hardly show.
+    shape = dict(num_key_value_heads=2, max_position_embeddings=ORIGINAL, eos_token_id=256, initializer_range=0.1)
+    return small_llama(**{**shape, **overrides})
 
 
 @pytest.fixture(scope="module")
@@ -285,20 +278,85 @@ def test_the_card_says_what_it_is_and_how_to_load_it(train, tmp_path):
     for event in events:
         assert f"| {event['context_length']} | {event['step']} | {event['perplexity']:.3f} |" in card.text
     assert "| Steps | 3 |" in card.text
+    assert trained.base.location not in card.text  # a path of this machine
     # What the card says to do is done here, to the letter.
     (code,) = [part.split("```")[0] for part in card.text.split("```python")[1:]]
     done = {}
-    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")), done)
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")).replace("BASE_FOLDER", trained.base.location), done)
     assert logits(done["model"]).isfinite().all() and done["tokenizer"].model_max_length == CONTEXT
 
 
-def test_the_card_of_a_hub_base_links_to_it(train):
+# Of each field a value that is not its default.
+CHANGES = dict(
+    context_length=128, method="lora+embed", attention="dilated", group_size=32, document_mask=True, positions="ntk",
+    lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj",), train_layers="last 1", quantization="nf4", steps=9, batch=4,
+    learning_rate=1e-3, learning_rate_embeddings=1e-4, learning_rate_norms=1e-5, schedule="cosine", warmup_steps=1,
+    beta1=0.8, beta2=0.99, weight_decay=0.1, max_grad_norm=None, precision="bfloat16", seed=3, eval_every=7,
+    eval_documents=9, eval_span=256, task="sft", long_examples="truncate",
+)  # fmt: skip
+
+
+def test_the_card_tells_every_setting_that_is_not_at_its_default(train):
+    trial = TrainedTrial.open(train("lora+", False, "linear").folder)
+    assert CHANGES.keys() == {field.name for field in fields(TrainingConfig)}
+
+    def card(**changes):
+        changes |= {"task": "sft"} if "long_examples" in changes else {}
+        changes |= {"eval_span": 128} if "context_length" in changes else {}
+        return model_card(
+            replace(trial, training=replace(trial.training, **changes)), TINY, llama().config, what="merged", step=3,
+            rounding="saved",
+        )  # fmt: skip
+
+    assert [name for name, value in CHANGES.items() if card(**{name: value}) in (card(), card(task="sft"))] == ["task"]
+    assert "NTK-aware positions" in card(positions="ntk") and "[INST]" in card(task="sft")
+
+
+def test_the_card_states_the_licence_that_the_base_states(train, tmp_path):
+    trial = TrainedTrial.open(train("lora+", False, "linear").folder)
+
+    def licence(base):
+        card = ModelCard(model_card(trial, base, llama().config, what="merged", step=3, rounding="saved")).data
+        return card.license, card.to_dict().get("license_name")
+
+    assert licence(TINY) == ("apache-2.0", None)
+    shutil.copytree(TINY.location, tmp_path / "base")
+    base = ModelSource.parse(str(tmp_path / "base"))
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\n---\n")
+    assert licence(base) == ("other", "theirs")
+    for text in ("no front matter", "---\n: [\n---\n"):
+        (tmp_path / "base" / "README.md").write_text(text)
+        assert licence(base) == (None, None)
+    (tmp_path / "base" / "README.md").unlink()
+    assert licence(base) == (None, None)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A model hub of one model, as far as its card goes."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": "org/name", "cardData": {"license": "llama2"}}).encode())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_card_of_a_hub_base_links_to_it_and_states_its_licence(train, hub):
     trained = TrainedTrial.open(train("lora", False, "linear").folder)
     commit = "0123456789abcdef0123456789abcdef01234567"
     base = ModelSource.parse(f"org/name@{commit}")
     config = llama().config
     card = ModelCard(model_card(trained, base, config, what="adapter", step=3, rounding="saved"))
-    assert card.data.base_model == "org/name"
+    assert (card.data.base_model, card.data.license) == ("org/name", "llama2")
     assert f'"org/name", revision="{commit}"' in card.text
 
 
@@ -308,6 +366,17 @@ def test_what_was_exported_can_be_asked(train, tmp_path):
         export_trial(trained.folder, tmp_path / what, what=what, dtype="float32")
         model, _ = load_model(str(tmp_path / what), "cpu")
         torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_trial_can_be_asked_as_it_is(train, trial):
+    model, _ = load_model(str(trial), "cpu")
+    torch.testing.assert_close(logits(model), train("lora+", False, "linear").logits(), atol=1e-5, rtol=1e-5)
+    rounded, _ = load_model(str(train("lora+", False, "linear", "bfloat16").folder), "cpu")
+    assert logits(rounded).dtype == torch.bfloat16  # which trains in two dtypes, and is asked in one
+    said = []
+    shutil.rmtree(trial / "checkpoints" / "step-00000003")
+    load_model(str(trial), "cpu", said.append)
+    assert said == ["this trial is not finished: step 2 of 3"]
 
 
 def test_a_quantised_base_is_dequantised_and_merged_without_being_quantised_again(tmp_path):
@@ -386,6 +455,10 @@ def test_a_truncated_checkpoint_is_named(trial, tmp_path):
         export_trial(trial, tmp_path / "out")
     shutil.rmtree(trial / "checkpoints" / "step-00000002")
     with pytest.raises(InputError, match=r"no whole checkpoint.*step-00000003 is damaged"):
+        export_trial(trial, tmp_path / "out", unfinished=True)
+    with (trial / "journal.jsonl").open("a") as journal:
+        journal.write('{"event": "failed", "reason": "InputError: lora_rank is 99"}\n')
+    with pytest.raises(InputError, match=r"training failed \(InputError: lora_rank is 99\): mend that"):
         export_trial(trial, tmp_path / "out", unfinished=True)
 
 

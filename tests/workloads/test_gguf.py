@@ -7,8 +7,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 from tokenizers import pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.workloads.models import small_llama
 from workloads.errors import InputError
 from workloads.models import ModelSource
 
@@ -29,19 +29,8 @@ IN_GGUF = {
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(TOKENS),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    shape = dict(vocab_size=len(TOKENS), intermediate_size=64, num_key_value_heads=2, max_position_embeddings=128)
+    return small_llama(**shape, tie_word_embeddings=True).eval()
 
 
 @pytest.fixture(autouse=True)

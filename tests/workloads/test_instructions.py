@@ -144,6 +144,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     assert f"{path}, line 1" in message and "message 2" in message and "{% generation %}" in message
 
 
+def test_empty_answers_are_told_once_with_their_number(tmp_path):
+    rows = [GOOD, {"instruction": "a", "output": " "}, GOOD, {"messages": [CHAT[1], {**CHAT[2], "content": ""}]}] * 40
+    message = error_of(prepare, write(tmp_path / "rows.jsonl", rows), byte_tokenizer(UNMARKED))
+    assert "line 2: the answer ('output') is empty, and 79 more rows have an empty answer" in message
+
+
 # What the user may get wrong
 
 GOOD = {"instruction": "a", "output": "b"}
@@ -268,6 +274,13 @@ def test_the_user_is_told_what_is_left_out(examples):
     assert re.match(rf"{longer} of {len(lengths)} training examples .* 40 tokens .* dropped", examples.left_out(40))
     assert "are cut" in examples.left_out(40, "truncate")
     assert examples.left_out(100) is None
+
+
+def test_how_much_of_the_context_the_training_examples_fill(examples):
+    lengths = np.array([len(tokens) for tokens, _ in all_examples(examples)[: examples.examples["train"]]])
+    assert examples.filled(1000) == pytest.approx(lengths.mean() / 1000)
+    assert examples.filled(40) == pytest.approx(lengths[lengths <= 40].mean() / 40)
+    assert examples.filled(1) == 0
     with pytest.warns(UserWarning, match="fewer than the batch of 64"):
         examples.check(100, 64)
 

@@ -23,6 +23,12 @@ def test_a_local_copy_is_the_same_model_wherever_it_lies(tmp_path):
     assert ModelSource.parse(str(tmp_path / "other")).tokenizer_identity == builtin.tokenizer_identity
 
 
+def test_a_dead_network_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"'org/name': the model hub does not say.*ConnectError.*the network"):
+        ModelSource.parse("org/name")
+
+
 def test_a_full_commit_is_taken_as_it_is_without_the_hub():
     commit = "0123456789abcdef0123456789abcdef01234567"
     source = ModelSource.parse(f"org/name@{commit}")

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
+from tests.workloads.models import small_llama
 from workloads.adaptation import adapt, trainable_parameters
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
@@ -21,10 +20,8 @@ def config(**overrides):
     return TrainingConfig(**{**values, **overrides})
 
 
-def small_llama(method, tied=False):
-    torch.manual_seed(0)
-    shape = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    return adapt(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)), method)
+def adapted(method, tied=False):
+    return adapt(small_llama(tie_word_embeddings=tied), method)
 
 
 def rates(model, settings, step):
@@ -42,7 +39,7 @@ def test_embeddings_and_norms_have_rates_of_their_own(method, tied):
     settings = config(
         method=method, learning_rate=8.0, learning_rate_embeddings=4.0, learning_rate_norms=2.0, schedule="linear"
     )
-    model = small_llama(method, tied)
+    model = adapted(method, tied)
     for step, share in ((0, 0.25), (3, 1.0), (4, 1.0), (12, 0.5)):
         for name, rate in rates(model, settings, step).items():
             assert rate == share * (4.0 if "embed_tokens" in name else 2.0 if "norm" in name else 8.0), name
@@ -50,7 +47,7 @@ def test_embeddings_and_norms_have_rates_of_their_own(method, tied):
 
 @pytest.mark.parametrize("method", ["lora", "lora+norm", "lora+embed", "lora+", "full"])
 def test_without_rates_of_their_own_all_parameters_have_the_methods_rate(method):
-    assert set(rates(small_llama(method), config(method=method, learning_rate=3e-3), 7).values()) == {3e-3}
+    assert set(rates(adapted(method), config(method=method, learning_rate=3e-3), 7).values()) == {3e-3}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +78,7 @@ def test_warm_up_takes_equal_steps_up_to_the_peak():
 
 
 def test_groups_update_as_one_adamw_over_everything_does():
-    one, other = small_llama("full"), small_llama("full")
+    one, other = adapted("full"), adapted("full")
     settings = config(method="full", learning_rate=1e-2, weight_decay=0.1, warmup_steps=0)
     grouped = build_optimizer(one, settings)
     plain = torch.optim.AdamW(other.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)

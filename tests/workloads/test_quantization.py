@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.workloads.models import small_llama
 from workloads.adaptation import count_parameters, trainable_parameters
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
@@ -24,10 +24,8 @@ def config(method="lora+", quantization="nf4", **overrides):
 
 
 def saved_llama(folder, tied):
-    torch.manual_seed(0)
-    shape = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    settings = LlamaConfig(**shape, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.1)
-    LlamaForCausalLM(settings).save_pretrained(folder)
+    shape = dict(vocab_size=96, hidden_size=64, intermediate_size=128, max_position_embeddings=64)
+    small_llama(**shape, tie_word_embeddings=tied, initializer_range=0.1).save_pretrained(folder)
     return ModelSource.parse(str(folder))
 
 

@@ -10,8 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.workloads.models import small_llama
 from workloads.attention import AttentionPattern, use_pattern
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, Instructions, prepare_examples
@@ -95,16 +95,8 @@ def sequences(batch):
 
 def test_padding_on_the_right_leaves_every_sequence_as_it_is_alone():
     """Under S²-Attn, with lengths that are no multiple of anything."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=48,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-        )
+    model = small_llama(
+        vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2
     ).eval()
     use_pattern(model, AttentionPattern(name="s2", group_size=16))
     tokens = [np.random.default_rng(length).integers(64, size=length) for length in (57, 17, 40, 32, 16, 9)]

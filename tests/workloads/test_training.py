@@ -148,6 +148,13 @@ def test_a_run_saves_and_stops_when_asked_and_goes_on_from_there(corpus, tmp_pat
     assert perplexities(second)[-1] == perplexities(whole)[-1]
 
 
+def test_a_checkpoint_is_also_written_when_the_last_one_is_old(corpus, tmp_path):
+    trial = config(context_length=256, group_size=64, eval_span=256, steps=4, eval_every=4)
+    always = ExecutionConfig(checkpoint_every=3, checkpoint_minutes=1e-9)
+    events = train(trial, corpus, tmp_path, always)
+    assert [event["step"] for event in events if event["event"] == "saved"] == [1, 2, 3, 4]
+
+
 def test_checkpoints_of_another_trial_are_refused_and_left_alone(corpus, tmp_path):
     train(config(steps=2), corpus, tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -30,8 +30,8 @@ import numpy as np
 from workloads.config import LongExamples
 from workloads.data.batch import Batch
 from workloads.data.documents import Split, name_hash
-from workloads.data.instructions import Instructions, encode_rows
-from workloads.data.packed import epoch_order, permutation
+from workloads.data.instructions import Instructions, empty_answer, encode_rows
+from workloads.data.packed import epoch_order, open_prepared, permutation
 from workloads.errors import InputError
 from workloads.once import make_once
 
@@ -82,29 +82,20 @@ class ExampleCorpus:
         Raises:
             InputError: it is not there, or its files do not have the sizes that its index says.
         """
-        folder = Path(folder)
-        try:
-            index = json.loads((folder / "index.json").read_text("utf-8"))
-            if index.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("it was written by another version of longspan")
-            prepared = cls(folder=folder, **index)
-            for side in SIDES:
-                tokens, examples = prepared.tokens[side], prepared.examples[side]
-                itemsize = np.dtype(prepared.dtype).itemsize
-                for kind, expected in (
-                    ("tokens", tokens * itemsize),
-                    ("answers", tokens),
-                    ("offsets", examples * 8 + 8),
-                ):
-                    found = (folder / f"{side}.{kind}").stat().st_size
-                    if found != expected:
-                        raise ValueError(f"{side}.{kind} has {found} bytes, its index says {expected}")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"prepared instruction data {folder} cannot be read ({error}). Delete that folder; the next run "
-                "prepares it anew."
-            ) from error
-        return prepared
+        return open_prepared(cls, folder, "instruction data", FORMAT_VERSION)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files."""
+        itemsize = np.dtype(self.dtype).itemsize
+        return {
+            f"{side}.{kind}": size
+            for side in SIDES
+            for kind, size in (
+                ("tokens", self.tokens[side] * itemsize),
+                ("answers", self.tokens[side]),
+                ("offsets", self.examples[side] * 8 + 8),
+            )
+        }
 
     def __reduce__(self):
         return ExampleCorpus.open, (self.folder,)  # a memory map would be pickled by its content
@@ -143,6 +134,12 @@ class ExampleCorpus:
             f"{longer:,} of {self.examples['train']:,} training examples are longer than {context_length:,} tokens and "
             f"are {done if dropped else 'cut'}"
         )
+
+    def filled(self, context_length: int, long_examples: LongExamples = "drop") -> float:
+        """The share of the context that training examples fill, on average; 0 where none can be trained on."""
+        usable = self._usable(context_length, long_examples)
+        lengths = np.minimum(self._lengths("train")[usable], context_length)
+        return float(lengths.mean()) / context_length if len(lengths) else 0.0
 
     def train_batch(
         self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
@@ -237,7 +234,7 @@ def prepare_examples(
         tokenizer_identity: what the tokenizer and its chat template are; it enters the folder's name.
 
     Raises:
-        InputError: a row cannot be an example, or the tokenizer has no end-of-sequence token.
+        InputError: a row cannot be an example, some have empty answers, or the tokenizer has no end-of-sequence token.
     """
     key = json.dumps(["examples", FORMAT_VERSION, instructions.identity(), tokenizer_identity])
     folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -266,13 +263,20 @@ def _write(
             {side: stack.enter_context(open(folder / f"{side}.{kind}", "wb")) for side in SIDES}
             for kind in ("tokens", "answers")
         )
+        empty: list[str] = []
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            empty += filter(None, map(empty_answer, chunk))
+            if empty:
+                continue  # nothing comes of it: the rest is read so that all of them are told at once
             for row, tokens, answers in encode_rows(chunk, tokenizer):
                 tokens_of[row.split].write(tokens.astype(dtype).data)
                 answers_of[row.split].write(answers.astype(np.uint8).data)
                 offsets[row.split].append(offsets[row.split][-1] + len(tokens))
                 if row.split == "validation":
                     names.append(row.name)
+        if empty:
+            more = f", and {len(empty) - 1:,} more rows have an empty answer" if len(empty) > 1 else ""
+            raise InputError(f"{empty[0]}{more}. Take {'these rows' if more else 'the row'} out.")
         for file in (*tokens_of.values(), *answers_of.values()):
             file.flush()
             os.fsync(file.fileno())

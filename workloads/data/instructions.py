@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -105,14 +105,29 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
     """Each row with its tokens (int64), and which of them are of an answer (bool), as this tokenizer's model sees them.
 
     Raises:
-        InputError: a row has neither form, an answer is empty, or the template cannot take it, each with its place; or
-            the tokenizer does not tell which characters a token stands for.
+        InputError: a row has neither form, or the template cannot take it, each with its place; or the tokenizer does
+            not tell which characters a token stands for.
     """
     conversations = [_conversation(row, tokenizer) for row in rows]
     for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer)):
         if not answers[1:].any():
             raise InputError(f"{row.where}: none of its tokens is of an answer, by the tokenizer's chat template.")
         yield row, tokens, answers
+
+
+def empty_answer(row: Row) -> str | None:
+    """Which answer of a row is empty, with its place; None if none is. (What has neither form, encode_rows refuses.)"""
+    messages = row.columns.get("messages")
+    if messages is None:
+        return f"{row.where}: the answer ('output') is empty" if _is_blank(row.columns.get("output")) else None
+    for number, message in enumerate(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict) and message.get("role") == "assistant" and _is_blank(message.get("content")):
+            return f"{row.where}, message {number}: the assistant's answer is empty"
+    return None
+
+
+def _is_blank(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
 
 
 def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Conversation:
@@ -156,8 +171,6 @@ def _of_instruction(row: Row) -> Conversation:
         if not isinstance(text, str) and not (text is None and column == "input"):
             raise InputError(f"{row.where}: {column!r} is {type(text).__name__}, not a string. Mend the row.")
         texts[column] = _encodable(text or "", f"{row.where}: {column!r}")
-    if not texts["output"].strip():
-        raise InputError(f"{row.where}: the answer ('output') is empty. Take the row out.")
     instruction = f"{texts['instruction']}\n{texts['input']}" if texts["input"].strip() else texts["instruction"]
     prompt = f"[INST]{instruction}[/INST]"
     text = prompt + texts["output"]
@@ -173,8 +186,6 @@ def _messages(row: Row) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InputError(f"{where}: expected {{role, content}}, two strings. Mend the row.")
         _encodable(message["content"], where)
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise InputError(f"{where}: the assistant's answer is empty. Take the row out.")
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Mend the row.")
     return [{"role": message["role"], "content": message["content"]} for message in messages]

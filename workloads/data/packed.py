@@ -16,11 +16,14 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from workloads.data.documents import name_hash
 from workloads.errors import InputError
+
+T = TypeVar("T")
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
 FORMAT_VERSION = 1
@@ -65,22 +68,12 @@ class PackedCorpus:
         Raises:
             InputError: it is not there, or its files do not have the sizes that its index says.
         """
-        folder = Path(folder)
-        try:
-            index = json.loads((folder / "index.json").read_text("utf-8"))
-            if index.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("it was written by another version of longspan")
-            packed = cls(folder=folder, **index)
-            for split, tokens in (("train", packed.train_tokens), ("validation", packed.validation_tokens)):
-                expected = tokens * np.dtype(packed.dtype).itemsize
-                found = (folder / f"{split}.bin").stat().st_size
-                if found != expected:
-                    raise ValueError(f"{split}.bin has {found} bytes, its index says {expected}")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"prepared corpus {folder} cannot be read ({error}). Delete that folder; the next run prepares it anew."
-            ) from error
-        return packed
+        return open_prepared(cls, folder, "corpus", FORMAT_VERSION)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files."""
+        itemsize = np.dtype(self.dtype).itemsize
+        return {"train.bin": self.train_tokens * itemsize, "validation.bin": self.validation_tokens * itemsize}
 
     def __reduce__(self):
         return PackedCorpus.open, (self.folder,)  # a memory map would be pickled by its content
@@ -170,6 +163,29 @@ class PackedCorpus:
         if tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r", shape=(tokens,))
+
+
+def open_prepared(kind: type[T], folder: Path | str, what: str, format_version: int) -> T:
+    """What was prepared in a folder, as a ``kind`` made from its index.
+
+    Raises:
+        InputError: it is not there, of another version, or its files do not have the sizes that its index says.
+    """
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / "index.json").read_text("utf-8"))
+        if index.pop("format_version") != format_version:
+            raise ValueError("it was written by another version of longspan")
+        prepared = kind(folder=folder, **index)
+        for name, expected in prepared.sizes().items():
+            found = (folder / name).stat().st_size
+            if found != expected:
+                raise ValueError(f"{name} has {found} bytes, its index says {expected}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"prepared {what} {folder} cannot be read ({error}). Delete that folder; the next run prepares it anew."
+        ) from error
+    return prepared
 
 
 def epoch_order(step: int, batch: int, sequences: int, seed: int, rows: slice = slice(None)) -> np.ndarray:

@@ -19,13 +19,13 @@ class Options:
     """One model and what it is asked."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """builtin:tiny, a folder that transformers loads, a Hugging Face id, or a trial's folder (newest checkpoint)."""
+    """builtin:tiny, a folder (model, exported adapter, or trial: its newest checkpoint), or a Hugging Face id."""
     tasks: tyro.conf.Positional[tuple[Task, ...]] = ("perplexity",)
     """What to evaluate: perplexity, passkey, topics; one or several."""
     lengths: tuple[int, ...] = ()
     """In tokens; by default the model's own. A shorter original context length is added, to show a loss there."""
     positions: Positions = "none"
-    """How positions reach the longest length: none (as the model is), linear, yarn. A trial has its own."""
+    """How positions reach the longest length: none (as the model is), linear, yarn. What was trained has its own."""
 
     data: str = "builtin:stdlib"
     """perplexity: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""
@@ -64,7 +64,7 @@ class Options:
     seed: int = 0
     """Of hidden keys, generated records, and the choice of windows."""
     output: Path = Path("evaluation")
-    """Folder for the results, one JSON file and one picture a task."""
+    """Folder for the results, one JSON file and one picture a task; what was asked differently before is kept."""
     dry_run: bool = False
     """Say what it would cost, and stop."""
 

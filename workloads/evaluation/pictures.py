@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from workloads.wording import POSITIONS
+
 # The report's inks. Blue and orange stay apart with every colour vision deficiency, and each reads as text on white.
 INK, MUTED, LINE, BLUE, ORANGE = "#1b1f24", "#5c6670", "#dde2e7", "#1a4a8a", "#c24a1c"
 # Light is wrong and dark is right: the lightness alone carries it, so that it survives a grey print.
@@ -25,6 +27,9 @@ def perplexity_picture(result: dict[str, Any], path: Path) -> Path:
         for (rule, text), colour, marker in zip(result["rules"].items(), (BLUE, ORANGE), "os"):
             scores = [row["rules"][rule] for row in result["lengths"]]
             values = [score["perplexity"] for score in scores]
+            if len(lengths) == 1:
+                _single_score(axes, lengths[0], scores[0], text, colour, marker, left=rule == "all")
+                continue
             if all(score["low"] is not None for score in scores):
                 low, high = ([score[end] for score in scores] for end in ("low", "high"))
                 axes.fill_between(lengths, low, high, color=colour, alpha=0.14, linewidth=0)
@@ -47,6 +52,20 @@ def perplexity_picture(result: dict[str, Any], path: Path) -> Path:
         )
         _length_axis(axes, lengths, result)
         return _save(figure, path)
+
+
+def _single_score(
+    axes: Any, length: int, score: dict[str, Any], rule: str, colour: str, marker: str, left: bool
+) -> None:
+    """One length has no line and no band: a point a rule, side by side, each with its interval and its value."""
+    place, side = (length / 1.02, -1) if left else (length * 1.02, 1)
+    if score["low"] is not None:
+        axes.plot([place, place], [score["low"], score["high"]], color=colour, linewidth=3, alpha=0.3)
+    axes.plot([place], [score["perplexity"]], marker, color=colour, markersize=5, label=rule)
+    axes.annotate(
+        f"{score['perplexity']:,.3f}", (place, score["perplexity"]), (8 * side, 0), "data", "offset points",
+        ha="right" if left else "left", va="center", color=colour,
+    )  # fmt: skip
 
 
 def passkey_picture(result: dict[str, Any], path: Path) -> Path:
@@ -102,6 +121,11 @@ def topics_picture(result: dict[str, Any], path: Path) -> Path:
             if not row["group"].endswith("tokens"):
                 axes.annotate(row["group"].split()[0], (row["length"], row["accuracy"]), (5, 5),
                               textcoords="offset points", color=MUTED, size=8.4)  # fmt: skip
+        if len(rows) == 1:
+            axes.annotate(
+                f"{rows[0]['correct']} of {rows[0]['tests']}", (lengths[0], values[0]), (8, 0), "data", "offset points",
+                va="center", color=BLUE,
+            )  # fmt: skip
         axes.grid(visible=True, axis="y")
         axes.set_ylim(-0.04, 1.08)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
@@ -150,7 +174,7 @@ def _figure(result: dict[str, Any], title: str, width: float, height: float, not
 
     figure = Figure(figsize=(width / 72, height / 72))
     model = result["model"]
-    name = model["name"] if model["positions"] == "none" else f"{model['name']}, positions {model['positions']}"
+    name = model["label"] if model["positions"] == "none" else f"{model['label']}, {POSITIONS[model['positions']]}"
     figure.text(12 / width, 1 - 18 / height, title, size=12, weight="bold")
     figure.text(12 / width, 1 - 33 / height, name, color=INK, size=9.2)
     figure.text(12 / width, 1 - 46 / height, note, color=MUTED, size=8.6)
@@ -169,7 +193,7 @@ def _length_axis(axes: Any, lengths: list[int], result: dict[str, Any]) -> None:
         labels[index] = labels[index] if room > 0.08 else ""
     axes.set_xticks(lengths, labels)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("length, tokens (log scale)")
+    axes.set_xlabel("length, tokens" + (" (log scale)" if len(lengths) > 1 else ""))
     if min(lengths) <= original < max(lengths):
         axes.axvline(original, color=MUTED, linewidth=0.9, dashes=(4, 3))
         axes.annotate(

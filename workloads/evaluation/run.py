@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ from rich.progress import Progress
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from workloads.adapters import is_adapter, load_adapter
 from workloads.attention import AttentionPattern, use_pattern
+from workloads.config import Positions
 from workloads.data import Corpus
 from workloads.engine import Engine
 from workloads.errors import InputError
@@ -37,14 +40,17 @@ from workloads.evaluation.documents import ScoredDocument, documents_to_score
 from workloads.evaluation.options import Options, Task
 from workloads.evaluation.passkey import passkey_tests
 from workloads.evaluation.perplexity import by_document, cut_windows, score_windows
-from workloads.evaluation.retrieval import Prompter, RetrievalTest, run_tests
+from workloads.evaluation.retrieval import Prompter, RetrievalResult, RetrievalTest, run_tests
 from workloads.evaluation.topics import generated_tests, longchat_tests
 from workloads.models import ModelSource
-from workloads.positions import original_context_length, reach
+from workloads.positions import extended_by_longspan, is_extended, original_context_length, reach
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Run = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,12 @@ def evaluate(options: Options, console: Console) -> list[Path]:
     if options.cases and options.tasks == ("topics",) and not options.lengths:
         options = _with_lengths_of_cases(options)
     subject = load_subject(options, console)
+    # What cannot work, of any task, is found before the first one runs.
+    ready = {task: TASKS[task](subject, options, console) for task in dict.fromkeys(options.tasks)}
     files = []
-    for task in options.tasks:
-        result = TASKS[task](subject, options, console)
-        if result is None:
-            continue
-        result = {"task": task, "model": subject.about, **result, "seed": options.seed, "confidence": CONFIDENCE}
-        result["environment"] = environment(subject.engine)
+    for task, run in {} if options.dry_run else ready.items():
+        result = {"task": task, "model": subject.about, **run(), "seed": options.seed, "confidence": CONFIDENCE}
+        result |= {"options": asked(options), "environment": environment(subject.engine)}
         for part in tables.TABLES[task](result):
             console.print(part)
         files += _write(result, task, options)
@@ -84,7 +89,8 @@ def load_subject(options: Options, console: Console) -> Subject:
     """The model on its device, its positions reaching the longest length.
 
     Raises:
-        InputError: the model cannot be loaded, or its tokenizer has more tokens than it has embeddings.
+        InputError: the model cannot be loaded, its positions are its own, or its tokenizer has more tokens than it has
+            embeddings.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; leave the flag out to compute on the CPU")
@@ -93,36 +99,38 @@ def load_subject(options: Options, console: Console) -> Subject:
     engine = Engine(torch.device("cuda" if gpu else "cpu"), precision)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what is wrong with a model is said in one error
-    about: dict[str, Any] = {"name": options.model}
-    if (Path(options.model) / "trial.json").is_file():
+    path = Path(options.model)
+    about: dict[str, Any] = {"name": options.model, "label": path.resolve().name if path.exists() else options.model}
+    if (path / "trial.json").is_file():
         if options.positions != "none":
             raise InputError(f"--positions {options.positions}: a trial has its own positions; leave the flag out")
-        trial = TrainedTrial.open(Path(options.model))
+        trial = TrainedTrial.open(path)
         source, step, training = trial.base(), trial.step(unfinished=True), trial.training
         model = trial.build(source, step, engine)
         positions = training.positions
-        about |= {"base": source.name, "method": training.method, "step": step, "steps": training.steps}
+        about |= {"label": f"{Path(source.name).name}, {trial.label}", "base": source.name}
+        about |= {"method": training.method, "step": step, "steps": training.steps}
         longest = max(options.lengths, default=training.context_length)
         if step < training.steps:
             console.print(f"note: this trial is not finished: step {step} of {training.steps}")
     else:
         source = ModelSource.parse(options.model)
-        positions, reached = options.positions, reach(source.config())
-        longest = max(options.lengths, default=reached)
-        if positions != "none" and longest <= reached:
-            console.print(
-                f"note: --positions {positions} changes nothing: the model reaches {reached:,} tokens as it is"
-            )
-            positions = "none"
-        model = source.load(longest, positions, engine.dtype)
-        use_pattern(model, AttentionPattern(name="full"))
+        longest = max(options.lengths, default=reach(source.config()))
+        positions = _positions(source.config(), longest, options, console)
+        if is_adapter(Path(source.location)):
+            model = load_adapter(Path(source.location), dtype=engine.dtype, attn_implementation="sdpa")
+            use_pattern(model.get_base_model(), AttentionPattern(name="full"))
+            about["base"] = model.peft_config["default"].base_model_name_or_path
+        else:
+            model = source.load(longest, positions, engine.dtype)
+            use_pattern(model, AttentionPattern(name="full"))
         model = model.to(engine.device)
     original = original_context_length(model.config)
     lengths = sorted({*(options.lengths or [longest]), *([original] if original < longest else [])})
     if longest > reach(model.config):
         console.print(
             f"note: {longest:,} tokens lie beyond the {reach(model.config):,} that this model's positions are made for"
-            + ("" if reach(model.config) > original else "; --positions yarn or linear would stretch them")
+            + ("" if is_extended(model.config) else "; --positions yarn or linear would stretch them")
         )
     tokenizer = source.tokenizer()
     vocabulary, embeddings = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
@@ -141,7 +149,34 @@ def load_subject(options: Options, console: Console) -> Subject:
     return Subject(model, tokenizer, engine, lengths, about)
 
 
-def perplexity(subject: Subject, options: Options, console: Console) -> dict[str, Any] | None:
+def _positions(config: Any, longest: int, options: Options, console: Console) -> Positions:
+    """How the positions of a model that is no trial are to reach ``longest`` tokens.
+
+    Raises:
+        InputError: it was trained with extended positions of its own, which others would replace.
+    """
+    positions, reached = options.positions, reach(config)
+    if positions == "none":
+        return "none"
+    if longest <= reached:
+        console.print(f"note: --positions {positions} changes nothing: the model reaches {reached:,} tokens as it is")
+        return "none"
+    if extended_by_longspan(config):
+        raise InputError(
+            f"--positions {positions}: this model was exported with positions of its own, made for {reached:,} tokens, "
+            f"and would be another model with others. Give --lengths up to {reached:,}, or leave --positions out: "
+            "beyond, it is then scored with the positions that it has"
+        )
+    if is_extended(config):
+        original = original_context_length(config)
+        console.print(
+            f"note: the model comes with positions of its own, from {original:,} to {reached:,} tokens; --positions "
+            f"{positions} replaces them by others, from {original:,} to {longest:,}, at every length that is scored"
+        )
+    return positions
+
+
+def perplexity(subject: Subject, options: Options, console: Console) -> Run:
     longest = max(subject.lengths)
     span = options.span or (2 * longest if options.stride else longest)
     if span < longest:
@@ -169,34 +204,35 @@ def perplexity(subject: Subject, options: Options, console: Console) -> dict[str
         cut[length] = windows[kept], owner[kept], len(windows)
     counts = {length: len(windows) for length, (windows, _, _) in cut.items()}
     cost = _say_cost(subject, "perplexity", counts, 0, console)
-    if options.dry_run:
-        return None
 
-    rows = []
-    with _progress(console, cost.tokens) as advance:
-        for length, (windows, owner, num_windows) in cut.items():
-            scored = {"all": length - 1, "last": min(options.last_tokens, length - 1)}
-            nll = score_windows(
-                subject.model, windows, list(scored.values()), subject.engine, options.batch_tokens,
-                on_progress=lambda done, length=length: advance(done * length),
-            )  # fmt: skip
-            rows.append(_perplexity_row(documents, length, owner, nll, scored, num_windows))
-    return {
-        "rules": {
-            "all": "every token of each window but its first",
-            "last": f"the last {options.last_tokens} tokens of each window",
-        },
-        "data": {
-            "name": corpus.name,
-            "identity": corpus.identity(),
-            "split": options.split,
-            "documents": len(documents),
-            "span": span,
-            "stride": options.stride,
-        },
-        "cost": vars(cost),
-        "lengths": rows,
-    }
+    def run() -> dict[str, Any]:
+        rows = []
+        with _progress(console, cost.tokens) as advance:
+            for length, (windows, owner, num_windows) in cut.items():
+                scored = {"all": length - 1, "last": min(options.last_tokens, length - 1)}
+                nll = score_windows(
+                    subject.model, windows, list(scored.values()), subject.engine, options.batch_tokens,
+                    on_progress=lambda done, length=length: advance(done * length),
+                )  # fmt: skip
+                rows.append(_perplexity_row(documents, length, owner, nll, scored, num_windows))
+        return {
+            "rules": {
+                "all": "every token of each window but its first",
+                "last": f"the last {options.last_tokens} tokens of each window",
+            },
+            "data": {
+                "name": corpus.name,
+                "identity": corpus.identity(),
+                "split": options.split,
+                "documents": len(documents),
+                "span": span,
+                "stride": options.stride,
+            },
+            "cost": vars(cost),
+            "lengths": rows,
+        }
+
+    return run
 
 
 def _perplexity_row(
@@ -231,7 +267,7 @@ def _perplexity_row(
     return row | {"documents": [entry for entry in per_document if entry["all"]["tokens"]]}
 
 
-def passkey(subject: Subject, options: Options, console: Console) -> dict[str, Any] | None:
+def passkey(subject: Subject, options: Options, console: Console) -> Run:
     prompter = Prompter(subject.tokenizer, options.chat)
     depths = [depth / 100 for depth in options.depths]
 
@@ -241,7 +277,7 @@ def passkey(subject: Subject, options: Options, console: Console) -> dict[str, A
     return _retrieve(subject, options, console, "passkey", _of_each_length(subject, options, console, make))
 
 
-def topics(subject: Subject, options: Options, console: Console) -> dict[str, Any] | None:
+def topics(subject: Subject, options: Options, console: Console) -> Run:
     prompter = Prompter(subject.tokenizer, options.chat)
     if options.cases is None:
 
@@ -265,7 +301,8 @@ def topics(subject: Subject, options: Options, console: Console) -> dict[str, An
     return _retrieve(subject, options, console, f"LongChat's cases, {options.cases.name}", short)
 
 
-TASKS: dict[Task, Callable[[Subject, Options, Console], dict[str, Any] | None]] = {
+# Each finds what cannot work and says what it will cost; what it returns runs it.
+TASKS: dict[Task, Callable[[Subject, Options, Console], Run]] = {
     "perplexity": perplexity,
     "passkey": passkey,
     "topics": topics,
@@ -287,19 +324,30 @@ def _of_each_length(
     return tests
 
 
-def _retrieve(
-    subject: Subject, options: Options, console: Console, what: str, tests: list[RetrievalTest]
-) -> dict[str, Any] | None:
+def _retrieve(subject: Subject, options: Options, console: Console, what: str, tests: list[RetrievalTest]) -> Run:
     """Has the model answer the tests; accuracy by group, and by depth within it."""
     counts = Counter(len(test.tokens) for test in tests)
     cost = _say_cost(subject, what, counts, max(test.answer_tokens for test in tests), console)
-    if options.dry_run:
-        return None
-    with _progress(console, cost.tokens) as advance:
-        results = run_tests(
-            subject.model, subject.tokenizer, tests, subject.engine,
-            on_progress=lambda test: advance(len(test.tokens)),
-        )  # fmt: skip
+
+    def run() -> dict[str, Any]:
+        with _progress(console, cost.tokens) as advance:
+            results = run_tests(
+                subject.model, subject.tokenizer, tests, subject.engine,
+                on_progress=lambda test: advance(len(test.tokens)),
+            )  # fmt: skip
+        return {
+            "what": what,
+            "rule": "greedy answer contains what was hidden; length counts the prompt and the room for the answer",
+            "chat": options.chat,
+            "cost": vars(cost),
+            "lengths": _accuracies(results),
+            "answers": [result.to_dict() for result in results],
+        }
+
+    return run
+
+
+def _accuracies(results: list[RetrievalResult]) -> list[dict[str, Any]]:
     rows = []
     for group in dict.fromkeys(result.group for result in results):
         mine = [result for result in results if result.group == group]
@@ -320,14 +368,7 @@ def _retrieve(
                 "depths": list(cells.values()),
             }
         )
-    return {
-        "what": what,
-        "rule": "greedy answer contains what was hidden; length counts the prompt and the room for the answer",
-        "chat": options.chat,
-        "cost": vars(cost),
-        "lengths": rows,
-        "answers": [result.to_dict() for result in results],
-    }
+    return rows
 
 
 def _with_lengths_of_cases(options: Options) -> Options:
@@ -359,14 +400,37 @@ def _progress(console: Console, tokens: int) -> Iterator[Callable[[int], None]]:
 
 
 def _write(result: dict[str, Any], task: str, options: Options) -> list[Path]:
-    name = Path(options.model).resolve().name if Path(options.model).exists() else options.model
-    name = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    path = Path(options.model)
+    name = re.sub(r"[^\w.-]+", "-", path.resolve().name if path.exists() else options.model).strip("-")
     stretched = options.positions != "none" and result["model"]["positions"] != "none"
     suffix = f"-{options.positions}" if stretched else ""
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{task}-{name}{suffix}.json"
+    path = _place(options.output, f"{task}-{name}{suffix}", result)
     path.write_text(json.dumps(result, indent=1))
     return [path, pictures.PICTURES[task](result, path.with_suffix(".png"))]
+
+
+def _place(folder: Path, name: str, result: dict[str, Any]) -> Path:
+    """Where a result goes: ``name.json``, else ``name-2.json`` and so on, the first that is free or holds an earlier
+    answer to the same question. What was found with other lengths, data or weights is kept."""
+    question = json.loads(json.dumps([result["model"], result["options"]]))
+    for number in itertools.count(1):
+        path = folder / (f"{name}-{number}.json" if number > 1 else f"{name}.json")
+        try:
+            there = json.loads(path.read_text())
+            if [there["model"], there["options"]] == question:
+                return path
+        except FileNotFoundError:
+            return path
+        except (ValueError, KeyError, TypeError):
+            continue  # something else that has this name
+
+
+def asked(options: Options) -> dict[str, Any]:
+    """What was asked for, and with that all that a result depends on beside the model and the data."""
+    no_matter = ("model", "tasks", "output", "dry_run", "batch_tokens")
+    fields = {field: value for field, value in asdict(options).items() if field not in no_matter}
+    return fields | {field: str(value) for field, value in fields.items() if isinstance(value, Path)}
 
 
 def environment(engine: Engine) -> dict[str, Any]:

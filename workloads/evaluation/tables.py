@@ -12,7 +12,7 @@ def perplexity_table(result: dict[str, Any]) -> tuple[str, Table]:
     data, rules = result["data"], result["rules"]
     table = Table(box=None, pad_edge=False)
     heading = (
-        f"\nPerplexity of {result['model']['name']} on {data['documents']} documents of {data['name']}, "
+        f"\nPerplexity of {result['model']['label']} on {data['documents']} documents of {data['name']}, "
         f"{result['confidence']:.0%} intervals over documents"
     )
     subsampled = any(row["windows_scored"] < row["windows"] for row in result["lengths"])
@@ -40,7 +40,7 @@ def perplexity_table(result: dict[str, Any]) -> tuple[str, Table]:
 def retrieval_table(result: dict[str, Any]) -> tuple[str, Table]:
     """A heading, and one row a length, or a file of LongChat's cases."""
     table = Table(box=None, pad_edge=False)
-    heading = f"\n{result['what']}: answers of {result['model']['name']}, {result['confidence']:.0%} Wilson intervals"
+    heading = f"\n{result['what']}: answers of {result['model']['label']}, {result['confidence']:.0%} Wilson intervals"
     named = any(row["group"] != f"{row['length']} tokens" for row in result["lengths"])
     if named:
         table.add_column("cases")

@@ -1,0 +1,103 @@
+"""A trial's settings in words, for those who read of it: model cards and reports."""
+
+from __future__ import annotations
+
+from workloads.config import TrainingConfig
+
+METHODS = {
+    "untuned": "nothing is trained; only the positions are changed",
+    "lora": "LoRA",
+    "lora+norm": "LoRA with trained norms",
+    "lora+embed": "LoRA with trained embeddings",
+    "lora+": "LoRA with trained embeddings and norms (LongLoRA's improved LoRA)",
+    "full": "full fine-tuning",
+}
+POSITIONS = {
+    "none": "no change",
+    "linear": "linear interpolation",
+    "ntk": "NTK-aware positions",
+    "dynamic": "dynamic NTK",
+    "yarn": "YaRN",
+    "llama3": "Llama-3 scaling",
+}
+ATTENTION = {
+    "full": "full",
+    "s2": "shifted sparse attention (S²-Attn), shifted in half of the heads",
+    "s2-layers": "shifted sparse attention (S²-Attn), shifted in every other layer",
+    "short": "groups that are not shifted",
+    "shifted": "groups that are all shifted",
+    "dilated": "dilated",
+    "block-sparse": "block-sparse",
+    "stride-sparse": "stride-sparse",
+}
+SCHEDULES = {
+    "constant": "then constant",
+    "cosine": "then to zero along half a cosine",
+    "linear": "then to zero along a line",
+}
+
+
+def settings(training: TrainingConfig) -> dict[str, str]:
+    """What was trained and how, by what it is called; a setting at which there is nothing to see is left out.
+
+    Not the method and the positions, which their readers name beside the model.
+    """
+    rows = {}
+    if training.task == "sft":
+        long = {"drop": "left out", "truncate": "cut at the context's end"}[training.long_examples]
+        rows["Task"] = "supervised fine-tuning: the loss is the mean over the tokens of the answers"
+        rows["Prompt"] = (
+            "of rows with instruction and output: [INST]{instruction}[/INST]{output}; of messages: the chat template"
+        )
+        rows["Examples longer than the context"] = f"{long} in training, not scored"
+    if training.steps:
+        rows |= _of_training(training)
+    rows["Precision"] = training.precision
+    return rows | _of_evaluation(training)
+
+
+def _of_training(training: TrainingConfig) -> dict[str, str]:
+    groups = f", in groups of {training.group_size:,} tokens" if training.group_size else ""
+    inside = ", inside documents" if training.document_mask else ""
+    rows = {
+        "Context length in training": f"{training.context_length:,} tokens",
+        "Attention in training": f"{ATTENTION[training.attention]}{groups}{inside}",
+    }
+    if training.method.startswith("lora"):
+        targets = ", ".join(training.lora_targets) if training.lora_targets else "the attention projections"
+        rows["LoRA"] = f"rank {training.lora_rank}, alpha {training.lora_alpha:g}, on {targets}"
+    if training.train_layers != "all":
+        rows["Layers that train"] = training.train_layers
+    if training.quantization != "none":
+        rows["Frozen weights in training"] = f"quantised to 4 bits ({training.quantization})"
+    rows |= {
+        "Steps": f"{training.steps:,}",
+        "Batch": f"{training.batch} sequence{'s' if training.batch > 1 else ''}",
+        "Learning rate": f"{training.learning_rate:g} after {training.warmup_steps} steps of warm-up, "
+        f"{SCHEDULES[training.schedule]}",
+    }
+    for what in ("embeddings", "norms"):
+        if rate := getattr(training, f"learning_rate_{what}"):
+            rows[f"Learning rate of {what}"] = f"{rate:g}"
+    decay = f"weight decay {training.weight_decay:g}" if training.weight_decay else "no weight decay"
+    clipped = f"gradients clipped to a norm of {training.max_grad_norm:g}" if training.max_grad_norm else "no clipping"
+    rows["Optimiser"] = f"AdamW, betas {training.beta1:g} and {training.beta2:g}, {decay}, {clipped}"
+    rows["Seed"] = str(training.seed)
+    return rows
+
+
+def _of_evaluation(training: TrainingConfig) -> dict[str, str]:
+    scored = f"up to {training.eval_documents:,} held-out documents, the first {training.eval_span:,} tokens of each"
+    if training.task == "sft":
+        scored = f"the answers of up to {training.eval_documents:,} held-out examples that fit into the context"
+    often = f", every {training.eval_every:,} steps" if training.steps else ""
+    return {"Evaluation": f"full attention, {scored}{often}"}
+
+
+def shared_settings(trainings: list[TrainingConfig]) -> dict[str, str]:
+    """The settings in which no two trials differ; what only some have (LoRA's rank) is shared if these agree."""
+    texts: dict[str, set[str]] = {}
+    for training in trainings:
+        for name, text in settings(training).items():
+            texts.setdefault(name, set()).add(text)
+    return {name: same.pop() for name, same in texts.items() if len(same) == 1}
