@@ -38,6 +38,7 @@ from workloads.config import Attention, ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.perplexity import next_token_losses
+from workloads.models import ModelSource
 from workloads.optimization import build_optimizer
 from workloads.training import Trial, set_up
 
@@ -329,6 +330,19 @@ def test_speeds_measured_on_an_h200(context_length, checkpointing):
     execution = ExecutionConfig(gradient_checkpointing=checkpointing)
     seconds = step_seconds(LLAMA2_7B, on_gpu(context_length), execution, 1, H200)
     assert context_length / seconds == pytest.approx(MEASURED_SPEED[context_length, checkpointing], rel=0.02)
+
+
+# Tokens/s of builtin:tiny on one core of an AMD EPYC (docs/performance.md), at 1,024 and 2,048 tokens.
+CPU_SPEED = {"lora": (4559, 3890), "lora+": (4410, 3653), "full": (3693, 2997)}
+
+
+@pytest.mark.parametrize("method", CPU_SPEED)
+def test_speeds_measured_on_a_cpu(method):
+    shape, device = ModelShape.of(ModelSource.parse("builtin:tiny").config()), Device.cpu(cores=1, memory=8 * GIB)
+    for context_length, measured in zip((1024, 2048), CPU_SPEED[method]):
+        training = config(context_length, method, context_length // 4)
+        seconds = step_seconds(shape, training, ExecutionConfig(), 1, device)
+        assert context_length / seconds == pytest.approx(measured, rel=0.10)
 
 
 # LongLoRA v3 table 12: hours of 1,000 steps of 64 sequences on 8 A100.
