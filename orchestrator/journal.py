@@ -6,7 +6,8 @@ unfinished is passed over. A trial that went on from a checkpoint may tell of th
 Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training``, and
 
     launched   Tune has started the trial's driver
-    started    a worker has begun: hardware, packages, host, pid, workers
+    started    a worker has begun: what it runs on (orchestrator.provenance.describe_machine), git_commit, git_diff,
+               execution (the settings of ExecutionConfig)
     finished   the trial is complete
     failed     reason, attempt: the attempt ended in an error
 """
