@@ -35,17 +35,8 @@ MOST_DIFF_BYTES = 2**20
 
 # Files that are not shown though git tracks them: their names say that they hold credentials.
 _SECRET_FILES = (
-    ".env*",
-    "*.pem",
-    "*.key",
-    "*.p12",
-    "*token",
-    "*_token.*",
-    "token.*",
-    "*secret*",
-    "*credential*",
-    "*password*",
-    ".netrc",
+    *(".env*", ".netrc", "*.pem", "*.key", "*.p12", "*token", "*_token.*", "token.*"),
+    *("*secret*", "*credential*", "*password*"),
 )
 # In what is shown, values that look like credentials are replaced: tokens of well-known forms, a password in an
 # address, and what is assigned to a name that says so.
