@@ -33,6 +33,8 @@ OTHERS = [
 ]
 
 
+# As many curves have a label and a band each; of more, only those of each method's best setting.
+MOST_LABELLED = 6
 # On a log axis a descent of up to this factor is shown whole.
 TALLEST = 12
 
@@ -68,16 +70,28 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
         if bottom <= reference["perplexity"] <= top:
             axes.axhline(reference["perplexity"], color=MUTED, linewidth=0.8, dashes=(4, 3))
             labels.append((None, reference["perplexity"], _labelled(reference), MUTED))
+    crowded = len(lines) > MOST_LABELLED
+    if crowded:
+        labels += [
+            (None, one["final"]["perplexity"], f"{name} {wording.perplexity(one['final']['perplexity'], 1)}", colour)
+            for name, one in zip(wording.trial_names(context["settings"]), context["settings"])
+            if one["chosen"] and bottom <= one["final"]["perplexity"] <= top
+            for colour in looks[one["method"]][:1]
+        ]
     for name, trial, points in lines:
         colour, _, marker = looks[trial["method"]]
         where, values = [point[against] for point in points], [point["perplexity"] for point in points]
+        if crowded and not trial["chosen"]:
+            axes.plot(where, values, color=colour, linewidth=0.7, alpha=0.45)
+            continue
         low, high = (
             [point["perplexity"] if point[end] is None else point[end] for point in points] for end in ("low", "high")
         )
         axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(where, values, color=colour, linewidth=1.4, marker=marker, markersize=3.4, markeredgewidth=0)
         state = "" if trial["state"] == "finished" else f", {trial['state']}"
-        labels.append((where[-1], values[-1], f"{name} {wording.perplexity(values[-1], 1)}{state}", colour))
+        if not crowded:
+            labels.append((where[-1], values[-1], f"{name} {wording.perplexity(values[-1], 1)}{state}", colour))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5, integer=True)
     axes.xaxis.set_major_formatter(lambda value, _: wording.short_count(value))

@@ -101,4 +101,4 @@ def hours(value: float | None) -> str:
 
 
 def dollars(value: float | None) -> str:
-    return NOTHING if value is None else f"${value:,.2f}" if value >= 0.01 else "under 1 cent"
+    return NOTHING if value is None else f"${value:,.2f}" if value == 0 or value >= 0.01 else "under $0.01"

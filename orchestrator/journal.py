@@ -6,7 +6,8 @@ unfinished is passed over. A trial that went on from a checkpoint may tell of th
 Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training``, and
 
     launched   Tune has started the trial's driver
-    started    a worker has begun: hardware, packages, host, pid, workers, execution (ExecutionConfig's fields)
+    started    a worker has begun: what it runs on (orchestrator.provenance.describe_machine), git_commit, git_diff,
+               execution (the settings of ExecutionConfig)
     finished   the trial is complete
     stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
                orchestrator/early_stopping.py; unfinished, and can go on from its checkpoint

@@ -34,7 +34,10 @@ SOURCE = Path(__file__).parent.parent
 MOST_DIFF_BYTES = 2**20
 
 # Files that are not shown though git tracks them: their names say that they hold credentials.
-_SECRET_FILES = (".env*", "*.pem", "*.key", "*.p12", "*token*", "*secret*", "*credential*", "*password*", ".netrc")
+_SECRET_FILES = (
+    *(".env*", ".netrc", "*.pem", "*.key", "*.p12", "*token", "*_token.*", "token.*"),
+    *("*secret*", "*credential*", "*password*"),
+)
 # In what is shown, values that look like credentials are replaced: tokens of well-known forms, a password in an
 # address, and what is assigned to a name that says so.
 _SECRETS = (
@@ -124,9 +127,10 @@ def git_diff(source: Path = SOURCE) -> str:
     if len(content) > MOST_DIFF_BYTES:
         diff = content[:MOST_DIFF_BYTES].decode(errors="ignore")
         cut = f"# Cut: {len(content) - MOST_DIFF_BYTES:,} bytes more are left out.\n"
+    commit = git_commit(source) or "unknown"
     untracked = len((_git(source, "ls-files", "--others", "--exclude-standard") or "").splitlines())
     return (
-        f"# What longspan's tracked files differ in from commit {git_commit(source)}.\n"
+        f"# What longspan's tracked files differ in from commit {commit.removesuffix('-dirty')}.\n"
         f"# Not in it: untracked files ({untracked} here) and ignored ones, binary files' content, files named like\n"
         f"# {' '.join(_SECRET_FILES)}, and values that look like credentials.\n"
         f"{cut}{diff}"

@@ -15,13 +15,13 @@ def result_table(comparison: dict[str, Any]) -> Table:
     )  # fmt: skip
     table.add_column("context", justify="right")
     table.add_column("setting", no_wrap=True)
-    within, unit = f"within {100 * comparison['as_good']:g}% from", _unit(comparison)
-    for name in ("perplexity", "interval", "gap to full", within, "tokens/s", unit):
+    within = f"within {100 * comparison['as_good']:g}% from"
+    for name in ("perplexity", "interval", "gap to full", within, "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for context in comparison["contexts"]:
         length = f"{context['context_length']:,}"
         for reference in context["references"]:
-            table.add_row(length, reference["label"], *_interval(reference), "-", "-", "-", "-", style="dim")
+            table.add_row(length, reference["label"], *_interval(reference), "-", "-", "-", style="dim")
         for trial in context["trials"]:
             winner = trial["method"] == context["winner"] and trial["chosen"]
             gap = trial["gap_to_full"]
@@ -32,15 +32,9 @@ def result_table(comparison: dict[str, Any]) -> Table:
                 f"{gap['percent']:+.1f}%" if gap else "-",
                 _within(gap),
                 f"{trial['tokens_per_second']:,.0f}" if trial["tokens_per_second"] else "-",
-                f"{trial['hours']:.3g}" if trial["hours"] is not None else "-",
                 style="bold" if winner else None,
             )
     return table
-
-
-def _unit(comparison: dict[str, Any]) -> str:
-    units = {context["hours_unit"] for context in comparison["contexts"]} - {None}
-    return units.pop() if len(units) == 1 else "hours"
 
 
 def _name(trial: dict[str, Any], trials: list[dict[str, Any]]) -> str:

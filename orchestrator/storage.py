@@ -1,7 +1,8 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
-    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, mlflow.json
-    sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt
+    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, mlflow.json, code-*.diff
+    sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
+                            code-*.diff
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 

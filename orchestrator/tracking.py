@@ -175,6 +175,7 @@ class Tracker:
                 metrics.append(Metric(name.replace("+", "_plus"), value, now, step))
             if context["winner"]:
                 tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
+        tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
         params = [Param("model", comparison["model"]["name"]), Param("data", comparison["data"]["name"])]
         for trial in trials:
             tags.append(RunTag(f"trial.{trial.label.replace('+', '_plus')}", self.run_id(trial) or ""))

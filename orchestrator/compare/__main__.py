@@ -14,7 +14,7 @@ from rich.table import Table
 
 from orchestrator.compare.runs import find_run
 from orchestrator.compare.side_by_side import side_by_side
-from orchestrator.compare.words import hours
+from orchestrator.compare.words import dollars, hours
 from orchestrator.storage import Storage
 from orchestrator.view import make_console
 from workloads.errors import InputError
@@ -71,7 +71,7 @@ def show(compared: dict[str, Any], console: Console) -> None:
     letters = [chr(ord("A") + place) if place < 26 else str(place) for place in range(len(compared["runs"]))]
     for letter, run in zip(letters, compared["runs"]):
         spent = f", {hours(run['hours'], run['hours_unit'])}" if run["hours"] is not None else ""
-        spent += f", ${run['usd']:,.2f}" if run["usd"] is not None else ""
+        spent += f", {dollars(run['usd'])}" if run["usd"] is not None else ""
         steps = f", step {run['steps']} of {run['of_steps']}" if run["of_steps"] else ""
         console.print(f"{letter}  {run['name']}: {run['state']}{steps}{spent}", markup=False)
     if compared["differences"]:

@@ -174,7 +174,7 @@ def _effort(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware
         reached = [
             f"{METHOD_NAMES[method]} takes {setting['reached']['tokens']:,.0f} tokens"
             + (f" and {hours(setting['reached']['hours'], unit)}" if unit else "")
-            + (f" (${setting['reached']['usd']:,.2f})" if setting["reached"]["usd"] is not None else "")
+            + (f" ({dollars(setting['reached']['usd'])})" if setting["reached"]["usd"] is not None else "")
             for method, setting in chosen.items()
             if setting["reached"]
         ]
@@ -192,7 +192,7 @@ def _effort(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware
             verb, they = ("is", "it") if len(beaten) == 1 else ("are", "they")
             sentences.append(
                 f"By perplexity and {unit}, {join(beaten)} {verb} not worth what {they} cost{'s' * (they == 'it')}: "
-                f"something else that was trained is at least as good for no more."
+                "something else that was trained is at least as good for no more."
             )
     return sentences
 
@@ -200,6 +200,10 @@ def _effort(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware
 def hours(value: float, unit: str) -> str:
     """``0.0123 GPU hours``."""
     return f"{value:.3g} {unit}"
+
+
+def dollars(value: float) -> str:
+    return f"${value:,.2f}" if value == 0 or value >= 0.01 else "under $0.01"
 
 
 def _against(name: str, scores: DocumentScores, label: str, reference: DocumentScores) -> str:

@@ -238,6 +238,18 @@ def test_a_trial_that_was_stopped_early_is_no_trouble_and_says_at_which_step() -
     assert "stopped at step 15" in text
 
 
+def test_of_many_curves_only_each_methods_best_setting_is_labelled() -> None:
+    many = comparison()
+    context = many["contexts"][0]
+    for rate in (1e-5, 3e-5, 1e-4, 3e-4):
+        context["trials"].append(copy.deepcopy(context["trials"][0]) | {"learning_rate": rate, "chosen": False})
+        context["settings"].append(copy.deepcopy(context["settings"][0]) | {"learning_rate": rate, "chosen": False})
+    panel = figures.svg_panels(many, "perplexity_by_step")[0][1]
+    labels = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", panel)]
+    assert [label for label in labels if label.startswith("LoRA lr")] == ["LoRA lr 0.003 3.08"]
+    assert any(label.startswith("LoRA+ 2.") for label in labels)
+
+
 def test_where_hours_cannot_be_compared_there_is_no_picture_of_them(tmp_path: Path) -> None:
     mixed = comparison()
     for context in mixed["contexts"]:

@@ -57,7 +57,7 @@ def test_an_installation_inside_somebody_elses_checkout_has_no_commit(checkout):
 def test_the_diff_is_of_tracked_files_and_applies(checkout):
     (checkout / "orchestrator" / "provenance.py").write_text("line = 2\nmore = 3\n")
     diff = git_diff(checkout)
-    assert git_commit(checkout) in diff.splitlines()[0]
+    assert git(checkout, "rev-parse", "--short=12", "HEAD") + "." in diff.splitlines()[0]
     git(checkout, "checkout", "--", ".")
     (checkout / "kept.diff").write_text(diff)
     git(checkout, "apply", "--directory=longspan", "kept.diff")
@@ -90,8 +90,10 @@ def test_no_secret_is_in_the_diff(checkout):
 
 def test_ordinary_code_about_tokens_is_shown(checkout):
     lines = ["tokens = batch * context_length", "num_tokens=self.num_tokens", "token_ids: list[int] = []"]
-    (checkout / "orchestrator" / "provenance.py").write_text("\n".join(lines))
-    assert "[left out]" not in git_diff(checkout)
+    (checkout / "orchestrator" / "tokenizer.py").write_text("\n".join(lines))
+    git(checkout, "add", "orchestrator")
+    diff = git_diff(checkout)
+    assert all(line in diff for line in lines)
 
 
 def test_a_huge_diff_is_cut_and_says_so(checkout, monkeypatch):

@@ -213,3 +213,41 @@ def test_a_flag_or_value_that_cannot_be_names_what_was_expected(arguments, hint,
     assert exit.value.code == 2
     captured = capsys.readouterr()
     assert hint in " ".join((captured.err + captured.out).replace("│", " ").split())
+
+
+def test_a_sweep_over_the_learning_rate_multiplies_every_rate_of_a_method():
+    spec = SweepSpec(
+        context_lengths=(1024,), methods=("lora", "lora+"), references=(), learning_rate_sweep=(0.3, 1, 3),
+        learning_rate_lora=2e-5, learning_rate_lora_plus=1e-4, learning_rate_embeddings=5e-6,
+    )  # fmt: skip
+    trials = spec.trials(IDENTITIES, "float32")
+    rates = [(t.training.method, t.training.learning_rate, t.training.learning_rate_embeddings) for t in trials]
+    assert rates == [
+        ("lora", 6e-6, None), ("lora", 2e-5, None), ("lora", 6e-5, None),
+        ("lora+", 3e-5, 1.5e-6), ("lora+", 1e-4, 5e-6), ("lora+", 3e-4, 1.5e-5),
+    ]  # fmt: skip
+    assert len({trial.label for trial in trials}) == 6
+    # The trial of a multiple is the one that somebody has trained at that rate.
+    (alone,) = dataclasses.replace(
+        spec, methods=("lora",), learning_rate_lora=6e-6, learning_rate_sweep=(1.0,), learning_rate_embeddings=None
+    ).trials(IDENTITIES, "float32")
+    assert alone.fingerprint == trials[0].fingerprint and alone.label == "lora 1024"
+    for wrong in ((0.0,), (-1.0, 1.0), (), (1.0, 1.0), (float("inf"),)):
+        with pytest.raises(InputError, match="--learning-rate-sweep"):
+            dataclasses.replace(spec, learning_rate_sweep=wrong)
+
+
+def test_how_the_learning_rates_were_chosen_is_said_only_of_those_that_were():
+    recipe = parse([])[1]
+    assert "small grid" in recipe.learning_rates_chosen
+    assert parse(["--steps", "3", "--learning-rate-sweep", "0.3", "1"])[1].learning_rates_chosen == (
+        recipe.learning_rates_chosen
+    )
+    given = parse(["--learning-rate-lora", "1e-4"])[1].learning_rates_chosen
+    assert given == "not stated of --learning-rate-lora, given as flags"
+    own = parse(["--learning-rate-lora", "1e-4", "--learning-rates-chosen", "by a coin"])[1]
+    assert own.learning_rates_chosen == "by a coin"
+    said, unsaid = (dataclasses.replace(recipe, learning_rates_chosen=words) for words in ("so", "or so"))
+    assert [t.fingerprint for t in said.trials(IDENTITIES, "float32")] == [
+        t.fingerprint for t in unsaid.trials(IDENTITIES, "float32")
+    ]
