@@ -251,10 +251,10 @@ def test_the_sweep_that_stopped_a_trial_leaves_it_and_any_other_goes_on_with_it(
     journal.append("saved", step=10)
     journal.append("stopped", step=10, sweep="mine", reason="worse")
     for stopping, action in (("mine", "stopped"), ("other", "resume"), (None, "resume")):
-        (planned,) = plan([trial()], storage, stopping)
+        (planned,) = plan([trial()], storage, stopping=stopping)
         assert planned.action == action
     journal.append("finished")
-    assert plan([trial()], storage, "mine")[0].action == "known"
+    assert plan([trial()], storage, stopping="mine")[0].action == "known"
 
 
 FLAGS = (
