@@ -401,6 +401,12 @@ class RunOptions:
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
     checkpoint_minutes: float = 10.0
     """Where steps are slow, a checkpoint is also written when the last one is this old."""
+    keep_last: int = 2
+    """Checkpoints kept of each trial: so many of the newest. A trial always goes on from the newest whole one."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest perplexity at the trained length; each such evaluation writes one."""
+    keep_every: int | None = None
+    """Also keep the checkpoints of every so-manieth step."""
     engine: EngineName = "auto"
     """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
     offload: bool = False
@@ -460,6 +466,9 @@ class RunOptions:
             gradient_checkpointing=self.gradient_checkpointing,
             checkpoint_every=self.checkpoint_every,
             checkpoint_minutes=self.checkpoint_minutes,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            keep_every=self.keep_every,
             attention_backend=self.attention_backend,
             engine=self.engine,
             offload=self.offload,
