@@ -158,9 +158,10 @@ def test_a_checkpoint_is_also_written_when_the_last_one_is_old(corpus, tmp_path)
 def test_the_best_checkpoint_is_saved_where_it_was_found_and_kept_over_a_restart(corpus, tmp_path):
     """With this rate the perplexity rises: the best is the first."""
     small = dict(context_length=256, group_size=64, eval_span=256, eval_every=1, learning_rate=1e-2)
-    trial = config("full", steps=6, **{**small, "warmup_steps": 4})
+    trial = config("full", steps=6, warmup_steps=4, **small)
     keep = ExecutionConfig(checkpoint_every=100, keep_last=1, keep_best=True, keep_every=4)
-    first = train(trial, corpus, tmp_path, keep, asked=lambda answers=iter([None] * 4 + ["stop"]): next(answers))
+    answers = iter([None] * 4 + ["stop"])
+    first = train(trial, corpus, tmp_path, keep, asked=lambda: next(answers))
     second = train(trial, corpus, tmp_path, keep)
     scores = {step: perplexity for _, step, perplexity in perplexities(first + second) if step}
     best = min(scores, key=scores.get)
