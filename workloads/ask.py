@@ -46,8 +46,8 @@ class Answer:
 def load_model(
     name: str, device: str = "auto", say: Callable[[str], None] = lambda line: None, checkpoint: str = "last"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to ask and its tokenizer: a trial's folder (``checkpoint``: last, best or a step), an exported folder (merged or
-    adapter), another one, a hub id, builtin:tiny.
+    """A model to ask and its tokenizer: a trial's folder, an exported one (merged or adapter), another one, a hub id,
+    builtin:tiny. ``checkpoint``, of a trial: last (the newest), best, or a step.
 
     Weights stay in the dtype they are saved in, a trial's are in its training's precision. ``auto`` takes every CUDA
     device there is (of a trial: one), else the CPU. ``say`` gets a line if a trial is not finished.

@@ -187,7 +187,7 @@ class ExecutionConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         checkpoint_minutes: a checkpoint is also written when the last one is this old.
-        keep_last: so many of the newest checkpoints stay; with one alone there is none to fall back to if it is damaged.
+        keep_last: so many of the newest checkpoints stay; with one there is none to fall back to if it is damaged.
         keep_best: the checkpoint of the evaluation with the lowest perplexity at the trained length stays too; each
             such evaluation is followed by a checkpoint.
         keep_every: and the checkpoints of each so-manieth step, which are written whatever ``checkpoint_every`` is.
