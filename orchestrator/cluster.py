@@ -102,7 +102,11 @@ class Cluster:
 
     def slots(self, options: RunOptions) -> int:
         """How many workers fit at once."""
-        return sum(self._slots_of(node, options) for node in self.nodes)
+        return sum(self.slots_by_node(options))
+
+    def slots_by_node(self, options: RunOptions) -> tuple[int, ...]:
+        """How many workers fit on each machine."""
+        return tuple(self._slots_of(node, options) for node in self.nodes)
 
     def most_workers(self, options: RunOptions) -> int:
         """How many workers of one trial fit on one machine: beyond it they talk over a network that is not planned

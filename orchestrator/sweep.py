@@ -13,6 +13,7 @@ import datetime
 import importlib.util
 import itertools
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -45,6 +46,7 @@ from orchestrator.plan import (
     totals_line,
 )
 from orchestrator.provenance import Provenance, own_prices
+from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
@@ -325,12 +327,10 @@ class Sweep:
             print_line(f"  ({self.estimator.source}; {self.describe_price()})", markup=False)
 
     def describe_price(self) -> str:
-        if not self.cluster.gpus:
-            return "no price is known of this machine's hours"
-        price = self.estimator.price
+        price, unit = self.estimator.price, "GPU" if self.cluster.gpus else "CPU"
         if price is None:
-            return f"no price is known of {self.estimator.device.name}; give --price-per-hour"
-        return f"{price.usd_per_gpu_hour:.2f} USD a GPU hour: {price.source}"
+            return f"no price is known of {self.estimator.device.name}s here: --price-per-hour"
+        return f"{price.usd_per_gpu_hour:.2f} USD a {unit} hour: {price.source}"
 
     def say_notes(self) -> None:
         """What a user should know before it starts, although nothing of it is wrong."""
@@ -347,7 +347,7 @@ class Sweep:
         """Runs every trial that is not finished, with Tune over Train."""
         to_train = [p.trial for p in self.planned if p.trains]
         # The largest first, so that none is left to run alone at the end.
-        to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
+        to_train.sort(key=lambda trial: (self.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
         view = LiveView(rows, self.concurrency, self.console)
@@ -366,7 +366,14 @@ class Sweep:
         if tracking.trouble:
             self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
 
-    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[list[TrialSpec]]:
+    def work(self, trial: TrialSpec) -> float:
+        """How much of it there is, in whatever is known of all trials."""
+        estimates = self.estimates
+        if all(estimate.seconds is not None for estimate in estimates.values()):
+            return estimates[trial.fingerprint].hours
+        return trial.training.steps * trial.training.batch * trial.training.context_length
+
+    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[Drive]:
         """What one drive after the other trains: first what there is, then what a search suggests while it goes on."""
         for planned in self.planned:
             self.enter_at_rungs(planned)
@@ -375,30 +382,37 @@ class Sweep:
         # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
         if untuned:
-            yield untuned
-        yield from ([trial] for trial in trials if trial not in untuned)
+            yield self.drive(untuned)
+        for trial in trials:
+            if trial not in untuned:
+                yield self.drive([trial])
         while planned := self.next_of_search():
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
                 self.add_trial(planned.trial)
-                yield [planned.trial]
+                yield self.drive([planned.trial], suggested=True)
 
     def add_trial(self, trial: TrialSpec) -> None:
         folder = self.storage.add_trial(trial, self.source.location)
         self.provenance.keep_diff(folder.path)
+
+    def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
+        each = [self.estimates[trial.fingerprint] for trial in trials]
+        seconds = sum(math.inf if estimate.seconds is None else estimate.seconds for estimate in each)
+        return Drive(self.run_config(trials), max(estimate.workers for estimate in each), seconds, suggested)
 
     def enter_at_rungs(self, planned: Planned) -> None:
         """Those that have finished before count at the rungs of early stopping too."""
         if self.rungs and planned.action == "known":
             self.rungs.enter(planned.trial, planned.record)
 
-    def tune(self, drives: Iterator[list[TrialSpec]]) -> None:
+    def tune(self, drives: Iterator[Drive]) -> None:
         """Runs drives with Tune, as many at a time as there is room for."""
         from ray import tune
         from ray.tune.progress_reporter import TrialProgressCallback
 
-        from orchestrator.queue import DriveQueue
+        from orchestrator.queue import TuneQueue
 
         class Silent(TrialProgressCallback):
             """Tune's own prints a line of a trial without any result, whatever its verbosity."""
@@ -411,9 +425,9 @@ class Sweep:
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
             tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
             tune_config=tune.TuneConfig(
-                search_alg=DriveQueue(self.run_config(drive) for drive in drives),
+                search_alg=TuneQueue(DriveQueue(drives, self.cluster.slots_by_node(self.options))),
                 num_samples=-1,  # until the drives end
-                max_concurrent_trials=self.concurrency,
+                max_concurrent_trials=self.options.max_concurrent or self.cluster.slots(self.options),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
