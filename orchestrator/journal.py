@@ -149,12 +149,12 @@ class TrialRecord:
                 # Of several workers' errors in one attempt the first is the cause.
                 self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
                 self.failure_kind = event.get("kind", "error")
+                self.ended = event["time"]
             case "retry":
                 self.state = "starting"
                 self.remedies.append(f"{event['kind'].replace('_', ' ')}: {event['remedy']}")
             case "preempted":
                 self.state, self.preempted_attempt = "starting", event["attempt"]
-                self.ended = event["time"]
 
     def curve(self, context_length: int) -> list[dict[str, Any]]:
         """The evaluations at a length, by step."""
