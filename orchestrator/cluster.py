@@ -43,6 +43,7 @@ OBJECT_STORE_BYTES = 150 * 2**20
 class Cluster:
     cpus: float
     gpus: float
+    own: bool = True  # started by this process, whose environment its workers have
 
     def concurrency(self, options: RunOptions) -> int:
         """How many trials fit at once.
@@ -93,7 +94,7 @@ def join_or_start(address: str | None) -> Cluster:
                 "out --address and unset RAY_ADDRESS to run on this machine"
             ) from error
     resources = ray.cluster_resources()
-    return Cluster(resources.get("CPU", 0), resources.get("GPU", 0))
+    return Cluster(resources.get("CPU", 0), resources.get("GPU", 0), own=local)
 
 
 def usable_cpus() -> int:

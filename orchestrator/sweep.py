@@ -27,6 +27,7 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.credentials import share_token
 from orchestrator.journal import TrialRecord
 from orchestrator.plan import Planned, plan, summary
 from orchestrator.provenance import Provenance
@@ -174,12 +175,16 @@ class Sweep:
         self.doing = f"reading and tokenising {self.spec.data}"
         if self.spec.task == "sft":
             tokenizer = self.source.chat_identity
-            self.packed = prepare_examples(self.corpus, self.source.tokenizer, tokenizer, self.storage.data)
+            self.packed = prepare_examples(
+                self.corpus, self.source.tokenizer, tokenizer, self.storage.data, fetch=self.storage.fetch_data
+            )
         else:
             tokenizer = self.source.tokenizer_identity
             self.packed = prepare(
-                self.corpus, self.source.tokenizer, tokenizer, self.storage.data, on_progress=self.has_tokenised
-            )
+                self.corpus, self.source.tokenizer, tokenizer, self.storage.data,
+                on_progress=self.has_tokenised, fetch=self.storage.fetch_data,
+            )  # fmt: skip
+        self.storage.push_data(self.packed.folder)
         self.identities = Identities(model=self.source.identity, tokenizer=tokenizer, data=self.corpus.identity())
 
     def has_tokenised(self, documents: int) -> None:
@@ -201,10 +206,12 @@ class Sweep:
         for trial in self.trials:
             self.held_out(trial.training)
         self.concurrency = self.cluster.concurrency(self.options)
+        self.storage.read_ahead([trial.fingerprint for trial in self.trials])
         self.planned = plan(self.trials, self.storage)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "spec.json").write_text(self.spec.to_json())
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
+        self.storage.push(self.folder)
 
     def say_plan(self) -> None:
         print_line = self.console.print
@@ -220,6 +227,12 @@ class Sweep:
                 )
             if self.spec.task == "sft" and (left_out := self.packed.left_out(length, self.spec.long_examples)):
                 print_line(f"note: {left_out}")
+        if self.storage.store and self.tracker.uri.startswith("sqlite:"):
+            print_line(
+                f"note: MLflow's store lies on this machine, in {self.storage.mlflow}, as no database lies in an object "
+                "store; --tracking-uri names a server instead",
+                soft_wrap=True,
+            )
         fit = "are short enough" if self.spec.task == "sft" else "are long enough"
         if (scored := len(self.validation_documents())) < self.spec.eval_documents:
             print_line(f"note: {scored} held-out documents {fit} to be scored, not {self.spec.eval_documents}")
@@ -233,8 +246,8 @@ class Sweep:
             self.storage.add_trial(trial, self.source.location)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
-        view = LiveView(rows, self.concurrency, self.console)
-        view.note = lambda: tracking.trouble
+        view = LiveView(self.name, rows, self.concurrency, self.console)
+        view.note = lambda: tracking.trouble or (self.storage.store and self.storage.store.trouble)
         tracking.start()
         try:
             with view:
@@ -276,9 +289,11 @@ class Sweep:
                 verbose=0,
             ),
         )
+        keeper = None if self.cluster.own else share_token()
         try:
             tuner.fit()
         finally:
+            del keeper
             shutil.rmtree(self.storage.ray_train / name, ignore_errors=True)
 
     def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
@@ -293,21 +308,15 @@ class Sweep:
             offload=options.offload,
         )
         return {
-            "trials": [
-                {
-                    "trial": trial.to_dict(),
-                    "folder": str(self.storage.trial(trial.fingerprint).path),
-                    "untuned": str(self.storage.trial(trial.untuned().fingerprint).path),
-                }
-                for trial in trials
-            ],
+            "trials": [trial.to_dict() for trial in trials],
+            "sweep": self.name,
+            "storage": self.storage.location,
             "model_location": self.source.location,
             "model_revision": self.source.revision,
-            "corpus": str(self.packed.folder),
+            "corpus": self.packed.folder.name,
             "execution": dataclasses.asdict(execution),
             "resources": self.cluster.trial_resources(options),
             "threads": options.cpus_per_worker,
-            "ray_storage": str(self.storage.ray_train),
             "max_failures": options.max_failures,
             # Names this drive of the trials, so that an error is final for it and tried again by the next command.
             "attempt": uuid.uuid4().hex,
@@ -320,13 +329,14 @@ class Sweep:
 
         folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
         outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), _shown(folder.log))
+            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or _shown(folder.log))
             for trial, folder in zip(self.trials, folders)
         ]
         self.follow_in_mlflow()
         comparison = self.describe(outcomes)
         write_json(self.folder / "comparison.json", comparison)
         report = render(comparison, self.folder / "report")
+        self.storage.push(self.folder)
         self.log_to_mlflow(comparison, [*report, self.folder / "comparison.json"])
 
         self.console.print(result_table(comparison))
@@ -405,7 +415,7 @@ class Sweep:
             "git_commit": self.provenance.git_commit,
             "wall_seconds": time.time() - self.began,
             "peak_memory_gib": max(peaks, default=None),
-            "storage": str(self.storage.root),
+            "storage": self.storage.location,
             "mlflow_command": self.mlflow_command(str(self.storage.root)),
             "contexts": contexts,
         }
@@ -434,8 +444,10 @@ class Sweep:
         return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
 
     def export_command(self, fingerprint: str) -> str:
-        folder = _shown(self.storage.trial(fingerprint).path)
-        return f"{_shown(Path(sys.executable))} -m workloads.export {folder} DIR"
+        python, folder = _shown(Path(sys.executable)), _shown(self.storage.trial(fingerprint).path)
+        if self.storage.store:
+            folder = f"$({python} -m orchestrator.fetch {self.storage.location} {fingerprint})"
+        return f"{python} -m workloads.export {folder} DIR"
 
     def end_ray(self) -> None:
         import ray

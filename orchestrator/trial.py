@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.journal import TrialRecord
-from orchestrator.storage import TrialFolder
+from orchestrator.spec import TrialSpec
+from orchestrator.storage import Storage
 
 if TYPE_CHECKING:
     from ray.train.backend import BackendConfig
@@ -24,23 +25,25 @@ def drive_trial(config: dict[str, Any]) -> None:
     A trial that fails ends this function normally, with the reason in its journal: the other trials go on, and the
     sweep tells of it at its end.
     """
-    folders = [TrialFolder(Path(entry["folder"])) for entry in config["trials"]]
+    storage = Storage.at(config["storage"])
+    folders = [storage.trial(TrialSpec.from_dict(trial).fingerprint) for trial in config["trials"]]
     for folder in folders:
         folder.journal.append("launched")
     try:
-        _trainer(config, name=folders[0].path.name).fit()
+        _trainer(config, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != config["attempt"]:
+                folder.path.mkdir(parents=True, exist_ok=True)  # on another node than the worker's
                 with folder.log.open("a") as log:
                     log.write(f"the trial failed: {reason}\n")
                 folder.journal.append("failed", reason=reason, attempt=config["attempt"])
 
 
-def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
+def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrainer:
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -48,7 +51,7 @@ def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
-    shutil.rmtree(Path(config["ray_storage"]) / name, ignore_errors=True)
+    shutil.rmtree(ray_storage / name, ignore_errors=True)
     resources = config["resources"]
     return TorchTrainer(
         _work,
@@ -64,7 +67,7 @@ def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=config["ray_storage"],
+            storage_path=str(ray_storage),
             failure_config=ray.train.FailureConfig(max_failures=config["max_failures"]),
             callbacks=[TuneReportCallback()],
         ),

@@ -17,12 +17,15 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from filelock import FileLock
 
+from orchestrator import leases
+from orchestrator.credentials import receive_token
 from orchestrator.journal import TrialRecord
+from orchestrator.leases import LeaseLost
+from orchestrator.object_store import StoreAway
 from orchestrator.provenance import package_versions
 from orchestrator.spec import TrialSpec
-from orchestrator.storage import TrialFolder
+from orchestrator.storage import Storage, TrialFolder
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engine import make_engine
@@ -37,25 +40,25 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
-    for entry in config["trials"]:
-        untuned = TrialRecord.of(TrialFolder(Path(entry["untuned"])).journal)
-        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), untuned, config, device)
+    receive_token()
+    storage = Storage.at(config["storage"])
+    for trial in map(TrialSpec.from_dict, config["trials"]):
+        _train(trial, storage, config, device)
 
 
-def _train(
-    trial: TrialSpec, folder: TrialFolder, untuned: TrialRecord, config: dict[str, Any], device: torch.device
-) -> None:
+def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: torch.device) -> None:
     context = ray.train.get_context()
     workers, first = context.get_world_size(), context.get_world_rank() == 0
-    if not (folder.path / "trial.json").is_file():
+    folder = storage.trial(trial.fingerprint)
+    if not folder.is_visible():
         raise InputError(
-            f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node sees"
+            f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node "
+            "sees, or an object store"
         )
-    journal = folder.journal
 
     def emit(event: str, **fields: Any) -> None:
         if first:
-            journal.append(event, **fields)
+            writer.append(event, **fields)
         # Tells Ray of evaluations at the trained length only: each report costs one poll of Train's controller.
         if event == "eval" and fields["context_length"] == trial.training.context_length:
             ray.train.report({name: fields[name] for name in ("step", "tokens", "perplexity")})
@@ -63,18 +66,22 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
         if first:
-            stack.enter_context(FileLock(folder.lock))
+            lease = stack.enter_context(folder.lease(leases.owner(config["attempt"], config["sweep"])))
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
             return
+        if first:
+            writer = stack.enter_context(folder.writer(lease))
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
-            emit("started", **describe_attempt(device, workers))
+            emit("started", sweep=config["sweep"], **describe_attempt(device, workers))
+            _fetch_checkpoint(folder, first, workers)
+            untuned = TrialRecord.of(storage.trial(trial.untuned().fingerprint).journal)
             execution = ExecutionConfig(**config["execution"])
             ended = run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
                 execution,
-                corpus.open(Path(config["corpus"])),
+                corpus.open(storage.corpus(config["corpus"])),
                 folder.checkpoints,
                 make_engine(execution, device, trial.training.precision),
                 emit,
@@ -82,10 +89,24 @@ def _train(
             )
             if ended:
                 emit("finished")
+        except (LeaseLost, StoreAway):
+            # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
+            raise
         except Exception as error:
             # An error in Python comes again at every attempt: unlike a lost worker it is not retried.
-            journal.append("failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"])
+            (writer if first else folder.journal).append(
+                "failed", reason=f"{type(error).__name__}: {error}", attempt=config["attempt"]
+            )
             raise
+
+
+def _fetch_checkpoint(folder: TrialFolder, first: bool, workers: int) -> None:
+    """From an object store: worker 0 chooses the newest whole checkpoint, and every node fetches it."""
+    if folder.store is None:
+        return
+    chosen = _agree(folder.fetch_newest_checkpoint() if first else None, workers)
+    if chosen and not first and not folder.fetch_checkpoint(chosen):
+        raise OSError(f"checkpoint {chosen} of {folder.path} cannot be fetched whole to {socket.gethostname()}")
 
 
 def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:
