@@ -57,7 +57,7 @@ def share_token() -> Any | None:
 
 
 def receive_token() -> None:
-    """In a worker: puts the sweep's token where the hub's client looks for it. If there is none, its node's own holds."""
+    """In a worker: puts the sweep's token where the hub's client looks for it. Without one its node's own holds."""
     import ray
 
     try:

@@ -24,7 +24,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator.object_store import ObjectStore, patiently
+from orchestrator.object_store import LocalStore, ObjectStore, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,12 @@ class Lease:
     """The lease whose objects lie in ``store`` under ``folder``. A context: entered when it is held, left released."""
 
     def __init__(
-        self, store: ObjectStore, folder: str, owner: dict[str, Any], limit_s: float = LIMIT_S, poll_s: float = POLL_S
+        self,
+        store: ObjectStore | LocalStore,
+        folder: str,
+        owner: dict[str, Any],
+        limit_s: float = LIMIT_S,
+        poll_s: float = POLL_S,
     ) -> None:
         self.store, self.folder, self.owner, self.limit_s, self.poll_s = store, folder, owner, limit_s, poll_s
         self.generation = 0
@@ -115,6 +120,8 @@ class Lease:
         if not self.lost:
             try:
                 self._beat(released=True)
+            except LeaseLost:
+                pass
             except Exception:  # it runs out by itself
                 logger.warning("lease %s could not be released", self.folder, exc_info=True)
 

@@ -15,6 +15,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -78,7 +79,7 @@ def reason(error: BaseException) -> str:
 
 
 class ObjectStore:
-    """The objects under ``url``, named relative to it. Local paths serve too (for leases)."""
+    """The objects under ``url``, named relative to it."""
 
     def __init__(self, url: str, **options: Any) -> None:
         from fsspec.core import url_to_fs
@@ -100,10 +101,11 @@ class ObjectStore:
         if "@" in parts.netloc:
             raise InputError(
                 f"storage {parts.scheme}://...@{parts.netloc.rpartition('@')[2]}{parts.path}: credentials do not "
-                "belong into a location, which is shown and stored; give them in the environment (AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or a role of the machine)"
+                "belong into a location, which is shown and stored; give them in the environment (AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY, or a role of the machine)"
             )
-        options: dict[str, Any] = {"use_listings_cache": False}  # listings change under us
+        # Listings change under us; and clients are kept here.
+        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
         if parts.scheme in ("s3", "s3a"):
             from fsspec.config import conf
 
@@ -111,8 +113,6 @@ class ObjectStore:
             config = {"connect_timeout": 10, "retries": {"mode": "standard", "max_attempts": 2}}
             config |= conf.get(parts.scheme, {}).get("config_kwargs", {})
             options["config_kwargs"] = config
-        elif not parts.scheme:
-            options["auto_mkdir"] = True
         try:
             return cls(url, **options)
         except ImportError as error:
@@ -134,8 +134,11 @@ class ObjectStore:
             return patiently(call, give_up=lambda waited: waited > FIRST_PATIENCE_S)
 
         try:
-            first(lambda: self.create(probe, b"x"))
-            exclusive = not first(lambda: self.create(probe, b"y"))
+            first(lambda: self.write(probe, b"x"))
+            first(lambda: self.remove([probe]))
+            # At once, since a client may look whether there is one and then write: that is no protection.
+            with ThreadPoolExecutor(8) as writers:
+                created = list(writers.map(lambda n: first(lambda: self.create(probe, b"%d" % n)), range(8)))
             first(lambda: self.remove([probe]))
         except StoreAway as error:
             raise InputError(
@@ -151,7 +154,7 @@ class ObjectStore:
                 f"storage {self.url} cannot be written ({reason(error)}); check the credentials in the environment and "
                 "what they allow: list, read, write and delete"
             ) from error
-        if not exclusive:
+        if created.count(True) != 1:
             raise InputError(
                 f"storage {self.url} overwrites an object that was to be created only if absent; two sweeps could "
                 "train the same trial there. Choose a store with conditional writes, such as Amazon S3"
@@ -184,7 +187,10 @@ class ObjectStore:
 
     def names(self, prefix: str) -> list[str]:
         """The objects below ``prefix``, a folder's name, in order of their names."""
-        return sorted(path[len(self.root) + 1 :] for path in self.fs.find(self._path(prefix)))
+        folder = f"{self._path(prefix)}/"
+        # s3fs names the folder itself where its first object comes while it looks.
+        found = (path for path in self.fs.find(self._path(prefix)) if path.startswith(folder))
+        return sorted(path[len(self.root) + 1 :] for path in found)
 
     def remove(self, names: list[str]) -> None:
         for name in names:
@@ -242,3 +248,38 @@ class ObjectStore:
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+
+class LocalStore:
+    """Files in a local or shared folder, for what needs no more than this of an object store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        partial = self.root / f".{uuid.uuid4().hex}"
+        partial.write_bytes(content)
+        partial.replace(self.root / name)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """As :meth:`ObjectStore.create`; a reader may come before the content."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with (self.root / name).open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def names(self, prefix: str) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in (self.root / prefix).glob("*"))
+
+    def remove(self, names: list[str]) -> None:
+        for name in names:
+            (self.root / name).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from orchestrator.journal import Journal
 from orchestrator.leases import Lease
-from orchestrator.object_store import MANIFEST, ObjectStore, patiently
+from orchestrator.object_store import MANIFEST, LocalStore, ObjectStore, patiently
 from orchestrator.segments import SegmentedJournal
 from orchestrator.spec import TrialSpec
 from orchestrator.writer import LocalWriter, Uploader, stored_checkpoints
@@ -92,7 +92,7 @@ class TrialFolder:
         """Held by the process that trains the trial, so that two sweeps that share it do not both train it."""
         if self.store:
             return Lease(self.store, f"{self.name}/lease", owner)
-        return Lease(ObjectStore.at(str(self.path)), "lease", owner)
+        return Lease(LocalStore(self.path), "lease", owner)
 
     def writer(self, lease: Lease) -> LocalWriter | Uploader:
         """For what the holder of the lease has to tell."""
@@ -162,10 +162,10 @@ class Storage:
             probe.unlink()
             stat = os.statvfs(root)
         except OSError as error:
-            fix = (
-                "choose another cache with XDG_CACHE_HOME" if storage.store else "choose another with --storage FOLDER"
-            )
-            raise InputError(f"storage {root} cannot be written ({error.strerror}); {fix}") from error
+            how = "XDG_CACHE_HOME" if storage.store else "--storage FOLDER"
+            raise InputError(
+                f"storage {root} cannot be written ({error.strerror}); choose another with {how}"
+            ) from error
         free = stat.f_bavail * stat.f_frsize
         if free < LEAST_FREE_BYTES:
             raise InputError(

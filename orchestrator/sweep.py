@@ -229,8 +229,8 @@ class Sweep:
                 print_line(f"note: {left_out}")
         if self.storage.store and self.tracker.uri.startswith("sqlite:"):
             print_line(
-                f"note: MLflow's store lies on this machine, in {self.storage.mlflow}, as no database lies in an object "
-                "store; --tracking-uri names a server instead",
+                f"note: MLflow's store lies on this machine, in {self.storage.mlflow}, as no database lies in an "
+                "object store; --tracking-uri names a server instead",
                 soft_wrap=True,
             )
         fit = "are short enough" if self.spec.task == "sft" else "are long enough"
