@@ -1,6 +1,6 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
-    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, mlflow.json
+    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json
     sweeps/<name>/          spec.json, sweep.json, comparison.json, report/
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/

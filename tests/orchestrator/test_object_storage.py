@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -61,8 +62,10 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     worker = record.started["pid"]
+    deadline = time.monotonic() + 60
     while not is_gone(worker):  # Ray's processes end with the command, a little later
-        pass
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     shutil.rmtree(tmp_path / "one")
 
     process = SweepCommand(bucket, *flags, environment=mirrors["other"]).start()
