@@ -1,9 +1,10 @@
 """What the worker that trains a trial leaves behind: its journal, its checkpoints, its log.
 
 In a local storage they are where they belong as soon as they are written. To an object store they are sent by threads
-of their own, so that no step waits for it: lines of the journal at most 2 s after they were written, those that others
-decide by at once; a checkpoint while training goes on, and its line "saved" when it is stored. While training goes on
-a store that is away is waited for without limit, afterwards for some minutes.
+of their own, so that no step waits for it. Lines of the journal are sent at most 2 s after they were written, those
+that others decide by at once. A checkpoint is sent while training goes on: after all lines that came before it, since
+who goes on from it does not tell them again, and before its line "saved". While training goes on a store that is away
+is waited for without limit, afterwards for some minutes.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ class Uploader:
         self.staging = folder / f".uploading-{os.getpid()}"
         self._changed = threading.Condition()
         self._lines: list[str] = []
+        self._told = self._stored = 0  # lines
         self._in_a_hurry = False
-        self._next: tuple[Path, str] | None = None  # a checkpoint to be sent, and its line
+        self._next: tuple[Path, str, int] | None = None  # a checkpoint to be sent, its line, and lines before it
         self._sending = False
         self._closed = False
         self._ended_at: float | None = None  # when training did
@@ -92,7 +94,7 @@ class Uploader:
         with self._changed:
             self._closed, self._ended_at = True, self._ended_at or time.monotonic()
             if lost:
-                self._lines, self._next = [], None
+                self._lines, self._next, self._error = [], None, error
             self._changed.notify_all()
         journal, checkpoints = self._threads
         checkpoints.join()
@@ -122,11 +124,16 @@ class Uploader:
             if self._error:
                 raise self._error
             if event == "saved":
-                self._next = self._stage(fields["step"]), line  # instead of one that is still waiting
+                # Instead of one that is still waiting.
+                self._next, self._in_a_hurry = (self._stage(fields["step"]), line, self._told), True
             else:
-                self._lines.append(line)
-                self._in_a_hurry |= event not in CAN_WAIT
+                self._tell(line, hurry=event not in CAN_WAIT)
             self._changed.notify_all()
+
+    def _tell(self, line: str, hurry: bool) -> None:
+        self._lines.append(line)
+        self._told += 1
+        self._in_a_hurry |= hurry
 
     def _stage(self, step: int) -> Path:
         """A checkpoint under names of our own, which stay when training removes it: links, no copies."""
@@ -155,6 +162,9 @@ class Uploader:
             if lines:
                 content = "".join(lines).encode()
                 self._send(lambda content=content: self.journal.write(content))
+                with self._changed:
+                    self._stored += len(lines)
+                    self._changed.notify_all()
             if last:
                 return
             if time.monotonic() - logged > LOG_EVERY_S:
@@ -167,11 +177,14 @@ class Uploader:
                 self._changed.wait_for(lambda: self._next or self._closed)
                 if not self._next:
                     return
-                (staged, line), self._next, self._sending = self._next, None, True
+                (staged, line, told), self._next, self._sending = self._next, None, True
+                self._changed.wait_for(lambda told=told: self._stored >= told or self._error)
+                if self._error:
+                    return
             self.store.upload_folder(staged, f"{self.prefix}/checkpoints/{staged.name}", self._send)
             with self._changed:
-                self._lines.append(line)
-                self._in_a_hurry, self._sending = True, False
+                self._tell(line, hurry=True)
+                self._sending = False
                 self._changed.notify_all()
             self._send(lambda newest=staged.name: self._remove_old(newest))
             shutil.rmtree(staged, ignore_errors=True)

@@ -164,6 +164,24 @@ def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(training, 
     assert torch.equal(tensors["weight"], torch.full((1000,), 6.0))
 
 
+def test_a_checkpoint_is_sent_after_all_that_came_before_it(training, monkeypatch):
+    """Who goes on from it does not tell that again: it would be missing for ever if the process died in between."""
+    storage, folder, writer = training
+    upload, stored_before = storage.store.upload_folder, []
+
+    def upload_folder(*arguments):
+        stored_before.append(events(SegmentedJournal(storage.store, f"{folder.name}/journal")))
+        upload(*arguments)
+
+    monkeypatch.setattr(storage.store, "upload_folder", upload_folder)
+    with writer() as writer:
+        writer.append("step", **a_step(1))
+        writer.append("eval", **evaluation(1, 5.0))
+        save(folder, 1)
+        writer.append("saved", step=1)
+    assert stored_before == [[("step", 1), ("eval", 1)]]
+
+
 def test_a_damaged_checkpoint_is_passed_over_on_another_node(training, bucket, tmp_path, monkeypatch, caplog):
     storage, folder, writer = training
     with writer() as writer:
@@ -238,6 +256,7 @@ folder.log.write_text("")
 with folder.lease(owner("attempt", "sweep")) as lease, folder.writer(lease) as writer:
     writer.append("started")
     for step in range(1, 1000):
+        writer.append("step", step=step)
         save_checkpoint(folder.checkpoints, step, {"weight": torch.full((1000,), float(step))}, {})
         writer.append("saved", step=step)
         print(step, flush=True)
@@ -256,7 +275,9 @@ def test_what_a_killed_process_has_sent_is_whole(training, bucket, tmp_path, mon
     process.send_signal(signal.SIGKILL)
     process.communicate()
     storage = on_node("other", bucket, tmp_path, monkeypatch)
-    told = TrialRecord.of(storage.trial(TRIAL.fingerprint).journal).saved_step
+    told = events(storage.trial(TRIAL.fingerprint).journal)
     tensors, state = load_newest(fetch(bucket, TRIAL.fingerprint) / "checkpoints")
-    assert state["step"] >= told > 0
+    assert state["step"] >= max(step for event, step in told if event == "saved")
+    # Who goes on from a checkpoint tells nothing again of what came before it.
+    assert {step for event, step in told if event == "step"} >= set(range(1, state["step"] + 1))
     assert torch.equal(tensors["weight"], torch.full((1000,), float(state["step"])))
