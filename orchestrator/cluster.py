@@ -64,6 +64,7 @@ class Cluster:
 
     nodes: tuple[Node, ...]
     instance: str | None = None  # the type of its machines, where that is known
+    own: bool = True  # started by this process, whose environment its workers have
 
     @property
     def cpus(self) -> float:
@@ -207,7 +208,7 @@ def join_or_start(options: RunOptions) -> Cluster:
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
                 "out --address and unset RAY_ADDRESS to run on this machine"
             ) from error
-    return Cluster(_nodes())
+    return Cluster(_nodes(), own=local)
 
 
 def _nodes() -> tuple[Node, ...]:

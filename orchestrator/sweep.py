@@ -29,6 +29,7 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.credentials import share_token
 from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
@@ -234,9 +235,15 @@ class Sweep:
         self.doing = f"reading and tokenising {self.spec.data}"
         tokenizer, identity = self.source.tokenizer, self.identities.tokenizer
         if self.spec.task == "sft":
-            self.packed = prepare_examples(self.corpus, tokenizer, identity, self.storage.data)
+            self.packed = prepare_examples(
+                self.corpus, tokenizer, identity, self.storage.data, fetch=self.storage.fetch_data
+            )
         else:
-            self.packed = prepare(self.corpus, tokenizer, identity, self.storage.data, on_progress=self.has_tokenised)
+            self.packed = prepare(
+                self.corpus, tokenizer, identity, self.storage.data,
+                on_progress=self.has_tokenised, fetch=self.storage.fetch_data,
+            )  # fmt: skip
+        self.storage.push_data(self.packed.folder)
 
     def has_tokenised(self, documents: int) -> None:
         self.doing = f"tokenising {self.spec.data}: {documents:,} documents so far"
@@ -251,6 +258,7 @@ class Sweep:
         self.trials = self.spec.trials(self.identities, precision)
         self.concurrency = self.cluster.concurrency(self.options)
         self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
+        self.storage.read_ahead([trial.fingerprint for trial in self.trials])
         self.planned = self.plan(self.trials)
 
     def make_trials(self) -> None:
@@ -291,6 +299,7 @@ class Sweep:
     def list_trials(self) -> None:
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
         write_json(self.folder / "plan.json", as_json(self.planned, self.totals()))
+        self.storage.push(self.folder)
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -342,6 +351,12 @@ class Sweep:
                 f"note: --early-stopping {self.options.early_stopping} judges nothing: no evaluation lies between the "
                 "first rung and the last step; lower --first-rung or --eval-every"
             )
+        if self.storage.store and self.tracker.uri.startswith("sqlite:"):
+            self.console.print(
+                f"note: MLflow's store lies on this machine, in {self.storage.mlflow}, as no database lies in an "
+                "object store; --tracking-uri names a server instead",
+                soft_wrap=True,
+            )
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
@@ -350,8 +365,8 @@ class Sweep:
         to_train.sort(key=lambda trial: (self.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
-        view = LiveView(rows, self.concurrency, self.console)
-        view.note = lambda: tracking.trouble
+        view = LiveView(self.name, rows, self.concurrency, self.console)
+        view.note = lambda: tracking.trouble or (self.storage.store and self.storage.store.trouble)
         view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
         tracking.start()
         try:
@@ -395,7 +410,8 @@ class Sweep:
 
     def add_trial(self, trial: TrialSpec) -> None:
         folder = self.storage.add_trial(trial, self.source.location)
-        self.provenance.keep_diff(folder.path)
+        if diff := self.provenance.keep_diff(folder.path):
+            self.storage.push(diff)
 
     def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
         each = [self.estimates[trial.fingerprint] for trial in trials]
@@ -439,9 +455,11 @@ class Sweep:
                 verbose=0,
             ),
         )
+        keeper = None if self.cluster.own else share_token()
         try:
             tuner.fit()
         finally:
+            del keeper
             shutil.rmtree(self.storage.ray_train / name, ignore_errors=True)
 
     def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
@@ -449,28 +467,21 @@ class Sweep:
         options = self.options
         estimate = self.estimates[trials[0].fingerprint]
         return {
-            "trials": [
-                {
-                    "trial": trial.to_dict(),
-                    "folder": str(self.storage.trial(trial.fingerprint).path),
-                    "untuned": str(self.storage.trial(trial.untuned().fingerprint).path),
-                }
-                for trial in trials
-            ],
+            "trials": [trial.to_dict() for trial in trials],
+            "sweep": self.name,
+            "storage": self.storage.location,
             "model_location": self.source.location,
             "model_revision": self.source.revision,
-            "corpus": str(self.packed.folder),
+            "drive": uuid.uuid4().hex,  # who trains them, whatever becomes of its processes
+            "corpus": self.packed.folder.name,
             "execution": dataclasses.asdict(estimate.execution),
             "resources": {"workers": estimate.workers, **self.cluster.worker_resources(options)},
             "threads": options.cpus_per_worker,
-            "ray_storage": str(self.storage.ray_train),
             "provenance": self.provenance.of_attempt(),
             "prices": self.prices,
             "max_failures": options.max_failures,
             "max_preemptions": options.max_preemptions,
             "hang_timeout": options.hang_timeout,
-            "sweep": self.name,
-            "storage": str(self.storage.root),
             "early_stopping": dataclasses.asdict(self.rungs.settings) if self.rungs else None,
         }
 
@@ -481,7 +492,7 @@ class Sweep:
 
         folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
         outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), _shown(folder.log))
+            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or _shown(folder.log))
             for trial, folder in zip(self.trials, folders)
         ]
         self.follow_in_mlflow()
@@ -490,6 +501,7 @@ class Sweep:
             write_json(self.folder / "comparison.json", comparison)
             report = render(comparison, self.folder / "report")
             diff = self.provenance.keep_diff(self.folder)
+            self.storage.push(self.folder)
             kept = [self.folder / "comparison.json", self.folder / "spec.json", *([diff] if diff else [])]
             self.log_to_mlflow(comparison, [*report, *kept])
         except OSError as error:
@@ -582,7 +594,7 @@ class Sweep:
             "git_diff": self.provenance.diff_name,
             "wall_seconds": time.time() - self.began,
             "peak_memory_gib": max(peaks, default=None),
-            "storage": str(self.storage.root),
+            "storage": self.storage.location,
             "mlflow_command": self.mlflow_command(str(self.storage.root)),
             "contexts": contexts,
         }
@@ -627,8 +639,10 @@ class Sweep:
         return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
 
     def export_command(self, fingerprint: str) -> str:
-        folder = _shown(self.storage.trial(fingerprint).path)
-        return f"{_shown(Path(sys.executable))} -m workloads.export {folder} DIR"
+        python, folder = _shown(Path(sys.executable)), _shown(self.storage.trial(fingerprint).path)
+        if self.storage.store:
+            folder = f"$({python} -m orchestrator.fetch {self.storage.location} {fingerprint})"
+        return f"{python} -m workloads.export {folder} DIR"
 
     def end_ray(self) -> None:
         import ray
