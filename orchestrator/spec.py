@@ -366,8 +366,9 @@ class TrialSpec:
 class RunOptions:
     """Where and how a sweep runs; nothing here changes its result."""
 
-    storage: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "./runs"
-    """Storage root: trials, prepared data, reports and (by default) MLflow's store. Every node must see it."""
+    storage: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")] = "./runs"
+    """Storage root: trials, prepared data, reports and (by default) MLflow's store. A folder that every node sees, or
+    an object store such as s3://bucket/prefix."""
     name: str | None = None
     """Name of the sweep: its folder, and its run in MLflow. By default the recipe's, with a hash if fields differ."""
     tracking_uri: str | None = None
