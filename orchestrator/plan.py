@@ -17,6 +17,7 @@ from rich.table import Table
 from orchestrator.cluster import Cluster
 from orchestrator.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.journal import TrialRecord
+from orchestrator.progress import duration
 from orchestrator.spec import RunOptions, TrialSpec
 from orchestrator.storage import Storage
 from workloads.errors import InputError
@@ -71,9 +72,13 @@ def _plan(
     changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate and estimate.changes else ""
     if record.saved_step:
         reason = f"from step {record.saved_step} of {trial.training.steps}"
+        if record.state == "cancelled":
+            reason += f", where it was cancelled {record.reason}"
         return Planned(trial, record, "resume", reason + changed, estimate)
     if record.state == "failed":
         return Planned(trial, record, "run", f"failed before ({record.reason}), tried again" + changed, estimate)
+    if record.state == "cancelled":
+        return Planned(trial, record, "run", f"cancelled before {record.reason}" + changed, estimate)
     reason = "not trained yet" if trial.training.steps else "not evaluated yet"
     return Planned(trial, record, "run", reason + changed, estimate)
 
@@ -196,15 +201,6 @@ def totals_line(total: Totals, cluster: Cluster) -> str:
 
 def _gpu_name(cluster: Cluster) -> str:
     return " and ".join(sorted({node.gpu or "unknown GPU" for node in cluster.nodes if node.gpus}))
-
-
-def duration(seconds: float) -> str:
-    """``2h05m``, ``3m20s``, ``45s``; days where it takes days."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 def main(arguments: list[str] | None = None) -> int:

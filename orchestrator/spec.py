@@ -353,9 +353,11 @@ class TrialSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialSpec:
+        """A trial as ``to_dict`` gives it, or with more beside it, as in a trial.json."""
+        fields = {field.name for field in dataclasses.fields(cls)}
         return cls(
             **{
-                **values,
+                **{name: value for name, value in values.items() if name in fields},
                 "identities": Identities(**values["identities"]),
                 "training": TrainingConfig(**_without_lists(values["training"])),
             }

@@ -16,6 +16,7 @@ MLflow's default store stays in the mirror of the node that runs the sweep, as n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from orchestrator import leases
 from orchestrator.journal import Journal, TrialRecord
 from orchestrator.leases import Lease
 from orchestrator.object_store import MANIFEST, LocalStore, ObjectStore, patiently
@@ -96,6 +98,12 @@ class TrialFolder:
         if self.store:
             return Lease(self.store, f"{self.name}/lease", owner)
         return Lease(LocalStore(self.path), "lease", owner)
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who trains the trial (see :func:`orchestrator.leases.owner`), or None where nobody does."""
+        if self.store:
+            return patiently(lambda: leases.holder(self.store, f"{self.name}/lease"))
+        return leases.holder(LocalStore(self.path), "lease")
 
     def writer(self, lease: Lease) -> LocalWriter | Uploader:
         """For what the holder of the lease has to tell."""
@@ -290,6 +298,32 @@ class Storage:
             return read_json(self.root / name)
         content = patiently(lambda: self.store.read(name))
         return None if content is None else json.loads(content)
+
+    def remove(self, name: str) -> None:
+        """Removes a file below the root, if it is there."""
+        if self.store:
+            patiently(lambda: self.store.remove([name]))
+        else:
+            (self.root / name).unlink(missing_ok=True)
+
+    def sweeps(self) -> list[str]:
+        """The names of all sweeps, in no order."""
+        if self.store:
+            names = patiently(lambda: self.store.names("sweeps"))
+            return sorted({name.split("/")[1] for name in names if name.count("/") > 1})
+        return sorted(path.name for path in (self.root / "sweeps").glob("*") if path.is_dir())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the root, by its name."""
+        if self.store:
+            return patiently(self.store.sizes)
+        sizes = {}
+        for folder, _, files in os.walk(self.root):
+            for file in files:
+                path = Path(folder, file)
+                with contextlib.suppress(FileNotFoundError):  # what is written just now is renamed
+                    sizes[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+        return sizes
 
     def read_folder(self, name: str) -> dict[str, Any]:
         """The content of each JSON file in a folder below the root, by the file's name without its ending."""

@@ -26,6 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
+from orchestrator import cancel
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
@@ -46,6 +47,8 @@ from orchestrator.plan import (
     totals,
     totals_line,
 )
+from orchestrator.presence import Presence
+from orchestrator.progress import Row
 from orchestrator.provenance import Provenance, own_prices
 from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
@@ -53,7 +56,7 @@ from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
-from orchestrator.view import LiveView, Row, make_console
+from orchestrator.view import LiveView, make_console
 from workloads.budget import ModelShape
 from workloads.config import TrainingConfig
 from workloads.data import (
@@ -156,6 +159,18 @@ class Sweep:
 
     def run(self) -> int:
         self.check()
+        with Presence(self.storage, self.name, self.tell):
+            return self.run_checked()
+
+    def tell(self) -> dict[str, Any]:
+        """What other terminals may know of this command (orchestrator/status.py)."""
+        if not self.planned:
+            return {"doing": self.doing}
+        to_come = self.search.tokens_to_come if self.search else 0
+        return {"doing": None, "concurrency": self.concurrency, "tokens_to_come": to_come}
+
+    def run_checked(self) -> int:
+        cancel.withdraw(self.storage, f"sweeps/{self.name}")
         # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
         others = [_Background(self.prepare), _Background(self.tracker.connect)]
         self.cluster: Cluster = join_or_start(self.options)  # Ray wants the main thread for its signals
@@ -401,7 +416,7 @@ class Sweep:
         for trial in trials:
             if trial not in untuned:
                 yield self.drive([trial])
-        while planned := self.next_of_search():
+        while not self.is_cancelled() and (planned := self.next_of_search()):
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
@@ -410,8 +425,13 @@ class Sweep:
 
     def add_trial(self, trial: TrialSpec) -> None:
         folder = self.storage.add_trial(trial, self.source.location)
+        cancel.withdraw(self.storage, folder.name)
         if diff := self.provenance.keep_diff(folder.path):
             self.storage.push(diff)
+
+    def is_cancelled(self) -> bool:
+        """Whether a person has asked for the end of the whole sweep."""
+        return cancel.requested(self.storage, f"sweeps/{self.name}") is not None
 
     def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
         each = [self.estimates[trial.fingerprint] for trial in trials]
@@ -523,11 +543,22 @@ class Sweep:
                 self.console.print(
                     f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
                 )
-        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped")]
+        cancelled = [o for o in outcomes if o.record.state == "cancelled"]
+        for outcome in cancelled:
+            step = f"step {outcome.record.cancelled['step']} of {outcome.trial.training.steps}"
+            self.console.print(f"cancelled: {outcome.trial.label} at {step}, {outcome.record.reason}", markup=False)
+        if cancelled:
+            self.console.print(
+                f"The sweep is unfinished: {len(cancelled)} of {len(outcomes)} trials "
+                f"{'was' if len(cancelled) == 1 else 'were'} cancelled. The same command goes on with them."
+            )
+        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]
         for outcome in failed:
             self.console.print(
                 f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
             )
+        if self.is_cancelled():
+            return EXIT_INTERRUPTED
         return EXIT_FAILED_TRIALS if failed else 0
 
     def follow_in_mlflow(self) -> None:
@@ -657,6 +688,8 @@ class Sweep:
                 kept = "finished"
             elif record.state == "stopped":
                 kept = f"stopped early at step {record.stopped['step']} of {planned.trial.training.steps}"
+            elif record.state == "cancelled":
+                kept = f"cancelled at step {record.cancelled['step']} of {planned.trial.training.steps}"
             elif record.saved_step:
                 kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
             elif record.launched:

@@ -34,7 +34,10 @@ METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 # A trial's state, as MLflow calls it; one that has not begun has no run.
 # One that was stopped early is killed, not finished: its last perplexity is of fewer tokens than that of the finished
 # ones beside it, which a filter on FINISHED should leave out. Its tag stopped_early has the reason.
-STATUS = {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS = {
+    "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
+    "cancelled": "KILLED", "failed": "FAILED",
+}  # fmt: skip
 
 # What a journal's line becomes. Every curve is also logged by tokens seen, under by_tokens/.
 STEP_METRICS = {
@@ -277,6 +280,10 @@ class TrialRun:
                 tags += [RunTag("stopped_early", event["reason"][:5000])]
             if event["event"] == "finished" and self.record.stopped:
                 tags += [RunTag("stopped_early", "no: it went on, and finished")]
+            if event["event"] == "cancelled":
+                tags += [RunTag("cancelled", f"at step {event['step']}, by {event['by']}")]
+            if event["event"] == "finished" and self.record.cancelled:
+                tags += [RunTag("cancelled", "no: it went on, and finished")]
             if event["event"] == "failed":
                 tags += [RunTag("failure", event["reason"][:5000])]
         for start in range(0, len(metrics), METRICS_A_CALL):
