@@ -52,7 +52,7 @@ def disk_usage(storage: Storage) -> DiskUsage:
                     trial.earlier += size
                 else:
                     trial.rest += size
-            case ["data", corpus, *_]:
+            case ["data", corpus, _]:
                 data[corpus] = data.get(corpus, 0) + size
             case ["mlflow", *_]:
                 mlflow += size

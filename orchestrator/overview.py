@@ -77,7 +77,9 @@ class Overview:
 
     def sweeps(self) -> list[SweepOverview]:
         """The newest first."""
-        found = [self.sweep(name) for name in self.storage.sweeps()]
+        # A folder that is just being made holds nothing yet.
+        names = [name for name in self.storage.sweeps() if self.command(name) or self._listed(name) is not None]
+        found = [self.sweep(name) for name in names]
         return sorted(found, key=lambda sweep: sweep.began or 0.0, reverse=True)
 
     def sweep(self, name: str) -> SweepOverview:

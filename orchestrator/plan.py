@@ -7,8 +7,9 @@ it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class Planned:
     action: Action
     reason: str
     estimate: Estimate | None = None
+    forced: bool = False  # what there is of it is put aside before
 
     @property
     def trains(self) -> bool:
@@ -44,6 +46,7 @@ def plan(
     estimator: Estimator | None = None,
     fit: bool = False,
     stopping: str | None = None,
+    forced: Collection[str] = (),
 ) -> list[Planned]:
     """Each trial with what is to be done about it, from what its journal says, and what that takes.
 
@@ -51,11 +54,26 @@ def plan(
         fit: a trial that does not fit into memory is changed so that it does.
         stopping: the name of a sweep that stops trials early. Those that it has stopped before stay so; to any other
             sweep they are unfinished.
+        forced: fingerprints of trials that begin anew, whatever is known of them.
     """
     records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
     if estimator:
         estimator.learn([*zip(trials, records), *storage.others(trials)])
-    return [_plan(trial, record, estimator, fit, stopping) for trial, record in zip(trials, records)]
+    return [
+        _force(trial, record, estimator, fit)
+        if trial.fingerprint in forced and record.journal.exists()
+        else _plan(trial, record, estimator, fit, stopping)
+        for trial, record in zip(trials, records)
+    ]
+
+
+def _force(trial: TrialSpec, record: TrialRecord, estimator: Estimator | None, fit: bool) -> Planned:
+    planned = _plan(trial, TrialRecord(record.journal), estimator, fit, None)
+    if planned.action == "cannot":
+        return planned
+    done = f"{record.state} at step {record.last_step}" if record.steps else record.state
+    reason = f"from the beginning (--force); what is {done} is put aside"
+    return dataclasses.replace(planned, reason=reason, forced=True)
 
 
 def _plan(

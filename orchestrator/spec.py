@@ -419,6 +419,11 @@ class RunOptions:
     by default of the cheapest instance on demand that has this GPU (clusters/prices.py), else unknown."""
     prices: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Your prices as .toml or .json: USD an hour by instance type ("p4d.24xlarge") or of one GPU ("NVIDIA H200")."""
+    force: bool = False
+    """Train all of the sweep's trials from the beginning, whatever is known of them; that is kept in the trial's folder
+    as earlier-1, earlier-2 and so on. Only where an earlier result is not to be trusted: it would be the same again."""
+    force_trials: tuple[str, ...] = ()
+    """The same for these trials alone: fingerprints, or their first digits (4 or more)."""
     fit: bool = False
     """Where a trial does not fit into memory, run it with the smallest change that does: smaller micro-batches, ZeRO,
     more workers, gradient checkpointing, offload. None of them changes its result beyond rounding."""

@@ -132,7 +132,7 @@ def sweep_lines(sweep: SweepOverview, now: float, width: int) -> list[Text | Tab
     if sweep.runs:
         when = f" on {sweep.host} for {duration(now - sweep.began)}"
     elif sweep.ended:
-        when = f", for {duration(now - sweep.ended)}"
+        when = f" {duration(now - sweep.ended)} ago"
     doing = f": {sweep.doing}" if sweep.doing else f"; {sweep.finished} of {len(sweep.trials)} trials have ended"
     lines: list[Text | Table] = [Text(f"{sweep.name}: {sweep.state}{when}{doing}", style="bold")]
     if sweep.trials:
@@ -189,9 +189,8 @@ def more_on(trials: list[TrialOverview], now: float, wide: bool) -> list[str]:
 
 
 def _and(labels: list[str]) -> str:
-    return (
-        ", ".join(labels) if len(labels) <= LABELS else f"{', '.join(labels[:LABELS])} and {len(labels) - LABELS} more"
-    )
+    more = f" and {len(labels) - LABELS} more" if len(labels) > LABELS else ""
+    return ", ".join(labels[:LABELS]) + more
 
 
 def _facts(trial: TrialOverview, now: float, wide: bool) -> list[str]:

@@ -1,8 +1,9 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
-    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff
+    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff;
+                            cancel.json (a request), earlier-<n>/ (what --force has put aside)
     sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
-                            code-*.diff
+                            code-*.diff; command.json (who runs it), cancel.json (a request)
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 LEAST_FREE_BYTES = 500 * 2**20
 # Of each trial, for its last words on a full disk: several blocks of any file system.
 RESERVE_BYTES = 64 * 2**10
+JOURNAL = "journal.jsonl"
 # Journals that are read from an object store at the same time: each is a few calls of some 30 ms.
 READERS = 32
 
@@ -65,7 +67,7 @@ class TrialFolder:
     def journal(self) -> Journal | SegmentedJournal:
         if self.store:
             return SegmentedJournal.at(self.store, f"{self.name}/journal")
-        return Journal(self.path / "journal.jsonl")
+        return Journal(self.path / JOURNAL)
 
     @property
     def log(self) -> Path:
@@ -83,6 +85,32 @@ class TrialFolder:
     @property
     def mlflow_state(self) -> Path:
         return self.path / "mlflow.json"
+
+    def put_aside(self) -> Path:
+        """Moves what there is of the trial to ``earlier-<n>/``, so that it begins anew; returns that folder.
+
+        The journal goes last: until then the trial is what it was, and what was interrupted can be done again.
+
+        Raises:
+            InputError: the storage is an object store, in which nothing can be moved.
+        """
+        if self.store:
+            raise InputError(
+                f"{self.store.url} is an object store, where --force cannot keep what there is; train into another "
+                "--storage, or remove the trial's folder yourself"
+            )
+        number = self.times_put_aside + 1
+        aside = self.path / f"earlier-{number}"
+        aside.mkdir(exist_ok=True)
+        stays = ("trial.json", "lease", "cancel.json")
+        moved = [p for p in self.path.iterdir() if p.name not in stays and not p.name.startswith(("earlier-", "."))]
+        for path in sorted(moved, key=lambda path: path.name == JOURNAL):
+            path.rename(aside / path.name)
+        return aside
+
+    @property
+    def times_put_aside(self) -> int:
+        return len(list(self.path.glob(f"earlier-*/{JOURNAL}")))
 
     def is_visible(self) -> bool:
         """Whether this node sees what the sweep has written of the trial; fetches it from a store."""

@@ -35,6 +35,7 @@ from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
 from orchestrator.notes import notes
+from orchestrator.overview import Overview
 from orchestrator.plan import (
     Planned,
     Totals,
@@ -181,6 +182,7 @@ class Sweep:
         self.say_plan()
         self.say_notes()
         self.refuse()
+        self.put_aside()
         if any(p.trains for p in self.planned) or (self.search and self.search.to_come):
             self.train()
         else:
@@ -194,6 +196,11 @@ class Sweep:
         for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), "float32"):
             if self.spec.search != "none" and trial.training.steps:
                 Space.of(self.spec, trial)
+        if self.spec.search != "none" and (self.options.force or self.options.force_trials):
+            raise InputError(
+                "--force with --search: what a search suggests follows from what its trials have scored. Leave it out, "
+                "or begin a new search in another --storage"
+            )
         early_stopping = EarlyStopping.of(self.options, self.spec)
         if self.spec.batch % self.options.workers:
             raise InputError(
@@ -299,7 +306,44 @@ class Sweep:
 
     def plan(self, trials: list[TrialSpec]) -> list[Planned]:
         stopping = self.name if self.rungs else None
-        return plan(trials, self.storage, self.estimator, self.options.fit, stopping)
+        return plan(trials, self.storage, self.estimator, self.options.fit, stopping, self.forced(trials))
+
+    def forced(self, trials: list[TrialSpec]) -> set[str]:
+        """The trials that --force and --force-trials begin anew.
+
+        Raises:
+            InputError: the sweep has no trial of these digits.
+        """
+        forced = {trial.fingerprint for trial in trials if self.options.force}
+        for digits in self.options.force_trials:
+            found = [trial.fingerprint for trial in trials if trial.fingerprint.startswith(digits)]
+            if len(found) != 1 or len(digits) < 4:
+                each = ", ".join(f"{trial.fingerprint} ({trial.label})" for trial in trials)
+                raise InputError(f"--force-trials {digits}: expected 4 or more digits of one of {each}")
+            forced.add(found[0])
+        return forced
+
+    def put_aside(self) -> None:
+        """What there is of trials that begin anew.
+
+        Raises:
+            InputError: one is being trained, or another sweep that runs is to train it.
+        """
+        if not (forced := [planned.trial for planned in self.planned if planned.forced]):
+            return
+        overview = Overview(self.storage)
+        for trial in forced:
+            others = [name for name, listed in overview.running.items() if trial.fingerprint in listed]
+            holder = self.storage.trial(trial.fingerprint).holder()
+            if others := [name for name in others if name != self.name] or ([holder["sweep"]] if holder else []):
+                raise InputError(
+                    f"--force: {trial.label} is a trial of {others[0]}, which runs; wait, or cancel it there"
+                )
+        for trial in forced:
+            aside = self.storage.trial(trial.fingerprint).put_aside()
+            if self.rungs:
+                self.rungs.forget(trial)
+            self.console.print(f"{trial.label}: what there was is kept in {_shown(aside)}", soft_wrap=True)
 
     def coming(self) -> list[Estimate]:
         """Of the trials that a search has still to suggest, about: as of its first of the method and length."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -25,6 +25,9 @@ from orchestrator.provenance import Provenance
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import Storage, TrialFolder, read_json, write_json
 from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +222,12 @@ class TrialRun:
     def _find_or_create(self) -> str:
         fingerprint = self.trial.fingerprint
         found = self.tracker.find_run(f"tags.`longspan.fingerprint` = '{fingerprint}'")
+        times_put_aside = self.folder.times_put_aside
         if found:
-            return found
+            run = self.tracker.client.get_run(found)
+            if int(run.data.tags.get("longspan.times_put_aside", 0)) == times_put_aside:
+                return found
+            self._retire(run)
         from mlflow.entities import Param
 
         training = self.trial.training
@@ -234,6 +241,7 @@ class TrialRun:
                 "context_length": str(training.context_length),
                 "attention": training.attention,
                 "positions": training.positions,
+                **({"longspan.times_put_aside": str(times_put_aside)} if times_put_aside else {}),
                 **self.provenance.tags(),
             },
         )
@@ -246,6 +254,16 @@ class TrialRun:
         }
         self.tracker.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         return run.info.run_id
+
+    def _retire(self, run: Run) -> None:
+        """A trial that begins anew (--force) has a new run, since no point can be taken out of a curve. The earlier run
+        keeps its points, and is a trial's no longer."""
+        client, number = self.tracker.client, int(run.data.tags.get("longspan.times_put_aside", 0)) + 1
+        client.update_run(run.info.run_id, name=f"{self.trial.label} (earlier {number})")
+        tags = {"longspan.kind": "earlier", "longspan.earlier_fingerprint": self.trial.fingerprint}
+        for name, value in tags.items():
+            client.set_tag(run.info.run_id, name, value)
+        client.delete_tag(run.info.run_id, "longspan.fingerprint")
 
     def _tag_with_sweep(self, sweep: str) -> None:
         tags = self.tracker.client.get_run(self.run_id).data.tags
