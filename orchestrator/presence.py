@@ -33,6 +33,7 @@ class Presence:
         self._thread = threading.Thread(target=self._keep_beating, name="presence", daemon=True)
 
     def __enter__(self) -> Presence:
+        self._beat()
         self._thread.start()
         return self
 
@@ -42,7 +43,7 @@ class Presence:
         self._stop.set()
         self._thread.join(BEAT_S)
 
-    def beat(self) -> None:
+    def _beat(self) -> None:
         content = {**self.content, "beat": time.time(), **self.describe()}
         try:
             self.storage.write(f"sweeps/{self.sweep}/command.json", content)
@@ -50,10 +51,9 @@ class Presence:
             logger.debug("the sweep's command could not say that it runs: %s", error)
 
     def _keep_beating(self) -> None:
-        while not self._stop.is_set():
-            self.beat()
-            self._stop.wait(BEAT_S)
-        self.beat()
+        while not self._stop.wait(BEAT_S):
+            self._beat()
+        self._beat()
 
 
 def command_of(storage: Storage, sweep: str) -> dict[str, Any] | None:

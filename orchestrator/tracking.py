@@ -260,6 +260,8 @@ class TrialRun:
         keeps its points, and is a trial's no longer."""
         client, number = self.tracker.client, int(run.data.tags.get("longspan.times_put_aside", 0)) + 1
         client.update_run(run.info.run_id, name=f"{self.trial.label} (earlier {number})")
+        if run.info.status == "RUNNING":  # its sweep was killed
+            client.set_terminated(run.info.run_id, "KILLED")
         tags = {"longspan.kind": "earlier", "longspan.earlier_fingerprint": self.trial.fingerprint}
         for name, value in tags.items():
             client.set_tag(run.info.run_id, name, value)

@@ -304,6 +304,22 @@ def test_a_trial_that_was_stopped_early_is_shown_and_does_not_compete(tmp_path):
     assert "lora+ 1024 was stopped early at step 10 (at 40,960 tokens it was the worst of 3) and does not" in text
 
 
+def test_a_cancelled_trial_is_shown_as_unfinished_with_who_cancelled_it(tmp_path):
+    made = outcomes(tmp_path, CURVES | {"lora+": {0: 10.0, 10: 2.0}}, finished={"none", "yarn", "full", "lora"})
+    next(o for o in made if o.trial.training.method == "lora+").record.journal.append(
+        "cancelled", step=10, by="somebody on head"
+    )
+    for outcome in made:
+        outcome.record.follow()
+    (context,) = compare(made, original_length=512)
+    (trial,) = (t for t in context["trials"] if t["method"] == "lora+")
+    assert (trial["state"], trial["last_step"], trial["final"], trial["chosen"]) == ("cancelled", 10, None, False)
+    words = (
+        "lora+ 1024 was cancelled by somebody on head at step 10 and is unfinished; the same command goes on with it"
+    )
+    assert words in " ".join(context["sentences"])
+
+
 def test_how_near_is_as_good_is_the_users_to_say(tmp_path):
     (context,) = compare(outcomes(tmp_path, CURVES), original_length=512, as_good=0.1)
     settings = {setting["method"]: setting for setting in context["settings"]}

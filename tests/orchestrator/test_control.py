@@ -1,97 +1,98 @@
-"""A sweep that is looked at, cancelled, killed and taken up again from another terminal, as a person does it."""
+"""A sweep that is looked at, killed, begun anew and cancelled from another terminal, as a person does it."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 
 from mlflow import MlflowClient
 
+from orchestrator import cancel
 from orchestrator.journal import Journal, TrialRecord
 from orchestrator.overview import Overview
 from orchestrator.storage import Storage
 from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
 
+# Trials of equal work but for what trains, one at a time: lora+ or full first, lora last.
 LONG = (
-    *("--name", "long", "--methods", "lora", "lora+", "full", "--context-lengths", "256", "--references", "none"),
-    *("--positions", "none", "--steps", "5000", "--batch", "2", "--eval-every", "1000", "--eval-documents", "2"),
-    *("--checkpoint-every", "10", "--max-concurrent", "1"),
+    *("--name", "long", "--methods", "lora", "lora+", "full", "--context-lengths", "256", "--references"),
+    *("--steps", "5000", "--batch", "2", "--eval-every", "5000", "--eval-documents", "2", "--checkpoint-every", "5"),
+    *("--max-concurrent", "1"),
 )
 
 
 def other_terminal(module, *arguments):
+    """(exit status, what was printed)"""
     command = [sys.executable, "-m", f"orchestrator.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_sweep_is_watched_cancelled_killed_and_taken_up_again(tmp_path, text_folder):
-    storage = tmp_path / "runs"
-    where = ("--storage", str(storage))
-    command = SweepCommand(storage, "convergence", *LONG, "--data", str(text_folder))
+def test_a_sweep_is_watched_killed_begun_anew_and_cancelled(tmp_path, text_folder):
+    storage = Storage.at(str(tmp_path / "runs"))
+    where = ("--storage", str(storage.root))
+    flags = ("convergence", *LONG, "--data", str(text_folder))
 
     def trials():
-        return {trial.label: trial for sweep in Overview(Storage.at(str(storage))).sweeps() for trial in sweep.trials}
+        return {trial.label: trial for sweep in Overview(storage).sweeps() for trial in sweep.trials}
 
     def states():
         return {label: trial.state for label, trial in trials().items()}
 
     def training():
-        return [label for label, trial in trials().items() if trial.state == "training" and trial.step]
+        return [label for label, trial in trials().items() if trial.state == "training" and trial.step > 5]
 
-    def record(label):
-        return TrialRecord.of(Journal(storage / "trials" / trials()[label].fingerprint / "journal.jsonl"))
-
-    process = command.start()
+    process = SweepCommand(storage.root, *flags).start()
     (first,) = wait_for(training, process, "the first trial trains")
-    waiting = [label for label, state in states().items() if state == "waiting"]
-    assert len(waiting) == 2 and states()["untuned none 256"] == "finished"
+    assert sorted(states().values()) == ["training", "waiting", "waiting"]
     status, printed = other_terminal("status", *where)
     assert status == 0 and "long: running on" in printed and "waiting: for its turn" in printed, printed
 
-    # One that trains stops with a checkpoint, one that waits does not begin, and the third has its turn.
-    assert other_terminal("cancel", f"long/{first}", *where)[0] == 0
-    wait_for(lambda: states()[first] == "cancelled", process, "the first trial is cancelled")
-    stopped = record(first)
-    assert stopped.saved_step == stopped.last_step == stopped.cancelled["step"] > 0
-    (second,) = wait_for(lambda: [label for label in training() if label != first], process, "the second trial trains")
-    (third,) = set(waiting) - {second}
-    assert other_terminal("cancel", trials()[third].fingerprint[:8], *where)[0] == 0
-
-    # The sweep's process is killed: its workers go with it, and nothing claims any longer to run.
+    # The sweep's process is killed. Ray's go with it, and nothing claims any longer to run.
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    fresh = subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: states()[second] == "interrupted", fresh, "the second trial is told as interrupted")
-    fresh.kill()
-    assert states()[third] == "not begun" and not record(third).attempts
-    assert "long: interrupted" in other_terminal("status", *where)[1]
+    deadline = time.time() + 60
+    while states()[first] != "interrupted":
+        assert time.time() < deadline, states()
+        time.sleep(0.5)
+    others = [label for label, state in states().items() if state == "not begun"]
+    assert len(others) == 2 and "long: interrupted" in other_terminal("status", *where)[1]
     status, printed = other_terminal("cancel", "long", *where)
     assert status == 2 and "does not run" in printed
+    folder = storage.trial(trials()[first].fingerprint)
+    before = folder.journal.path.read_bytes()
 
-    # The same command goes on with all of them, and one that is finished begins anew where that is asked for.
-    untuned = trials()["untuned none 256"]
-    again = SweepCommand(storage, *command.arguments[3:-2], "--force-trials", untuned.fingerprint[:6])
-    process = again.start()
-    wait_for(lambda: record(first).resumed_at and training() == [first], process, "the first trial goes on")
-    assert record(first).resumed_at == stopped.cancelled["step"]
+    # The same command, with one trial begun anew. Requests to cancel that are left of a command before hold no longer.
+    for label in others:
+        cancel.request(storage, f"trials/{trials()[label].fingerprint}", "somebody")
+    process = SweepCommand(storage.root, *flags, "--force-trials", folder.path.name[:6]).start()
+    wait_for(lambda: training() == [first], process, "the first trial trains again")
+    record = TrialRecord.of(folder.journal)
+    assert len(record.attempts) == 1 and record.resumed_at == 0
+    assert (folder.path / "earlier-1" / "journal.jsonl").read_bytes() == before
+    assert list((folder.path / "earlier-1" / "checkpoints").glob("step-*"))
+
+    # It stops with a checkpoint, and the next has its turn.
+    assert other_terminal("cancel", f"long/{first}", *where)[0] == 0
+    wait_for(lambda: states()[first] == "cancelled", process, "the first trial is cancelled")
+    stopped = TrialRecord.of(folder.journal)
+    assert stopped.saved_step == stopped.last_step == stopped.cancelled["step"] > 5
+    wait_for(lambda: sorted(states().values())[1:] != ["waiting"] * 2, process, "the second trial begins")
+
+    # The whole sweep: what waits does not begin.
     status, printed = other_terminal("cancel", "long", *where)
     assert status == 0, printed
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert f"cancelled: {first} at step" in output and "The sweep is unfinished: 3 of 4" in output
-    assert sorted(states().values()) == ["cancelled"] * 3 + ["finished"]
-    assert f"{stopped.cancelled['step']} of 5000, where it was cancelled" in " ".join(output.split())
+    assert f"cancelled: {first} at step" in output and "The sweep is unfinished: 3 of 3" in output
+    assert set(states().values()) == {"cancelled"}
+    assert not TrialRecord.of(Journal(storage.trial(trials()["lora 256"].fingerprint).journal.path)).attempts
 
-    folder = storage / "trials" / untuned.fingerprint
-    earlier, now = (TrialRecord.of(Journal(path / "journal.jsonl")) for path in (folder / "earlier-1", folder))
-    assert earlier.state == now.state == "finished" and now.launched > earlier.ended
-    assert now.curve(256)[-1]["perplexity"] == earlier.curve(256)[-1]["perplexity"]
-
-    client = MlflowClient(f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("longspan").experiment_id])
-    by_kind = {}
-    for run in runs:
-        by_kind.setdefault(run.data.tags["longspan.kind"], []).append((run.info.run_name, run.info.status))
-    assert sorted(status for _, status in by_kind["trial"]) == ["FINISHED"] + ["KILLED"] * 3
-    assert by_kind["earlier"] == [("untuned none 256 (earlier 1)", "FINISHED")]
+    # One run a trial; the one that began anew left its points in a run of another kind.
+    client = MlflowClient(f"sqlite:///{storage.mlflow / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("longspan").experiment_id
+    runs = client.search_runs([experiment], "tags.`longspan.kind` != 'sweep'")
+    kinds = {run.info.run_name: (run.data.tags["longspan.kind"], run.info.status) for run in runs}
+    expected = {label: ("trial", "KILLED") for label in (first, *others)}
+    assert kinds == expected | {f"{first} (earlier 1)": ("earlier", "KILLED")}

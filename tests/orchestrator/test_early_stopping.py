@@ -229,6 +229,15 @@ def test_trials_finished_by_an_earlier_sweep_count_at_every_rung(tmp_path):
         assert rungs.judge(trial(100 + step), step, {step: 9.0})["stop"]
 
 
+def test_a_trial_that_begins_anew_is_judged_anew(tmp_path):
+    rungs = Rungs(Storage(tmp_path), "s", ASHA)
+    for number, score in enumerate((1.0, 2.0, 3.0)):
+        verdict = rungs.judge(trial(number), 10, {10: score})
+    assert verdict["stop"] and rungs.judge(trial(2), 10, {10: 0.5})["stop"], "what was judged stands"
+    rungs.forget(trial(2))
+    assert not rungs.judge(trial(2), 10, {10: 0.5})["stop"]
+
+
 def test_a_trial_that_diverges_to_nan_is_stopped(tmp_path):
     for rule in (ASHA, MEDIAN):
         rungs = Rungs(Storage(tmp_path / rule.rule), "s", rule)

@@ -46,6 +46,19 @@ def test_a_reader_that_follows_sees_each_line_once_and_no_half_lines(tmp_path):
     assert [event["event"] for event in record.follow()] == ["saved"]
 
 
+def test_a_cancelled_trial_stays_so_until_it_is_begun_again_and_never_was_once_finished(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("started", hardware="one")
+    journal.append("cancelled", step=0, by="somebody")
+    record = TrialRecord.of(journal)
+    assert (record.state, record.reason, record.cancelled["step"]) == ("cancelled", "by somebody", 0)
+    journal.append("launched")
+    assert record.follow() and record.state == "starting"
+    journal.append("finished")
+    journal.append("cancelled", step=0, by="somebody")  # another sweep waited for it
+    assert record.follow() and record.state == "finished"
+
+
 def test_a_resumed_trial_tells_twice_and_the_later_line_holds(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append("started", hardware="one")

@@ -173,6 +173,45 @@ def test_a_trial_that_was_stopped_early_is_killed_with_its_reason_until_it_is_fi
     assert (run.info.status, run.data.tags["stopped_early"]) == ("FINISHED", "no: it went on, and finished")
 
 
+def test_a_cancelled_trial_is_killed_by_name_until_it_is_finished(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    journal.append("cancelled", step=3, by="somebody on head")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["cancelled"]) == ("KILLED", "at step 3, by somebody on head")
+    write_some_steps(journal, first=4, last=5)
+    journal.append("finished")
+    connect(storage).follow([trial], "first", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["cancelled"]) == ("FINISHED", "no: it went on, and finished")
+
+
+def test_a_trial_that_begins_anew_has_one_run_and_its_earlier_points_stay_in_another(storage, trial):
+    folder = storage.trial(trial.fingerprint)
+    write_some_steps(folder.journal)
+    folder.journal.append("finished")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    folder.put_aside()
+    write_some_steps(folder.journal, last=2)
+    for _ in range(2):  # and again in a process that knows nothing of it
+        connect(storage).follow([trial], "first", PROVENANCE)
+        folder.mlflow_state.unlink()
+    client, found = runs(tracker.uri)
+    kinds = {run.data.tags["longspan.kind"]: run for run in found}
+    assert len(found) == 2 and kinds.keys() == {"trial", "earlier"}
+    now, earlier = kinds["trial"], kinds["earlier"]
+    assert (
+        now.data.tags["longspan.fingerprint"] == trial.fingerprint == earlier.data.tags["longspan.earlier_fingerprint"]
+    )
+    assert "longspan.fingerprint" not in earlier.data.tags and earlier.info.run_name == f"{trial.label} (earlier 1)"
+    assert history(client, now, "train/loss") == [(1, 9.0), (2, 8.0)]
+    assert history(client, earlier, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
+    assert (now.info.status, earlier.info.status) == ("RUNNING", "FINISHED")
+
+
 def test_a_server_that_does_not_answer_is_one_clear_error_within_seconds(storage):
     began = time.time()
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*--tracking-uri") as refused:
