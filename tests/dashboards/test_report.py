@@ -294,6 +294,15 @@ def test_a_diverged_trial_is_reported_and_drawn_as_far_as_it_goes() -> None:
     assert "not a number" in text and "∞" in text
 
 
+def test_a_perplexity_beyond_every_integer_is_drawn() -> None:
+    """What a learning rate that is far too high ends with, which a search is bound to try."""
+    huge = comparison()
+    trial = huge["contexts"][0]["trials"][0]
+    trial["curve"][-1] |= {"perplexity": 3e40, "low": 1e40, "high": 1e41}
+    trial["final"] = trial["curve"][-1]
+    assert "3.0×10⁴⁰" in read(huge).text
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
