@@ -185,7 +185,7 @@ def test_an_interval_that_is_cut_at_the_edge_of_the_scale_has_an_arrow_there() -
     for each, high in ((cut, 1e6), (whole, None)):
         each["contexts"] = each["contexts"][:1]
         each["contexts"][0]["references"] = [{"label": "untuned", "perplexity": 3.0, "low": None, "high": high}]
-    assert [figures.svg_panels(check(each), "final_perplexity")[0].count("→") for each in (cut, whole)] == [1, 0]
+    assert [figures.svg_panels(check(each), "final_perplexity")[0][1].count("→") for each in (cut, whole)] == [1, 0]
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
