@@ -208,7 +208,14 @@ def join_or_start(options: RunOptions) -> Cluster:
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
                 "out --address and unset RAY_ADDRESS to run on this machine"
             ) from error
-    return Cluster(_nodes(), own=local)
+    if options.cluster is None:
+        return Cluster(_nodes(), own=local)
+    if local:
+        raise InputError(
+            f"--cluster {options.cluster}: this sweep would run on this machine; join that cluster with --address, or "
+            "plan for it with python -m orchestrator.plan"
+        )
+    return dataclasses.replace(Cluster.named(options.cluster), own=False)
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -378,6 +378,9 @@ class RunOptions:
     address: str | None = None
     """Ray cluster to join (auto, or host:port); by default the one of a submitted job or RAY_ADDRESS, else a new one
     on this machine."""
+    cluster: str | None = None
+    """Plan for the machines of a file in clusters/, such as aws-p4d, at its full size. A sweep waits for those that its
+    cluster does not have yet: its autoscaler is asked for them."""
     workers: int = 1
     """Ray Train workers of each trial, one GPU each where there are GPUs; the batch must divide by it."""
     cpus_per_worker: float = 1

@@ -190,6 +190,8 @@ class Sweep:
                 f"--engine {self.options.engine} needs DeepSpeed, which is not installed; install it with pip install "
                 "'longspan[deepspeed]', or choose --engine ddp"
             )
+        if self.options.cluster is not None:
+            Cluster.named(self.options.cluster)
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
