@@ -113,7 +113,7 @@ class SweepSpec:
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of frozen weights and of computation: auto takes bfloat16 where the cluster has GPUs, else float32."""
+    """auto: bfloat16 on GPUs and on processors that multiply in it, else float32."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each is a trial of its own."""
     eval_every: int = 100

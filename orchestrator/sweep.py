@@ -254,7 +254,7 @@ class Sweep:
         """The sweep's trials, what is to be done about each on the cluster, and what that takes."""
         precision = self.spec.precision
         if precision == "auto":
-            precision = "bfloat16" if self.cluster.gpus else "float32"
+            precision = self.cluster.precision
         if self.spec.quantization == "nf4" and not self.cluster.gpus:
             raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
         self.trials = self.spec.trials(self.identities, precision)
