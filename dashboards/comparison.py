@@ -99,7 +99,8 @@ class Setting(TypedDict):
 class Trial(TypedDict):
     method: str
     fingerprint: str
-    state: Literal["finished", "unfinished", "failed", "stopped"]  # stopped: early, by the sweep itself
+    # stopped: early, by the sweep itself; cancelled: by a person
+    state: Literal["finished", "unfinished", "failed", "stopped", "cancelled"]
     reason: str | None
     last_step: int | None
     log: str | None

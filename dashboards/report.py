@@ -53,7 +53,7 @@ def html(comparison: dict) -> str:
         interval=lambda point: wording.interval(point["low"], point["high"]),
         names=wording.trial_names,
         explained={name: wording.EXPLAINED[name] for name in looks if name in wording.EXPLAINED},
-        troubled=[(context, trial) for context, trial in trials if trial["state"] in ("failed", "unfinished")],
+        troubled=[(context, trial) for context, trial in trials if trial["state"] not in ("finished", "stopped")],
         stopped=[(context, trial) for context, trial in trials if trial["state"] == "stopped"],
         trials=trials,
     )

@@ -141,6 +141,11 @@ class Rungs:
             if self.storage.read(self.file(trial, step)) is None:
                 self.storage.write(self.file(trial, step), self.entry(trial, step, curve) | {"stop": False})
 
+    def forget(self, trial: TrialSpec) -> None:
+        """Removes what a trial that begins anew has scored at its rungs, and what followed."""
+        for step in self.settings.rungs(trial.training):
+            self.storage.remove(self.file(trial, step))
+
     def judge(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
         """What a rung says of a trial: as it was written down there before, else by comparing it now.
 

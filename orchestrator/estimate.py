@@ -26,14 +26,12 @@ from workloads.budget import (
     step_seconds,
     trial_seconds,
 )
-from workloads.config import ExecutionConfig
+from workloads.config import ExecutionConfig, TrainingConfig
 
 GIB = 2**30
 # From a trial's launch until its model stands ready, where no trial of this storage has shown it: measured 9 to 10 s on
 # two CPU cores (docs/performance.md). A model from a hub has to be downloaded as well.
 START_UP_SECONDS = 10.0
-# A checkpoint's two copies, and one that is being written.
-CHECKPOINTS_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class Estimator:
             tokens_per_second=tokens_per_second,
             seconds=seconds,
             usd=usd,
-            disk=CHECKPOINTS_KEPT * checkpoint_bytes(self.shape, training) if training.steps else 0,
+            disk=checkpoints_on_disk(training, execution) * checkpoint_bytes(self.shape, training),
             changes=changes,
             refusal=refusal,
         )
@@ -176,6 +174,14 @@ class Estimator:
         if self.timed:
             return f"speeds as {len(self.timed)} trial{'s' * (len(self.timed) > 1)} here had on this hardware"
         return f"speeds from {self.device.name}'s peak times an efficiency ({self.device.efficiency_source})"
+
+
+def checkpoints_on_disk(training: TrainingConfig, execution: ExecutionConfig) -> int:
+    """At most, of one trial: those that its rule keeps, and one that is being written."""
+    if not training.steps:
+        return 0
+    every = training.steps // execution.keep_every if execution.keep_every else 0
+    return execution.keep_last + execution.keep_best + every + 1
 
 
 def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | None = None) -> float:

@@ -5,15 +5,17 @@ unfinished is passed over. A trial that went on from a checkpoint may tell of th
 
 Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training``, and
 
-    launched   Tune has started the trial's driver
+    launched   sweep, resources (workers, and the cpus and gpus of each): Tune has started the trial's driver
     started    a worker has begun: what it runs on (orchestrator.provenance.describe_machine), git_commit, git_diff,
                execution (the settings of ExecutionConfig)
     finished   the trial is complete
     stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
                orchestrator/early_stopping.py; unfinished, and can go on from its checkpoint
     failed     kind (see orchestrator.faults), reason, attempt: the attempt ended in an error
-    retry      kind, remedy: the trial is tried again, and what is different then
+    retry      kind, remedy, pause: the trial is tried again, what is different then, and in how many seconds
     preempted  attempt: a node was about to be taken away; the trial stopped with a checkpoint and goes on elsewhere
+    cancelled  step, by: stopped with a checkpoint, or not begun, since a person asked for it (orchestrator/cancel.py);
+               unfinished, and can go on
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-State = Literal["waiting", "starting", "running", "finished", "stopped", "failed"]
+State = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 
 
 def as_line(event: str, fields: dict[str, Any]) -> str:
@@ -117,10 +119,15 @@ class TrialRecord:
     preempted_attempt: str | None = None
     remedies: list[str] = field(default_factory=list)
     launched: float | None = None
+    waits_for: dict[str, Any] = field(default_factory=dict)  # the last ``launched``: its sweep and resources
+    pause_ends: float | None = None  # of the last retry
+    heard: float | None = None  # when the last line was written
     ended: float | None = None
     stopped: dict[str, Any] | None = None  # the last time that it was stopped early
+    cancelled: dict[str, Any] | None = None  # the last time that it was cancelled
     started: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)  # each ``started``, in order
+    attempts_heard: list[float] = field(default_factory=list)  # when the last line of each was written
     model: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evals: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # by (context length, step)
@@ -148,12 +155,17 @@ class TrialRecord:
     def _take(self, event: dict[str, Any]) -> None:
         if self.state == "starting" and event["event"] in ("step", "eval"):
             self.state = "running"  # a second sweep waits for the one that trains it
+        self.heard = event["time"]
+        if self.state == "running" and self.attempts and event["event"] not in ("launched", "retry"):
+            self.attempts_heard[-1] = event["time"]
         match event["event"]:
             case "launched" if self.state != "finished":  # another sweep may have finished it in between
                 self.state, self.reason, self.launched = "starting", None, event["time"]
+                self.waits_for = event
             case "started":
                 self.state, self.reason, self.started = "running", None, event
                 self.attempts.append(event)
+                self.attempts_heard.append(event["time"])
                 self.resumed_at = 0
             case "model":
                 self.model = event
@@ -176,10 +188,13 @@ class TrialRecord:
                 self.failure_kind = event.get("kind", "error")
                 self.ended = event["time"]
             case "retry":
-                self.state = "starting"
+                self.state, self.pause_ends = "starting", event["time"] + event.get("pause", 0)
                 self.remedies.append(f"{event['kind'].replace('_', ' ')}: {event['remedy']}")
             case "preempted":
                 self.state, self.preempted_attempt = "starting", event["attempt"]
+            case "cancelled" if self.state != "finished":
+                self.state, self.reason, self.cancelled = "cancelled", f"by {event['by']}", event
+                self.ended = event["time"]
 
     def curve(self, context_length: int) -> list[dict[str, Any]]:
         """The evaluations at a length, by step."""

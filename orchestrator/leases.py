@@ -189,9 +189,23 @@ class Lease:
 def is_dead(owner: dict[str, Any]) -> bool:
     """Whether an owner is known to be gone: a process of this machine (and container) that is no longer there. Of one
     elsewhere nothing is known."""
-    if owner["machine"] is None or owner["machine"] != _machine():
-        return False
-    return process_start(owner["pid"]) != owner["process_start"]
+    return is_here(owner) and process_start(owner["pid"]) != owner["process_start"]
+
+
+def is_here(owner: dict[str, Any]) -> bool:
+    """Whether it is, or was, a process of this machine and container."""
+    return owner["machine"] is not None and owner["machine"] == _machine()
+
+
+def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | None:
+    """The owner of a lease as its newest object tells, or None where it was released, or the owner is known to be
+    gone. Of an owner elsewhere that has died nothing is known from one look."""
+    newest = max((name for name in store.names(folder) if Path(name).stem.isdigit()), default=None)
+    try:
+        content = json.loads(store.read(newest) or b"") if newest else {"released": True}
+        return None if content["released"] or is_dead(content["owner"]) else content["owner"]
+    except (ValueError, KeyError):
+        return None  # just being written
 
 
 def _machine() -> str | None:

@@ -192,6 +192,11 @@ class ObjectStore:
         found = (path for path in self.fs.find(self._path(prefix)) if path.startswith(folder))
         return sorted(path[len(self.root) + 1 :] for path in found)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every object, by its name."""
+        found = self.fs.find(self._path(""), detail=True)
+        return {path[len(self.root) + 1 :]: each["size"] for path, each in found.items()}
+
     def remove(self, names: list[str]) -> None:
         for name in names:
             try:

@@ -7,8 +7,9 @@ it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from orchestrator.cluster import Cluster, join_or_start
 from orchestrator.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.journal import TrialRecord
+from orchestrator.progress import duration
 from orchestrator.spec import RunOptions, TrialSpec
 from orchestrator.storage import Storage
 from workloads.errors import InputError
@@ -31,6 +33,7 @@ class Planned:
     action: Action
     reason: str
     estimate: Estimate | None = None
+    forced: bool = False  # what there is of it is put aside before
 
     @property
     def trains(self) -> bool:
@@ -43,6 +46,7 @@ def plan(
     estimator: Estimator | None = None,
     fit: bool = False,
     stopping: str | None = None,
+    forced: Collection[str] = (),
 ) -> list[Planned]:
     """Each trial with what is to be done about it, from what its journal says, and what that takes.
 
@@ -50,11 +54,26 @@ def plan(
         fit: a trial that does not fit into memory is changed so that it does.
         stopping: the name of a sweep that stops trials early. Those that it has stopped before stay so; to any other
             sweep they are unfinished.
+        forced: fingerprints of trials that begin anew, whatever is known of them.
     """
     records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
     if estimator:
         estimator.learn([*zip(trials, records), *storage.others(trials)])
-    return [_plan(trial, record, estimator, fit, stopping) for trial, record in zip(trials, records)]
+    return [
+        _force(trial, record, estimator, fit)
+        if trial.fingerprint in forced and record.journal.exists()
+        else _plan(trial, record, estimator, fit, stopping)
+        for trial, record in zip(trials, records)
+    ]
+
+
+def _force(trial: TrialSpec, record: TrialRecord, estimator: Estimator | None, fit: bool) -> Planned:
+    planned = _plan(trial, TrialRecord(record.journal), estimator, fit, None)
+    if planned.action == "cannot":
+        return planned
+    done = f"{record.state} at step {record.last_step}" if record.steps else record.state
+    reason = f"from the beginning (--force); what is {done} is put aside"
+    return dataclasses.replace(planned, reason=reason, forced=True)
 
 
 def _plan(
@@ -71,9 +90,13 @@ def _plan(
     changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate and estimate.changes else ""
     if record.saved_step:
         reason = f"from step {record.saved_step} of {trial.training.steps}"
+        if record.state == "cancelled":
+            reason += f", where it was cancelled {record.reason}"
         return Planned(trial, record, "resume", reason + changed, estimate)
     if record.state == "failed":
         return Planned(trial, record, "run", f"failed before ({record.reason}), tried again" + changed, estimate)
+    if record.state == "cancelled":
+        return Planned(trial, record, "run", f"cancelled before {record.reason}" + changed, estimate)
     reason = "not trained yet" if trial.training.steps else "not evaluated yet"
     return Planned(trial, record, "run", reason + changed, estimate)
 
@@ -196,15 +219,6 @@ def totals_line(total: Totals, cluster: Cluster) -> str:
 
 def _gpu_name(cluster: Cluster) -> str:
     return " and ".join(sorted({node.gpu or "unknown GPU" for node in cluster.nodes if node.gpus}))
-
-
-def duration(seconds: float) -> str:
-    """``2h05m``, ``3m20s``, ``45s``; days where it takes days."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 def main(arguments: list[str] | None = None) -> int:

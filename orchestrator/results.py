@@ -48,7 +48,8 @@ def _name(trial: dict[str, Any], trials: list[dict[str, Any]]) -> str:
 
 
 def _state(trial: dict[str, Any]) -> str:
-    return f"stopped at {trial['last_step']}" if trial["state"] == "stopped" else trial["state"]
+    state = trial["state"]
+    return f"{state} at {trial['last_step']}" if state in ("stopped", "cancelled") else state
 
 
 def _within(gap: dict[str, Any] | None) -> str:

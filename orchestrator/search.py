@@ -211,7 +211,7 @@ class Study:
                 }
             case "failed" if record.reason.startswith(DIVERGED):
                 return {"state": TrialState.COMPLETE, "value": math.inf}
-            case "failed":
+            case "failed" | "cancelled":
                 return {"state": TrialState.FAIL}
         return {"state": TrialState.RUNNING}
 

@@ -353,9 +353,11 @@ class TrialSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialSpec:
+        """A trial as ``to_dict`` gives it, or with more beside it, as in a trial.json."""
+        fields = {field.name for field in dataclasses.fields(cls)}
         return cls(
             **{
-                **values,
+                **{name: value for name, value in values.items() if name in fields},
                 "identities": Identities(**values["identities"]),
                 "training": TrainingConfig(**_without_lists(values["training"])),
             }
@@ -405,6 +407,12 @@ class RunOptions:
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
     checkpoint_minutes: float = 10.0
     """Where steps are slow, a checkpoint is also written when the last one is this old."""
+    keep_last: int = 2
+    """Checkpoints kept of each trial: so many of the newest. A trial always goes on from the newest whole one."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest perplexity at the trained length; each such evaluation writes one."""
+    keep_every: int | None = None
+    """Also keep the checkpoints of every so-manieth step."""
     engine: EngineName = "auto"
     """How a trial's workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp where there are several."""
     offload: bool = False
@@ -414,6 +422,11 @@ class RunOptions:
     by default of the cheapest instance on demand that has this GPU (clusters/prices.py), else unknown."""
     prices: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Your prices as .toml or .json: USD an hour by instance type ("p4d.24xlarge") or of one GPU ("NVIDIA H200")."""
+    force: bool = False
+    """Train all of the sweep's trials from the beginning, whatever is known of them; that is kept in the trial's folder
+    as earlier-1, earlier-2 and so on. Only where an earlier result is not to be trusted: it would be the same again."""
+    force_trials: tuple[str, ...] = ()
+    """The same for these trials alone: fingerprints, or their first digits (4 or more)."""
     fit: bool = False
     """Where a trial does not fit into memory, run it with the smallest change that does: smaller micro-batches, ZeRO,
     more workers, gradient checkpointing, offload. None of them changes its result beyond rounding."""
@@ -464,6 +477,9 @@ class RunOptions:
             gradient_checkpointing=self.gradient_checkpointing,
             checkpoint_every=self.checkpoint_every,
             checkpoint_minutes=self.checkpoint_minutes,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            keep_every=self.keep_every,
             attention_backend=self.attention_backend,
             engine=self.engine,
             offload=self.offload,

@@ -1,8 +1,9 @@
 """The storage root: where everything about sweeps lies, and the truth about them.
 
-    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff
+    trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff;
+                            cancel.json (a request), earlier-<n>/ (what --force has put aside)
     sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
-                            code-*.diff
+                            code-*.diff; command.json (who runs it), cancel.json (a request)
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 
@@ -16,6 +17,7 @@ MLflow's default store stays in the mirror of the node that runs the sweep, as n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,6 +30,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from orchestrator import leases
 from orchestrator.journal import Journal, TrialRecord
 from orchestrator.leases import Lease
 from orchestrator.object_store import MANIFEST, LocalStore, ObjectStore, patiently
@@ -43,6 +46,7 @@ logger = logging.getLogger(__name__)
 LEAST_FREE_BYTES = 500 * 2**20
 # Of each trial, for its last words on a full disk: several blocks of any file system.
 RESERVE_BYTES = 64 * 2**10
+JOURNAL = "journal.jsonl"
 # Journals that are read from an object store at the same time: each is a few calls of some 30 ms.
 READERS = 32
 
@@ -63,7 +67,7 @@ class TrialFolder:
     def journal(self) -> Journal | SegmentedJournal:
         if self.store:
             return SegmentedJournal.at(self.store, f"{self.name}/journal")
-        return Journal(self.path / "journal.jsonl")
+        return Journal(self.path / JOURNAL)
 
     @property
     def log(self) -> Path:
@@ -82,6 +86,32 @@ class TrialFolder:
     def mlflow_state(self) -> Path:
         return self.path / "mlflow.json"
 
+    def put_aside(self) -> Path:
+        """Moves what there is of the trial to ``earlier-<n>/``, so that it begins anew; returns that folder.
+
+        The journal goes last: until then the trial is what it was, and what was interrupted can be done again.
+
+        Raises:
+            InputError: the storage is an object store, in which nothing can be moved.
+        """
+        if self.store:
+            raise InputError(
+                f"{self.store.url} is an object store, where --force cannot keep what there is; train into another "
+                "--storage, or remove the trial's folder yourself"
+            )
+        number = self.times_put_aside + 1
+        aside = self.path / f"earlier-{number}"
+        aside.mkdir(exist_ok=True)
+        stays = ("trial.json", "lease", "cancel.json")
+        moved = [p for p in self.path.iterdir() if p.name not in stays and not p.name.startswith(("earlier-", "."))]
+        for path in sorted(moved, key=lambda path: path.name == JOURNAL):
+            path.rename(aside / path.name)
+        return aside
+
+    @property
+    def times_put_aside(self) -> int:
+        return len(list(self.path.glob(f"earlier-*/{JOURNAL}")))
+
     def is_visible(self) -> bool:
         """Whether this node sees what the sweep has written of the trial; fetches it from a store."""
         if self.store:
@@ -96,6 +126,12 @@ class TrialFolder:
         if self.store:
             return Lease(self.store, f"{self.name}/lease", owner)
         return Lease(LocalStore(self.path), "lease", owner)
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who trains the trial (see :func:`orchestrator.leases.owner`), or None where nobody does."""
+        if self.store:
+            return patiently(lambda: leases.holder(self.store, f"{self.name}/lease"))
+        return leases.holder(LocalStore(self.path), "lease")
 
     def writer(self, lease: Lease) -> LocalWriter | Uploader:
         """For what the holder of the lease has to tell."""
@@ -290,6 +326,32 @@ class Storage:
             return read_json(self.root / name)
         content = patiently(lambda: self.store.read(name))
         return None if content is None else json.loads(content)
+
+    def remove(self, name: str) -> None:
+        """Removes a file below the root, if it is there."""
+        if self.store:
+            patiently(lambda: self.store.remove([name]))
+        else:
+            (self.root / name).unlink(missing_ok=True)
+
+    def sweeps(self) -> list[str]:
+        """The names of all sweeps, in no order."""
+        if self.store:
+            names = patiently(lambda: self.store.names("sweeps"))
+            return sorted({name.split("/")[1] for name in names if name.count("/") > 1})
+        return sorted(path.name for path in (self.root / "sweeps").glob("*") if path.is_dir())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the root, by its name."""
+        if self.store:
+            return patiently(self.store.sizes)
+        sizes = {}
+        for folder, _, files in os.walk(self.root):
+            for file in files:
+                path = Path(folder, file)
+                with contextlib.suppress(FileNotFoundError):  # what is written just now is renamed
+                    sizes[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+        return sizes
 
     def read_folder(self, name: str) -> dict[str, Any]:
         """The content of each JSON file in a folder below the root, by the file's name without its ending."""

@@ -26,6 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
+from orchestrator import cancel
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
@@ -34,6 +35,7 @@ from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
 from orchestrator.notes import notes
+from orchestrator.overview import Overview
 from orchestrator.plan import (
     Planned,
     Totals,
@@ -46,6 +48,8 @@ from orchestrator.plan import (
     totals,
     totals_line,
 )
+from orchestrator.presence import Presence
+from orchestrator.progress import Row
 from orchestrator.provenance import Provenance, own_prices
 from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
@@ -53,7 +57,7 @@ from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
-from orchestrator.view import LiveView, Row, make_console
+from orchestrator.view import LiveView, make_console
 from workloads.budget import ModelShape
 from workloads.config import TrainingConfig
 from workloads.data import (
@@ -156,6 +160,18 @@ class Sweep:
 
     def run(self) -> int:
         self.check()
+        with Presence(self.storage, self.name, self.tell):
+            return self.run_checked()
+
+    def tell(self) -> dict[str, Any]:
+        """What other terminals may know of this command (orchestrator/status.py)."""
+        if not self.planned:
+            return {"doing": self.doing}
+        to_come = self.search.tokens_to_come if self.search else 0
+        return {"doing": None, "concurrency": self.concurrency, "tokens_to_come": to_come}
+
+    def run_checked(self) -> int:
+        cancel.withdraw(self.storage, f"sweeps/{self.name}")
         # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
         others = [_Background(self.prepare), _Background(self.tracker.connect)]
         self.cluster: Cluster = join_or_start(self.options)  # Ray wants the main thread for its signals
@@ -166,6 +182,7 @@ class Sweep:
         self.say_plan()
         self.say_notes()
         self.refuse()
+        self.put_aside()
         if any(p.trains for p in self.planned) or (self.search and self.search.to_come):
             self.train()
         else:
@@ -179,6 +196,11 @@ class Sweep:
         for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), "float32"):
             if self.spec.search != "none" and trial.training.steps:
                 Space.of(self.spec, trial)
+        if self.spec.search != "none" and (self.options.force or self.options.force_trials):
+            raise InputError(
+                "--force with --search: what a search suggests follows from what its trials have scored. Leave it out, "
+                "or begin a new search in another --storage"
+            )
         early_stopping = EarlyStopping.of(self.options, self.spec)
         if self.spec.batch % self.options.workers:
             raise InputError(
@@ -286,7 +308,44 @@ class Sweep:
 
     def plan(self, trials: list[TrialSpec]) -> list[Planned]:
         stopping = self.name if self.rungs else None
-        return plan(trials, self.storage, self.estimator, self.options.fit, stopping)
+        return plan(trials, self.storage, self.estimator, self.options.fit, stopping, self.forced(trials))
+
+    def forced(self, trials: list[TrialSpec]) -> set[str]:
+        """The trials that --force and --force-trials begin anew.
+
+        Raises:
+            InputError: the sweep has no trial of these digits.
+        """
+        forced = {trial.fingerprint for trial in trials if self.options.force}
+        for digits in self.options.force_trials:
+            found = [trial.fingerprint for trial in trials if trial.fingerprint.startswith(digits)]
+            if len(found) != 1 or len(digits) < 4:
+                each = ", ".join(f"{trial.fingerprint} ({trial.label})" for trial in trials)
+                raise InputError(f"--force-trials {digits}: expected 4 or more digits of one of {each}")
+            forced.add(found[0])
+        return forced
+
+    def put_aside(self) -> None:
+        """What there is of trials that begin anew.
+
+        Raises:
+            InputError: one is being trained, or another sweep that runs is to train it.
+        """
+        if not (forced := [planned.trial for planned in self.planned if planned.forced]):
+            return
+        overview = Overview(self.storage)
+        for trial in forced:
+            others = [name for name, listed in overview.running.items() if trial.fingerprint in listed]
+            holder = self.storage.trial(trial.fingerprint).holder()
+            if others := [name for name in others if name != self.name] or ([holder["sweep"]] if holder else []):
+                raise InputError(
+                    f"--force: {trial.label} is a trial of {others[0]}, which runs; wait, or cancel it there"
+                )
+        for trial in forced:
+            aside = self.storage.trial(trial.fingerprint).put_aside()
+            if self.rungs:
+                self.rungs.forget(trial)
+            self.console.print(f"{trial.label}: what there was is kept in {_shown(aside)}", soft_wrap=True)
 
     def coming(self) -> list[Estimate]:
         """Of the trials that a search has still to suggest, about: as of its first of the method and length."""
@@ -403,7 +462,7 @@ class Sweep:
         for trial in trials:
             if trial not in untuned:
                 yield self.drive([trial])
-        while planned := self.next_of_search():
+        while not self.is_cancelled() and (planned := self.next_of_search()):
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
@@ -412,8 +471,13 @@ class Sweep:
 
     def add_trial(self, trial: TrialSpec) -> None:
         folder = self.storage.add_trial(trial, self.source.location)
+        cancel.withdraw(self.storage, folder.name)
         if diff := self.provenance.keep_diff(folder.path):
             self.storage.push(diff)
+
+    def is_cancelled(self) -> bool:
+        """Whether a person has asked for the end of the whole sweep."""
+        return cancel.requested(self.storage, f"sweeps/{self.name}") is not None
 
     def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
         each = [self.estimates[trial.fingerprint] for trial in trials]
@@ -525,11 +589,22 @@ class Sweep:
                 self.console.print(
                     f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
                 )
-        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped")]
+        cancelled = [o for o in outcomes if o.record.state == "cancelled"]
+        for outcome in cancelled:
+            step = f"step {outcome.record.cancelled['step']} of {outcome.trial.training.steps}"
+            self.console.print(f"cancelled: {outcome.trial.label} at {step}, {outcome.record.reason}", markup=False)
+        if cancelled:
+            self.console.print(
+                f"The sweep is unfinished: {len(cancelled)} of {len(outcomes)} trials "
+                f"{'was' if len(cancelled) == 1 else 'were'} cancelled. The same command goes on with them."
+            )
+        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]
         for outcome in failed:
             self.console.print(
                 f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
             )
+        if self.is_cancelled():
+            return EXIT_INTERRUPTED
         return EXIT_FAILED_TRIALS if failed else 0
 
     def follow_in_mlflow(self) -> None:
@@ -659,6 +734,8 @@ class Sweep:
                 kept = "finished"
             elif record.state == "stopped":
                 kept = f"stopped early at step {record.stopped['step']} of {planned.trial.training.steps}"
+            elif record.state == "cancelled":
+                kept = f"cancelled at step {record.cancelled['step']} of {planned.trial.training.steps}"
             elif record.saved_step:
                 kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
             elif record.launched:

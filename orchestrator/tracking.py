@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -26,6 +26,9 @@ from orchestrator.spec import TrialSpec
 from orchestrator.storage import Storage, TrialFolder, read_json, write_json
 from workloads.errors import InputError
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
@@ -34,7 +37,10 @@ METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 # A trial's state, as MLflow calls it; one that has not begun has no run.
 # One that was stopped early is killed, not finished: its last perplexity is of fewer tokens than that of the finished
 # ones beside it, which a filter on FINISHED should leave out. Its tag stopped_early has the reason.
-STATUS = {"starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS = {
+    "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
+    "cancelled": "KILLED", "failed": "FAILED",
+}  # fmt: skip
 
 # What a journal's line becomes. Every curve is also logged by tokens seen, under by_tokens/.
 STEP_METRICS = {
@@ -216,8 +222,12 @@ class TrialRun:
     def _find_or_create(self) -> str:
         fingerprint = self.trial.fingerprint
         found = self.tracker.find_run(f"tags.`longspan.fingerprint` = '{fingerprint}'")
+        times_put_aside = self.folder.times_put_aside
         if found:
-            return found
+            run = self.tracker.client.get_run(found)
+            if int(run.data.tags.get("longspan.times_put_aside", 0)) == times_put_aside:
+                return found
+            self._retire(run)
         from mlflow.entities import Param
 
         training = self.trial.training
@@ -231,6 +241,7 @@ class TrialRun:
                 "context_length": str(training.context_length),
                 "attention": training.attention,
                 "positions": training.positions,
+                **({"longspan.times_put_aside": str(times_put_aside)} if times_put_aside else {}),
                 **self.provenance.tags(),
             },
         )
@@ -243,6 +254,16 @@ class TrialRun:
         }
         self.tracker.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         return run.info.run_id
+
+    def _retire(self, run: Run) -> None:
+        """A trial that begins anew (--force) has a new run, since no point can be taken out of a curve. The earlier run
+        keeps its points, and is a trial's no longer."""
+        client, number = self.tracker.client, int(run.data.tags.get("longspan.times_put_aside", 0)) + 1
+        client.update_run(run.info.run_id, name=f"{self.trial.label} (earlier {number})")
+        tags = {"longspan.kind": "earlier", "longspan.earlier_fingerprint": self.trial.fingerprint}
+        for name, value in tags.items():
+            client.set_tag(run.info.run_id, name, value)
+        client.delete_tag(run.info.run_id, "longspan.fingerprint")
 
     def _tag_with_sweep(self, sweep: str) -> None:
         tags = self.tracker.client.get_run(self.run_id).data.tags
@@ -277,6 +298,10 @@ class TrialRun:
                 tags += [RunTag("stopped_early", event["reason"][:5000])]
             if event["event"] == "finished" and self.record.stopped:
                 tags += [RunTag("stopped_early", "no: it went on, and finished")]
+            if event["event"] == "cancelled":
+                tags += [RunTag("cancelled", f"at step {event['step']}, by {event['by']}")]
+            if event["event"] == "finished" and self.record.cancelled:
+                tags += [RunTag("cancelled", "no: it went on, and finished")]
             if event["event"] == "failed":
                 tags += [RunTag("failure", event["reason"][:5000])]
         for start in range(0, len(metrics), METRICS_A_CALL):

@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.cancel import cancelled_before_its_start
 from orchestrator.faults import Kind, Remedy, remedy
 from orchestrator.journal import TrialRecord
 from orchestrator.spec import TrialSpec
@@ -35,7 +36,8 @@ def drive_trial(config: dict[str, Any]) -> None:
     storage = Storage.at(config["storage"])
     folders = [storage.trial(TrialSpec.from_dict(trial).fingerprint) for trial in config["trials"]]
     mended: list[Kind] = []
-    while True:
+    # A list, so that each that is cancelled says so in its journal.
+    while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
         # Names this attempt, so that what went wrong in it is told from what went wrong before.
         config = {**config, "attempt": uuid.uuid4().hex}
         _attempt(config, storage, folders)
@@ -49,7 +51,7 @@ def drive_trial(config: dict[str, Any]) -> None:
 def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder]) -> None:
     """One run of Ray Train, which itself replaces workers that are lost."""
     for folder in folders:
-        folder.journal.append("launched")
+        folder.journal.append("launched", sweep=config["sweep"], resources=config["resources"])
     try:
         _trainer(config, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
@@ -87,7 +89,7 @@ def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kin
         found = remedy(record.failure_kind, execution, share, mended)
         if found is not None:
             mended.append(record.failure_kind)
-            folder.journal.append("retry", kind=record.failure_kind, remedy=found.words)
+            folder.journal.append("retry", kind=record.failure_kind, remedy=found.words, pause=found.pause)
             return found
     return None
 

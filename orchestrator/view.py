@@ -5,26 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from orchestrator.journal import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.progress import Progress, Row, duration, progress, seconds_left
 
 REFRESH_S = 1.0
 # A job log has no screen to redraw: the table is printed this often.
 LOG_INTERVAL_S = 30.0
 LOG_WIDTH = 110
-
-
-@dataclass
-class Row:
-    trial: TrialSpec
-    record: TrialRecord
-    known: bool  # it was finished before this sweep began
 
 
 class LiveView:
@@ -68,94 +59,43 @@ class LiveView:
 
     def table(self) -> Table:
         elapsed = time.time() - self.began
-        left = self.seconds_left()
-        title = f"{_duration(elapsed)} elapsed" + (f", about {_duration(left)} left" if left else "")
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, caption=self.note())
-        table.add_column("trial", no_wrap=True)
-        table.add_column("state", no_wrap=True)
-        for name in ("step", "loss", "perplexity", "tokens/s", "time left"):
-            table.add_column(name, justify="right", no_wrap=True)
+        left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
+        title = f"{duration(elapsed)} elapsed" + (f", about {duration(left)} left" if left else "")
+        table = trials_table(title)
+        table.caption = self.note()
         for row in self.rows:
-            table.add_row(*self.cells(row))
+            trial = progress(row, self.sweep)
+            elsewhere = f", {trial.elsewhere}" if trial.elsewhere else ""
+            table.add_row(trial.label, trial.state + elsewhere, *numbers(trial))
         return table
 
-    def cells(self, row: Row) -> list[str]:
-        record, training = row.record, row.trial.training
-        curve = record.curve(training.context_length)
-        if record.state in ("waiting", "starting"):
-            # What it knows is of an earlier attempt, of which this much is kept.
-            steps = f"{record.saved_step}/{training.steps}" if training.steps else "-"
-            return [row.trial.label, self.state(row), steps, "-", "-", "-", "-"]
-        step = record.steps.get(record.last_step)
-        running = record.state == "running"
-        left = self.trial_seconds_left(row) if running else None
-        return [
-            row.trial.label,
-            self.state(row),
-            f"{record.last_step}/{training.steps}" if training.steps else "-",
-            f"{step['loss']:.3f}" if step else "-",
-            f"{curve[-1]['perplexity']:.3f}" if curve else "-",
-            f"{record.tokens_per_second:,.0f}" if step else "-",
-            _duration(left) if left is not None else "-",
-        ]
 
-    def state(self, row: Row) -> str:
-        record = row.record
-        if row.known:
-            return "known"
-        if record.state == "running":
-            due = row.trial.training.eval_every
-            evaluated = (row.trial.training.context_length, record.last_step) in record.evals
-            evaluates = not evaluated and (record.last_step % due == 0 or record.last_step == row.trial.training.steps)
-            doing = "evaluating" if evaluates else "training"
-            # This sweep waits for another, which has the trial's lease.
-            trainer = record.started.get("sweep", self.sweep)
-            return doing if trainer == self.sweep else f"{doing}, by {trainer} on {record.started['host']}"
-        return record.state
+def trials_table(title: str | None = None) -> Table:
+    """For a row a trial: its label, its state, its :func:`numbers`."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "perplexity", "tokens/s", "time left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
-    def trial_seconds_left(self, row: Row) -> float | None:
-        """Steps at this trial's pace, with the evaluations that lie between them."""
-        record, training = row.record, row.trial.training
-        if record.last_step <= record.resumed_at or not record.started:
-            return None
-        done = record.last_step - record.resumed_at
-        pace = (record.steps[record.last_step]["time"] - record.started["time"]) / done
-        return max(0.0, pace * (training.steps - record.last_step))
 
-    def seconds_left(self) -> float | None:
-        """For all trials: what has run so far tells the seconds a token takes, start-up and evaluation included."""
-        spent = tokens = 0.0
-        start_ups = [row.record.start_up_seconds for row in self.rows if not row.known and row.record.start_up_seconds]
-        for row in self.rows:
-            record = row.record
-            if not row.known and record.steps and record.started and record.last_step > record.resumed_at:
-                last = record.steps[record.last_step]
-                spent += last["time"] - record.started["time"]
-                tokens += (record.last_step - record.resumed_at) * self._tokens_a_step(row)
-        if not tokens:
-            return None
-        to_do = sum(
-            (row.trial.training.steps - row.record.last_step) * self._tokens_a_step(row)
-            for row in self.rows
-            if row.record.state in ("waiting", "starting", "running")
-        )
-        waiting = [row for row in self.rows if row.record.state == "waiting"]
-        starts = sum(row.trial.training.steps > 0 for row in waiting) + any(not r.trial.training.steps for r in waiting)
-        starting = starts * sum(start_ups) / max(1, len(start_ups))
-        return (spent / tokens * (to_do + self.tokens_to_come()) + starting) / self.concurrency
+def numbers(trial: Progress) -> list[str]:
+    """A trial's row from its third cell on."""
+    return [
+        f"{trial.step}/{trial.steps}" if trial.steps else "-",
+        _number(trial.loss, ".3f"),
+        _number(trial.perplexity, ".3f"),
+        _number(trial.tokens_per_second, ",.0f"),
+        "-" if trial.seconds_left is None else duration(trial.seconds_left),
+    ]
 
-    @staticmethod
-    def _tokens_a_step(row: Row) -> int:
-        return row.trial.training.batch * row.trial.training.context_length
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def make_console() -> Console:
     """A console for this terminal, or of fixed width where the output goes to a file or a job log."""
     console = Console(highlight=False, soft_wrap=False)
     return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

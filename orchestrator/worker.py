@@ -19,6 +19,7 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context
 
 from orchestrator import leases
+from orchestrator.cancel import Cancellation, cancelled_before_its_start
 from orchestrator.credentials import receive_token
 from orchestrator.early_stopping import EarlyStopping, Judge, Rungs
 from orchestrator.faults import classify
@@ -57,13 +58,13 @@ def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: t
             f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node "
             "sees, or an object store"
         )
-    judge = None
+    judge = cancellation = None
 
     def emit(event: str, **fields: Any) -> None:
         if first:
             writer.append(event, **fields)
-        if judge:
-            judge.event(event, fields)
+        for listener in filter(None, (judge, cancellation)):
+            listener.event(event, fields)
 
     notice = PreemptionNotice()
     asks = [notice.asked]
@@ -77,11 +78,16 @@ def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: t
             if rungs and record.state == "finished":
                 rungs.enter(trial, record)
             return
+        if _agree(first and cancelled_before_its_start(storage, folder), workers):
+            return
         if first:
             writer = stack.enter_context(folder.writer(lease))
         if rungs:
             judge = Judge(rungs, trial, TrialRecord.of(folder.journal))
             asks.append(judge.asked)
+        if first:
+            cancellation = stack.enter_context(Cancellation(storage, trial.fingerprint))
+            asks.append(cancellation.asked)
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             machine = describe_machine(device, workers, config["prices"])
@@ -107,6 +113,8 @@ def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: t
                 emit("stopped", **judge.verdict)
             elif notice.given:
                 emit("preempted", attempt=config["attempt"])
+            elif first:
+                emit("cancelled", step=cancellation.step, by=cancellation.request["by"])
         except (LeaseLost, StoreAway):
             # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
             raise

@@ -44,10 +44,10 @@ class Answer:
 
 
 def load_model(
-    name: str, device: str = "auto", say: Callable[[str], None] = lambda line: None
+    name: str, device: str = "auto", say: Callable[[str], None] = lambda line: None, checkpoint: str = "last"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to ask and its tokenizer: a trial's folder (its newest checkpoint), an exported folder (merged or
-    adapter), another one, a hub id, builtin:tiny.
+    """A model to ask and its tokenizer: a trial's folder, an exported one (merged or adapter), another one, a hub id,
+    builtin:tiny. ``checkpoint``, of a trial: last (the newest), best, or a step.
 
     Weights stay in the dtype they are saved in, a trial's are in its training's precision. ``auto`` takes every CUDA
     device there is (of a trial: one), else the CPU. ``say`` gets a line if a trial is not finished.
@@ -58,7 +58,9 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if (Path(name) / "trial.json").is_file():
-        return _load_trial(TrainedTrial.open(Path(name)), device, say)
+        return _load_trial(TrainedTrial.open(Path(name)), device, say, checkpoint)
+    if checkpoint != "last":
+        raise InputError(f"--checkpoint {checkpoint}: {name} is no trial's folder and has but one; leave the flag out")
     source = ModelSource.parse(name)
     tokenizer = source.tokenizer()
     options: dict[str, Any] = {"dtype": "auto", "device_map": _placement(device), "attn_implementation": "sdpa"}
@@ -78,11 +80,11 @@ def load_model(
 
 
 def _load_trial(
-    trial: TrainedTrial, device: str, say: Callable[[str], None]
+    trial: TrainedTrial, device: str, say: Callable[[str], None], checkpoint: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source, step, precision = trial.base(), trial.step(unfinished=True), trial.training.precision
+    source, step, precision = trial.base(), trial.step(unfinished=True, checkpoint=checkpoint), trial.training.precision
     if step < trial.training.steps:
-        say(f"this trial is not finished: step {step} of {trial.training.steps}")
+        say(trial.describe_step(step, checkpoint))
     placement = _placement(device)
     model = trial.build(source, step, Engine(torch.device("cuda" if placement == "auto" else placement), precision))
     make_stock(model)
@@ -233,6 +235,7 @@ def main(
     temperature: float = 0.0,
     truncate: bool = False,
     device: str = "auto",
+    checkpoint: str = "last",
 ) -> None:
     """Asks a model one question about one long document; the answer streams to stdout.
 
@@ -245,6 +248,7 @@ def main(
         temperature: Of sampling; 0 always takes the most likely token.
         truncate: Of a document that is longer than the model's reach, keep the beginning and the end.
         device: cpu, cuda, cuda:1, ...; auto takes every CUDA device there is, else the CPU.
+        checkpoint: Of a trial: last; best (the lowest perplexity at the trained length); or a step.
     """
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
@@ -256,7 +260,7 @@ def main(
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    loaded, tokenizer = load_model(model, device, say)
+    loaded, tokenizer = load_model(model, device, say, checkpoint)
     answer = ask(
         loaded,
         tokenizer,

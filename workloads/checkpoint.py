@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,16 @@ TEMPORARY = ".partial-"
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int = 2
+    root: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    *,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Writes checkpoint ``step`` under ``root`` and keeps the newest ``keep`` up to it.
-
-    Later ones are removed too: the run has come past them from an earlier one, since they were damaged.
+    """Writes checkpoint ``step`` under ``root`` and removes those that are not :func:`kept_steps`.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched and nothing partial stays.
@@ -64,10 +70,20 @@ def save_checkpoint(
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise OSError(f"checkpoint {final} of {size:,} bytes could not be written: {error}") from error
     steps = {int(folder.name.removeprefix("step-")): folder for folder in _folders(root)}
-    kept = sorted(s for s in steps if s <= step)[-keep:]
-    for old in steps.keys() - set(kept):
+    for old in steps.keys() - kept_steps(steps, step, keep_last=keep_last, keep_every=keep_every, best=best):
         _discard(steps[old])
     return final
+
+
+def kept_steps(
+    steps: Iterable[int], newest: int, *, keep_last: int = 2, keep_every: int | None = None, best: int | None = None
+) -> set[int]:
+    """Of the checkpoints of these steps those that stay once ``newest`` is written: the last so many, those of every
+    so-manieth step, and the best. Later ones do not: the run has come past them from an earlier one, since they were
+    damaged."""
+    past = sorted(step for step in steps if step <= newest)
+    kept = set(past[-keep_last:]) | {step for step in past if step == best}
+    return kept | {step for step in past if keep_every and step % keep_every == 0}
 
 
 def load_newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -79,7 +95,17 @@ def load_newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | 
 def load_checkpoint(root: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, state) of one that :func:`newest_step` has found whole; the tensors may lie in the file."""
     folder = _folder(root, step)
-    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+    return load_file(folder / TENSORS), read_state(root, step)
+
+
+def read_state(root: Path, step: int) -> dict[str, Any]:
+    """The state alone of one that :func:`newest_step` has found whole."""
+    return json.loads((_folder(root, step) / STATE).read_text())
+
+
+def whole_steps(root: Path) -> list[int]:
+    """The steps of all whole checkpoints, in increasing order."""
+    return [int(folder.name.removeprefix("step-")) for folder in _folders(root) if damage(folder) is None]
 
 
 def newest_step(root: Path) -> int | None:

@@ -187,6 +187,10 @@ class ExecutionConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         checkpoint_minutes: a checkpoint is also written when the last one is this old.
+        keep_last: so many of the newest checkpoints stay; with one there is none to fall back to if it is damaged.
+        keep_best: the checkpoint of the evaluation with the lowest perplexity at the trained length stays too; each
+            such evaluation is followed by a checkpoint.
+        keep_every: and the checkpoints of each so-manieth step, which are written whatever ``checkpoint_every`` is.
         eval_batch_tokens: about how many tokens one evaluation forward takes.
         attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
             fastest that can serve.
@@ -199,6 +203,9 @@ class ExecutionConfig:
     gradient_checkpointing: bool = False
     checkpoint_every: int = 100
     checkpoint_minutes: float = 10.0
+    keep_last: int = 2
+    keep_best: bool = False
+    keep_every: int | None = None
     eval_batch_tokens: int = 8192
     attention_backend: AttentionBackend = "auto"
     engine: EngineName = "auto"
@@ -210,6 +217,9 @@ class ExecutionConfig:
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
         if not self.checkpoint_minutes > 0:
             raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
+        for field in ("keep_last", "keep_every"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise InputError(f"{field} is {value}; expected at least 1")
         if self.offload and not self.engine.startswith("zero"):
             raise InputError(f"offload is on with the engine {self.engine!r}; choose zero2 or zero3, which can offload")
 

@@ -100,11 +100,12 @@ def export_trial(
     dtype: Precision = "bfloat16",
     base: str | None = None,
     unfinished: bool = False,
+    checkpoint: str = "last",
 ) -> Report:
     """Exports the trained trial in the folder ``trial`` to the folder ``out``, which is whole afterwards or absent.
 
     ``base`` says where the trial's base model is, if it is no longer where it was; ``unfinished`` takes the newest
-    checkpoint of a trial that has not reached its last step.
+    checkpoint of a trial that has not reached its last step; ``checkpoint`` is ``last``, ``best`` or a step.
 
     Raises:
         InputError: ``trial`` is no trial's folder or unfinished, its base is not there or another, its checkpoint is
@@ -119,7 +120,7 @@ def export_trial(
         raise InputError(f"{trial} {why} (method {method!r}), so it has no adapter; export it with --what merged")
     _refuse_what_is_there(out)
     source = trained.base(base)
-    step = trained.step(unfinished)
+    step = trained.step(unfinished, checkpoint)
     tokenizer = source.tokenizer()
     quantised = getattr(trained.training, "quantization", "none") != "none"
     # A base is quantised on a GPU only; all else is done on the CPU, whose memory is the larger.
@@ -360,6 +361,7 @@ def main(
     dtype: Precision = "bfloat16",
     base: str | None = None,
     unfinished: bool = False,
+    checkpoint: str = "last",
 ) -> None:
     """Exports a trained trial for stock transformers (merged) or stock PEFT (adapter), with tokenizer and model card.
 
@@ -370,9 +372,10 @@ def main(
         dtype: Of the saved weights.
         base: Where the base model is, if it is no longer where it was in training.
         unfinished: Take the newest checkpoint of a trial that has not reached its last step.
+        checkpoint: last; best (the evaluation with the lowest perplexity at the trained length); or a step.
     """
     quiet_transformers()
-    report = export_trial(trial, out, what=what, dtype=dtype, base=base, unfinished=unfinished)
+    report = export_trial(trial, out, what=what, dtype=dtype, base=base, unfinished=unfinished, checkpoint=checkpoint)
     print(f"{report.folder}: {report.what}, step {report.step}, {report}.")
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from workloads.adaptation import trainable_parameters
-from workloads.checkpoint import TENSORS, damage, newest_step
+from workloads.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
@@ -102,16 +102,49 @@ class TrainedTrial:
             return self.model
         return self.model_location or self.model
 
-    def step(self, unfinished: bool = False) -> int:
-        """The step whose weights are taken: the last, or with ``unfinished`` that of the newest whole checkpoint.
+    def step(self, unfinished: bool = False, checkpoint: str = "last") -> int:
+        """The step whose weights are taken.
+
+        Args:
+            unfinished: ``last`` and ``best`` are of what there is of a trial that has not reached its last step.
+            checkpoint: ``last``; ``best``, that of the evaluation with the lowest perplexity at the trained length; or
+                a step.
 
         Raises:
-            InputError: there is no whole checkpoint, or not one of the last step.
+            InputError: there is no such checkpoint, it is not whole, or for ``last`` and ``best`` the trial is
+                unfinished.
         """
-        steps = self.training.steps
-        if steps == 0:
+        if self.training.steps == 0:
             return 0
-        checkpoints = self.folder / "checkpoints"
+        if checkpoint == "last":
+            return self._last(unfinished)
+        if checkpoint == "best":
+            best = read_state(self._checkpoints, self._last(unfinished)).get("best")
+            if best is None:
+                raise InputError(f"{self.folder} does not say which of its checkpoints is the best; give a step")
+            return self._kept(best["step"], "its best evaluation was there, and --keep-best keeps it while it trains")
+        if not checkpoint.isdecimal():
+            raise InputError(f"checkpoint {checkpoint!r}: expected last, best, or a step such as 300")
+        return self._kept(int(checkpoint), "--keep-every of its sweep keeps some of them")
+
+    def describe_step(self, step: int, checkpoint: str) -> str:
+        """What is taken of a trial before its last step, in words."""
+        which = "this trial is not finished" if checkpoint == "last" else f"checkpoint {checkpoint}"
+        return f"{which}: step {step} of {self.training.steps}"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _kept(self, step: int, why: str) -> int:
+        kept = whole_steps(self._checkpoints)
+        if step not in kept:
+            found = ", ".join(map(str, kept)) or "none"
+            raise InputError(f"{self.folder} has no whole checkpoint of step {step} ({why}); there are: {found}")
+        return step
+
+    def _last(self, unfinished: bool) -> int:
+        steps, checkpoints = self.training.steps, self._checkpoints
         step = newest_step(checkpoints)
         damaged = "".join(
             f" ({folder.name} is damaged: {problem})"

@@ -130,6 +130,7 @@ class Trial:
     untuned: DocumentScores | None = None
     asked: Callable[[], Asked | None] = lambda: None
     step: int = 0
+    best: dict[str, float] | None = None  # step and perplexity of the best evaluation so far, at the trained length
 
     def __post_init__(self) -> None:
         self.original_length = original_context_length(self.model.config)
@@ -151,7 +152,7 @@ class Trial:
             last = self.step == self.config.steps
             if last or self.step % self.config.eval_every == 0:
                 self.evaluate(at_original_length=last)
-            saved = last or self.step % self.execution.checkpoint_every == 0
+            saved = last or self.is_checkpoint_step()
             if saved:
                 self.save()
             asked = None if last else self.what_is_asked()
@@ -160,6 +161,12 @@ class Trial:
             if asked == "stop":
                 return False
         return True
+
+    def is_checkpoint_step(self) -> bool:
+        execution = self.execution
+        periods = [execution.checkpoint_every, *([execution.keep_every] if execution.keep_every else [])]
+        is_best = execution.keep_best and self.best is not None and self.best["step"] == self.step
+        return is_best or any(self.step % period == 0 for period in periods)
 
     def what_is_asked(self) -> Asked | None:
         """What worker 0 is asked, or by its clock has to do, for all."""
@@ -258,6 +265,8 @@ class Trial:
             else:
                 documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
                 scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
+            if length == self.config.context_length:
+                self.note_best(scores.perplexity)
             self.emit(
                 "eval",
                 step=self.step,
@@ -267,6 +276,12 @@ class Trial:
                 nll=scores.nll.tolist(),
                 num_tokens=scores.tokens.tolist(),
             )
+
+    def note_best(self, perplexity: float) -> None:
+        """Of what has trained: step 0 has no checkpoint. Every worker has scored the same, so that all save or none."""
+        so_far = self.best["perplexity"] if self.best else math.inf
+        if self.step and perplexity < so_far:
+            self.best = {"step": self.step, "perplexity": perplexity}
 
     def can_evaluate(self, length: int) -> bool:
         if self.config.task == "sft":
@@ -288,7 +303,15 @@ class Trial:
         failure = None
         if self.engine.rank == 0:
             try:
-                save_checkpoint(self.checkpoints, self.step, tensors, {"training": self.config.not_at_default()})
+                save_checkpoint(
+                    self.checkpoints,
+                    self.step,
+                    tensors,
+                    {"training": self.config.not_at_default(), "best": self.best},
+                    keep_last=self.execution.keep_last,
+                    keep_every=self.execution.keep_every,
+                    best=self.best["step"] if self.best and self.execution.keep_best else None,
+                )
             except OSError as error:
                 failure = error
         if self.engine.any(failure is not None):
@@ -310,6 +333,7 @@ class Trial:
             return self.engine.prepare(self.model, self.optimizer, self.config.max_grad_norm)
         tensors, state = load_checkpoint(self.checkpoints, self.step)
         self.refuse_another_trials(tensors, state)
+        self.best = state.get("best")  # checkpoints of earlier versions do not tell it
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model/{name}"])

@@ -284,7 +284,7 @@ def _describe(
         "label": outcome.trial.label,
         "method": training.method,
         "fingerprint": outcome.trial.fingerprint,
-        "state": record.state if record.state in ("finished", "failed", "stopped") else "unfinished",
+        "state": record.state if record.state in ("finished", "failed", "stopped", "cancelled") else "unfinished",
         "reason": record.reason,
         "last_step": record.last_step,
         "log": outcome.log,

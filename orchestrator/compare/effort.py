@@ -42,6 +42,22 @@ def dollars_by_step(record: TrialRecord) -> dict[int, float] | None:
     return _add_up(record, lambda attempt: _devices(attempt) * attempt["usd_per_device_hour"])
 
 
+def held(record: TrialRecord, sweep: str | None = None) -> tuple[float, float | None]:
+    """(hours, USD) for which the trial's devices were held, from each attempt's start to its last line: what is paid
+    for, with evaluation, saving and what a crash has lost. USD is None where an attempt had no price.
+
+    With ``sweep``, of the attempts that this sweep has made.
+    """
+    hours, usd = 0.0, 0.0
+    for attempt, heard in zip(record.attempts, record.attempts_heard):
+        if sweep is None or attempt.get("sweep", sweep) == sweep:
+            taken = _devices(attempt) * (heard - attempt["time"]) / 3600
+            price = attempt.get("usd_per_device_hour")
+            hours += taken
+            usd = None if usd is None or price is None else usd + taken * price
+    return hours, usd
+
+
 def _add_up(record: TrialRecord, an_hour: Callable[[dict[str, Any]], float]) -> dict[int, float]:
     began = [attempt["time"] for attempt in record.attempts]
     total, by_step = 0.0, {}

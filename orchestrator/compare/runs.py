@@ -108,9 +108,8 @@ def _has_mlflow_run(folder: TrialFolder, run_id: str) -> bool:
 
 def _read(folder: TrialFolder) -> Run:
     values = read_json(folder.path / "trial.json")
-    fields = {field.name for field in dataclasses.fields(TrialSpec)}
     try:
-        trial = TrialSpec.from_dict({name: value for name, value in values.items() if name in fields})
+        trial = TrialSpec.from_dict(values)
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{folder.path / 'trial.json'} is no trial of this version of longspan ({error})") from error
     return Run(trial, TrialRecord.of(folder.journal), folder.path)

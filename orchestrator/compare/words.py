@@ -105,6 +105,12 @@ def of_context(
             sentences.append(
                 f"{trial['label']} was stopped early at step {trial['last_step']}{why} and does not compete."
             )
+        elif trial["state"] == "cancelled":
+            why = f" {trial['reason']}" if trial["reason"] else ""
+            sentences.append(
+                f"{trial['label']} was cancelled{why} at step {trial['last_step']} and is unfinished; the same command "
+                "goes on with it."
+            )
         elif trial["state"] == "unfinished":
             sentences.append(f"{trial['label']} is unfinished; the same command goes on with it.")
     return sentences

@@ -9,7 +9,16 @@ import textwrap
 import pytest
 import torch
 
-from workloads.checkpoint import MANIFEST, STATE, TENSORS, damage, load_newest, newest_step, save_checkpoint
+from workloads.checkpoint import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    damage,
+    load_newest,
+    newest_step,
+    save_checkpoint,
+    whole_steps,
+)
 
 
 def tensors(value):
@@ -121,3 +130,17 @@ def test_a_full_disk_names_path_and_bytes_and_leaves_the_checkpoint_before(two_c
     assert "refused" in done.stderr and "step-00000030" in done.stderr and "400,000 bytes" in done.stderr
     assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000010", "step-00000020"]
     assert newest_step(two_checkpoints) == 20
+
+
+def test_the_rule_keeps_the_last_the_best_and_every_so_manieth(tmp_path):
+    def save(step, **rule):
+        save_checkpoint(tmp_path, step, tensors(step), {}, **rule)
+        return [int(path.name.removeprefix("step-")) for path in sorted(tmp_path.iterdir())]
+
+    for step in (10, 20, 30, 40):
+        save(step, keep_last=3, keep_every=20, best=10)
+    assert whole_steps(tmp_path) == [10, 20, 30, 40]
+    assert save(50, keep_last=1, keep_every=20, best=10) == [10, 20, 40, 50]
+    # A run that came back to step 25 has come past what it had made after it, every and best or not.
+    assert save(25, keep_last=1, keep_every=20, best=40) == [20, 25]
+    assert save(30) == [25, 30]

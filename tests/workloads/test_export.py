@@ -93,7 +93,7 @@ def train(corpus, tmp_path_factory):
                 group_size=None if method == "untuned" else 16,
                 positions=positions,
                 precision=precision,
-                eval_every=3,
+                eval_every=2,
                 eval_documents=2,
                 eval_span=CONTEXT,
                 **trains,
@@ -273,7 +273,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(train, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
     assert card.data.datasets == "org/digits" and card.data.base_model is None  # a folder is nothing to link to
-    events = TrainedTrial.open(trained.folder).evaluations()
+    events = [event for event in TrainedTrial.open(trained.folder).evaluations() if event["step"] != 2]
     assert [(e["context_length"], e["step"]) for e in events] == [(ORIGINAL, 3), (CONTEXT, 0), (CONTEXT, 3)]
     for event in events:
         assert f"| {event['context_length']} | {event['step']} | {event['perplexity']:.3f} |" in card.text
@@ -446,6 +446,22 @@ def test_an_unfinished_trial_offers_its_last_checkpoint(trial, tmp_path):
         export_trial(trial, tmp_path / "out")
     assert export_trial(trial, tmp_path / "out", unfinished=True).step == 2
     assert "| Steps | 2 of 3 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_best_checkpoint_or_any_that_is_kept_can_be_taken(trial, train, tmp_path):
+    state = trial / "checkpoints" / "step-00000003" / "state.json"
+    best = json.loads(state.read_text())["best"]["step"]
+    events = TrainedTrial.open(trial).evaluations()
+    evaluated = {e["step"]: e["perplexity"] for e in events if e["step"] and e["context_length"] == CONTEXT}
+    assert best == min(evaluated, key=evaluated.get)
+    assert export_trial(trial, tmp_path / "best", checkpoint="best").step == best
+    assert export_trial(trial, tmp_path / "two", checkpoint="2").step == 2
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "two"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(InputError, match=r"no whole checkpoint of step 1 .*there are: 2, 3"):
+        export_trial(trial, tmp_path / "out", checkpoint="1")
+    with pytest.raises(InputError, match=r"'newest': expected last, best, or a step"):
+        export_trial(trial, tmp_path / "out", checkpoint="newest")
 
 
 def test_a_truncated_checkpoint_is_named(trial, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from workloads.attention import AttentionPattern, dense_mask, document_ids
-from workloads.checkpoint import load_newest
+from workloads.checkpoint import load_newest, whole_steps
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
 from workloads.engine import Engine
@@ -153,6 +153,25 @@ def test_a_checkpoint_is_also_written_when_the_last_one_is_old(corpus, tmp_path)
     always = ExecutionConfig(checkpoint_every=3, checkpoint_minutes=1e-9)
     events = train(trial, corpus, tmp_path, always)
     assert [event["step"] for event in events if event["event"] == "saved"] == [1, 2, 3, 4]
+
+
+def test_the_best_checkpoint_is_saved_where_it_was_found_and_kept_over_a_restart(corpus, tmp_path):
+    """With this rate the perplexity rises: the best is the first."""
+    small = dict(context_length=256, group_size=64, eval_span=256, eval_every=1, learning_rate=1e-2)
+    trial = config("full", steps=6, warmup_steps=4, **small)
+    keep = ExecutionConfig(checkpoint_every=100, keep_last=1, keep_best=True, keep_every=4)
+    answers = iter([None] * 4 + ["stop"])
+    first = train(trial, corpus, tmp_path, keep, asked=lambda: next(answers))
+    second = train(trial, corpus, tmp_path, keep)
+    scores = {step: perplexity for _, step, perplexity in perplexities(first + second) if step}
+    best = min(scores, key=scores.get)
+    assert best < 4, "the best lies before the restart"
+    assert whole_steps(tmp_path) == [best, 4, 6]
+    # A checkpoint at each evaluation that was the best so far, at every fourth step, where it stopped, and at the end.
+    so_far = [step for step in scores if all(scores[step] < scores[other] for other in range(1, step))]
+    assert [e["step"] for e in first + second if e["event"] == "saved"] == sorted({*so_far, 4, 5, 6})
+    # The next attempt goes on from the newest, never from the best.
+    assert [event["step"] for event in second if event["event"] == "resume"] == [5]
 
 
 def test_checkpoints_of_another_trial_are_refused_and_left_alone(corpus, tmp_path):

@@ -19,13 +19,16 @@ class Options:
     """One model and what it is asked."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """builtin:tiny, a folder (model, exported adapter, or trial: its newest checkpoint), or a Hugging Face id."""
+    """builtin:tiny, a folder (model, exported adapter, or trial), or a Hugging Face id."""
     tasks: tyro.conf.Positional[tuple[Task, ...]] = ("perplexity",)
     """What to evaluate: perplexity, passkey, topics; one or several."""
     lengths: tuple[int, ...] = ()
     """In tokens; by default the model's own. A shorter original context length is added, to show a loss there."""
     positions: Positions = "none"
     """How positions reach the longest length: none (as the model is), linear, yarn. What was trained has its own."""
+
+    checkpoint: str = "last"
+    """Of a trial: last; best (the lowest perplexity at the trained length); or a step."""
 
     data: str = "builtin:stdlib"
     """perplexity: builtin:stdlib, a file or folder of .txt, .md, .tex, .jsonl or .parquet, or a Hugging Face id."""

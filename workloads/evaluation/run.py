@@ -105,15 +105,18 @@ def load_subject(options: Options, console: Console) -> Subject:
         if options.positions != "none":
             raise InputError(f"--positions {options.positions}: a trial has its own positions; leave the flag out")
         trial = TrainedTrial.open(path)
-        source, step, training = trial.base(), trial.step(unfinished=True), trial.training
+        step = trial.step(unfinished=True, checkpoint=options.checkpoint)
+        source, training = trial.base(), trial.training
         model = trial.build(source, step, engine)
         positions = training.positions
         about |= {"label": f"{Path(source.name).name}, {trial.label}", "base": source.name}
         about |= {"method": training.method, "step": step, "steps": training.steps}
         longest = max(options.lengths, default=training.context_length)
         if step < training.steps:
-            console.print(f"note: this trial is not finished: step {step} of {training.steps}")
+            console.print(f"note: {trial.describe_step(step, options.checkpoint)}")
     else:
+        if options.checkpoint != "last":
+            raise InputError(f"--checkpoint {options.checkpoint}: {options.model} is no trial's folder; leave it out")
         source = ModelSource.parse(options.model)
         longest = max(options.lengths, default=reach(source.config()))
         positions = _positions(source.config(), longest, options, console)
