@@ -78,9 +78,12 @@ class Estimator:
         )
         self.start_up = START_UP_SECONDS
         self.timed: list[tuple[TrialSpec, TrialRecord]] = []
+        self.untuned: set[str] = set()  # fingerprints: what these score is step 0 of the trials that start from them
 
     def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
         """Takes in what trials of the same model on the same kind of device have measured."""
+        known = list(known)
+        self.untuned = {trial.fingerprint for trial, _ in known if trial.training.method == "untuned"}
         known = [(trial, record) for trial, record in known if self._same_hardware(record)]
         self.timed = [(trial, record) for trial, record in known if record.tokens_per_second and trial.training.steps]
         if starts := [record.start_up_seconds for _, record in known if record.start_up_seconds]:
@@ -132,6 +135,7 @@ class Estimator:
                 seconds = self.start_up + trial_seconds(
                     self.shape, training, execution, workers, device,
                     original_length=self.original_length, from_step=record.saved_step if record else 0,
+                    step_0_known=self._step_0_known(trial),
                 )  # fmt: skip
             if self.price:
                 usd = seconds * workers / 3600 * self.price.usd_per_gpu_hour
@@ -147,6 +151,10 @@ class Estimator:
             changes=changes,
             refusal=refusal,
         )
+
+    def _step_0_known(self, trial: TrialSpec) -> bool:
+        training = trial.training
+        return bool(training.steps) and training.quantization == "none" and trial.untuned().fingerprint in self.untuned
 
     def _timed_device(self, trial: TrialSpec) -> Device:
         """The device, as fast as the timed trial that is most like this one was on it."""
