@@ -64,6 +64,7 @@ class Cluster:
 
     nodes: tuple[Node, ...]
     instance: str | None = None  # the type of its machines, where that is known
+    own: bool = True  # started by this process, whose environment its workers have
 
     @property
     def cpus(self) -> float:
@@ -102,7 +103,11 @@ class Cluster:
 
     def slots(self, options: RunOptions) -> int:
         """How many workers fit at once."""
-        return sum(self._slots_of(node, options) for node in self.nodes)
+        return sum(self.slots_by_node(options))
+
+    def slots_by_node(self, options: RunOptions) -> tuple[int, ...]:
+        """How many workers fit on each machine."""
+        return tuple(self._slots_of(node, options) for node in self.nodes)
 
     def most_workers(self, options: RunOptions) -> int:
         """How many workers of one trial fit on one machine: beyond it they talk over a network that is not planned
@@ -204,7 +209,14 @@ def join_or_start(options: RunOptions) -> Cluster:
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
                 "out --address and unset RAY_ADDRESS to run on this machine"
             ) from error
-    return Cluster(_nodes())
+    if options.cluster is None:
+        return Cluster(_nodes(), own=local)
+    if local:
+        raise InputError(
+            f"--cluster {options.cluster}: this sweep would run on this machine; join that cluster with --address, or "
+            "plan for it with python -m orchestrator.plan"
+        )
+    return dataclasses.replace(Cluster.named(options.cluster), own=False)
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -6,7 +6,6 @@ their FLOPs, and the stated efficiency of the device where there is none. Prices
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import statistics
 from collections.abc import Iterable, Mapping
@@ -43,6 +42,7 @@ class Estimate:
     that no instance type of clusters/prices.py has no price."""
 
     workers: int
+    devices: float  # of all its workers together: GPUs, or threads of CPUs
     execution: ExecutionConfig
     memory: Memory
     has: int  # bytes of the device for each worker
@@ -55,8 +55,8 @@ class Estimate:
 
     @property
     def hours(self) -> float | None:
-        """Hours of all its workers' devices together: GPU hours where there are GPUs."""
-        return None if self.seconds is None else self.workers * self.seconds / 3600
+        """Hours of all its devices together: GPU hours where there are GPUs, else CPU hours."""
+        return None if self.seconds is None else self.devices * self.seconds / 3600
 
 
 class Estimator:
@@ -73,9 +73,7 @@ class Estimator:
         self.shape, self.original_length = shape, original_length
         self.cluster, self.options = cluster, options
         self.device = cluster.device(options)
-        self.price: Price | None = (
-            price_per_gpu_hour(cluster.instance or self.device.name, prices) if cluster.gpus else None
-        )
+        self.price: Price | None = price_per_gpu_hour(cluster.instance or self.device.name, prices)
         self.start_up = START_UP_SECONDS
         self.timed: list[tuple[TrialSpec, TrialRecord]] = []
         self.untuned: set[str] = set()  # fingerprints: what these score is step 0 of the trials that start from them
@@ -125,6 +123,9 @@ class Estimator:
     ) -> Estimate:
         training = trial.training
         device = self._timed_device(trial)
+        devices = workers * (
+            self.options.gpus_per_worker if self.cluster.gpus else max(1, int(self.options.cpus_per_worker))
+        )
         seconds = tokens_per_second = usd = None
         if device.bfloat16:
             if training.steps:
@@ -138,9 +139,10 @@ class Estimator:
                     step_0_known=self._step_0_known(trial),
                 )  # fmt: skip
             if self.price:
-                usd = seconds * workers / 3600 * self.price.usd_per_gpu_hour
+                usd = seconds * devices / 3600 * self.price.usd_per_gpu_hour
         return Estimate(
             workers=workers,
+            devices=devices,
             execution=execution,
             memory=needs,
             has=self.device.memory,
@@ -206,8 +208,3 @@ def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | 
 
 def _and(words: tuple[str, ...]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def with_changes(options: RunOptions, estimate: Estimate) -> RunOptions:
-    """The options as the estimate has them: what a trial that --fit has changed runs with."""
-    return dataclasses.replace(options, workers=estimate.workers, **dataclasses.asdict(estimate.execution))

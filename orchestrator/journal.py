@@ -24,22 +24,42 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from workloads.evaluation.bootstrap import DocumentScores
+
+if TYPE_CHECKING:
+    from orchestrator.segments import SegmentedJournal
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 State = Literal["waiting", "starting", "running", "finished", "stopped", "failed"]
 
 
+def as_line(event: str, fields: dict[str, Any]) -> str:
+    return json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+
+
+def parse(content: bytes) -> list[dict[str, Any]]:
+    """The events of whole lines."""
+    events = []
+    for line in content.splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue  # cut off by a process that died
+    return events
+
+
 class Journal:
+    """A journal in a local file. ``orchestrator.segments`` has the same in an object store."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, event: str, **fields: Any) -> None:
         """Adds a line and has it on disk before returning, since what follows may kill the process."""
-        line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+        line = as_line(event, fields)
         try:
             self._write(line)
         except OSError as error:
@@ -70,13 +90,14 @@ class Journal:
         except FileNotFoundError:
             return [], offset
         end = content.rfind(b"\n") + 1
-        events = []
-        for line in content[:end].splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue  # cut off by a process that died
-        return events, offset + end
+        return parse(content[:end]), offset + end
+
+    def poll(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """As ``read``, for those who follow: may come a little later, and never waits."""
+        return self.read(offset)
+
+    def exists(self) -> bool:
+        return self.path.exists()
 
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
@@ -88,7 +109,7 @@ class Journal:
 class TrialRecord:
     """What a journal says of its trial so far; ``follow`` reads what has been added."""
 
-    journal: Journal
+    journal: Journal | SegmentedJournal
     state: State = "waiting"
     reason: str | None = None
     failure_kind: str = "error"
@@ -108,14 +129,18 @@ class TrialRecord:
     offset: int = 0
 
     @classmethod
-    def of(cls, journal: Journal) -> TrialRecord:
+    def of(cls, journal: Journal | SegmentedJournal) -> TrialRecord:
+        """All that a journal says by now."""
         record = cls(journal)
-        record.follow()
+        record._take_all(journal.read())
         return record
 
     def follow(self) -> list[dict[str, Any]]:
         """Takes in the lines added since the last call, and returns them."""
-        events, self.offset = self.journal.read(self.offset)
+        return self._take_all(self.journal.poll(self.offset))
+
+    def _take_all(self, read: tuple[list[dict[str, Any]], int]) -> list[dict[str, Any]]:
+        events, self.offset = read
         for event in events:
             self._take(event)
         return events
@@ -149,12 +174,12 @@ class TrialRecord:
                 # Of several workers' errors in one attempt the first is the cause.
                 self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
                 self.failure_kind = event.get("kind", "error")
+                self.ended = event["time"]
             case "retry":
                 self.state = "starting"
                 self.remedies.append(f"{event['kind'].replace('_', ' ')}: {event['remedy']}")
             case "preempted":
                 self.state, self.preempted_attempt = "starting", event["attempt"]
-                self.ended = event["time"]
 
     def curve(self, context_length: int) -> list[dict[str, Any]]:
         """The evaluations at a length, by step."""

@@ -1,6 +1,6 @@
 """What a sweep would do with each of its trials, and why, and what that takes: before anything is trained.
 
-``python -m orchestrator.plan [RECIPE] [flags] [--cluster NAME]`` prints it and starts nothing; ``--cluster`` plans for
+``python -m orchestrator.plan [RECIPE] [flags]`` prints it and starts nothing; ``--cluster`` plans for
 one of the files in ``clusters/`` instead of for this machine (or the Ray cluster at ``--address``), without touching
 it.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import Cluster, join_or_start
 from orchestrator.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.journal import TrialRecord
 from orchestrator.spec import RunOptions, TrialSpec
@@ -208,17 +208,17 @@ def duration(seconds: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from orchestrator.cli import parse_plan
+    from orchestrator.cli import parse
     from orchestrator.sweep import EXIT_FAILED_TRIALS, EXIT_USER_ERROR, Sweep
     from orchestrator.view import make_console
 
     console = make_console()
     try:
-        name, spec, options, cluster = parse_plan(sys.argv[1:] if arguments is None else arguments)
+        name, spec, options = parse(sys.argv[1:] if arguments is None else arguments, plan=True)
         sweep = Sweep(name, spec, options, console)
         sweep.check()
         sweep.identify()
-        sweep.cluster = _cluster(cluster, options)
+        sweep.cluster = _cluster(options)
         sweep.plan_trials()
         sweep.say_plan()
         sweep.refuse()
@@ -228,14 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
     return EXIT_FAILED_TRIALS if any(p.action == "cannot" for p in sweep.planned) else 0
 
 
-def _cluster(name: str | None, options: RunOptions) -> Cluster:
+def _cluster(options: RunOptions) -> Cluster:
     """The cluster to plan for: a named one, the one at an address, or this machine."""
-    if name is not None:
-        return Cluster.named(name)
+    if options.cluster is not None:
+        return Cluster.named(options.cluster)
     if options.address in (None, "local"):
         return Cluster.this_machine()
-    from orchestrator.cluster import join_or_start
-
     return join_or_start(options)
 
 

@@ -1,31 +1,34 @@
-"""What Tune starts next: one drive after the other, made only when there is room for it."""
+"""What Tune starts next: the drives of a :class:`orchestrator.scheduling.DriveQueue`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from orchestrator.scheduling import DriveQueue
 
-class DriveQueue(Searcher):
-    """Hands Tune the configurations of an iterator, which may go on by what has finished until then.
+
+class TuneQueue(Searcher):
+    """Hands Tune one drive after the other, each when there is room for it.
 
     Tune pickles what it is given and would save its state. There is none: what has begun is told by the journals.
     """
 
-    def __init__(self, drives: Iterator[dict[str, Any]]) -> None:
+    def __init__(self, queue: DriveQueue) -> None:
         super().__init__()
-        self.drives = drives
+        self.queue = queue
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "drives": iter(())}
+        return {**self.__dict__, "queue": None}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        return next(self.drives, Searcher.FINISHED)
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if drive := self.queue.next(trial_id):
+            return drive.config
+        return Searcher.FINISHED if self.queue.all_have_begun else None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        pass
+        self.queue.end(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         pass

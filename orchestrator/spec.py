@@ -366,8 +366,9 @@ class TrialSpec:
 class RunOptions:
     """Where and how a sweep runs; nothing here changes its result."""
 
-    storage: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "./runs"
-    """Storage root: trials, prepared data, reports and (by default) MLflow's store. Every node must see it."""
+    storage: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")] = "./runs"
+    """Storage root: trials, prepared data, reports and (by default) MLflow's store. A folder that every node sees, or
+    an object store such as s3://bucket/prefix."""
     name: str | None = None
     """Name of the sweep: its folder, and its run in MLflow. By default the recipe's, with a hash if fields differ."""
     tracking_uri: str | None = None
@@ -377,6 +378,9 @@ class RunOptions:
     address: str | None = None
     """Ray cluster to join (auto, or host:port); by default the one of a submitted job or RAY_ADDRESS, else a new one
     on this machine."""
+    cluster: str | None = None
+    """Plan for the machines of a file in clusters/, such as aws-p4d, at its full size. A sweep waits for those that its
+    cluster does not have yet: its autoscaler is asked for them."""
     workers: int = 1
     """Ray Train workers of each trial, one GPU each where there are GPUs; the batch must divide by it."""
     cpus_per_worker: float = 1

@@ -13,6 +13,7 @@ import datetime
 import importlib.util
 import itertools
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
 from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.credentials import share_token
 from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
@@ -45,6 +47,7 @@ from orchestrator.plan import (
     totals_line,
 )
 from orchestrator.provenance import Provenance, own_prices
+from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.storage import Storage, write_json
@@ -187,6 +190,8 @@ class Sweep:
                 f"--engine {self.options.engine} needs DeepSpeed, which is not installed; install it with pip install "
                 "'longspan[deepspeed]', or choose --engine ddp"
             )
+        if self.options.cluster is not None:
+            Cluster.named(self.options.cluster)
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
@@ -232,9 +237,15 @@ class Sweep:
         self.doing = f"reading and tokenising {self.spec.data}"
         tokenizer, identity = self.source.tokenizer, self.identities.tokenizer
         if self.spec.task == "sft":
-            self.packed = prepare_examples(self.corpus, tokenizer, identity, self.storage.data)
+            self.packed = prepare_examples(
+                self.corpus, tokenizer, identity, self.storage.data, fetch=self.storage.fetch_data
+            )
         else:
-            self.packed = prepare(self.corpus, tokenizer, identity, self.storage.data, on_progress=self.has_tokenised)
+            self.packed = prepare(
+                self.corpus, tokenizer, identity, self.storage.data,
+                on_progress=self.has_tokenised, fetch=self.storage.fetch_data,
+            )  # fmt: skip
+        self.storage.push_data(self.packed.folder)
 
     def has_tokenised(self, documents: int) -> None:
         self.doing = f"tokenising {self.spec.data}: {documents:,} documents so far"
@@ -249,6 +260,7 @@ class Sweep:
         self.trials = self.spec.trials(self.identities, precision)
         self.concurrency = self.cluster.concurrency(self.options)
         self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
+        self.storage.read_ahead([trial.fingerprint for trial in self.trials])
         self.planned = self.plan(self.trials)
 
     def make_trials(self) -> None:
@@ -289,6 +301,7 @@ class Sweep:
     def list_trials(self) -> None:
         write_json(self.folder / "sweep.json", {"name": self.name, "trials": [t.fingerprint for t in self.trials]})
         write_json(self.folder / "plan.json", as_json(self.planned, self.totals()))
+        self.storage.push(self.folder)
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -325,12 +338,10 @@ class Sweep:
             print_line(f"  ({self.estimator.source}; {self.describe_price()})", markup=False)
 
     def describe_price(self) -> str:
-        if not self.cluster.gpus:
-            return "no price is known of this machine's hours"
-        price = self.estimator.price
+        price, unit = self.estimator.price, "GPU" if self.cluster.gpus else "CPU"
         if price is None:
-            return f"no price is known of {self.estimator.device.name}; give --price-per-hour"
-        return f"{price.usd_per_gpu_hour:.2f} USD a GPU hour: {price.source}"
+            return f"no price is known of {self.estimator.device.name}s here: --price-per-hour"
+        return f"{price.usd_per_gpu_hour:.2f} USD a {unit} hour: {price.source}"
 
     def say_notes(self) -> None:
         """What a user should know before it starts, although nothing of it is wrong."""
@@ -342,16 +353,22 @@ class Sweep:
                 f"note: --early-stopping {self.options.early_stopping} judges nothing: no evaluation lies between the "
                 "first rung and the last step; lower --first-rung or --eval-every"
             )
+        if self.storage.store and self.tracker.uri.startswith("sqlite:"):
+            self.console.print(
+                f"note: MLflow's store lies on this machine, in {self.storage.mlflow}, as no database lies in an "
+                "object store; --tracking-uri names a server instead",
+                soft_wrap=True,
+            )
 
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
         to_train = [p.trial for p in self.planned if p.trains]
         # The largest first, so that none is left to run alone at the end.
-        to_train.sort(key=lambda t: t.training.steps * t.training.batch * t.training.context_length, reverse=True)
+        to_train.sort(key=lambda trial: (self.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
         rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
-        view = LiveView(rows, self.concurrency, self.console)
-        view.note = lambda: tracking.trouble
+        view = LiveView(self.name, rows, self.concurrency, self.console)
+        view.note = lambda: tracking.trouble or (self.storage.store and self.storage.store.trouble)
         view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
         tracking.start()
         try:
@@ -366,7 +383,14 @@ class Sweep:
         if tracking.trouble:
             self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
 
-    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[list[TrialSpec]]:
+    def work(self, trial: TrialSpec) -> float:
+        """How much of it there is, in whatever is known of all trials."""
+        estimates = self.estimates
+        if all(estimate.seconds is not None for estimate in estimates.values()):
+            return estimates[trial.fingerprint].hours
+        return trial.training.steps * trial.training.batch * trial.training.context_length
+
+    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[Drive]:
         """What one drive after the other trains: first what there is, then what a search suggests while it goes on."""
         for planned in self.planned:
             self.enter_at_rungs(planned)
@@ -375,30 +399,38 @@ class Sweep:
         # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
         if untuned:
-            yield untuned
-        yield from ([trial] for trial in trials if trial not in untuned)
+            yield self.drive(untuned)
+        for trial in trials:
+            if trial not in untuned:
+                yield self.drive([trial])
         while planned := self.next_of_search():
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
                 self.add_trial(planned.trial)
-                yield [planned.trial]
+                yield self.drive([planned.trial], suggested=True)
 
     def add_trial(self, trial: TrialSpec) -> None:
         folder = self.storage.add_trial(trial, self.source.location)
-        self.provenance.keep_diff(folder.path)
+        if diff := self.provenance.keep_diff(folder.path):
+            self.storage.push(diff)
+
+    def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
+        each = [self.estimates[trial.fingerprint] for trial in trials]
+        seconds = sum(math.inf if estimate.seconds is None else estimate.seconds for estimate in each)
+        return Drive(self.run_config(trials), max(estimate.workers for estimate in each), seconds, suggested)
 
     def enter_at_rungs(self, planned: Planned) -> None:
         """Those that have finished before count at the rungs of early stopping too."""
         if self.rungs and planned.action == "known":
             self.rungs.enter(planned.trial, planned.record)
 
-    def tune(self, drives: Iterator[list[TrialSpec]]) -> None:
+    def tune(self, drives: Iterator[Drive]) -> None:
         """Runs drives with Tune, as many at a time as there is room for."""
         from ray import tune
         from ray.tune.progress_reporter import TrialProgressCallback
 
-        from orchestrator.queue import DriveQueue
+        from orchestrator.queue import TuneQueue
 
         class Silent(TrialProgressCallback):
             """Tune's own prints a line of a trial without any result, whatever its verbosity."""
@@ -411,9 +443,9 @@ class Sweep:
             # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
             tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
             tune_config=tune.TuneConfig(
-                search_alg=DriveQueue(self.run_config(drive) for drive in drives),
+                search_alg=TuneQueue(DriveQueue(drives, self.cluster.slots_by_node(self.options))),
                 num_samples=-1,  # until the drives end
-                max_concurrent_trials=self.concurrency,
+                max_concurrent_trials=self.options.max_concurrent or self.cluster.slots(self.options),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -425,9 +457,11 @@ class Sweep:
                 verbose=0,
             ),
         )
+        keeper = None if self.cluster.own else share_token()
         try:
             tuner.fit()
         finally:
+            del keeper
             shutil.rmtree(self.storage.ray_train / name, ignore_errors=True)
 
     def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
@@ -435,28 +469,21 @@ class Sweep:
         options = self.options
         estimate = self.estimates[trials[0].fingerprint]
         return {
-            "trials": [
-                {
-                    "trial": trial.to_dict(),
-                    "folder": str(self.storage.trial(trial.fingerprint).path),
-                    "untuned": str(self.storage.trial(trial.untuned().fingerprint).path),
-                }
-                for trial in trials
-            ],
+            "trials": [trial.to_dict() for trial in trials],
+            "sweep": self.name,
+            "storage": self.storage.location,
             "model_location": self.source.location,
             "model_revision": self.source.revision,
-            "corpus": str(self.packed.folder),
+            "drive": uuid.uuid4().hex,  # who trains them, whatever becomes of its processes
+            "corpus": self.packed.folder.name,
             "execution": dataclasses.asdict(estimate.execution),
             "resources": {"workers": estimate.workers, **self.cluster.worker_resources(options)},
             "threads": options.cpus_per_worker,
-            "ray_storage": str(self.storage.ray_train),
             "provenance": self.provenance.of_attempt(),
             "prices": self.prices,
             "max_failures": options.max_failures,
             "max_preemptions": options.max_preemptions,
             "hang_timeout": options.hang_timeout,
-            "sweep": self.name,
-            "storage": str(self.storage.root),
             "early_stopping": dataclasses.asdict(self.rungs.settings) if self.rungs else None,
         }
 
@@ -467,7 +494,7 @@ class Sweep:
 
         folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
         outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), _shown(folder.log))
+            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or _shown(folder.log))
             for trial, folder in zip(self.trials, folders)
         ]
         self.follow_in_mlflow()
@@ -476,6 +503,7 @@ class Sweep:
             write_json(self.folder / "comparison.json", comparison)
             report = render(comparison, self.folder / "report")
             diff = self.provenance.keep_diff(self.folder)
+            self.storage.push(self.folder)
             kept = [self.folder / "comparison.json", self.folder / "spec.json", *([diff] if diff else [])]
             self.log_to_mlflow(comparison, [*report, *kept])
         except OSError as error:
@@ -568,7 +596,7 @@ class Sweep:
             "git_diff": self.provenance.diff_name,
             "wall_seconds": time.time() - self.began,
             "peak_memory_gib": max(peaks, default=None),
-            "storage": str(self.storage.root),
+            "storage": self.storage.location,
             "mlflow_command": self.mlflow_command(str(self.storage.root)),
             "contexts": contexts,
         }
@@ -613,8 +641,10 @@ class Sweep:
         return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
 
     def export_command(self, fingerprint: str) -> str:
-        folder = _shown(self.storage.trial(fingerprint).path)
-        return f"{_shown(Path(sys.executable))} -m workloads.export {folder} DIR"
+        python, folder = _shown(Path(sys.executable)), _shown(self.storage.trial(fingerprint).path)
+        if self.storage.store:
+            folder = f"$({python} -m orchestrator.fetch {self.storage.location} {fingerprint})"
+        return f"{python} -m workloads.export {folder} DIR"
 
     def end_ray(self) -> None:
         import ray

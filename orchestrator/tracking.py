@@ -145,7 +145,7 @@ class Tracker:
             run = self.runs.get(trial.fingerprint)
             if run is None:
                 folder = self.storage.trial(trial.fingerprint)
-                if not folder.journal.path.exists():
+                if not folder.journal.exists():
                     continue
                 run = self.runs[trial.fingerprint] = TrialRun(self, trial, folder, sweep, provenance)
             run.follow()
@@ -198,6 +198,7 @@ class TrialRun:
         self.provenance = provenance
         self.record = TrialRecord(folder.journal)
         self.status = None
+        folder.path.mkdir(parents=True, exist_ok=True)  # in the mirror of an object store it may be absent
         with FileLock(folder.path / ".mlflow.lock"):  # two sweeps that share the trial make one run
             stores = read_json(folder.mlflow_state) or {}
             state = stores.get(self._store_key)

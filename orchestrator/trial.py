@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.faults import Kind, Remedy, remedy
 from orchestrator.journal import TrialRecord
-from orchestrator.storage import TrialFolder
+from orchestrator.spec import TrialSpec
+from orchestrator.storage import Storage, TrialFolder
 from workloads.config import ExecutionConfig
 
 if TYPE_CHECKING:
@@ -31,12 +32,13 @@ def drive_trial(config: dict[str, Any]) -> None:
     this function normally, with the reason in its journal: the other trials go on, and the sweep tells of it at its
     end.
     """
-    folders = [TrialFolder(Path(entry["folder"])) for entry in config["trials"]]
+    storage = Storage.at(config["storage"])
+    folders = [storage.trial(TrialSpec.from_dict(trial).fingerprint) for trial in config["trials"]]
     mended: list[Kind] = []
     while True:
         # Names this attempt, so that what went wrong in it is told from what went wrong before.
         config = {**config, "attempt": uuid.uuid4().hex}
-        _attempt(config, folders)
+        _attempt(config, storage, folders)
         after = _remedy(config, folders, mended)
         if after is None:
             return
@@ -44,12 +46,12 @@ def drive_trial(config: dict[str, Any]) -> None:
         config = {**config, "execution": dataclasses.asdict(after.execution)}
 
 
-def _attempt(config: dict[str, Any], folders: list[TrialFolder]) -> None:
+def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder]) -> None:
     """One run of Ray Train, which itself replaces workers that are lost."""
     for folder in folders:
         folder.journal.append("launched")
     try:
-        _trainer(config, name=folders[0].path.name).fit()
+        _trainer(config, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
@@ -59,15 +61,17 @@ def _attempt(config: dict[str, Any], folders: list[TrialFolder]) -> None:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != config["attempt"]:
                 folder.journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
-                with contextlib.suppress(OSError), folder.log.open("a") as log:
-                    log.write(f"the trial failed: {reason}\n")
+                with contextlib.suppress(OSError):
+                    folder.path.mkdir(parents=True, exist_ok=True)  # on another node than the worker's
+                    with folder.log.open("a") as log:
+                        log.write(f"the trial failed: {reason}\n")
 
 
 def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
     """How to go on after an attempt, written into the journals; None where every trial is finished or has failed for
     good. ``mended`` remembers what has been gone on after."""
     execution = ExecutionConfig(**config["execution"])
-    for entry, folder in zip(config["trials"], folders):
+    for trial, folder in zip(config["trials"], folders):
         record = TrialRecord.of(folder.journal)
         if record.preempted_attempt == config["attempt"]:
             if mended.count("preempted") < config["max_preemptions"]:
@@ -79,7 +83,7 @@ def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kin
             )  # fmt: skip
         if record.state != "failed" or record.failed_attempt != config["attempt"]:
             continue
-        share = entry["trial"]["training"]["batch"] // config["resources"]["workers"]
+        share = trial["training"]["batch"] // config["resources"]["workers"]
         found = remedy(record.failure_kind, execution, share, mended)
         if found is not None:
             mended.append(record.failure_kind)
@@ -88,14 +92,14 @@ def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kin
     return None
 
 
-def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
+def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrainer:
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
-    shutil.rmtree(Path(config["ray_storage"]) / name, ignore_errors=True)
+    shutil.rmtree(ray_storage / name, ignore_errors=True)
     resources = config["resources"]
     alone = resources["workers"] == 1
     return TorchTrainer(
@@ -112,7 +116,7 @@ def _trainer(config: dict[str, Any], name: str) -> TorchTrainer:
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=config["ray_storage"],
+            storage_path=str(ray_storage),
             failure_config=ray.train.FailureConfig(
                 max_failures=config["max_failures"], max_preemption_failures=config["max_preemptions"]
             ),

@@ -30,7 +30,8 @@ class Row:
 class LiveView:
     """Follows the journals of a sweep's trials in a thread of its own and shows them."""
 
-    def __init__(self, rows: list[Row], concurrency: int, console: Console) -> None:
+    def __init__(self, sweep: str, rows: list[Row], concurrency: int, console: Console) -> None:
+        self.sweep = sweep
         self.rows, self.concurrency, self.console = rows, concurrency, console
         self.note = lambda: None  # what a person should know or do, or None
         self.tokens_to_come = lambda: 0  # of trials that a search has not suggested yet: they join the rows later
@@ -98,8 +99,7 @@ class LiveView:
             _duration(left) if left is not None else "-",
         ]
 
-    @staticmethod
-    def state(row: Row) -> str:
+    def state(self, row: Row) -> str:
         record = row.record
         if row.known:
             return "known"
@@ -107,7 +107,10 @@ class LiveView:
             due = row.trial.training.eval_every
             evaluated = (row.trial.training.context_length, record.last_step) in record.evals
             evaluates = not evaluated and (record.last_step % due == 0 or record.last_step == row.trial.training.steps)
-            return "evaluating" if evaluates else "training"
+            doing = "evaluating" if evaluates else "training"
+            # This sweep waits for another, which has the trial's lease.
+            trainer = record.started.get("sweep", self.sweep)
+            return doing if trainer == self.sweep else f"{doing}, by {trainer} on {record.started['host']}"
         return record.state
 
     def trial_seconds_left(self, row: Row) -> float | None:

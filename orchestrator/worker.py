@@ -16,12 +16,15 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from filelock import FileLock
 from ray.train.v2._internal.execution.context import get_train_context
 
+from orchestrator import leases
+from orchestrator.credentials import receive_token
 from orchestrator.early_stopping import EarlyStopping, Judge, Rungs
 from orchestrator.faults import classify
 from orchestrator.journal import TrialRecord
+from orchestrator.leases import LeaseLost
+from orchestrator.object_store import StoreAway
 from orchestrator.provenance import describe_machine
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import Storage, TrialFolder
@@ -39,26 +42,26 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
-    for entry in config["trials"]:
-        untuned = TrialRecord.of(TrialFolder(Path(entry["untuned"])).journal)
-        _train(TrialSpec.from_dict(entry["trial"]), TrialFolder(Path(entry["folder"])), untuned, config, device)
+    receive_token()
+    storage = Storage.at(config["storage"])
+    for trial in map(TrialSpec.from_dict, config["trials"]):
+        _train(trial, storage, config, device)
 
 
-def _train(
-    trial: TrialSpec, folder: TrialFolder, untuned: TrialRecord, config: dict[str, Any], device: torch.device
-) -> None:
+def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: torch.device) -> None:
     context = ray.train.get_context()
     workers, first = context.get_world_size(), context.get_world_rank() == 0
-    if not (folder.path / "trial.json").is_file():
+    folder = storage.trial(trial.fingerprint)
+    if not folder.is_visible():
         raise InputError(
-            f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node sees"
+            f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node "
+            "sees, or an object store"
         )
-    journal = folder.journal
     judge = None
 
     def emit(event: str, **fields: Any) -> None:
         if first:
-            journal.append(event, **fields)
+            writer.append(event, **fields)
         if judge:
             judge.event(event, fields)
 
@@ -67,27 +70,31 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
         if first:
-            stack.enter_context(FileLock(folder.lock))
+            lease = stack.enter_context(folder.lease(leases.owner(config["drive"], config["sweep"])))
         rungs = _rungs(config) if first else None
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
-            record = TrialRecord.of(journal)
+            record = TrialRecord.of(folder.journal)
             if rungs and record.state == "finished":
                 rungs.enter(trial, record)
             return
+        if first:
+            writer = stack.enter_context(folder.writer(lease))
         if rungs:
-            judge = Judge(rungs, trial, TrialRecord.of(journal))
+            judge = Judge(rungs, trial, TrialRecord.of(folder.journal))
             asks.append(judge.asked)
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             machine = describe_machine(device, workers, config["prices"])
-            where = {"node": ray.get_runtime_context().get_node_id()}
+            where = {"sweep": config["sweep"], "node": ray.get_runtime_context().get_node_id()}
             emit("started", **machine, **where, **config["provenance"], execution=config["execution"])
+            _fetch_checkpoint(folder, first, workers)
+            untuned = TrialRecord.of(storage.trial(trial.untuned().fingerprint).journal)
             execution = ExecutionConfig(**config["execution"])
             ended = run(
                 ModelSource(trial.model, config["model_location"], config["model_revision"]),
                 trial.training,
                 execution,
-                corpus.open(Path(config["corpus"])),
+                corpus.open(storage.corpus(config["corpus"])),
                 folder.checkpoints,
                 make_engine(execution, device, trial.training.precision),
                 emit,
@@ -100,12 +107,15 @@ def _train(
                 emit("stopped", **judge.verdict)
             elif notice.given:
                 emit("preempted", attempt=config["attempt"])
+        except (LeaseLost, StoreAway):
+            # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
+            raise
         except Exception as error:
             kind = classify(error)
             if kind == "lost":
                 raise  # Ray Train starts the workers again
             reason = f"{type(error).__name__}: {error}"
-            journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+            (writer if first else folder.journal).append("failed", kind=kind, reason=reason, attempt=config["attempt"])
             if workers > 1:
                 raise  # the others wait for this one
             logging.getLogger(__name__).error("the attempt ended in an error", exc_info=error)
@@ -124,6 +134,15 @@ class PreemptionNotice:
         return "stop" if self.given else None
 
 
+def _fetch_checkpoint(folder: TrialFolder, first: bool, workers: int) -> None:
+    """From an object store: worker 0 chooses the newest whole checkpoint, and every node fetches it."""
+    if folder.store is None:
+        return
+    chosen = _agree(folder.fetch_newest_checkpoint() if first else None, workers)
+    if chosen and not first and not folder.fetch_checkpoint(chosen):
+        raise OSError(f"checkpoint {chosen} of {folder.path} cannot be fetched whole to {socket.gethostname()}")
+
+
 def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:
     """What the model scores before training, if the untuned trial that starts alike has shown it: a 4-bit base scores
     otherwise."""
@@ -136,7 +155,7 @@ def _rungs(config: dict[str, Any]) -> Rungs | None:
     if config["early_stopping"] is None:
         return None
     settings = EarlyStopping(**config["early_stopping"])
-    return Rungs(Storage(Path(config["storage"])), config["sweep"], settings)
+    return Rungs(Storage.at(config["storage"]), config["sweep"], settings)
 
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:

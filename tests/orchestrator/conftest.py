@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from orchestrator.object_store import ObjectStore
+from tests.orchestrator.s3_server import BUCKET, S3Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +28,24 @@ def text_folder(tmp_path_factory) -> Path:
         words = generator.integers(10_000, size=300)
         (folder / f"{number}.txt").write_text("\n".join(f"value_{w} = {w} + {number}" for w in words))
     return folder
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """An S3-compatible server of our own, for this process and those that it starts."""
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        ObjectStore.at.cache_clear()  # clients know their server
+        yield server
+    server.end()
+
+
+@pytest.fixture
+def bucket(s3) -> str:
+    """A location in the server where nothing is."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
 class SweepCommand:

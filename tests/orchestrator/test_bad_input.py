@@ -35,7 +35,11 @@ def errors_of(arguments, capsys):
         (["--train-layers", "the last"], "expected all, a number of last layers"),
         (["--quantization", "nf4"], "'nf4' with the method 'full'"),
         (["--batch", "3", "--workers", "2"], "does not divide among 2 workers"),
-        (["--storage", "s3://bucket/runs"], "object stores are not supported yet"),  # the later flag holds
+        (
+            ["--storage", "s3://a:b@bucket/runs"],
+            "credentials do not belong into a location",
+        ),  # the later flag holds
+        (["--storage", "nope://bucket/runs"], "Protocol not known: nope"),
     ],
 )
 def test_what_can_be_known_at_once(arguments, message, tmp_path, capsys):

@@ -226,12 +226,14 @@ def prepare_examples(
     tokenizer: PreTrainedTokenizerBase | Callable[[], PreTrainedTokenizerBase],
     tokenizer_identity: str,
     root: Path | str,
+    fetch: Callable[[str, Path], bool] = lambda name, folder: False,
 ) -> ExampleCorpus:
     """The prepared examples below ``root``: made if they are not there, else opened.
 
     Args:
         tokenizer: a transformers tokenizer, or a function without arguments that loads one.
         tokenizer_identity: what the tokenizer and its chat template are; it enters the folder's name.
+        fetch: fills a folder with what was prepared elsewhere under a name, if it can, and says whether it did.
 
     Raises:
         InputError: a row cannot be an example, some have empty answers, or the tokenizer has no end-of-sequence token.
@@ -240,6 +242,8 @@ def prepare_examples(
     folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def write(partial: Path) -> None:
+        if fetch(folder.name, partial):
+            return
         loaded = tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
         _write(partial, instructions, loaded, tokenizer_identity)
 

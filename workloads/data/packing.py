@@ -39,6 +39,7 @@ def prepare(
     tokenizer_identity: str,
     root: Path | str,
     on_progress: Callable[[int], None] | None = None,
+    fetch: Callable[[str, Path], bool] = lambda name, folder: False,
 ) -> PackedCorpus:
     """The packed corpus below ``root``: made if it is not there, else opened.
 
@@ -47,6 +48,7 @@ def prepare(
             there is something to tokenise, so that a second run need not import transformers.
         tokenizer_identity: what the tokenizer is; it enters the folder's name.
         on_progress: is called with the number of documents done so far, after each batch of documents.
+        fetch: fills a folder with what was prepared elsewhere under a name, if it can, and says whether it did.
 
     Raises:
         InputError: the corpus is empty or cannot be read, or the tokenizer has no end-of-sequence token.
@@ -55,6 +57,8 @@ def prepare(
     folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def write(partial: Path) -> None:
+        if fetch(folder.name, partial):
+            return
         loaded = tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
         _write(partial, corpus, loaded, tokenizer_identity, on_progress or (lambda done: None))
 

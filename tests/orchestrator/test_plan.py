@@ -1,0 +1,135 @@
+"""What a sweep would take, before it runs: for a cluster that is not there; refused, fitted, kept in budget."""
+
+import pytest
+
+from orchestrator import plan as planning
+from orchestrator.cluster import Cluster, Node
+from orchestrator.journal import TrialRecord
+from orchestrator.plan import duration
+from orchestrator.spec import RunOptions
+from orchestrator.storage import Storage
+from workloads.data import Corpus
+
+
+@pytest.fixture
+def plan(tmp_path, text_folder, capsys, monkeypatch):
+    """(exit status, everything printed) of ``python -m orchestrator.plan`` with a folder of texts and these flags."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("orchestrator.view.LOG_WIDTH", 200)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*flags):
+        status = planning.main([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
+        return status, " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+def test_a_cluster_that_is_not_there_is_planned_for_with_its_price(plan, tmp_path):
+    status, told = plan("--cluster", "aws-p4d", "--context-lengths", "4096")
+    assert status == 0
+    assert "6 trials: 6 to run" in told
+    assert "of 39 GiB" in told and "on 16 x NVIDIA A100-SXM4-40GB" in told
+    assert "USD a GPU hour: p4d.24xlarge on demand" in told
+    assert not list((tmp_path / "runs").glob("data/*")) and not list((tmp_path / "runs").glob("sweeps/*"))
+
+
+def test_nothing_but_the_plan_is_made(plan, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.setattr(Corpus, "documents", lambda *_: pytest.fail("the corpus was read to its end"), raising=False)
+    assert plan()[0] == 0
+
+
+def test_what_does_not_fit_is_refused_with_what_would_and_fitted_on_request(plan):
+    # 64 sequences of 64k tokens at once: hundreds of GiB of activations.
+    too_large = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--batch", "64", "--methods", "lora+")
+    status, told = plan(*too_large, "--references")
+    assert status == 2
+    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs" in told
+    assert "micro-batches of" in told and "would make it fit (--fit)" in told
+    status, told = plan(*too_large, "--references", "--fit")
+    assert status == 0 and "so that it fits" in told and "error" not in told
+
+
+def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
+    assert plan("--budget-hours", "100")[0] == 0
+    status, told = plan("--budget-hours", "0.001")
+    assert status == 2 and "--budget-hours 0.001: what is left of this sweep takes about" in told
+    status, told = plan("--budget-usd", "1")
+    assert status == 2 and "it needs --price-per-hour" in told
+    assert plan("--budget-usd", "1", "--price-per-hour", "0.05")[0] == 0
+
+
+def test_an_unknown_cluster_is_named_with_the_known_ones(plan):
+    status, told = plan("--cluster", "aws-p4")
+    assert status == 2 and "aws-p4d" in told
+
+
+def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 1 CPU thread (this one)"):
+    journal = storage.add_trial(trial).journal
+    journal.append("launched")
+    journal.append("started", hardware=hardware, workers=1, execution={})
+    journal.append("model", parameters=1, trainable_parameters=1)
+    for step in (1, 2, 3):
+        journal.append("step", step=step, tokens=step, loss=1.0, seconds=1.0, tokens_per_second=tokens_per_second,
+                       learning_rate=1e-3, grad_norm=1.0, peak_memory_gib=0.5)  # fmt: skip
+    journal.append("saved", step=3)
+    if finished:
+        journal.append("finished")
+    return TrialRecord.of(journal)
+
+
+def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothing(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.cluster.cpu_name", lambda: "this one")
+    flags = ("--methods", "lora", "full", "--references", "--context-lengths", "2048", "--steps", "30")
+    _, before = plan(*flags)
+    trials = trials_of(plan, monkeypatch, flags)
+    assert "peak times an efficiency" in before
+    storage = Storage.open(str(tmp_path / "runs"))
+    write_trial(storage, trials["lora 2048"], 1234.0)
+    status, told = plan(*flags)
+    assert status == 0 and "2 trials: 1 to run, 1 finished before" in told
+    assert "speeds as 1 trial here had on this hardware" in told
+    assert "cannot" not in told and "lora 2048 known - - - - - -" in told
+    write_trial(storage, trials["full 2048"], 777.0, finished=False)
+    _, told = plan(*flags)
+    assert "full 2048 resume" in told and "777" in told and "from step 3 of 30" in told
+
+
+def trials_of(plan, monkeypatch, flags):
+    """The trials of a sweep by their labels."""
+    found = {}
+    whole = planning.plan_table
+
+    def catch(planned, unit):
+        found.update({p.trial.label: p.trial for p in planned})
+        return whole(planned, unit)
+
+    monkeypatch.setattr("orchestrator.sweep.plan_table", catch)
+    plan(*flags)
+    return found
+
+
+def test_workers_are_counted_machine_by_machine():
+    a100 = Node(cpus=96, gpus=8, memory=2**40, gpu="NVIDIA A100-SXM4-40GB", gpu_memory=40 * 2**30)
+    small = Node(cpus=4, gpus=1, memory=2**36, gpu="NVIDIA L4", gpu_memory=22 * 2**30)
+    cluster = Cluster((Node(cpus=8, memory=2**34), a100, small))
+    assert cluster.slots_by_node(RunOptions()) == (0, 8, 1)
+    assert cluster.slots_by_node(RunOptions(gpus_per_worker=0.25)) == (0, 32, 4)
+    assert cluster.slots_by_node(RunOptions(gpus_per_worker=2)) == (0, 4, 0)
+    assert cluster.slots_by_node(RunOptions(cpus_per_worker=8)) == (0, 8, 0)
+    assert cluster.device(RunOptions()).name == "NVIDIA L4", "what is planned fits wherever it comes to run"
+    unknown = Cluster((Node(cpus=8, gpus=1, memory=2**34, gpu="A GPU of tomorrow", gpu_memory=2**36),))
+    assert unknown.device(RunOptions()).memory == 2**36 and unknown.device(RunOptions()).bfloat16 == 0
+
+
+def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
+    monkeypatch.setattr("orchestrator.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
+    status, told = plan("--methods", "lora")
+    assert status == 0 and "time unknown" in told and "no speed is known of A GPU of tomorrow" in told
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(5, "5s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h")])
+def test_durations(seconds, words):
+    assert duration(seconds) == words
