@@ -353,9 +353,11 @@ class TrialSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialSpec:
+        """``values`` may be all of a trial.json, which tells more than a trial is."""
+        known = {field.name for field in dataclasses.fields(cls)}
         return cls(
             **{
-                **values,
+                **{name: value for name, value in values.items() if name in known},
                 "identities": Identities(**values["identities"]),
                 "training": TrainingConfig(**_without_lists(values["training"])),
             }

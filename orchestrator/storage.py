@@ -2,7 +2,7 @@
 
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff
     sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
-                            code-*.diff
+                            plan-and-truth.json, code-*.diff
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 
