@@ -157,8 +157,9 @@ class Cluster:
             memory = int((min(known.memory, node.gpu_memory) if known else node.gpu_memory) * share)
             if known is None:
                 known = Device(
-                    name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, linear_efficiency=1,
-                    attention_efficiency=1, efficiency_source="", link=1, host_link=1,
+                    name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, bandwidth=1,
+                    linear_efficiency=1, attention_efficiency=1, bandwidth_efficiency=1, launch=0,
+                    efficiency_source="", link=1, host_link=1,
                 )  # fmt: skip
             return dataclasses.replace(known, memory=memory)
         # The operating system lets processes share a machine's memory as they need it.

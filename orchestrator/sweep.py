@@ -54,9 +54,10 @@ from orchestrator.provenance import Provenance, own_prices
 from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
-from orchestrator.storage import Storage, write_json
+from orchestrator.storage import Storage, read_json, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
+from orchestrator.truth import FILE, plan_and_truth
 from orchestrator.view import LiveView, make_console
 from workloads.budget import ModelShape
 from workloads.config import TrainingConfig
@@ -156,6 +157,7 @@ class Sweep:
         self.planned: list[Planned] = []
         self.search: Search | None = None
         self.rungs: Rungs | None = None
+        self.said: Totals | None = None  # what it was going to take, if there was something to train
         self.doing = "reading the model and the data"  # said where it takes long
 
     def run(self) -> int:
@@ -422,6 +424,7 @@ class Sweep:
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
         to_train = [p.trial for p in self.planned if p.trains]
+        self.said = self.totals()
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda trial: (self.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
@@ -642,7 +645,7 @@ class Sweep:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
             "question": "Which way to adapt wins at each context length, and how near do the others come?",
-            "sentences": summarise(contexts, list(self.spec.seeds)),
+            "sentences": summarise(contexts, list(self.spec.seeds)) + self.lay_truth_beside_plan(),
             "rule": ANSWERS_RULE if self.spec.task == "sft" else RULE,
             "model": {
                 "name": self.spec.model,
@@ -675,6 +678,18 @@ class Sweep:
             "mlflow_command": self.mlflow_command(str(self.storage.root)),
             "contexts": contexts,
         }
+
+    def lay_truth_beside_plan(self) -> list[str]:
+        """Writes both to the sweep's folder and returns a sentence of it; what an earlier run wrote stays if this one
+        has trained nothing."""
+        file = self.folder / FILE
+        if self.said:
+            price = self.estimator.price.usd_per_gpu_hour if self.estimator.price else None
+            both = plan_and_truth(self.planned, self.said, self.storage, self.cluster, self.began, price)
+            write_json(file, both)
+        else:
+            both = read_json(file) or {}
+        return [both["summary"]] if both.get("summary") else []
 
     def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
         """What every trial of the sweep is scored on, as at the shortest context."""
