@@ -152,23 +152,25 @@ def refuse_what_cannot_run(planned: list[Planned]) -> None:
         raise InputError(f"{len(cannot)} of {len(planned)} trials do not fit into memory:\n{each}")
 
 
-def refuse_beyond_budget(total: Totals, options: RunOptions) -> None:
-    """Raises:
-    InputError: what is left to be done takes more than the sweep may, or cannot be told.
+def refuse_beyond_budget(total: Totals, spent: tuple[float, float | None], options: RunOptions) -> None:
+    """``spent``: hours and US dollars that this sweep has taken before.
+
+    Raises:
+        InputError: with what is left to be done the sweep takes more than it may, or that cannot be told.
     """
-    for flag, limit, takes, unit in (
-        ("--budget-hours", options.budget_hours, total.hours, "hours of devices"),
-        ("--budget-usd", options.budget_usd, total.usd, "US dollars"),
+    for flag, limit, before, takes, unit in (
+        ("--budget-hours", options.budget_hours, spent[0], total.hours, "hours of devices"),
+        ("--budget-usd", options.budget_usd, spent[1], total.usd, "US dollars"),
     ):
         if limit is None:
             continue
         if takes is None:
             what = "--price-per-hour" if flag == "--budget-usd" else "a device whose speed is known"
             raise InputError(f"{flag} {limit:g}: what this sweep takes is not known; it needs {what}, or leave it out")
-        if takes > limit:
+        if takes and takes + (before or 0) > limit:
             raise InputError(
-                f"{flag} {limit:g}: what is left of this sweep takes about {takes:,.2f} {unit}; allow more, or sweep "
-                "fewer lengths, methods or steps"
+                f"{flag} {limit:g}: what is left of this sweep takes about {takes:,.3g} {unit}, after "
+                f"{before or 0:,.3g} before; allow more, or sweep fewer lengths, methods or steps"
             )
 
 

@@ -431,8 +431,8 @@ class RunOptions:
     """Where a trial does not fit into memory, run it with the smallest change that does: smaller micro-batches, ZeRO,
     more workers, gradient checkpointing, offload. None of them changes its result beyond rounding."""
     budget_hours: float | None = None
-    """GPU hours (hours of workers where there are no GPUs) that this sweep may take: a plan beyond them is refused, a
-    run that comes to them stops with checkpoints."""
+    """GPU hours (CPU hours where there are no GPUs) that this sweep may take, in all runs of its command: a plan beyond
+    them is refused, a run that comes to them stops with checkpoints."""
     budget_usd: float | None = None
     """The same in US dollars."""
     target_perplexity: float | None = None

@@ -54,6 +54,7 @@ from orchestrator.provenance import Provenance, own_prices
 from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
+from orchestrator.spending import Spending
 from orchestrator.storage import Storage, read_json, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
@@ -286,6 +287,7 @@ class Sweep:
         self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
         self.storage.read_ahead([trial.fingerprint for trial in self.trials])
         self.planned = self.plan(self.trials)
+        self.spending = Spending(self.name, self.trials, self.storage, self.options, self.stop)
 
     def make_trials(self) -> None:
         """The sweep's trials, checked against the corpus too, and its folder."""
@@ -306,6 +308,7 @@ class Sweep:
             self.search.begin()
             self.trials = [trial for trial in self.trials if not trial.training.steps] + self.search.trials
             self.planned = self.plan(self.trials)
+            self.spending.trials = self.trials
         self.list_trials()
 
     def plan(self, trials: list[TrialSpec]) -> list[Planned]:
@@ -374,7 +377,7 @@ class Sweep:
     def refuse(self) -> None:
         """Raises InputError where a trial does not fit, or all together take more than they may."""
         refuse_what_cannot_run(self.planned)
-        refuse_beyond_budget(self.totals(), self.options)
+        refuse_beyond_budget(self.totals(), self.spending.so_far(), self.options)
 
     def next_of_search(self) -> Planned | None:
         """The next trial that a search suggests, as part of the sweep from now on."""
@@ -434,7 +437,7 @@ class Sweep:
         view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
         tracking.start()
         try:
-            with view:
+            with view, self.spending:
                 self.tune(self.drives(to_train, view))
         except KeyboardInterrupt:
             self.end_ray()
@@ -444,6 +447,14 @@ class Sweep:
         tracking.stop()
         if tracking.trouble:
             self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
+        if self.spending.exhausted:
+            self.console.print(f"stopped: {self.spending.exhausted}; with a larger one the same command goes on")
+
+    def stop(self, reason: str) -> None:
+        """Ends all that runs, each trial with a checkpoint, and begins nothing more."""
+        cancel.request(self.storage, f"sweeps/{self.name}", reason)
+        for trial in list(self.trials):
+            cancel.request(self.storage, self.storage.trial(trial.fingerprint).name, reason)
 
     def work(self, trial: TrialSpec) -> float:
         """How much of it there is, in whatever is known of all trials."""
