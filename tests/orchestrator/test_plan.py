@@ -128,6 +128,14 @@ def test_workers_are_counted_machine_by_machine():
     assert unknown.device(RunOptions()).memory == 2**36 and unknown.device(RunOptions()).bfloat16 == 0
 
 
+def test_bfloat16_is_taken_where_every_machine_that_trains_is_fast_in_it():
+    slow, fast, head = Node(cpus=2), Node(cpus=2, bfloat16=True), Node(cpus=0)
+    assert [Cluster(nodes).precision for nodes in ((slow,), (fast, head), (fast, slow))] == [
+        "float32", "bfloat16", "float32",
+    ]  # fmt: skip
+    assert Cluster((Node(cpus=8, gpus=1),)).precision == "bfloat16"
+
+
 def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
     monkeypatch.setattr("orchestrator.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
     status, told = plan("--methods", "lora")
