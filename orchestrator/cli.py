@@ -20,14 +20,9 @@ class Command:
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
-@dataclass(frozen=True)
-class PlanCommand(Command):
-    cluster: str | None = None
-    """Plan for a cluster by the name of its file in clusters/, such as aws-p4d, at its full size."""
-
-
-def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
-    """(name of the sweep, the sweep, how to run it) from command-line arguments.
+def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, RunOptions]:
+    """(name of the sweep, the sweep, how to run it) from command-line arguments; ``plan``: of the command that only
+    plans.
 
     ``[RECIPE] [flags]`` or ``--spec FILE [flags]``. An unknown flag, or a value of the wrong type, prints what was
     expected and exits with status 2, as command lines do.
@@ -35,18 +30,6 @@ def parse(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions]:
     Raises:
         InputError: an unknown recipe, a saved sweep that cannot be read, or values that no sweep can have.
     """
-    name, command = _parse(arguments, Command, "python -m orchestrator.sweep", _description())
-    return name, command.sweep, command.run
-
-
-def parse_plan(arguments: list[str]) -> tuple[str, SweepSpec, RunOptions, str | None]:
-    """As :func:`parse`, for the command that only plans: also the name of a cluster to plan for, or None."""
-    description = "What a sweep would do and take, trial by trial; nothing is started.\n\n" + _description()
-    name, command = _parse(arguments, PlanCommand, "python -m orchestrator.plan", description)
-    return name, command.sweep, command.run, command.cluster
-
-
-def _parse(arguments: list[str], kind: type[Command], prog: str, description: str) -> tuple[str, Command]:
     recipe, arguments = DEFAULT, list(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
     if arguments and not arguments[0].startswith("-"):
@@ -57,9 +40,15 @@ def _parse(arguments: list[str], kind: type[Command], prog: str, description: st
         if named:
             raise InputError(f"both the recipe {recipe} and --spec {file} are given; expected one of them")
         default = SweepSpec.from_json(_read(file), str(file))
-    command = tyro.cli(kind, prog=prog, description=description, default=kind(default, RunOptions()), args=arguments)
+    command = tyro.cli(
+        Command,
+        prog=f"python -m orchestrator.{'plan' if plan else 'sweep'}",
+        description=_description(plan),
+        default=Command(default, RunOptions()),
+        args=arguments,
+    )
     sweep = _with_true_words_on_rates(default, command.sweep)
-    return command.run.name or _name(recipe, sweep), dataclasses.replace(command, sweep=sweep)
+    return command.run.name or _name(recipe, sweep), sweep, command.run
 
 
 def _with_true_words_on_rates(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:
@@ -101,15 +90,20 @@ def _read(file: Path) -> str:
         raise InputError(f"--spec {file} cannot be read: {error.strerror}") from error
 
 
-def _description() -> str:
+def _description(plan: bool) -> str:
     lines = (
         f"  {name}{' (default)' if name == DEFAULT else ''}: {make.__doc__.splitlines()[0]}"
         for name, make in RECIPES.items()
     )
     recipes = "\n".join(lines)
+    what = (
+        "What a sweep would do with each of its trials, and what that takes. Nothing is started."
+        if plan
+        else "Sweep ways to give a language model a longer context, and compare them."
+    )
     return (
-        "Sweep ways to give a language model a longer context, and compare them.\n\n"
-        "usage: python -m orchestrator.sweep [RECIPE | --spec FILE] [flags]\n\n"
+        f"{what}\n\n"
+        f"usage: python -m orchestrator.{'plan' if plan else 'sweep'} [RECIPE | --spec FILE] [flags]\n\n"
         f"RECIPE is one of\n{recipes}\n\n"
         "--spec FILE reruns a saved sweep (the spec.json of its folder) exactly. Every field can be overridden below. "
         "The same command always continues: what is finished is not trained again."

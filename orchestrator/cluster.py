@@ -6,11 +6,13 @@ import dataclasses
 import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from clusters.prices import find_cluster
 from orchestrator.provenance import cpu_name
 from orchestrator.spec import RunOptions
 from workloads.budget import Device
+from workloads.config import Precision
 from workloads.errors import InputError
 
 GIB = 2**30
@@ -56,6 +58,7 @@ class Node:
     memory: float = 0
     gpu: str | None = None
     gpu_memory: float = 0
+    bfloat16: bool = False  # whether its processor multiplies in bfloat16
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,13 @@ class Cluster:
         gpus = visible_gpus()
         name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls((Node(usable_cpus(), len(gpus), host, name, memory),))
+        return cls((Node(usable_cpus(), len(gpus), host, name, memory, multiplies_bfloat16()),))
+
+    @property
+    def precision(self) -> Precision:
+        """The one that is fastest here: bfloat16 on GPUs, and on processors that multiply in it."""
+        fast = self.gpus or all(node.bfloat16 for node in self.nodes if node.cpus)
+        return "bfloat16" if fast else "float32"
 
     def worker_resources(self, options: RunOptions) -> dict[str, float]:
         """What each worker reserves."""
@@ -148,8 +157,9 @@ class Cluster:
             memory = int((min(known.memory, node.gpu_memory) if known else node.gpu_memory) * share)
             if known is None:
                 known = Device(
-                    name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, linear_efficiency=1,
-                    attention_efficiency=1, efficiency_source="", link=1, host_link=1,
+                    name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, bandwidth=1,
+                    linear_efficiency=1, attention_efficiency=1, bandwidth_efficiency=1, launch=0,
+                    efficiency_source="", link=1, host_link=1,
                 )  # fmt: skip
             return dataclasses.replace(known, memory=memory)
         # The operating system lets processes share a machine's memory as they need it.
@@ -162,6 +172,15 @@ class Cluster:
             return self.device(options).name
         threads = max(1, int(options.cpus_per_worker))
         return f"{threads} CPU thread{'s' if threads > 1 else ''} ({cpu_name()})"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has instructions for it: AVX-512 BF16, AMX, or Arm's."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def visible_gpus() -> list[tuple[str, float]]:
@@ -208,7 +227,14 @@ def join_or_start(options: RunOptions) -> Cluster:
                 f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
                 "out --address and unset RAY_ADDRESS to run on this machine"
             ) from error
-    return Cluster(_nodes(), own=local)
+    if options.cluster is None:
+        return Cluster(_nodes(), own=local)
+    if local:
+        raise InputError(
+            f"--cluster {options.cluster}: this sweep would run on this machine; join that cluster with --address, or "
+            "plan for it with python -m orchestrator.plan"
+        )
+    return dataclasses.replace(Cluster.named(options.cluster), own=False)
 
 
 def _nodes() -> tuple[Node, ...]:
@@ -217,21 +243,26 @@ def _nodes() -> tuple[Node, ...]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    look = ray.remote(num_cpus=0)(visible_gpus)
-    asked = {
-        node["NodeID"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
+    here = ray.get_runtime_context().get_node_id()
+    look = ray.remote(num_cpus=0)(_look)
+    on = NodeAffinitySchedulingStrategy
+    seen = {
+        node["NodeID"]: look.options(scheduling_strategy=on(node["NodeID"], soft=False)).remote()
         for node in alive
-        if node["Resources"].get("GPU")
+        if node["NodeID"] != here and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     }
     nodes = []
     for node in alive:
-        has = node["Resources"]
-        gpus = ray.get(asked[node["NodeID"]], timeout=120) if node["NodeID"] in asked else []
-        name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
-        nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0), name, memory))
+        has, name = node["Resources"], node["NodeID"]
+        gpus, bfloat16 = ray.get(seen[name], timeout=120) if name in seen else _look()
+        gpu, memory = min(gpus, key=lambda each: each[1], default=(None, 0))
+        nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0), gpu, memory, bfloat16))
     return tuple(nodes)
+
+
+def _look() -> tuple[list[tuple[str, float]], bool]:
+    """What Ray does not tell of a node."""
+    return visible_gpus(), multiplies_bfloat16()
 
 
 def usable_cpus() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clusters.prices import Price, price_per_gpu_hour
 from orchestrator.cluster import Cluster
@@ -57,6 +57,21 @@ class Estimate:
         return None if self.seconds is None else self.devices * self.seconds / 3600
 
 
+# What changes neither memory nor time: estimates are made for trials without it.
+LIKE_ANY_OTHER = dict(seed=0, learning_rate=1.0, schedule="constant", warmup_steps=0)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a trial runs, and whether it fits so."""
+
+    workers: int
+    execution: ExecutionConfig
+    memory: Memory
+    changes: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
 class Estimator:
     """Estimates the trials of one sweep on one cluster."""
 
@@ -74,50 +89,56 @@ class Estimator:
         self.price: Price | None = price_per_gpu_hour(cluster.instance or self.device.name, prices)
         self.start_up = START_UP_SECONDS
         self.timed: list[tuple[TrialSpec, TrialRecord]] = []
+        self.untuned: set[str] = set()  # fingerprints: what these score is step 0 of the trials that start from them
+        # Many trials of a sweep differ by their seed or learning rate alone, and these are the same for all of them.
+        self._placed: dict[tuple[TrainingConfig, bool], Placed] = {}
+        self._as_fast_as: dict[TrainingConfig, Device] = {}
 
     def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
         """Takes in what trials of the same model on the same kind of device have measured."""
-        known = [(trial, record) for trial, record in known if self._same_hardware(record)]
+        known = list(known)
+        self.untuned = {trial.fingerprint for trial, _ in known if trial.training.method == "untuned"}
+        hardware = self.cluster.hardware(self.options)
+        known = [(trial, record) for trial, record in known if hardware in record.started.get("hardware", "")]
         self.timed = [(trial, record) for trial, record in known if record.tokens_per_second and trial.training.steps]
         if starts := [record.start_up_seconds for _, record in known if record.start_up_seconds]:
             self.start_up = statistics.median(starts)
-
-    def _same_hardware(self, record: TrialRecord) -> bool:
-        return self.cluster.hardware(self.options) in record.started.get("hardware", "")
+        self._as_fast_as.clear()
 
     def of(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
         """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
         smallest change that makes it fit."""
+        alike = replace(trial.training, **LIKE_ANY_OTHER)
+        if (alike, fit) not in self._placed:
+            self._placed[alike, fit] = self._place(alike, fit)
+        return self._estimate(trial, alike, record, self._placed[alike, fit])
+
+    def _place(self, training: TrainingConfig, fit: bool) -> Placed:
         options = self.options
-        workers = options.workers if trial.training.steps else 1
+        workers = options.workers if training.steps else 1
         execution = options.execution()
-        needs = memory(self.shape, trial.training, execution, workers)
-        changes, refusal = (), None
-        if needs.total > self.device.memory:
-            has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"
-            found = smallest_change_that_fits(
-                self.shape, trial.training, execution, workers, self.device, self.cluster.most_workers(options)
-            )
-            if found is None:
-                refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
-            elif not fit:
-                refusal = f"needs {has} {self.device.name}; {_and(found.changes)} would make it fit (--fit)"
-            else:
-                workers, execution, needs, changes = found.workers, found.execution, found.memory, found.changes
-        return self._estimate(trial, record, workers, execution, needs, changes, refusal)
+        needs = memory(self.shape, training, execution, workers)
+        if needs.total <= self.device.memory:
+            return Placed(workers, execution, needs)
+        has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"
+        found = smallest_change_that_fits(
+            self.shape, training, execution, workers, self.device, self.cluster.most_workers(options)
+        )
+        if found is None:
+            refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
+        elif not fit:
+            refusal = f"needs {has} {self.device.name}; {_and(found.changes)} would make it fit (--fit)"
+        else:
+            return Placed(found.workers, found.execution, found.memory, found.changes)
+        return Placed(workers, execution, needs, refusal=refusal)
 
     def _estimate(
-        self,
-        trial: TrialSpec,
-        record: TrialRecord | None,
-        workers: int,
-        execution: ExecutionConfig,
-        needs: Memory,
-        changes: tuple[str, ...],
-        refusal: str | None,
+        self, trial: TrialSpec, training: TrainingConfig, record: TrialRecord | None, placed: Placed
     ) -> Estimate:
-        training = trial.training
-        device = self._timed_device(trial)
+        workers, execution = placed.workers, placed.execution
+        if training not in self._as_fast_as:
+            self._as_fast_as[training] = self._timed_device(training)
+        device = self._as_fast_as[training]
         devices = workers * (
             self.options.gpus_per_worker if self.cluster.gpus else max(1, int(self.options.cpus_per_worker))
         )
@@ -131,6 +152,7 @@ class Estimator:
                 seconds = self.start_up + trial_seconds(
                     self.shape, training, execution, workers, device,
                     original_length=self.original_length, from_step=record.saved_step if record else 0,
+                    step_0_known=self._step_0_known(trial),
                 )  # fmt: skip
             if self.price:
                 usd = seconds * devices / 3600 * self.price.usd_per_gpu_hour
@@ -138,21 +160,24 @@ class Estimator:
             workers=workers,
             devices=devices,
             execution=execution,
-            memory=needs,
+            memory=placed.memory,
             has=self.device.memory,
             tokens_per_second=tokens_per_second,
             seconds=seconds,
             usd=usd,
             disk=checkpoints_on_disk(training, execution) * checkpoint_bytes(self.shape, training),
-            changes=changes,
-            refusal=refusal,
+            changes=placed.changes,
+            refusal=placed.refusal,
         )
 
-    def _timed_device(self, trial: TrialSpec) -> Device:
+    def _step_0_known(self, trial: TrialSpec) -> bool:
+        training = trial.training
+        return bool(training.steps) and training.quantization == "none" and trial.untuned().fingerprint in self.untuned
+
+    def _timed_device(self, training: TrainingConfig) -> Device:
         """The device, as fast as the timed trial that is most like this one was on it."""
         if not self.timed:
             return self.device
-        training = trial.training
 
         def unlikeness(timed: tuple[TrialSpec, TrialRecord]) -> tuple:
             other = timed[0].training

@@ -1,6 +1,6 @@
 """What a sweep would do with each of its trials, and why, and what that takes: before anything is trained.
 
-``python -m orchestrator.plan [RECIPE] [flags] [--cluster NAME]`` prints it and starts nothing; ``--cluster`` plans for
+``python -m orchestrator.plan [RECIPE] [flags]`` prints it and starts nothing; ``--cluster`` plans for
 one of the files in ``clusters/`` instead of for this machine (or the Ray cluster at ``--address``), without touching
 it.
 """
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import Cluster, join_or_start
 from orchestrator.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.journal import TrialRecord
 from orchestrator.progress import duration
@@ -152,23 +152,25 @@ def refuse_what_cannot_run(planned: list[Planned]) -> None:
         raise InputError(f"{len(cannot)} of {len(planned)} trials do not fit into memory:\n{each}")
 
 
-def refuse_beyond_budget(total: Totals, options: RunOptions) -> None:
-    """Raises:
-    InputError: what is left to be done takes more than the sweep may, or cannot be told.
+def refuse_beyond_budget(total: Totals, spent: tuple[float, float | None], options: RunOptions) -> None:
+    """``spent``: hours and US dollars that this sweep has taken before.
+
+    Raises:
+        InputError: with what is left to be done the sweep takes more than it may, or that cannot be told.
     """
-    for flag, limit, takes, unit in (
-        ("--budget-hours", options.budget_hours, total.hours, "hours of devices"),
-        ("--budget-usd", options.budget_usd, total.usd, "US dollars"),
+    for flag, limit, before, takes, unit in (
+        ("--budget-hours", options.budget_hours, spent[0], total.hours, "hours of devices"),
+        ("--budget-usd", options.budget_usd, spent[1], total.usd, "US dollars"),
     ):
         if limit is None:
             continue
         if takes is None:
             what = "--price-per-hour" if flag == "--budget-usd" else "a device whose speed is known"
             raise InputError(f"{flag} {limit:g}: what this sweep takes is not known; it needs {what}, or leave it out")
-        if takes > limit:
+        if takes and takes + (before or 0) > limit:
             raise InputError(
-                f"{flag} {limit:g}: what is left of this sweep takes about {takes:,.2f} {unit}; allow more, or sweep "
-                "fewer lengths, methods or steps"
+                f"{flag} {limit:g}: what is left of this sweep takes about {takes:,.3g} {unit}, after "
+                f"{before or 0:,.3g} before; allow more, or sweep fewer lengths, methods or steps"
             )
 
 
@@ -222,17 +224,17 @@ def _gpu_name(cluster: Cluster) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from orchestrator.cli import parse_plan
+    from orchestrator.cli import parse
     from orchestrator.sweep import EXIT_FAILED_TRIALS, EXIT_USER_ERROR, Sweep
     from orchestrator.view import make_console
 
     console = make_console()
     try:
-        name, spec, options, cluster = parse_plan(sys.argv[1:] if arguments is None else arguments)
+        name, spec, options = parse(sys.argv[1:] if arguments is None else arguments, plan=True)
         sweep = Sweep(name, spec, options, console)
         sweep.check()
         sweep.identify()
-        sweep.cluster = _cluster(cluster, options)
+        sweep.cluster = _cluster(options)
         sweep.plan_trials()
         sweep.say_plan()
         sweep.refuse()
@@ -242,14 +244,12 @@ def main(arguments: list[str] | None = None) -> int:
     return EXIT_FAILED_TRIALS if any(p.action == "cannot" for p in sweep.planned) else 0
 
 
-def _cluster(name: str | None, options: RunOptions) -> Cluster:
+def _cluster(options: RunOptions) -> Cluster:
     """The cluster to plan for: a named one, the one at an address, or this machine."""
-    if name is not None:
-        return Cluster.named(name)
+    if options.cluster is not None:
+        return Cluster.named(options.cluster)
     if options.address in (None, "local"):
         return Cluster.this_machine()
-    from orchestrator.cluster import join_or_start
-
     return join_or_start(options)
 
 

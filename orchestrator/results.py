@@ -38,11 +38,13 @@ def result_table(comparison: dict[str, Any]) -> Table:
 
 
 def _name(trial: dict[str, Any], trials: list[dict[str, Any]]) -> str:
-    """The method, and what tells its trials of this context length apart."""
+    """The method, and what tells its trials of this context length apart: their labels say it."""
     siblings = [other for other in trials if other["method"] == trial["method"]]
-    rate = f" lr {trial['learning_rate']:g}" if len({other["learning_rate"] for other in siblings}) > 1 else ""
-    seed = f" seed {trial['seed']}" if len({other["seed"] for other in siblings}) > 1 else ""
-    return trial["method"] + rate + seed
+    if len(siblings) == 1:
+        return trial["method"]
+    method, _, *distinction = trial["label"].split(" ")
+    seed = " seed 0" if not trial["seed"] and any(other["seed"] for other in siblings) else ""
+    return " ".join([method, *distinction]) + seed
 
 
 def _state(trial: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ class SweepSpec:
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of frozen weights and of computation: auto takes bfloat16 where the cluster has GPUs, else float32."""
+    """auto: bfloat16 on GPUs and on processors that multiply in it, else float32."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each is a trial of its own."""
     eval_every: int = 100
@@ -380,6 +380,9 @@ class RunOptions:
     address: str | None = None
     """Ray cluster to join (auto, or host:port); by default the one of a submitted job or RAY_ADDRESS, else a new one
     on this machine."""
+    cluster: str | None = None
+    """Plan for the machines of a file in clusters/, such as aws-p4d, at its full size. A sweep waits for those that its
+    cluster does not have yet: its autoscaler is asked for them."""
     workers: int = 1
     """Ray Train workers of each trial, one GPU each where there are GPUs; the batch must divide by it."""
     cpus_per_worker: float = 1
@@ -428,8 +431,8 @@ class RunOptions:
     """Where a trial does not fit into memory, run it with the smallest change that does: smaller micro-batches, ZeRO,
     more workers, gradient checkpointing, offload. None of them changes its result beyond rounding."""
     budget_hours: float | None = None
-    """GPU hours (hours of workers where there are no GPUs) that this sweep may take: a plan beyond them is refused, a
-    run that comes to them stops with checkpoints."""
+    """GPU hours (CPU hours where there are no GPUs) that this sweep may take, in all runs of its command: a plan beyond
+    them is refused, a run that comes to them stops with checkpoints."""
     budget_usd: float | None = None
     """The same in US dollars."""
     target_perplexity: float | None = None

@@ -3,7 +3,7 @@
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff;
                             cancel.json (a request), earlier-<n>/ (what --force has put aside)
     sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
-                            code-*.diff; command.json (who runs it), cancel.json (a request)
+                            plan-and-truth.json, code-*.diff; command.json (who runs it), cancel.json (a request)
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
 

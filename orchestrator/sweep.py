@@ -54,9 +54,11 @@ from orchestrator.provenance import Provenance, own_prices
 from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
-from orchestrator.storage import Storage, write_json
+from orchestrator.spending import Spending
+from orchestrator.storage import Storage, read_json, write_json
 from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
 from orchestrator.trial import drive_trial
+from orchestrator.truth import FILE, plan_and_truth
 from orchestrator.view import LiveView, make_console
 from workloads.budget import ModelShape
 from workloads.config import TrainingConfig
@@ -156,6 +158,7 @@ class Sweep:
         self.planned: list[Planned] = []
         self.search: Search | None = None
         self.rungs: Rungs | None = None
+        self.said: Totals | None = None  # what it was going to take, if there was something to train
         self.doing = "reading the model and the data"  # said where it takes long
 
     def run(self) -> int:
@@ -212,6 +215,8 @@ class Sweep:
                 f"--engine {self.options.engine} needs DeepSpeed, which is not installed; install it with pip install "
                 "'longspan[deepspeed]', or choose --engine ddp"
             )
+        if self.options.cluster is not None:
+            Cluster.named(self.options.cluster)
         self.storage = Storage.open(self.options.storage)
         self.folder = self.storage.sweep(self.name)
         self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
@@ -274,7 +279,7 @@ class Sweep:
         """The sweep's trials, what is to be done about each on the cluster, and what that takes."""
         precision = self.spec.precision
         if precision == "auto":
-            precision = "bfloat16" if self.cluster.gpus else "float32"
+            precision = self.cluster.precision
         if self.spec.quantization == "nf4" and not self.cluster.gpus:
             raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
         self.trials = self.spec.trials(self.identities, precision)
@@ -282,6 +287,7 @@ class Sweep:
         self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
         self.storage.read_ahead([trial.fingerprint for trial in self.trials])
         self.planned = self.plan(self.trials)
+        self.spending = Spending(self.name, self.trials, self.storage, self.options, self.stop)
 
     def make_trials(self) -> None:
         """The sweep's trials, checked against the corpus too, and its folder."""
@@ -302,6 +308,7 @@ class Sweep:
             self.search.begin()
             self.trials = [trial for trial in self.trials if not trial.training.steps] + self.search.trials
             self.planned = self.plan(self.trials)
+            self.spending.trials = self.trials
         self.list_trials()
 
     def plan(self, trials: list[TrialSpec]) -> list[Planned]:
@@ -370,7 +377,7 @@ class Sweep:
     def refuse(self) -> None:
         """Raises InputError where a trial does not fit, or all together take more than they may."""
         refuse_what_cannot_run(self.planned)
-        refuse_beyond_budget(self.totals(), self.options)
+        refuse_beyond_budget(self.totals(), self.spending.so_far(), self.options)
 
     def next_of_search(self) -> Planned | None:
         """The next trial that a search suggests, as part of the sweep from now on."""
@@ -420,6 +427,7 @@ class Sweep:
     def train(self) -> None:
         """Runs every trial that is not finished, with Tune over Train."""
         to_train = [p.trial for p in self.planned if p.trains]
+        self.said = self.totals()
         # The largest first, so that none is left to run alone at the end.
         to_train.sort(key=lambda trial: (self.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
         tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
@@ -429,7 +437,7 @@ class Sweep:
         view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
         tracking.start()
         try:
-            with view:
+            with view, self.spending:
                 self.tune(self.drives(to_train, view))
         except KeyboardInterrupt:
             self.end_ray()
@@ -439,6 +447,14 @@ class Sweep:
         tracking.stop()
         if tracking.trouble:
             self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
+        if self.spending.exhausted:
+            self.console.print(f"stopped: {self.spending.exhausted}; with a larger one the same command goes on")
+
+    def stop(self, reason: str) -> None:
+        """Ends all that runs, each trial with a checkpoint, and begins nothing more."""
+        cancel.request(self.storage, f"sweeps/{self.name}", reason)
+        for trial in list(self.trials):
+            cancel.request(self.storage, self.storage.trial(trial.fingerprint).name, reason)
 
     def work(self, trial: TrialSpec) -> float:
         """How much of it there is, in whatever is known of all trials."""
@@ -640,7 +656,7 @@ class Sweep:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
             "question": "Which way to adapt wins at each context length, and how near do the others come?",
-            "sentences": summarise(contexts, list(self.spec.seeds)),
+            "sentences": summarise(contexts, list(self.spec.seeds)) + self.lay_truth_beside_plan(),
             "rule": ANSWERS_RULE if self.spec.task == "sft" else RULE,
             "model": {
                 "name": self.spec.model,
@@ -673,6 +689,18 @@ class Sweep:
             "mlflow_command": self.mlflow_command(str(self.storage.root)),
             "contexts": contexts,
         }
+
+    def lay_truth_beside_plan(self) -> list[str]:
+        """Writes both to the sweep's folder and returns a sentence of it; what an earlier run wrote stays if this one
+        has trained nothing."""
+        file = self.folder / FILE
+        if self.said:
+            price = self.estimator.price.usd_per_gpu_hour if self.estimator.price else None
+            both = plan_and_truth(self.planned, self.said, self.storage, self.cluster, self.began, price)
+            write_json(file, both)
+        else:
+            both = read_json(file) or {}
+        return [both["summary"]] if both.get("summary") else []
 
     def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
         """What every trial of the sweep is scored on, as at the shortest context."""

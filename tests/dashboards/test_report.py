@@ -185,7 +185,7 @@ def test_an_interval_that_is_cut_at_the_edge_of_the_scale_has_an_arrow_there() -
     for each, high in ((cut, 1e6), (whole, None)):
         each["contexts"] = each["contexts"][:1]
         each["contexts"][0]["references"] = [{"label": "untuned", "perplexity": 3.0, "low": None, "high": high}]
-    assert [figures.svg_panels(check(each), "final_perplexity")[0].count("→") for each in (cut, whole)] == [1, 0]
+    assert [figures.svg_panels(check(each), "final_perplexity")[0][1].count("→") for each in (cut, whole)] == [1, 0]
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -292,6 +292,15 @@ def test_a_diverged_trial_is_reported_and_drawn_as_far_as_it_goes() -> None:
     context["gaps"][0]["points"][-2] |= {"percent": float("inf"), "low": float("nan"), "high": float("inf")}
     text = read(diverged).text
     assert "not a number" in text and "∞" in text
+
+
+def test_a_perplexity_beyond_every_integer_is_drawn() -> None:
+    """What a learning rate that is far too high ends with, which a search is bound to try."""
+    huge = comparison()
+    trial = huge["contexts"][0]["trials"][0]
+    trial["curve"][-1] |= {"perplexity": 3e40, "low": 1e40, "high": 1e41}
+    trial["final"] = trial["curve"][-1]
+    assert "3.0×10⁴⁰" in read(huge).text
 
 
 @pytest.mark.parametrize(

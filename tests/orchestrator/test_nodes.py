@@ -29,7 +29,7 @@ def results():
 # The node that is drained last is the last that can be: Ray takes it out of the cluster when its time is over.
 @pytest.mark.parametrize("how", ["without a word", "after a notice"])
 def test_a_trial_goes_on_elsewhere_when_its_node_goes(how, cluster, results, tmp_path, text_folder):
-    flags = (*ONE_TRIAL, "--steps", "16", "--data", str(text_folder), "--address", cluster.address)
+    flags = (*ONE_TRIAL, "--steps", "40", "--data", str(text_folder), "--address", cluster.address)
     if how == "after a notice":
         # A notice must be enough, and no failure may be charged to the trial.
         flags += ("--checkpoint-every", "1000", "--max-failures", "0")
@@ -37,7 +37,7 @@ def test_a_trial_goes_on_elsewhere_when_its_node_goes(how, cluster, results, tmp
     if len(cluster.alive()) < 3:
         cluster.add(cpus=1)
     process = command.start()
-    record = wait_for(lambda: running_trial(command.storage, 4), process, "step 4")
+    record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
     if how == "after a notice":
         cluster.drain(record.started["node"], seconds=30)
     else:
@@ -50,7 +50,7 @@ def test_a_trial_goes_on_elsewhere_when_its_node_goes(how, cluster, results, tmp
     events = [event["event"] for event in record.journal.read()[0]]
     if how == "after a notice":
         assert "preempted" in events and record.resumed_at >= lost_at
-        assert events.count("step") == 16, "no step was trained twice"
+        assert events.count("step") == 40, "no step was trained twice"
     else:
         assert record.resumed_at >= lost_at - 2
     checkpoint = max(command.storage.glob("trials/*/checkpoints/step-*"))

@@ -1,5 +1,8 @@
 """What a sweep would take, before it runs: for a cluster that is not there; refused, fitted, kept in budget."""
 
+import json
+import time
+
 import pytest
 
 from orchestrator import plan as planning
@@ -7,6 +10,7 @@ from orchestrator.cluster import Cluster, Node
 from orchestrator.journal import TrialRecord
 from orchestrator.plan import duration
 from orchestrator.spec import RunOptions
+from orchestrator.spending import Spending
 from orchestrator.storage import Storage
 from workloads.data import Corpus
 
@@ -124,6 +128,14 @@ def test_workers_are_counted_machine_by_machine():
     assert unknown.device(RunOptions()).memory == 2**36 and unknown.device(RunOptions()).bfloat16 == 0
 
 
+def test_bfloat16_is_taken_where_every_machine_that_trains_is_fast_in_it():
+    slow, fast, head = Node(cpus=2), Node(cpus=2, bfloat16=True), Node(cpus=0)
+    assert [Cluster(nodes).precision for nodes in ((slow,), (fast, head), (fast, slow))] == [
+        "float32", "bfloat16", "float32",
+    ]  # fmt: skip
+    assert Cluster((Node(cpus=8, gpus=1),)).precision == "bfloat16"
+
+
 def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
     monkeypatch.setattr("orchestrator.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
     status, told = plan("--methods", "lora")
@@ -133,3 +145,34 @@ def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypa
 @pytest.mark.parametrize(("seconds", "words"), [(5, "5s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h")])
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_are_not_its_own(
+    plan, tmp_path, monkeypatch
+):
+    flags = ("--methods", "lora", "full", "--references", "--context-lengths", "2048", "--steps", "30")
+    trials = list(trials_of(plan, monkeypatch, flags).values())
+    storage = Storage.open(str(tmp_path / "runs"))
+    journals = [storage.add_trial(trial).journal for trial in trials]
+
+    def attempt(journal, sweep, hours):
+        journal.append("started", sweep=sweep, workers=1, devices=2, usd_per_device_hour=3.0)
+        began = journal.read()[0][-1]["time"]
+        with journal.path.open("a") as file:  # a line of that much later
+            file.write(json.dumps({"event": "saved", "step": 5, "time": began + 3600 * hours}) + "\n")
+
+    attempt(journals[0], "another", 100.0)
+    attempt(journals[0], "mine", 0.5)
+    reasons = []
+    monkeypatch.setattr("orchestrator.spending.POLL_S", 0.05)
+    options = RunOptions(budget_usd=10.0, budget_hours=1000.0)
+    with Spending("mine", trials, storage, options, reasons.append) as spending:
+        assert spending.so_far() == (pytest.approx(1.0), pytest.approx(3.0))  # two devices for half an hour
+        time.sleep(0.5)
+        assert not reasons
+        attempt(journals[1], "mine", 2.0)
+        deadline = time.time() + 20
+        while not reasons and time.time() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+    assert reasons == ["--budget-usd 10: 15 are spent"], "once is enough"

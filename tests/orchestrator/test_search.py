@@ -191,7 +191,7 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
         found = records(command.storage)
         return len(found) == 2 and {"finished", "running"} == {record.state for record in found.values()}
 
-    wait_for(second_runs, process, "the second trial")
+    wait_for(second_runs, process, "the second trial", seconds=300)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -34,6 +36,7 @@ from workloads.budget import (
     what_trains,
 )
 from workloads.budget.activations import Activations, Widths
+from workloads.budget.traffic import traffic
 from workloads.config import Attention, ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
@@ -252,14 +255,14 @@ def test_the_peak_of_the_training_loop_is_predicted(method, checkpointing, preci
 
 # One H200, transformers and PEFT as their users write it: everything in bfloat16, no autocast, LoRA's weights float32
 # (PEFT's default). GiB by (context, checkpointing).
+ALL_BFLOAT16 = Widths(compute=2, frozen=2, trained=2, lora=4, autocast=False)
 MEASURED_GIB = {(8192, True): 18.8, (32768, True): 35.6, (65536, True): 58.1, (98304, True): 80.5, (8192, False): 69.0}
 
 
 @pytest.mark.parametrize(("context_length", "checkpointing"), MEASURED_GIB)
 def test_peaks_measured_on_an_h200(context_length, checkpointing):
-    widths = Widths(compute=2, frozen=2, trained=2, lora=4, autocast=False)
     execution = ExecutionConfig(gradient_checkpointing=checkpointing)
-    predicted = memory(LLAMA2_7B, on_gpu(context_length), execution, widths=widths)
+    predicted = memory(LLAMA2_7B, on_gpu(context_length), execution, widths=ALL_BFLOAT16)
     assert predicted.allocated / GIB == pytest.approx(MEASURED_GIB[context_length, checkpointing], rel=0.01)
 
 
@@ -315,7 +318,66 @@ def test_a_checkpoint_has_the_size_that_was_said(tmp_path):
 # Speed
 
 
-# Tokens/s on one H200: the same measurements; the last is with cuDNN's attention, which this package takes there.
+class Moved(TorchDispatchMode):
+    """Inside this context, bytes that operations take and give are summed: without views, which move nothing, and
+    without matrix products and attention, whose time their FLOPs tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.kernels = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), result))
+        known = {x.untyped_storage().data_ptr() for x in given}
+        view = made and all(x.untyped_storage().data_ptr() in known for x in made) and not func._schema.is_mutable
+        if not view and "empty" not in str(func):
+            self.kernels += 1
+            if "mm" not in str(func) and "scaled_dot" not in str(func):
+                self.bytes += sum(x.numel() * x.element_size() for x in given + made)
+        return result
+
+
+def moved_in_a_pass(model_config, training, checkpointing=False):
+    """(bytes, kernels) of one forward and backward pass."""
+    bfloat16 = training.precision == "bfloat16"
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    model.config.use_cache = False
+    execution = ExecutionConfig(gradient_checkpointing=checkpointing)
+    model = set_up(model, training, Engine(torch.device("cpu"), training.precision), execution).train()
+    tokens = torch.randint(8, 512, (1, training.context_length))
+    with Moved() as moved:
+        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+            logits = model(input_ids=tokens).logits
+        next_token_losses(logits, tokens).sum().backward()
+    return moved.bytes, moved.kernels
+
+
+# The passes were counted in Llama; in other families a few operations are others.
+TRAFFIC_WITHIN = {"llama": 0.10, "qwen3": 0.12, "gemma2": 0.15, "phi3": 0.20, "gpt_neox": 0.35}
+
+
+@pytest.mark.parametrize("family", TRAFFIC_WITHIN)
+@pytest.mark.parametrize("method", ["lora", "lora+", "full"])
+def test_bytes_moved_are_what_operations_take_and_give(family, method):
+    for precision, group_size, checkpointing in (
+        ("bfloat16", None, False),
+        ("bfloat16", 64, False),
+        ("float32", 64, False),
+        ("bfloat16", None, True),
+    ):
+        if family == "gpt_neox" and precision == "bfloat16":
+            continue  # see above: under autocast its LayerNorm is another on CUDA
+        model_config, training = shaped(family), config(256, method, group_size, precision=precision)
+        predicted = traffic(ModelShape.of(model_config), training, checkpointing, Widths.of(precision))
+        moved, kernels = moved_in_a_pass(model_config, training, checkpointing)
+        in_a_pass = 256 * predicted.training + predicted.micro_batch()
+        assert in_a_pass == pytest.approx(moved, rel=TRAFFIC_WITHIN[family]), (precision, group_size, checkpointing)
+        if precision == "bfloat16":
+            assert predicted.kernels == pytest.approx(kernels, rel=0.35)
+
+
+# Tokens/s on one H200: the runs of MEASURED_GIB; the last is with cuDNN's attention, which this package takes there.
 MEASURED_SPEED = {
     (8192, True): 7869,
     (32768, True): 5651,
@@ -327,9 +389,38 @@ MEASURED_SPEED = {
 
 @pytest.mark.parametrize(("context_length", "checkpointing"), MEASURED_SPEED)
 def test_speeds_measured_on_an_h200(context_length, checkpointing):
+    """Two of the device's shares are fitted to these."""
     execution = ExecutionConfig(gradient_checkpointing=checkpointing)
-    seconds = step_seconds(LLAMA2_7B, on_gpu(context_length), execution, 1, H200)
+    seconds = step_seconds(LLAMA2_7B, on_gpu(context_length), execution, 1, H200, widths=ALL_BFLOAT16)
     assert context_length / seconds == pytest.approx(MEASURED_SPEED[context_length, checkpointing], rel=0.02)
+
+
+SMOLLM2_135M = ModelShape.of(
+    LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "measured"), [("lora+", 95_000), ("full", 103_000)])
+def test_a_small_models_speed_is_predicted_from_a_large_ones(method, measured):
+    """Nothing is fitted to these: one H200, 32,768 tokens, S²-Attn, docs/performance.md."""
+    training = on_gpu(32768, method, 8192, batch=8)
+    seconds = step_seconds(SMOLLM2_135M, training, ExecutionConfig(micro_batch=1), 1, H200)
+    assert 8 * 32768 / seconds == pytest.approx(measured, rel=0.06)
+
+
+def test_a_tiny_models_step_is_as_long_as_its_kernels_take_to_launch():
+    """builtin:tiny's sweep of 1,024 and 2,048 tokens on an H200, in its shape of then: 100,000 to 230,000 tokens/s."""
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=264)
+    shape = ModelShape.of(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    speeds = [
+        2 * tokens / step_seconds(shape, on_gpu(tokens, method, tokens // 4, batch=2), ExecutionConfig(), 1, H200)
+        for tokens, method in itertools.product((1024, 2048), ("lora", "lora+", "full"))
+    ]
+    assert 100_000 == pytest.approx(min(speeds), rel=0.15)
+    assert 230_000 == pytest.approx(max(speeds), rel=0.15)
 
 
 # Tokens/s of builtin:tiny on one core of an AMD EPYC (docs/performance.md), at 1,024 and 2,048 tokens.
@@ -340,25 +431,29 @@ CPU_SPEED = {"lora": (4559, 3890), "lora+": (4410, 3653), "full": (3693, 2997)}
 def test_speeds_measured_on_a_cpu(method):
     shape, device = ModelShape.of(ModelSource.parse("builtin:tiny").config()), Device.cpu(cores=1, memory=8 * GIB)
     for context_length, measured in zip((1024, 2048), CPU_SPEED[method]):
-        training = config(context_length, method, context_length // 4)
+        training = config(context_length, method, context_length // 4, batch=2)
         seconds = step_seconds(shape, training, ExecutionConfig(), 1, device)
-        assert context_length / seconds == pytest.approx(measured, rel=0.10)
+        assert 2 * context_length / seconds == pytest.approx(measured, rel=0.05)
 
 
 # LongLoRA v3 table 12: hours of 1,000 steps of 64 sequences on 8 A100.
 PAPER_HOURS = {"lora": (6.0, 14.0, 36.5, 92.5), "lora+": (5.2, 11.3, 24.6, 52.4)}
+A100 = dataclasses.replace(Device.named("NVIDIA A100-SXM4-80GB"), link=float("inf"))
 
 
 @pytest.mark.parametrize("method", PAPER_HOURS)
-def test_hours_that_the_paper_reports_on_a100s(method):
-    """LoRA with full attention, LoRA+ with S²-Attn; compute alone is compared, within 10%."""
-    device = dataclasses.replace(Device.named("NVIDIA A100-SXM4-80GB"), link=float("inf"))
+@pytest.mark.parametrize(("fitted", "within"), [(True, 0.07), (False, 0.16)])
+def test_hours_that_the_paper_reports_on_a100s(method, fitted, within):
+    """LoRA with full attention, LoRA+ with S²-Attn; compute alone is compared. With the shares that an H200 has
+    nothing is fitted to them."""
+    shares = ("linear_efficiency", "attention_efficiency", "bandwidth_efficiency")
+    device = A100 if fitted else dataclasses.replace(A100, **{name: getattr(H200, name) for name in shares})
     for context_length, hours in zip((8192, 16384, 32768, 65536), PAPER_HOURS[method]):
         group_size = context_length // 4 if method == "lora+" else None
         training = on_gpu(context_length, method, group_size, batch=64, steps=1000)
         execution = ExecutionConfig(gradient_checkpointing=True, micro_batch=1, engine="zero2")
-        seconds = 1000 * step_seconds(LLAMA2_7B, training, execution, 8, device)
-        assert seconds / 3600 == pytest.approx(hours, rel=0.10)
+        seconds = 1000 * step_seconds(LLAMA2_7B, training, execution, 8, device, widths=ALL_BFLOAT16)
+        assert seconds / 3600 == pytest.approx(hours, rel=within)
 
 
 def test_a_measured_trial_sets_the_speed_of_others():
@@ -388,7 +483,8 @@ def test_a_trial_is_its_steps_and_its_evaluations():
     assert seconds(from_step=8) == pytest.approx(2 * step + evaluation)
     assert shorter < evaluation  # as many tokens, in shorter windows
     untuned = on_gpu(8192, "untuned", steps=0, eval_documents=6)
-    assert trial_seconds(LLAMA2_7B, untuned, execution, 2, H200) == pytest.approx(evaluation, rel=0.01)
+    assert trial_seconds(LLAMA2_7B, untuned, execution, 2, H200) == evaluation_seconds(LLAMA2_7B, untuned, 2, H200)
+    assert seconds(step_0_known=True) == pytest.approx(10 * step + 3 * evaluation)
 
 
 def test_utilisation_counts_nothing_twice():

@@ -3,8 +3,9 @@
 ``shape``        a model's sizes and parameter counts, and what of it a configuration trains
 ``flops``        FLOPs of patterns, forward passes and training steps, in closed form; the paper's table
 ``activations``  what a model keeps for its backward pass
+``traffic``      bytes that everything beside matrix products moves, and kernels that are launched
 ``memory``       memory of one worker, by parts, at the worst moment of a step; a checkpoint's size
-``devices``      devices by name: memory, peaks, efficiencies
+``devices``      devices by name: memory, peaks, bandwidth, efficiencies
 ``speed``        seconds of steps, evaluations and trials; calibration; model FLOPs utilisation
 ``fitting``      the change that costs least and makes a trial fit
 """

@@ -72,7 +72,7 @@ class Activations:
         trains, shape, compute = self.trains, self.trains.shape, self.widths.compute
         trained = trains.norms(layer)
         kept = self._norm(shape.hidden_size, 1, self.residual, trains.reaches_input(layer), trained)
-        kept += self._inputs(layer, "attention norm", self._norm_output(trained))
+        kept += self._inputs(layer, "attention norm", self.norm_output(trained))
         flows = trains.needs_gradient(layer, "attention")
         if shape.head_norms:
             for width in (shape.query_width, shape.key_value_width):
@@ -83,7 +83,7 @@ class Activations:
             kept += self._moved_groups(layer)
             if self.masked:  # a boolean, and what it becomes to be added to the scores, for each head and key
                 kept += (1 + compute) * shape.num_heads * trains.config.context_length
-        joined = self._shifted_heads(layer) > 0
+        joined = self.shifted_heads(layer) > 0
         kept += self._inputs(layer, "attention", compute, kept_already=flows and not joined)
         if shape.norms == 4:
             kept += self._norm(shape.hidden_size, 1, compute, trains.needs_gradient(layer, "mlp norm"), trained)
@@ -95,7 +95,7 @@ class Activations:
         trained = trains.norms(layer)
         reached = trains.reaches_input(layer) if shape.parallel else trains.needs_gradient(layer, "mlp norm")
         kept = self._norm(shape.hidden_size, 1, self.residual, reached, trained)
-        kept += self._inputs(layer, "mlp norm", self._norm_output(trained))
+        kept += self._inputs(layer, "mlp norm", self.norm_output(trained))
         if trains.needs_gradient(layer, "activation"):
             # What the activation function takes; with a gate also what it gives, and the other factor.
             kept += compute * shape.intermediate_size * (3 if shape.gated else 1)
@@ -109,7 +109,7 @@ class Activations:
         trains, shape = self.trains, self.trains.shape
         kept = self._norm(shape.hidden_size, 1, self.residual, trains.trainable > 0, trains.final_norm)
         if trains.output:
-            output = self._norm_output(trains.final_norm)
+            output = self.norm_output(trains.final_norm)
             kept += shape.hidden_size * (self.widths.compute if self.widths.autocast else output)
         return kept
 
@@ -131,7 +131,7 @@ class Activations:
         # For the weight's gradient what it multiplies: cast back before, in Llama, or not, in Gemma.
         return kept + width * trained * (FLOAT32 if self.trains.shape.family in GEMMA else given)
 
-    def _norm_output(self, trained: bool) -> int:
+    def norm_output(self, trained: bool) -> int:
         shape = self.trains.shape
         if shape.norm_biases and self.widths.autocast:
             return FLOAT32
@@ -164,7 +164,7 @@ class Activations:
         number = self.widths.compute if self.widths.autocast else self.widths.lora
         return number * self.trains.config.lora_rank
 
-    def _shifted_heads(self, layer: int) -> float:
+    def shifted_heads(self, layer: int) -> float:
         """The share of heads whose groups are shifted: their parts are joined to one output, beside what is kept."""
         config = self.trains.config
         if config.group_size is None or config.group_size >= config.context_length:
@@ -178,4 +178,4 @@ class Activations:
         config, shape = self.trains.config, self.trains.shape
         whole = 1 - (config.group_size or 0) / config.context_length
         moved = shape.query_width + 2 * shape.key_value_width
-        return self.widths.compute * moved * self._shifted_heads(layer) * whole
+        return self.widths.compute * moved * self.shifted_heads(layer) * whole

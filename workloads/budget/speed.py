@@ -1,8 +1,9 @@
 """Seconds: of a step, of an evaluation, of a trial; and model FLOPs utilisation.
 
-A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus what workers
-and host memory exchange; nothing overlaps. A rate is a device's peak times a stated share of it (devices.py). Where
-another trial has been timed on the same hardware, :func:`calibrated` sets the shares by it.
+A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus the bytes
+that all else moves (traffic.py) over the memory's rate; at least as long as the host needs to launch its kernels; plus
+what workers and host memory exchange. Nothing else overlaps. A rate is a device's peak times a stated share of it
+(devices.py). Where another trial has been timed on the same hardware, :func:`calibrated` sets the shares by it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from workloads.budget.activations import Widths
 from workloads.budget.devices import Device
 from workloads.budget.flops import Flops, forward_flops, training_flops
 from workloads.budget.memory import micro_batch
 from workloads.budget.shape import ModelShape, what_trains
+from workloads.budget.traffic import traffic
 from workloads.config import ExecutionConfig, TrainingConfig
 
 # AdamW in host memory reads and writes weight, gradient and two moments: 28 bytes a parameter, at what a few memory
@@ -21,25 +24,52 @@ from workloads.config import ExecutionConfig, TrainingConfig
 HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
 
 
-def compute_seconds(flops: Flops, device: Device, training: TrainingConfig) -> float:
+def device_seconds(flops: Flops, moved: float, device: Device, training: TrainingConfig) -> float:
+    """``moved``: bytes read and written beside matrix products and attention."""
     peak = device.peak(training.precision)
     linear = flops.linear / (peak * device.linear_efficiency)
-    return linear + flops.attention / (peak * device.attention_efficiency)
+    attention = flops.attention / (peak * device.attention_efficiency)
+    return linear + attention + moved / (device.bandwidth * device.bandwidth_efficiency)
 
 
 def step_seconds(
-    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+    shape: ModelShape,
+    training: TrainingConfig,
+    execution: ExecutionConfig,
+    workers: int,
+    device: Device,
+    *,
+    widths: Widths | None = None,
 ) -> float:
     """Seconds of one optimiser step on ``workers`` such devices of one machine.
+
+    Args:
+        widths: bytes of numbers; None: as this package trains with ``training.precision``.
 
     Raises:
         InputError: the batch does not divide among the workers.
     """
-    micro_batch(training, execution, workers)
-    a_sequence = training_flops(shape, training, execution.gradient_checkpointing)
-    sequences = training.batch / workers
-    compute = compute_seconds(a_sequence, device, training) * sequences
+    compute = compute_seconds(shape, training, execution, workers, device, widths)
     return compute + exchange_seconds(shape, training, execution, workers, device)
+
+
+def compute_seconds(
+    shape: ModelShape,
+    training: TrainingConfig,
+    execution: ExecutionConfig,
+    workers: int,
+    device: Device,
+    widths: Widths | None = None,
+) -> float:
+    """One worker's own part of a step."""
+    sequences = training.batch / workers
+    passes = math.ceil(sequences / micro_batch(training, execution, workers))
+    widths = widths or Widths.of(training.precision)
+    beside = traffic(shape, training, execution.gradient_checkpointing, widths)
+    moved = sequences * training.context_length * beside.training
+    moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
+    flops = training_flops(shape, training, execution.gradient_checkpointing) * sequences
+    return max(device_seconds(flops, moved, device, training), passes * beside.kernels * device.launch)
 
 
 def exchange_seconds(
@@ -75,9 +105,9 @@ def evaluation_seconds(
     """One evaluation: ``eval_documents`` spans of ``eval_span`` tokens in windows of the context length (or another
     one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
     length = context_length or training.context_length
-    windows = training.eval_documents * max(1, training.eval_span // length)
-    flops = forward_flops(shape, length, training) * math.ceil(windows / workers)
-    return compute_seconds(flops, device, training)
+    windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
+    moved = windows * length * traffic(shape, training, False, Widths.of(training.precision)).forward()
+    return device_seconds(forward_flops(shape, length, training) * windows, moved, device, training)
 
 
 def num_evaluations(training: TrainingConfig) -> int:
@@ -94,14 +124,16 @@ def trial_seconds(
     *,
     original_length: int | None = None,
     from_step: int = 0,
+    step_0_known: bool = False,
 ) -> float:
     """A trial's steps and evaluations; without starting processes, loading the model and writing checkpoints.
 
     Args:
         original_length: the model's own context length, at which the last evaluation scores too.
         from_step: the step that it goes on from.
+        step_0_known: an untuned trial that starts alike has shown what the first evaluation would.
     """
-    evaluated = 1 + from_step // training.eval_every if from_step else 0
+    evaluated = 1 + from_step // training.eval_every if from_step else int(step_0_known)
     left = num_evaluations(training) - evaluated
     seconds = left * evaluation_seconds(shape, training, workers, device)
     if original_length not in (None, training.context_length) and training.eval_span % original_length == 0:
@@ -119,21 +151,22 @@ def calibrated(
     workers: int,
     tokens_per_second: float,
 ) -> Device:
-    """The device with efficiencies such that this trial, which was timed on it, comes out as it was.
+    """The device, as much slower or faster in everything that this trial, which was timed on it, comes out as it was.
 
     Args:
         tokens_per_second: measured, of all workers together, in steps without evaluations.
     """
     tokens = training.batch * training.context_length
     computed = tokens / tokens_per_second - exchange_seconds(shape, training, execution, workers, device)
-    a_sequence = training_flops(shape, training, execution.gradient_checkpointing)
-    predicted = compute_seconds(a_sequence, device, training) * training.batch / workers
+    predicted = compute_seconds(shape, training, execution, workers, device)
     # What was measured may be less than the exchange that was assumed; then that is wrong, and nothing of it is kept.
     factor = predicted / (computed if computed > 0 else tokens / tokens_per_second)
     return dataclasses.replace(
         device,
         linear_efficiency=device.linear_efficiency * factor,
         attention_efficiency=device.attention_efficiency * factor,
+        bandwidth_efficiency=device.bandwidth_efficiency * factor,
+        launch=device.launch / factor,
         efficiency_source=f"measured: {tokens_per_second:,.0f} tokens/s at {training.context_length:,} tokens",
     )
 

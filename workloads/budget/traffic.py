@@ -1,0 +1,127 @@
+"""What runs beside matrix products and attention: the bytes that it moves, and how many kernels are launched.
+
+Norms, activation functions, rotary positions, casts, LoRA's sums, the loss and the optimiser compute little and read
+and write much: memory bandwidth bounds them. torch runs each operation by itself, so that a number is read or written
+again in each of them. The passes below are how often: counted in Llama models, forward and backward, by what every
+operation takes and gives. A test counts them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from workloads.budget.activations import FLOAT32, Activations, Widths
+from workloads.budget.shape import Linear, ModelShape, Training, what_trains
+from workloads.config import TrainingConfig
+
+# Passes over a number, forward and backward together; about a third of them is the forward pass.
+RMS_NORM, TRAINED_NORM, LAYER_NORM = 27, 4, 6
+RESIDUAL = 21  # of a layer: sums, and gradients that come together from several modules
+GATED, NOT_GATED = 14, 5  # what the activation function reads and makes
+ROTARY, HEADS = 15, 11  # queries and keys: rotated; and otherwise moved
+SHIFTED_QUERIES, SHIFTED_KEYS = 16, 24  # by S²-Attn: parts of heads joined, and their gradients
+LORA_OUTPUT, LORA_INPUT = 7, 3  # of each module that has LoRA matrices
+LOSS = 10  # the logits, in float32
+FORWARD = 1 / 3
+# A cast reads one width and writes another, and its gradient the other way round.
+CAST = 2 * (2 + FLOAT32)
+# Autocast's copy of a trained weight, its gradient's cast, and the sum with what earlier micro-batches left.
+WEIGHT_COPIES, GRADIENT_SUM = CAST, 3 * FLOAT32
+# The gradient's norm, its clipping, and AdamW: weight, gradient and two moments read, all but the gradient written.
+UPDATE_BYTES = (1 + 2 + 7) * FLOAT32
+
+# Kernels of a layer, forward and backward; more for each RMSNorm, for each module with LoRA matrices, and for heads in
+# shifted groups.
+LAYER_KERNELS, NORM_KERNELS, LORA_KERNELS, SHIFTED_KERNELS = 89, 23, 11, 50
+HEAD_KERNELS = 60  # embeddings, loss and optimiser
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of a model under a configuration."""
+
+    trains: Training
+    widths: Widths
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.trains.shape
+
+    def forward(self) -> float:
+        """Bytes a token of the forward pass, the loss's among them."""
+        return FORWARD * (sum(count * self.layer(layer) for layer, count in self.trains.kinds) + self.loss())
+
+    @cached_property
+    def training(self) -> float:
+        """Bytes a token of forward and backward, and of what gradient checkpointing computes again."""
+        total = self.forward() + (1 - FORWARD) * self.loss()
+        for layer, count in self.trains.kinds:
+            if self.trains.has_backward(layer):
+                total += count * self.layer(layer) * (1 - FORWARD + FORWARD * self.trains.checkpointing)
+        return total
+
+    def micro_batch(self) -> float:
+        """Bytes of one forward and backward pass whatever its tokens: copies of weights and sums of gradients."""
+        return self.trains.linear_weights * WEIGHT_COPIES * self.widths.autocast + self.trains.trainable * GRADIENT_SUM
+
+    def update(self) -> float:
+        """Bytes of one optimiser step."""
+        return self.trains.trainable * UPDATE_BYTES
+
+    def layer(self, layer: int) -> float:
+        """Bytes a token of one layer, forward and backward."""
+        shape, compute = self.shape, self.widths.compute
+        kept = Activations(self.trains, self.widths)
+        residual, trained = kept.residual, self.trains.norms(layer)
+        heads = shape.query_width + shape.key_value_width
+        moved = shape.norms * self._norm(shape.hidden_size, residual, trained)
+        moved += RESIDUAL * residual * shape.hidden_size
+        moved += compute * (GATED if shape.gated else NOT_GATED) * shape.intermediate_size
+        rotated = heads * shape.rotary / shape.head_dim
+        moved += rotated * (ROTARY * residual + CAST * (residual != compute)) + heads * HEADS * compute
+        if shape.head_norms:
+            moved += self._norm(heads, compute, trained)
+        shifted = 2 * kept.shifted_heads(layer)
+        moved += shifted * compute * (SHIFTED_QUERIES * shape.query_width + SHIFTED_KEYS * shape.key_value_width)
+        for linear in shape.linears:
+            given = kept.norm_output(trained) if linear.reads.endswith("norm") else compute
+            if self.widths.autocast and given != compute:
+                moved += CAST * linear.inputs
+            if linear.name in self.trains.adapted(layer):
+                moved += self._lora(linear)
+        return moved
+
+    def _norm(self, width: int, given: int, trained: bool) -> float:
+        if self.shape.norm_biases:
+            return FLOAT32 * LAYER_NORM * width
+        return width * (FLOAT32 * (RMS_NORM + TRAINED_NORM * trained) + CAST * (given != FLOAT32))
+
+    def _lora(self, linear: Linear) -> float:
+        """PEFT casts what a module reads to float32, autocast back to bfloat16."""
+        widths = self.widths
+        number = widths.compute if widths.autocast else widths.lora
+        casts = CAST * (widths.compute != widths.lora) * (1 + widths.autocast)
+        return LORA_OUTPUT * number * linear.outputs + (LORA_INPUT * number + casts) * linear.inputs
+
+    def loss(self) -> float:
+        """Bytes a token, forward and backward: logits are made float32 for it."""
+        cast = 4 * self.widths.compute if self.widths.compute != FLOAT32 else 0
+        return (LOSS * FLOAT32 + cast) * self.shape.vocab_size
+
+    @cached_property
+    def kernels(self) -> float:
+        """Kernels that are launched in a forward and a backward pass."""
+        kernels = HEAD_KERNELS
+        norms = 0 if self.shape.norm_biases else self.shape.norms + 2 * self.shape.head_norms
+        for layer, count in self.trains.kinds:
+            of_layer = LAYER_KERNELS + NORM_KERNELS * norms + LORA_KERNELS * len(self.trains.adapted(layer))
+            of_layer += SHIFTED_KERNELS * (Activations(self.trains, self.widths).shifted_heads(layer) > 0)
+            kernels += count * of_layer * (1 + FORWARD * self.trains.checkpointing)
+        return kernels
+
+
+@lru_cache(maxsize=1024)
+def traffic(shape: ModelShape, training: TrainingConfig, checkpointing: bool, widths: Widths) -> Traffic:
+    """:class:`Traffic`, made once for all who ask."""
+    return Traffic(what_trains(shape, training, checkpointing), widths)
