@@ -61,6 +61,7 @@ from orchestrator.trial import drive_trial
 from orchestrator.truth import FILE, plan_and_truth
 from orchestrator.view import LiveView, make_console
 from workloads.budget import ModelShape
+from workloads.budget.shape import ATTENTION
 from workloads.config import TrainingConfig
 from workloads.data import (
     Corpus,
@@ -248,9 +249,12 @@ class Sweep:
 
     def check_adaptation(self, config: Any) -> None:
         """Whether the model has the layers that are to train, and takes LoRA as asked; from its shapes alone."""
-        from workloads.adaptation import check_adaptation  # torch, which config has imported by now
-
         spec = self.spec
+        sides = [min(each.inputs, each.outputs) for each in self.shape.linears if each.reads in ATTENTION]
+        if spec.lora_targets is None and spec.train_layers == "all" and spec.lora_rank <= min(sides):
+            return  # nothing can be refused: saves half a second of importing a model's code
+        from workloads.adaptation import check_adaptation
+
         for method in spec.methods:
             check_adaptation(
                 config, method, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets, train_layers=spec.train_layers

@@ -28,16 +28,15 @@ def sweep(tmp_path):
     """Lays out a sweep's plan; then, from journals, what came of it."""
     shape = ModelShape.of(ModelSource.parse("builtin:tiny").config())
     spec = SweepSpec(
-        model="builtin:tiny", data="builtin:stdlib", context_lengths=(1024,), methods=("lora", "full"), steps=3, batch=2,
-        references=("none",), positions="linear",
+        model="builtin:tiny", data="builtin:stdlib", context_lengths=(1024,), methods=("lora", "full"),
+        references=("none",), positions="linear", steps=3, batch=2,
     )  # fmt: skip
     storage = Storage.open(str(tmp_path / "runs"))
     trials = {t.label: t for t in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")}
 
     class Laid:
-        journals = {label: storage.add_trial(trial).journal for label, trial in trials.items()}
-
         def __init__(self, cluster=None, price=None):
+            self.journals = {label: storage.add_trial(trial).journal for label, trial in trials.items()}
             self.cluster = cluster or Cluster((Node(cpus=2, memory=2**35),))
             options, self.price = RunOptions(), price
             self.estimator = Estimator(shape, 512, self.cluster, options, {"CPU": price} if price else {})
