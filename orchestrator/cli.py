@@ -13,6 +13,8 @@ from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.spec import RunOptions, SweepSpec
 from workloads.errors import InputError
 
+EXIT_FAILED_TRIALS = 1  # beside the exit statuses of every command (workloads.command)
+
 
 @dataclass(frozen=True)
 class Command:

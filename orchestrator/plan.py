@@ -22,6 +22,7 @@ from orchestrator.journal import TrialRecord
 from orchestrator.progress import duration
 from orchestrator.spec import RunOptions, TrialSpec
 from orchestrator.storage import Storage
+from workloads.command import EXIT_USER_ERROR
 from workloads.errors import InputError
 
 Action = Literal["run", "resume", "known", "stopped", "cannot"]
@@ -225,8 +226,8 @@ def _gpu_name(cluster: Cluster) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from orchestrator.cli import parse
-    from orchestrator.sweep import EXIT_FAILED_TRIALS, EXIT_USER_ERROR, Sweep
+    from orchestrator.cli import EXIT_FAILED_TRIALS, parse
+    from orchestrator.sweep import Sweep
     from orchestrator.view import make_console
 
     console = make_console()

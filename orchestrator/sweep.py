@@ -6,10 +6,8 @@ from their last checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import datetime
 import importlib.util
 import itertools
 import logging
@@ -29,7 +27,7 @@ from rich.console import Console
 from orchestrator import cancel
 from orchestrator.cli import parse
 from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
-from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.conclusion import Conclusion, shown
 from orchestrator.credentials import share_token
 from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
@@ -55,13 +53,13 @@ from orchestrator.scheduling import Drive, DriveQueue
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.spending import Spending
-from orchestrator.storage import Storage, read_json, write_json
-from orchestrator.tracking import Tracker, TrackingThread, tracking_uri, without_password
+from orchestrator.storage import Storage, write_json
+from orchestrator.tracking import Tracker, TrackingThread, tracking_uri
 from orchestrator.trial import drive_trial
-from orchestrator.truth import FILE, plan_and_truth
 from orchestrator.view import LiveView, make_console
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
+from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from workloads.config import TrainingConfig
 from workloads.data import (
     Corpus,
@@ -72,15 +70,11 @@ from workloads.data import (
     prepare_examples,
 )
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models import ModelSource
 from workloads.positions import extend, original_context_length
-from workloads.wording import POSITIONS, shared_settings
 
 # How often a preparation that takes long says what it is at.
 PREPARING_NOTE_SECONDS = 15
-
-EXIT_FAILED_TRIALS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,11 +139,6 @@ class _Background(threading.Thread):
             raise self.error
 
 
-def _shown(path: Path) -> str:
-    """A path as a person here would type it: relative inside the working directory, whole elsewhere."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 class Sweep:
     """One sweep on one storage root, from its spec to its report."""
 
@@ -193,7 +182,7 @@ class Sweep:
             stopped = any(p.action == "stopped" for p in self.planned)
             ended = "finished, or was stopped early" if stopped else "finished"
             self.console.print(f"Nothing is left to train: every trial of this sweep is {ended}.")
-        return self.conclude()
+        return Conclusion(self).tell()
 
     def check(self) -> None:
         """What can be known to be wrong at once, before anything is started."""
@@ -354,7 +343,7 @@ class Sweep:
             aside = self.storage.trial(trial.fingerprint).put_aside()
             if self.rungs:
                 self.rungs.forget(trial)
-            self.console.print(f"{trial.label}: what there was is kept in {_shown(aside)}", soft_wrap=True)
+            self.console.print(f"{trial.label}: what there was is kept in {shown(aside)}", soft_wrap=True)
 
     def coming(self) -> list[Estimate]:
         """Of the trials that a search has still to suggest, about: as of its first of the method and length."""
@@ -569,143 +558,6 @@ class Sweep:
             "early_stopping": dataclasses.asdict(self.rungs.settings) if self.rungs else None,
         }
 
-    def conclude(self) -> int:
-        """Compares the trials, writes and logs the report, and prints the answer."""
-        from dashboards.report import render
-        from orchestrator.results import result_table, winners
-
-        folders = [self.storage.trial(trial.fingerprint) for trial in self.trials]
-        outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or _shown(folder.log))
-            for trial, folder in zip(self.trials, folders)
-        ]
-        self.follow_in_mlflow()
-        comparison = self.describe(outcomes)
-        try:
-            write_json(self.folder / "comparison.json", comparison)
-            report = render(comparison, self.folder / "report")
-            diff = self.provenance.keep_diff(self.folder)
-            self.storage.push(self.folder)
-            kept = [self.folder / "comparison.json", self.folder / "spec.json", *([diff] if diff else [])]
-            self.log_to_mlflow(comparison, [*report, *kept])
-        except OSError as error:
-            self.console.print(f"note: the report could not be written: {error}", markup=False)
-
-        self.console.print(result_table(comparison))
-        for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
-            self.console.print(sentence, markup=False)
-        seconds = time.time() - self.began
-        self.console.print(f"\n{seconds:.0f} s in all.")
-        self.console.print(f"report: {_shown(self.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.console.print(f"MLflow: {self.mlflow_command(_shown(self.storage.root))}", soft_wrap=True)
-        for trial in winners(comparison):
-            command = self.export_command(trial["fingerprint"])
-            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
-        for outcome in outcomes:
-            if outcome.record.state == "stopped":
-                step = f"step {outcome.record.stopped['step']} of {outcome.trial.training.steps}"
-                self.console.print(
-                    f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
-                )
-        cancelled = [o for o in outcomes if o.record.state == "cancelled"]
-        for outcome in cancelled:
-            step = f"step {outcome.record.cancelled['step']} of {outcome.trial.training.steps}"
-            self.console.print(f"cancelled: {outcome.trial.label} at {step}, {outcome.record.reason}", markup=False)
-        if cancelled:
-            self.console.print(
-                f"The sweep is unfinished: {len(cancelled)} of {len(outcomes)} trials "
-                f"{'was' if len(cancelled) == 1 else 'were'} cancelled. The same command goes on with them."
-            )
-        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]
-        for outcome in failed:
-            self.console.print(
-                f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
-            )
-        if self.is_cancelled():
-            return EXIT_INTERRUPTED
-        return EXIT_FAILED_TRIALS if failed else 0
-
-    def follow_in_mlflow(self) -> None:
-        with self.mlflow_may_be_away():
-            self.tracker.follow(self.trials, self.name, self.provenance)
-
-    def log_to_mlflow(self, comparison: dict[str, Any], artifacts: list[Path]) -> None:
-        with self.mlflow_may_be_away():
-            self.tracker.log_sweep(self.name, comparison, self.trials, artifacts)
-
-    @contextlib.contextmanager
-    def mlflow_may_be_away(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # the results are on disk, and the next run of the command logs them
-            self.console.print(
-                f"note: MLflow does not answer ({str(error).splitlines()[0][:120]}); the results are kept in "
-                f"{self.options.storage}, and the same command logs them later",
-                markup=False,
-            )
-
-    def describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
-        as_good = self.options.as_good_within
-        contexts = compare(outcomes, self.original_length, as_good, self.options.target_perplexity)
-        run_ids = {trial.fingerprint: self.tracker.run_id(trial) for trial in self.trials}
-        for context in contexts:
-            for described in context["trials"]:
-                described["mlflow_run_id"] = run_ids[described["fingerprint"]]
-        started = next((o.record.started for o in outcomes if o.record.started), {})
-        parameters = next((o.record.model["parameters"] for o in outcomes if o.record.model), None)
-        documents = self.validation_documents()
-        peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
-        return {
-            "sweep": self.name,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "longspan_version": self.provenance.packages.get("longspan", "unknown"),
-            "question": "Which way to adapt wins at each context length, and how near do the others come?",
-            "sentences": summarise(contexts, list(self.spec.seeds)) + self.lay_truth_beside_plan(),
-            "rule": ANSWERS_RULE if self.spec.task == "sft" else RULE,
-            "model": {
-                "name": self.spec.model,
-                "original_context_length": self.original_length,
-                "parameters": parameters,
-                "identity": self.identities.model,
-            },
-            "data": {
-                "name": self.spec.data,
-                "identity": self.identities.data,
-                "validation_documents": len(documents),
-                # At the shortest context; at a longer one a few more, since a window's first token is not scored.
-                "scored_tokens": sum(document.num_scored for document in documents),
-            },
-            "attention": self.describe_attention(),
-            "shared_settings": self.describe_settings(),
-            "seeds": list(self.spec.seeds),
-            "confidence": CONFIDENCE,
-            "as_good": as_good,
-            "learning_rates_chosen": self.describe_learning_rates(),
-            "price": started.get("price_source"),
-            "driver": f"{started['driver']}, CUDA {started['cuda']}" if started.get("driver") else None,
-            "hardware": started.get("hardware", "unknown"),
-            "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
-            "git_commit": self.provenance.git_commit,
-            "git_diff": self.provenance.diff_name,
-            "wall_seconds": time.time() - self.began,
-            "peak_memory_gib": max(peaks, default=None),
-            "storage": self.storage.location,
-            "mlflow_command": self.mlflow_command(str(self.storage.root)),
-            "contexts": contexts,
-        }
-
-    def lay_truth_beside_plan(self) -> list[str]:
-        """Writes both to the sweep's folder and returns a sentence of it; what an earlier run wrote stays if this one
-        has trained nothing."""
-        file = self.folder / FILE
-        if self.said:
-            price = self.estimator.price.usd_per_gpu_hour if self.estimator.price else None
-            both = plan_and_truth(self.planned, self.said, self.storage, self.cluster, self.began, price)
-            write_json(file, both)
-        else:
-            both = read_json(file) or {}
-        return [both["summary"]] if both.get("summary") else []
-
     def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
         """What every trial of the sweep is scored on, as at the shortest context."""
         return self.held_out(min((t.training for t in self.trials), key=lambda training: training.context_length))
@@ -714,42 +566,6 @@ class Sweep:
         if training.task == "sft":
             return self.packed.validation_examples(training.context_length, training.eval_documents)
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
-
-    def describe_settings(self) -> dict[str, str]:
-        """What all that is trained has in common; the report has a place of its own for attention and seeds."""
-        shared = shared_settings([trial.training for trial in self.trials if trial.training.method != "untuned"])
-        positions = {"Positions": POSITIONS[self.spec.positions]} if self.spec.positions != "none" else {}
-        return positions | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
-
-    def describe_attention(self) -> str:
-        inside = ", inside documents" if self.spec.document_mask else ""
-        if self.spec.attention == "full":
-            return f"full attention in training{inside}"
-        size = self.spec.group_size
-        group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
-        pattern = "shifted sparse attention (S²-Attn)" if self.spec.attention == "s2" else self.spec.attention
-        return f"{pattern} in training, groups of {group}{inside}"
-
-    def describe_learning_rates(self) -> str:
-        chosen = self.spec.learning_rates_chosen
-        if len(self.spec.learning_rate_sweep) == 1:
-            return chosen
-        multiples = ", ".join(f"{multiple:g}" for multiple in self.spec.learning_rate_sweep)
-        return (
-            f"for each method and context length the best of {multiples} times its own rate, by final perplexity on "
-            f"the scored documents themselves, which flatters every method; those rates: {chosen}"
-        )
-
-    def mlflow_command(self, storage: str) -> str:
-        if self.tracker.uri.startswith("sqlite:"):
-            return f"{_shown(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
-        return f"open {without_password(self.tracker.uri)} and choose the experiment {self.options.experiment}"
-
-    def export_command(self, fingerprint: str) -> str:
-        python, folder = _shown(Path(sys.executable)), _shown(self.storage.trial(fingerprint).path)
-        if self.storage.store:
-            folder = f"$({python} -m orchestrator.fetch {self.storage.location} {fingerprint})"
-        return f"{python} -m workloads.export {folder} DIR"
 
     def end_ray(self) -> None:
         import ray
