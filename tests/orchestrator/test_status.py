@@ -100,7 +100,7 @@ def test_a_worker_elsewhere_is_known_by_its_journal_alone(storage, trials):
     for method, silent in (("lora", 200), ("full", 2000)):
         folder = storage.trial(trials[method].fingerprint)
         events = [launched(), ("started", STARTED), ("model", {}), ("eval", evaluation(0, 9.0)), *steps(1, 3)]
-        write(folder.journal, *events, began=NOW - silent)
+        write(folder.journal, *events, began=time.time() - silent)
         held(folder, machine="elsewhere").acquire()
     assert seen(storage, trials["lora"]).state == "training"
     assert seen(storage, trials["full"]).state == "interrupted"
@@ -108,7 +108,7 @@ def test_a_worker_elsewhere_is_known_by_its_journal_alone(storage, trials):
 
 def test_what_waits_says_for_what(storage, trials):
     journals = {method: storage.trial(trial.fingerprint).journal for method, trial in trials.items()}
-    retry = {"kind": "hiccup", "remedy": "tried again after 20 s", "pause": 20}
+    retry = {"kind": "hiccup", "remedy": "tried again after 80 s", "pause": 10_000}
     write(journals["lora+"], launched())
     write(journals["full"], launched(), ("started", STARTED), ("failed", {"reason": "OSError"}), began=NOW - 10)
     write(journals["full"], ("retry", retry), began=NOW - 5)
@@ -116,8 +116,8 @@ def test_what_waits_says_for_what(storage, trials):
         told = {method: seen(storage, trial) for method, trial in trials.items()}
     assert (told["lora"].state, told["lora"].why) == ("waiting", "for its turn")
     assert (told["lora+"].state, told["lora+"].why) == ("starting", "for 2 workers with 4 GPU, or their start")
-    assert told["full"].state == "pausing" and told["full"].remedies == ("hiccup: tried again after 20 s",)
-    assert told["full"].why.startswith("hiccup: tried again after 20 s, 1")
+    assert told["full"].state == "pausing" and told["full"].remedies == ("hiccup: tried again after 80 s",)
+    assert told["full"].why.startswith("hiccup: tried again after 80 s, 2h4")
     assert seen(storage, trials["lora"]).state == "not begun"
 
 
