@@ -208,6 +208,11 @@ class Sweep:
         if self.options.cluster is not None:
             Cluster.named(self.options.cluster)
         self.storage = Storage.open(self.options.storage)
+        if self.storage.store and (self.options.keep_best or self.options.keep_every):
+            raise InputError(
+                f"--keep-best and --keep-every with the storage {self.options.storage}: an object store keeps the last "
+                "checkpoints only; leave them out, or give a shared folder"
+            )
         self.folder = self.storage.sweep(self.name)
         self.rungs = Rungs(self.storage, self.name, early_stopping) if early_stopping else None
         self.source = ModelSource.parse(self.spec.model)
