@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +100,24 @@ def report(folder: Path) -> dict[str, float]:
     appended: list[float] = []
     steps: dict[bool, list[float]] = {True: [], False: []}
     for index in range(6):
-        writes = index % 2 == 0
-        journal = storage.add_trial(trial).journal
-        last: list[float] = []
+        writes, last = index % 2 == 0, []
+        trial_folder = storage.add_trial(trial)
 
-        def emit(event: str, writes: bool = writes, journal: Any = journal, last: list = last, **fields: Any) -> None:
+        def emit(event: str, *, writer: Any, writes: bool = writes, last: list[float] = last, **fields: Any) -> None:
             before = time.perf_counter()
             if event == "step" and last:
-                steps[writes].append(before - last.pop())
+                steps[writes].append(before - last[0])
             last[:] = [before]
             if writes:
-                journal.append(event, **fields)
+                writer.append(event, **fields)
                 if event == "step":
                     appended.append(time.perf_counter() - before)
 
-        checkpoints = folder / f"checkpoints-{index}"
-        engine = Engine(torch.device("cpu"), "float32")
-        run(source, trial.training, ExecutionConfig(), corpus, checkpoints, engine, emit)
+        # As a worker does it: with the trial's lease, which is looked at before each line.
+        with trial_folder.lease("benchmark") as lease, trial_folder.writer(lease) as writer:
+            engine = Engine(torch.device("cpu"), "float32")
+            checkpoints = folder / f"checkpoints-{index}"
+            run(source, trial.training, ExecutionConfig(), corpus, checkpoints, engine, partial(emit, writer=writer))
     return {
         "journal append": statistics.median(appended),
         "step with": statistics.median(steps[True]),
