@@ -164,7 +164,7 @@ class Cluster:
             return dataclasses.replace(known, memory=memory)
         # The operating system lets processes share a machine's memory as they need it.
         memory = min(node.memory for node in self.nodes)
-        return Device.cpu(max(1, int(options.cpus_per_worker)), int(memory))
+        return Device.cpu(max(1, int(options.cpus_per_worker)), int(memory), self.precision == "bfloat16")
 
     def hardware(self, options: RunOptions) -> str:
         """How a trial's record calls a worker's device (:func:`orchestrator.provenance.hardware`)."""
