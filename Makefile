@@ -11,7 +11,7 @@ sweep: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m pytest $(ARGS)
 
-# Real kills and outages, about an hour: before a release. docs/drill.md has the last results.
+# Real kills and outages, about an hour: before a release. Its table goes into docs/faults.md.
 drill: $(VENV)/.installed
 	$(RUN) -m tests.drill $(ARGS)
 
