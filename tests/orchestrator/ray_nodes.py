@@ -15,6 +15,10 @@ from pathlib import Path
 from orchestrator.journal import TrialRecord
 
 
+# Seconds between two looks of Ray Train for a notice that a node will go; Ray's own default is 5.
+PREEMPTION_POLL = "0.2"
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,6 +41,7 @@ class RayNodes:
         self.environment |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL,
             "PATH": f"{Path(sys.executable).parent}:{self.environment['PATH']}",
         }
         self.processes: list[subprocess.Popen] = []

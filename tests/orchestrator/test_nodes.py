@@ -1,5 +1,10 @@
 """A cluster of two nodes that loses one in the middle of a trial, with a notice and without."""
 
+import contextlib
+import os
+import signal
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +31,15 @@ def results():
     return {}
 
 
+@contextlib.contextmanager
+def paused(pid):
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 # The node that is drained last is the last that can be: Ray takes it out of the cluster when its time is over.
 @pytest.mark.parametrize("how", ["without a word", "after a notice"])
 def test_a_trial_goes_on_elsewhere_when_its_node_goes(how, cluster, results, tmp_path, text_folder):
@@ -39,7 +53,9 @@ def test_a_trial_goes_on_elsewhere_when_its_node_goes(how, cluster, results, tmp
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
     if how == "after a notice":
-        cluster.drain(record.started["node"], seconds=30)
+        with paused(record.started["pid"]):  # or a quick machine ends the trial before the notice is through
+            cluster.drain(record.started["node"], seconds=30)
+            time.sleep(2)  # Ray Train looks for notices ten times in that: PREEMPTION_POLL of ray_nodes
     else:
         cluster.kill(cluster.node_of(record.started["pid"]))
     lost_at = TrialRecord.of(record.journal).last_step
