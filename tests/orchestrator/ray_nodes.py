@@ -14,7 +14,6 @@ from pathlib import Path
 
 from orchestrator.journal import TrialRecord
 
-
 # Seconds between two looks of Ray Train for a notice that a node will go; Ray's own default is 5.
 PREEMPTION_POLL = "0.2"
 
