@@ -50,7 +50,7 @@ def test_two_trials_share_a_gpu_at_the_same_time(tmp_path, text_folder):
 
 
 def test_memory_that_another_job_has_taken_costs_one_attempt(tmp_path, text_folder):
-    sizes = {"context_length": 1024, "steps": 4, "batch": 512, "eval_span": 1024}
+    sizes = {"context_length": 1024, "steps": 4, "batch": 512, "eval_span": 1024, "group_size": 256}
     training = TrainingConfig(**sizes, method="full", precision="bfloat16")
     shape = ModelShape.of(ModelSource.parse("builtin:tiny").config)
     wanted = memory(shape, training, ExecutionConfig()).allocated
