@@ -85,7 +85,7 @@ def grouped_attention(
         piece, log_sum_exp = call.kernel(kernel).forward(
             call.of(query, call.heads), call.of(key, call.shared), call.of(value, call.shared), scale
         )
-        statistics[call.statistics].copy_(log_sum_exp.reshape(-1))
+        statistics[call.statistics].view(log_sum_exp.shape).copy_(log_sum_exp)
         if len(calls) == 1:
             output = _joined(piece, query.shape[0])
         else:
