@@ -392,7 +392,7 @@ def test_on_the_gpu_no_layout_in_memory_changes_a_result(backend):
         results.append([output, *torch.autograd.grad(output, inputs, tensors[3])])
     for result in results[1:]:
         for one, other in zip(results[0], result, strict=True):
-            assert (one - other).abs().max() <= 0.01 * one.abs().max()  # gradients are summed in no fixed order
+            assert (one - other).abs().max() <= 0.02 * one.abs().max()  # gradients are summed in no fixed order
 
 
 @pytest.mark.gpu

@@ -109,8 +109,8 @@ def test_a_model_takes_every_pattern_in_training(name):
 @pytest.mark.parametrize("name", ["full", "s2", "s2-layers"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same_without_a_graph_break(name, checkpointing):
-    """Under autocast and with adapters, as in training. All layers share one graph, unless the pattern tells them
-    apart."""
+    """Under autocast and with adapters, as in training. All layers share one graph; even and odd ones
+    have one each where the pattern tells them apart."""
     tokens = random_tokens()
     results = []
     for compiled in (False, True):
@@ -130,7 +130,7 @@ def test_compiled_layers_compute_the_same_without_a_graph_break(name, checkpoint
             loss = model(tokens, use_cache=False).logits.float().square().mean()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-        assert graphs.frame_count == compiled * (3 if name == "s2-layers" else 1)
+        assert graphs.frame_count == compiled * (2 if name == "s2-layers" else 1)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -280,6 +280,7 @@ def test_compiled_layers_on_the_gpu(backend, name):
     tokens = random_tokens(1, 300).cuda()
     results = []
     for compiled in (False, True):
+        torch.compiler.reset()
         model = small_model(hidden_size=256, head_dim=64, max_position_embeddings=512).cuda().train()
         pattern = AttentionPattern(name=name, group_size=None if name == "full" else 64)
         use_pattern(model, pattern, backend, dtype=torch.bfloat16)
@@ -291,4 +292,4 @@ def test_compiled_layers_on_the_gpu(backend, name):
         logits.square().mean().backward()
         results.append([logits.detach(), *(p.grad for p in model.parameters())])
     for one, other in zip(*results, strict=True):
-        assert (one - other).abs().max() <= 0.03 * one.abs().max()
+        assert (one - other).abs().max() <= 0.05 * one.abs().max()

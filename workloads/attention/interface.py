@@ -29,6 +29,9 @@ from workloads.errors import InputError
 
 NAME = "longspan"
 CONFIG_FIELD = "longspan_attention"
+# Of an attention layer: its index modulo 2, which is all that a pattern asks of it. For each index that is read,
+# torch.compile makes another graph, and it stops at the eighth.
+LAYER_FIELD = "longspan_layer"
 
 
 def use_pattern(
@@ -67,6 +70,9 @@ def use_pattern(
         raise InputError(
             f"{type(model).__name__} refused the attention function {NAME!r}; it cannot train with a pattern"
         )
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            setattr(module, LAYER_FIELD, module.layer_idx % 2)
     _write(model, pattern, chosen)
 
 
@@ -159,9 +165,12 @@ def _attention_forward(
             f"{query.shape[2]} queries for {key.shape[2]} keys: the pattern {pattern.name!r} is for training on whole "
             "sequences; generate inside `with full_attention(model):`"
         )
-    # Read only where it matters: torch.compile would compile every layer anew for its index.
-    layer = module.layer_idx if pattern.name == "s2-layers" else 0
-    options = {"layer": layer, "document_ids": document_ids, "scale": scaling, "dropout": dropout}
+    options = {
+        "layer": getattr(module, LAYER_FIELD) if pattern.name == "s2-layers" else 0,
+        "document_ids": document_ids,
+        "scale": scaling,
+        "dropout": dropout,
+    }
     if mask is None:
         lengths = padding.lengths if padding else None
         output = attention(query, key, value, pattern, lengths=lengths, backend=backend, **options)
