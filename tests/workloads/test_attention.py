@@ -279,8 +279,9 @@ def test_the_operator_keeps_torchs_rules(
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3)])
 def test_every_result_is_written_once_and_laid_out_for_the_projections(name, heads):
-    """Twice an output and three gradients: as kernels return them, and where they belong. Nothing else is made, but
-    for a key/value head whose query heads are cut in two: it has a gradient from each half."""
+    """Twice an output and three gradients: as kernels return them, and where they belong; once where one call computes
+    them whole. Nothing else is made, but for a key/value head whose query heads are cut in two: it has a gradient from
+    each half."""
     inputs = random_inputs(1, *heads, 96, transformers_layout=True, head_dim=64)
     weights = torch.randn(1, 96, heads[0], 64, dtype=torch.float64).transpose(1, 2)
     with Memory(*inputs, weights) as memory:
@@ -290,7 +291,8 @@ def test_every_result_is_written_once_and_laid_out_for_the_projections(name, hea
     assert all(x.transpose(1, 2).is_contiguous() for x in results)
     cut = 2 * 8 * 96 * 64 if name == "s2" and heads == (9, 3) else 0
     statistics = 2 * 8 * (96 * heads[0] + 6 * grouped.ALIGNMENT)
-    assert memory.total <= 2 * sum(x.nbytes for x in results) + cut + statistics
+    copies = 1 if name in ("full", "short") else 2
+    assert memory.total <= copies * sum(x.nbytes for x in results) + cut + statistics
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])

@@ -80,16 +80,15 @@ def grouped_attention(
     query, key, value = _laid_out(query), _laid_out(key), _laid_out(value)
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
     statistics = query.new_zeros(calls[-1].statistics.stop, dtype=_statistics_dtype(query))
-    output = _empty(query)
+    output = _empty(query) if len(calls) > 1 else None
     for call in calls:
         piece, log_sum_exp = call.kernel(kernel).forward(
             call.of(query, call.heads), call.of(key, call.shared), call.of(value, call.shared), scale
         )
         statistics[call.statistics].view(log_sum_exp.shape).copy_(log_sum_exp)
-        if len(calls) == 1:
-            output = _joined(piece, query.shape[0])
-        else:
-            call.of(output, call.heads).copy_(piece)
+        if output is None:
+            return _joined(piece, query.shape[0]), statistics
+        call.of(output, call.heads).copy_(piece)
     return output, statistics
 
 
@@ -110,7 +109,7 @@ def grouped_attention_backward(
     # cuDNN's plans are cached by the layouts of query, key and value alone: those of the others must follow from them.
     gradient, query, key, value, output = (_laid_out(x) for x in (gradient, query, key, value, output))
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
-    gradients = tuple(_empty(x) for x in (query, key, value))
+    gradients = tuple(_empty(x) for x in (query, key, value)) if len(calls) > 1 else None
     for call in calls:
         pieces = call.kernel(kernel).backward(
             call.of(gradient, call.heads),
@@ -121,7 +120,7 @@ def grouped_attention_backward(
             statistics[call.statistics],
             scale,
         )
-        if len(calls) == 1:
+        if gradients is None:
             return tuple(_joined(piece, query.shape[0]) for piece in pieces)
         call.of(gradients[0], call.heads).copy_(pieces[0])
         for whole, piece in zip(gradients[1:], pieces[1:], strict=True):
