@@ -75,7 +75,8 @@ def attention_in_groups(
 ) -> torch.Tensor:
     """Any pattern that is made of groups; arguments as in :func:`workloads.attention.backends.attention`.
 
-    Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one.
+    Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one. With
+    ``prefer_cudnn`` cuDNN's kernels are taken where they can be, otherwise torch's own.
     """
     heads, key_value_heads = query.shape[1], key.shape[1]
     if key.shape != value.shape or query.shape[2] != key.shape[2] or heads % key_value_heads:
