@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.attention_error import CASES, max_errors
-from workloads.attention import AttentionPattern, attention, choose_backend, dense_mask, shifted_sparse_attention
+from workloads.attention import (
+    AttentionPattern,
+    attention,
+    choose_backend,
+    dense_mask,
+    grouped,
+    shifted_sparse_attention,
+)
 from workloads.attention.backends import BACKENDS, masked_attention
 from workloads.attention.documents import document_ids
 from workloads.attention.groups import GROUPED
@@ -216,16 +224,26 @@ def test_nothing_crosses_a_document_boundary(compute, name):
         assert 13 <= touched.min() and touched.max() < 26
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many bytes the largest tensor has that any operation makes, its backward pass included."""
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, those inside our own operators included."""
 
-    size = 0
+    def __init__(self, *inputs):
+        super().__init__()
+        operators = (grouped.grouped_attention, grouped.grouped_attention_backward)
+        self.inside = {operator._opoverload: operator._init_fn for operator in operators}
+        self.storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in inputs}
+        self.largest = self.total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.inside:
+            with self:
+                return self.inside[function](*args, **(kwargs or {}))
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.untyped_storage().nbytes())
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.storages:
+                storage = self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+                self.largest = max(self.largest, storage.nbytes())
+                self.total += storage.nbytes()
         return made
 
 
@@ -237,9 +255,65 @@ def test_no_fast_path_makes_anything_of_the_size_of_tokens_squared(name):
     if name != "full":
         cases.append({"document_ids": (torch.arange(2 * tokens) // 700).view(2, tokens)})
     for where in cases:
-        with LargestTensor() as largest:
+        with Memory() as memory:
             attention(*inputs, make_pattern(name, 64), layer=1, **where).sum().backward()
-        assert largest.size < tokens**2 / 4
+        assert memory.largest < tokens**2 / 4
+
+
+# ---- the operator: torch's rules for one, its memory, and torch.compile
+
+
+@pytest.mark.parametrize("transformers_layout", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_value_heads", "tokens", "group_size", "first_shifted"),
+    [(1, 4, 4, 32, 8, 2), (2, 9, 3, 29, 8, 4), (3, 4, 2, 13, 6, 0), (2, 2, 1, 9, 16, 1), (1, 4, 2, 9, 2, 2)],
+)
+def test_the_operator_keeps_torchs_rules(
+    batch, heads, key_value_heads, tokens, group_size, first_shifted, transformers_layout
+):
+    """Its schema, its shapes and strides before it runs, its registered backward pass, with dynamic shapes too."""
+    inputs = random_inputs(batch, heads, key_value_heads, tokens, transformers_layout)
+    torch.library.opcheck(grouped.grouped_attention, (*inputs, group_size, first_shifted, 0.3, "cpu"))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3)])
+def test_every_result_is_written_once_and_laid_out_for_the_projections(name, heads):
+    """Twice an output and three gradients: as kernels return them, and where they belong; once where one call computes
+    them whole. Nothing else is made, but for a key/value head whose query heads are cut in two: it has a gradient from
+    each half."""
+    inputs = random_inputs(1, *heads, 96, transformers_layout=True, head_dim=64)
+    weights = torch.randn(1, 96, heads[0], 64, dtype=torch.float64).transpose(1, 2)
+    with Memory(*inputs, weights) as memory:
+        output = attention(*inputs, make_pattern(name, 16), layer=1)
+        gradients = torch.autograd.grad(output, inputs, weights)
+    results = [output, *gradients]
+    assert all(x.transpose(1, 2).is_contiguous() for x in results)
+    cut = 2 * 8 * 96 * 64 if name == "s2" and heads == (9, 3) else 0
+    statistics = 2 * 8 * (96 * heads[0] + 6 * grouped.ALIGNMENT)
+    copies = 1 if name in ("full", "short") else 2
+    assert memory.total <= copies * sum(x.nbytes for x in results) + cut + statistics
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_a_gradient_of_one_input_alone(wanted):
+    inputs = random_inputs(2, 4, 2, 20)
+    expected = torch.autograd.grad(by_definition(*inputs, make_pattern("s2", 8)).square().sum(), inputs)[wanted]
+    inputs = [x.detach().requires_grad_(position == wanted) for position, x in enumerate(inputs)]
+    attention(*inputs, make_pattern("s2", 8)).square().sum().backward()
+    torch.testing.assert_close(inputs[wanted].grad, expected)
+
+
+def test_inference_and_checkpointing_change_nothing():
+    inputs, pattern = random_inputs(2, 4, 2, 20), make_pattern("s2", 8)
+    expected = attention(*inputs, pattern)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(attention(*inputs, pattern), expected)
+    recomputed = checkpoint(attention, *inputs, pattern, use_reentrant=False)
+    gradients = (torch.autograd.grad(output.square().sum(), inputs) for output in (expected, recomputed))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 # ---- documents, settings, and the choice of a backend
@@ -304,8 +378,31 @@ def test_bfloat16_on_the_gpu_equals_the_definition_within_rounding(backend, name
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudnn", "sdpa"])
+def test_on_the_gpu_no_layout_in_memory_changes_a_result(backend):
+    """cuDNN's plans are cached by the layouts of query, key and value alone."""
+    pattern = make_pattern("s2", 64)
+    results = []
+    for transposed in ((False,) * 4, (True,) * 4, (True, False, False, True), (False, True, True, False)):
+        generator = torch.Generator().manual_seed(0)
+        tensors = []
+        for heads, swap in zip((4, 2, 2, 4), transposed, strict=True):
+            x = torch.randn(1, heads, 200, 64, generator=generator).cuda().bfloat16()
+            tensors.append(x.transpose(1, 2).contiguous().transpose(1, 2) if swap else x)
+        inputs = [x.requires_grad_() for x in tensors[:3]]
+        output = attention(*inputs, pattern, backend=backend)
+        results.append([output, *torch.autograd.grad(output, inputs, tensors[3])])
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert (one - other).abs().max() <= 0.02 * one.abs().max()  # gradients are summed in no fixed order
+
+
+@pytest.mark.gpu
 def test_on_the_gpu_the_fast_kernels_are_chosen_and_what_is_missing_is_named():
     gpu = torch.device("cuda")
+    assert grouped.kernel_for(True, gpu, torch.bfloat16, 128) == "cudnn"
+    assert grouped.kernel_for(False, gpu, torch.bfloat16, 128) == "flash"
+    assert grouped.kernel_for(True, gpu, torch.float32, 128) is None
     assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.bfloat16) == "cudnn"
     assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.float32) == "sdpa"
     assert choose_backend("auto", make_pattern("dilated", 8), gpu, torch.bfloat16) == "flex"

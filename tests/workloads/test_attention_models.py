@@ -4,6 +4,8 @@ from typing import get_args
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workloads.attention import AttentionPattern, backend_of, dense_mask, document_ids, full_attention, use_pattern
@@ -101,6 +103,35 @@ def test_a_model_takes_every_pattern_in_training(name):
         model(tokens, document_ids=ids).logits.square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["full", "s2", "s2-layers"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_compute_the_same_without_a_graph_break(name, checkpointing):
+    """Under autocast and with adapters, as in training. All layers share one graph; even and odd ones
+    have one each where the pattern tells them apart."""
+    tokens = random_tokens()
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = small_model(num_hidden_layers=3)
+        use_pattern(model, AttentionPattern(name=name, group_size=None if name == "full" else 8))
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        model.train().enable_input_require_grads()  # else the first layer has a graph of its own
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        graphs = CompileCounterWithBackend("aot_eager")
+        if compiled:
+            for layer in model.base_model.model.model.layers:
+                layer.compile(backend=graphs, fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, use_cache=False).logits.float().square().mean()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert graphs.frame_count == compiled * (2 if name == "s2-layers" else 1)
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -239,3 +270,26 @@ def test_a_model_in_bfloat16_on_the_gpu_with_every_backend(backend):
         results.append([full, plain.detach(), inside.detach(), short.detach(), gradient])
     for one, other in zip(*results, strict=True):
         assert (one - other).abs().max() <= 0.03 * other.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["full", "s2"])
+@pytest.mark.parametrize("backend", ["cudnn", "sdpa"])
+def test_compiled_layers_on_the_gpu(backend, name):
+    """By inductor, in bfloat16 under autocast; a length that is no multiple of the group."""
+    tokens = random_tokens(1, 300).cuda()
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = small_model(hidden_size=256, head_dim=64, max_position_embeddings=512).cuda().train()
+        pattern = AttentionPattern(name=name, group_size=None if name == "full" else 64)
+        use_pattern(model, pattern, backend, dtype=torch.bfloat16)
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(tokens, use_cache=False).logits.float()
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() <= 0.05 * one.abs().max()

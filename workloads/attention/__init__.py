@@ -2,10 +2,11 @@
 
 ``patterns``   what each pattern is: a predicate and its dense boolean mask, slow and obvious, the one definition of it
 ``backends``   what computes a pattern, which backends can serve, and the one function that calls them
-``shifted``    groups as batches of ordinary causal attention (S²-Attn and its kin by scaled dot-product attention)
+``shifted``    groups as batches of ordinary causal attention (S²-Attn and its kin by PyTorch's own kernels)
+``grouped``    the same as one operator of torch that copies nothing twice, forward and backward
 ``varlen``     groups as sequences of variable-length attention (FlashAttention)
 ``flex``       any pattern by FlexAttention
-``groups``     what ``shifted`` and ``varlen`` share
+``groups``     what ``shifted``, ``grouped`` and ``varlen`` share
 ``documents``  which document each token belongs to
 ``interface``  transformers' attention interface: a model is given a pattern by name, no class is patched
 ``families``   the model families that take a pattern, and why others do not

@@ -1,6 +1,6 @@
 """What computes a pattern: the backends, which of them can serve here, and the one function that calls them.
 
-``sdpa``     PyTorch's scaled dot-product attention, on any device: groups without a mask, other patterns with one
+``sdpa``     PyTorch's own choice of kernel, on any device: groups without a mask, other patterns with one
 ``cudnn``    the same with cuDNN's kernels first
 ``flash3``   FlashAttention-3, the package flash-attn-3
 ``flash2``   FlashAttention-2, the package flash-attn
@@ -12,20 +12,18 @@ All compute the same function, that of :func:`workloads.attention.patterns.atten
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import get_args
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from workloads.attention.flex import flexible_attention
 from workloads.attention.groups import GROUPED
 from workloads.attention.patterns import AttentionPattern, dense_mask
-from workloads.attention.shifted import grouped_attention
+from workloads.attention.shifted import attention_in_groups
 from workloads.attention.varlen import flash_attention_2, flash_attention_3, torch_flash_attention, varlen_attention
 from workloads.config import AttentionBackend
 from workloads.errors import InputError
@@ -75,15 +73,9 @@ def attention(
     settings["dropout"] = dropout
     if backend in VARLEN_KERNELS:
         return varlen_attention(VARLEN_KERNELS[backend], query, key, value, pattern, **settings)
-    compute: Callable[..., torch.Tensor] = grouped_attention if pattern.name in GROUPED else masked_attention
-    with cudnn_first() if backend == "cudnn" else contextlib.nullcontext():
-        return compute(query, key, value, pattern, **settings)
-
-
-def cudnn_first():
-    """A context in which cuDNN's kernels are taken where they can be: they refuse groups of a single token."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    if pattern.name in GROUPED:
+        return attention_in_groups(query, key, value, pattern, prefer_cudnn=backend == "cudnn", **settings)
+    return masked_attention(query, key, value, pattern, **settings)
 
 
 def masked_attention(

@@ -17,15 +17,17 @@ from workloads.attention.patterns import AttentionPattern
 GROUPED = ("full", "short", "shifted", "s2", "s2-layers")
 
 
-def head_shifts(pattern: AttentionPattern, num_heads: int, layer: int) -> list[tuple[slice, int]]:
-    """Which heads have their groups shifted by how many tokens: (heads, shift), in the order of the heads."""
-    shift = (pattern.group_size or 0) // 2
+def first_shifted_head(pattern: AttentionPattern, num_heads: int, layer: int) -> int:
+    """Query heads from this index on have their groups shifted by half a group; ``num_heads`` where none have."""
     if pattern.name == "s2":
-        half = num_heads // 2
-        parts = [(slice(0, half), 0), (slice(half, num_heads), shift)]
-        return parts if half else parts[1:]
-    moved = {"full": False, "short": False, "shifted": True, "s2-layers": layer % 2 == 1}[pattern.name]
-    return [(slice(0, num_heads), shift if moved else 0)]
+        return num_heads // 2
+    return 0 if pattern.name == "shifted" or (pattern.name == "s2-layers" and layer % 2) else num_heads
+
+
+def head_shifts(num_heads: int, first_shifted: int, group_size: int) -> list[tuple[slice, int]]:
+    """Which heads have their groups shifted by how many tokens: (heads, shift), in the order of the heads."""
+    parts = [(slice(0, first_shifted), 0), (slice(first_shifted, num_heads), group_size // 2)]
+    return [(heads, shift) for heads, shift in parts if heads.start < heads.stop]
 
 
 def shared_heads(heads: slice, repeats: int) -> Iterator[tuple[slice, slice]]:

@@ -20,14 +20,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from workloads.attention.backends import attention, choose_backend, cudnn_first, masked_attention
+from workloads.attention.backends import attention, choose_backend, masked_attention
 from workloads.attention.families import refuse_unsupported
 from workloads.attention.patterns import AttentionPattern
+from workloads.attention.shifted import cudnn_first
 from workloads.config import AttentionBackend
 from workloads.errors import InputError
 
 NAME = "longspan"
 CONFIG_FIELD = "longspan_attention"
+# Of an attention layer: its index modulo 2, which is all that a pattern asks of it. For each index that is read,
+# torch.compile makes another graph, and it stops at the eighth.
+LAYER_FIELD = "longspan_layer"
 
 
 def use_pattern(
@@ -66,6 +70,9 @@ def use_pattern(
         raise InputError(
             f"{type(model).__name__} refused the attention function {NAME!r}; it cannot train with a pattern"
         )
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            setattr(module, LAYER_FIELD, module.layer_idx % 2)
     _write(model, pattern, chosen)
 
 
@@ -149,8 +156,8 @@ def _attention_forward(
         # RoPE may have made query and key float32; kernels that autocast does not know take them as they come.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     generating = mask is not None or query.shape[2] != key.shape[2]
-    if pattern.name == "full" and document_ids is None and (generating or backend in ("sdpa", "cudnn")):
-        # As in the stock model, with a cache or with padding on the left too.
+    if pattern.name == "full" and document_ids is None and generating:
+        # As in the stock model: with a cache, or with padding on the left.
         with cudnn_first() if backend == "cudnn" else contextlib.nullcontext():
             return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     if query.shape[2] != key.shape[2]:
@@ -158,7 +165,12 @@ def _attention_forward(
             f"{query.shape[2]} queries for {key.shape[2]} keys: the pattern {pattern.name!r} is for training on whole "
             "sequences; generate inside `with full_attention(model):`"
         )
-    options = {"layer": module.layer_idx, "document_ids": document_ids, "scale": scaling, "dropout": dropout}
+    options = {
+        "layer": getattr(module, LAYER_FIELD) if pattern.name == "s2-layers" else 0,
+        "document_ids": document_ids,
+        "scale": scaling,
+        "dropout": dropout,
+    }
     if mask is None:
         lengths = padding.lengths if padding else None
         output = attention(query, key, value, pattern, lengths=lengths, backend=backend, **options)

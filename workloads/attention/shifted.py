@@ -1,19 +1,26 @@
-"""Attention inside groups by PyTorch's scaled dot-product attention: groups become batches of causal attention.
+"""Patterns made of groups by PyTorch's own kernels: groups become batches of causal attention.
 
 Whole groups of equal length fold into the batch dimension, so that one call serves them all; what is left over at the
 ends (a half group, a shorter last group) is a further small call. Where the projections are laid out as transformers
 lays them out, (batch, tokens, heads, head_dim) in memory, the fold is a view.
+
+The operator of :mod:`workloads.attention.grouped` computes this without copies wherever it has a kernel. What it has
+none for goes through scaled dot-product attention and autograd: document boundaries (a mask), dropout, float32 on a
+GPU, a GPU older than compute capability 8.0.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from workloads.attention.groups import head_shifts, shared_heads
+from workloads.attention.grouped import grouped_attention, kernel_for
+from workloads.attention.groups import first_shifted_head, head_shifts, shared_heads
 from workloads.attention.patterns import AttentionPattern
 
 
@@ -50,10 +57,10 @@ def shifted_sparse_attention(
         ValueError: shapes that do not belong together.
     """
     pattern = AttentionPattern(name="s2", group_size=group_size)
-    return grouped_attention(query, key, value, pattern, scale=scale, dropout=dropout)
+    return attention_in_groups(query, key, value, pattern, scale=scale, dropout=dropout)
 
 
-def grouped_attention(
+def attention_in_groups(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -64,10 +71,12 @@ def grouped_attention(
     document_ids: torch.Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    prefer_cudnn: bool = False,
 ) -> torch.Tensor:
     """Any pattern that is made of groups; arguments as in :func:`workloads.attention.backends.attention`.
 
-    Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one.
+    Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one. With
+    ``prefer_cudnn`` cuDNN's kernels are taken where they can be, otherwise torch's own.
     """
     heads, key_value_heads = query.shape[1], key.shape[1]
     if key.shape != value.shape or query.shape[2] != key.shape[2] or heads % key_value_heads:
@@ -75,51 +84,68 @@ def grouped_attention(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: expected as many tokens "
             "in each and a number of query heads that is a multiple of the key/value heads"
         )
-    attend = partial(_attend, scale=scale, dropout=dropout)
-    ids = None if document_ids is None else document_ids[:, None, :, None]
-    num_tokens = query.shape[2]
+    num_tokens, head_dim = query.shape[2:]
     group_size = pattern.group_size or num_tokens
-    shifts = head_shifts(pattern, heads, layer)
-    if num_tokens <= group_size:
-        return attend(query, key, value, ids)
-    unshifted = [(slice(0, heads), 0)]
+    ids = None if document_ids is None else document_ids[:, None, :, None]
+    kernel = None
+    if ids is None and not dropout:
+        kernel = kernel_for(prefer_cudnn, query.device, query.dtype, head_dim)
+    if kernel is not None:
+        compute = partial(_by_operator, group_size, head_dim**-0.5 if scale is None else scale, kernel)
+    else:
+        attend = partial(_attend, scale=scale, dropout=dropout, prefer_cudnn=prefer_cudnn)
+        compute = partial(_by_autograd, group_size, attend)
+
+    first_shifted = heads if num_tokens <= group_size else first_shifted_head(pattern, heads, layer)
     num_short = sum(length <= group_size for length in lengths or ())
-    if shifts == unshifted or num_short == 0:
-        return _in_groups(attend, query, key, value, ids, group_size, shifts)
+    if first_shifted == heads or num_short == 0:
+        return compute(query, key, value, ids, first_shifted)
     if num_short == len(lengths):
-        return _in_groups(attend, query, key, value, ids, group_size, unshifted)
+        return compute(query, key, value, ids, heads)
     # Sequences that are not longer than a group are one group for every head: they go apart from the longer ones.
     order = sorted(range(len(lengths)), key=lambda row: lengths[row] > group_size)
     parts = []
-    for rows, row_shifts in ((order[:num_short], unshifted), (order[num_short:], shifts)):
+    for rows, first in ((order[:num_short], heads), (order[num_short:], first_shifted)):
         tensors = (None if x is None else x[rows] for x in (query, key, value, ids))
-        parts.append(_in_groups(attend, *tensors, group_size, row_shifts))
+        parts.append(compute(*tensors, first))
     return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
 
 
-def _attend(query, key, value, ids, *, scale, dropout):
-    """Causal attention; inside documents where ``ids`` (batch, 1, tokens, 1) are given."""
-    mask = None if ids is None else (ids == ids.transpose(-1, -2)).tril()
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+def _by_operator(group_size, scale, kernel, query, key, value, ids, first_shifted: int) -> torch.Tensor:
+    output, _ = grouped_attention(query, key, value, group_size, first_shifted, scale, kernel)
+    return output
 
 
-def _in_groups(attend, query, key, value, ids, group_size: int, shifts: list[tuple[slice, int]]) -> torch.Tensor:
+def _by_autograd(group_size, attend, query, key, value, ids, first_shifted: int) -> torch.Tensor:
     repeats = query.shape[1] // key.shape[1]
     outputs = [
         _attend_in_groups(attend, (query[:, q], key[:, kv], value[:, kv], ids), group_size, first=shift)
-        for heads, shift in shifts
+        for heads, shift in head_shifts(query.shape[1], first_shifted, group_size)
         for q, kv in shared_heads(heads, repeats)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def cudnn_first():
+    """A context in which cuDNN's kernels are taken where they can be: they refuse groups of a single token."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _attend(query, key, value, ids, *, scale, dropout, prefer_cudnn):
+    """Causal attention; inside documents where ``ids`` (batch, 1, tokens, 1) are given."""
+    mask = None if ids is None else (ids == ids.transpose(-1, -2)).tril()
+    with cudnn_first() if prefer_cudnn else contextlib.nullcontext():
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 def _attend_in_groups(attend, tensors, group_size: int, first: int) -> torch.Tensor:

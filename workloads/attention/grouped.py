@@ -1,0 +1,334 @@
+"""Causal attention inside groups as one operator of torch: kernels called on views, each result written once.
+
+``longspan::grouped_attention`` and its backward pass call PyTorch's kernels directly on views of the heads and tokens
+that form equal groups, and write into one output, one dQ, one dK and one dV. Left to autograd, the same calls would
+each make a gradient of full size, filled with zeros, and add them up. Everything is laid out (batch, tokens, heads,
+head_dim) in memory, as transformers lays it out: what goes in and comes out is a transposed view, and neither the
+projections before nor the one after it copies. ``torch.compile`` takes the operator as it is, without a graph break.
+
+``cudnn``   cuDNN's, about twice as fast as the next on a Hopper GPU
+``flash``   torch's own FlashAttention-2
+``cpu``     torch's on a CPU, float64 included
+
+All take fewer key/value heads than query heads as they are. None has masks or dropout: that is what
+:mod:`workloads.attention.shifted` has scaled dot-product attention for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+
+from workloads.attention.groups import head_shifts, shared_heads
+
+aten = torch.ops.aten
+KernelName = Literal["cudnn", "flash", "cpu"]
+# A kernel may read its statistics in vectors: each call's begin at a multiple of so many numbers.
+ALIGNMENT = 64
+
+
+@torch.compiler.assume_constant_result
+def kernel_for(prefer_cudnn: bool, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelName | None:
+    """The kernel that serves here, None if none does."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or torch.version.hip:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return None
+    # As torch's own choice has it (sdp_utils.cpp): cuDNN's backward pass adds up in no fixed order, and is made for
+    # large heads on Hopper alone.
+    largest = 256 if capability == (9, 0) and torch.backends.cudnn.version() >= 91000 else 128
+    if prefer_cudnn and head_dim <= largest and not torch.are_deterministic_algorithms_enabled():
+        return "cudnn"
+    return "flash" if head_dim <= 256 and torch.backends.cuda.is_flash_attention_available() else None
+
+
+# ---- the operator: (batch, heads, tokens, head_dim) and (batch, key_value_heads, tokens, head_dim)
+
+
+@torch.library.custom_op("longspan::grouped_attention", mutates_args=())
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group_size: int,
+    first_shifted: int,
+    scale: float,
+    kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside groups of consecutive tokens.
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key, value: (batch, key_value_heads, tokens, head_dim); ``heads`` is a multiple of ``key_value_heads``.
+        group_size: tokens in a group; the last may be shorter.
+        first_shifted: query heads from this index on have their groups moved by half a group; ``heads`` for none, and
+            none where the sequence is not longer than a group.
+        scale: factor on the scores.
+        kernel: one that :func:`kernel_for` returned.
+
+    Returns:
+        The output, (batch, heads, tokens, head_dim), laid out (batch, tokens, heads, head_dim) in memory; and the
+        statistics that its backward pass needs, which have no gradient.
+    """
+    query, key, value = _laid_out(query), _laid_out(key), _laid_out(value)
+    calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
+    statistics = query.new_zeros(calls[-1].statistics.stop, dtype=_statistics_dtype(query))
+    output = _empty(query) if len(calls) > 1 else None
+    for call in calls:
+        piece, log_sum_exp = call.kernel(kernel).forward(
+            call.of(query, call.heads), call.of(key, call.shared), call.of(value, call.shared), scale
+        )
+        statistics[call.statistics].view(log_sum_exp.shape).copy_(log_sum_exp)
+        if output is None:
+            return _joined(piece, query.shape[0]), statistics
+        call.of(output, call.heads).copy_(piece)
+    return output, statistics
+
+
+@torch.library.custom_op("longspan::grouped_attention_backward", mutates_args=())
+def grouped_attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    statistics: torch.Tensor,
+    group_size: int,
+    first_shifted: int,
+    scale: float,
+    kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of ``query``, ``key`` and ``value``, laid out (batch, tokens, heads, head_dim) in memory."""
+    # cuDNN's plans are cached by the layouts of query, key and value alone: those of the others must follow from them.
+    gradient, query, key, value, output = (_laid_out(x) for x in (gradient, query, key, value, output))
+    calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
+    gradients = tuple(_empty(x) for x in (query, key, value)) if len(calls) > 1 else None
+    for call in calls:
+        pieces = call.kernel(kernel).backward(
+            call.of(gradient, call.heads),
+            call.of(query, call.heads),
+            call.of(key, call.shared),
+            call.of(value, call.shared),
+            call.of(output, call.heads),
+            statistics[call.statistics],
+            scale,
+        )
+        if gradients is None:
+            return tuple(_joined(piece, query.shape[0]) for piece in pieces)
+        call.of(gradients[0], call.heads).copy_(pieces[0])
+        for whole, piece in zip(gradients[1:], pieces[1:], strict=True):
+            # The query heads of one key/value head may lie in two runs: the second adds to what the first has written.
+            shared = call.of(whole, call.shared)
+            shared.add_(piece) if call.adds else shared.copy_(piece)
+    return gradients
+
+
+@grouped_attention.register_fake
+def _(query, key, value, group_size, first_shifted, scale, kernel):
+    calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
+    return _empty(query), query.new_empty(calls[-1].statistics.stop, dtype=_statistics_dtype(query))
+
+
+@grouped_attention_backward.register_fake
+def _(gradient, query, key, value, output, statistics, group_size, first_shifted, scale, kernel):
+    return _empty(query), _empty(key), _empty(value)
+
+
+def _save(ctx, inputs, output):
+    query, key, value, *settings = inputs
+    ctx.settings = settings
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, gradient, _):
+    if gradient is None:
+        return (None,) * 7
+    gradients = grouped_attention_backward(gradient, *ctx.saved_tensors, *ctx.settings)
+    wanted = ctx.needs_input_grad
+    return *(x if want else None for x, want in zip(gradients, wanted)), None, None, None, None
+
+
+grouped_attention.register_autograd(_backward, setup_context=_save)
+
+
+# ---- which heads and tokens go into one call
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a kernel: consecutive heads in ``count`` runs of ``size`` tokens, each ``step`` after the last."""
+
+    heads: slice
+    shared: slice  # their key/value heads
+    adds: bool  # to the gradients of these, which an earlier call has written
+    rows: slice  # sequences of the batch
+    first: int  # token
+    size: int
+    step: int
+    count: int
+    statistics: slice
+
+    def of(self, x: torch.Tensor, heads: slice) -> torch.Tensor:
+        """(batch, all heads, tokens, head_dim) -> (rows * count, heads, size, head_dim), always a view."""
+        stop = self.first + (self.count - 1) * self.step + self.size
+        runs = x[self.rows, heads, self.first : stop].unfold(2, self.size, self.step).permute(0, 2, 1, 4, 3)
+        return runs.view(-1, *runs.shape[2:])
+
+    def kernel(self, name: KernelName) -> _Kernel:
+        return _ONE_TOKEN if self.size == 1 else _KERNELS[name]
+
+
+def _calls(shape: torch.Size, key_value_heads: int, group_size: int, first_shifted: int) -> list[_Call]:
+    batch, heads, num_tokens, _ = shape
+    if num_tokens <= group_size:
+        group_size, first_shifted = num_tokens, heads
+    calls: list[_Call] = []
+    written = begin = 0
+    for part, shift in head_shifts(heads, first_shifted, group_size):
+        for run, shared in shared_heads(part, heads // key_value_heads):
+            for rows, (first, size, step, count) in _runs_of_tokens(batch, num_tokens, group_size, shift):
+                end = begin + (rows.stop - rows.start) * count * (run.stop - run.start) * size
+                calls.append(
+                    _Call(run, shared, shared.start < written, rows, first, size, step, count, slice(begin, end))
+                )
+                begin = -(-end // ALIGNMENT) * ALIGNMENT
+            written = shared.stop
+    return calls
+
+
+def _runs_of_tokens(
+    batch: int, num_tokens: int, group_size: int, shift: int
+) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
+    """Rows of the batch, and in them (first token, size, step, count) of groups that fold into the batch as a view."""
+    for first, size, step, count in _equal_groups(num_tokens, group_size, shift):
+        if batch == 1 or count == 1 or size * count == num_tokens:
+            yield slice(0, batch), (first, size, step, count)
+        elif batch <= count:
+            for row in range(batch):
+                yield slice(row, row + 1), (first, size, step, count)
+        else:
+            for begin in range(first, first + step * count, step):
+                yield slice(0, batch), (begin, size, size, 1)
+
+
+def _equal_groups(num_tokens: int, group_size: int, shift: int) -> Iterator[tuple[int, int, int, int]]:
+    """The groups [0, shift), [shift, shift + G), ... by size, as (first token, size, step, count)."""
+    num_whole = (num_tokens - shift) // group_size
+    end = shift + num_whole * group_size
+    if num_whole:
+        yield shift, group_size, group_size, num_whole
+    if shift and shift == num_tokens - end:
+        yield 0, shift, end, 2
+        return
+    if shift:
+        yield 0, shift, shift, 1
+    if end < num_tokens:
+        yield end, num_tokens - end, num_tokens - end, 1
+
+
+# ---- memory: (batch, heads, tokens, head_dim), laid out (batch, tokens, heads, head_dim)
+
+
+def _laid_out(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    batch, heads, num_tokens, head_dim = x.shape
+    return x.new_empty(batch, num_tokens, heads, head_dim).transpose(1, 2)
+
+
+def _joined(piece: torch.Tensor, batch: int) -> torch.Tensor:
+    """All tokens and heads, as one call has them, back into (batch, heads, tokens, head_dim); as a rule a view."""
+    _, heads, _, head_dim = piece.shape
+    return piece.transpose(1, 2).contiguous().view(batch, -1, heads, head_dim).transpose(1, 2)
+
+
+def _statistics_dtype(query: torch.Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+# ---- the kernels: (batch, heads, tokens, head_dim) each
+
+
+class _Kernel(NamedTuple):
+    """``forward(query, key, value, scale)`` to the output and each query's log-sum-exp; ``backward(gradient, query,
+    key, value, output, log-sum-exp flat, scale)`` to the gradients of query, key and value."""
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def _cudnn_forward(query, key, value, scale):
+    return aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True, False, scale=scale)[:2]
+
+
+def _cudnn_backward(gradient, query, key, value, output, log_sum_exp, scale):
+    tokens = query.shape[2]
+    log_sum_exp = log_sum_exp.view(query.shape[:3])
+    if _cudnn_statistics_dims(query.device) == 4:
+        log_sum_exp = log_sum_exp.unsqueeze(-1)
+    seed = offset = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout, which there is none of
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        gradient, query, key, value, output, log_sum_exp, seed, offset, None, None, None, tokens, tokens, 0.0, True,
+        scale=scale,
+    )  # fmt: skip
+
+
+@cache
+def _cudnn_statistics_dims(device: torch.device) -> int:
+    """Whether torch has cuDNN's log-sum-exp as (batch, heads, tokens) or (batch, heads, tokens, 1): releases differ."""
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    return _cudnn_forward(x, x, x, 1.0)[1].dim()
+
+
+def _flash_forward(query, key, value, scale):
+    return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[:2]
+
+
+def _flash_backward(gradient, query, key, value, output, log_sum_exp, scale):
+    tokens = query.shape[2]
+    state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    unused = torch.empty((), dtype=torch.uint64, device=query.device)
+    return aten._scaled_dot_product_flash_attention_backward(
+        gradient, query, key, value, output, log_sum_exp.view(query.shape[:3]), None, None, tokens, tokens, 0.0, True,
+        state, unused, scale=scale,
+    )  # fmt: skip
+
+
+def _cpu_forward(query, key, value, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+
+
+def _cpu_backward(gradient, query, key, value, output, log_sum_exp, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, key, value, output, log_sum_exp.view(query.shape[:3]), 0.0, True, scale=scale
+    )
+
+
+def _one_token_forward(query, key, value, scale):
+    """A token alone attends to itself. cuDNN refuses it, and FlashAttention takes it for a step of generation."""
+    output = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return output, output.new_zeros(query.shape[:3])
+
+
+def _one_token_backward(gradient, query, key, value, output, log_sum_exp, scale):
+    shared = gradient.unflatten(1, (value.shape[1], -1)).sum(dim=2)
+    return torch.zeros_like(query), torch.zeros_like(key), shared
+
+
+_KERNELS = {
+    "cudnn": _Kernel(_cudnn_forward, _cudnn_backward),
+    "flash": _Kernel(_flash_forward, _flash_backward),
+    "cpu": _Kernel(_cpu_forward, _cpu_backward),
+}
+_ONE_TOKEN = _Kernel(_one_token_forward, _one_token_backward)
