@@ -25,7 +25,7 @@ from benchmarks.live import LiveTensors
 from workloads.adaptation import trainable_parameters
 from workloads.budget import Device, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
-from workloads.engine import Engine
+from workloads.engine import make_engine
 from workloads.optimization import build_optimizer
 from workloads.training import Emit, Trial, set_up
 
@@ -124,7 +124,7 @@ def start_trial(
 ) -> tuple[Trial, nn.Module]:
     """A trial of the product itself, on random weights made on the device, before its first step; and the module to
     give to ``Trial.train_step``. It writes no checkpoint into ``folder`` unless it is asked to."""
-    engine = Engine(device, training.precision)
+    engine = make_engine(execution, device, training.precision)
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(model_config, dtype=engine.dtype)
