@@ -29,9 +29,10 @@ from workloads.errors import InputError
 WARMUP, REPEATS = 5, 20
 PUBLISHED = "published S²"
 COUNTING = (
-    f"Median of {REPEATS} calls after {WARMUP}, by device events. TFLOP/s: the pairs that attend, causally inside the "
-    "groups; backward 2.5 times the forward, since kernels compute the scores again. Published S²: rolled, cut, "
-    "FlashAttention-2, rolled back; its first half group attends to the last, so that it is not the same function."
+    f"Median of {REPEATS} calls after {WARMUP}, by device events. TFLOP/s: of the pairs that attend, causally inside "
+    "groups, of which shifted heads have two half ones; backward 2.5 times the forward, since kernels compute scores "
+    "again. Published S²: rolled, cut, FlashAttention-2, rolled back; its first half group attends to the last, so "
+    "that it is not the same function."
 )
 
 

@@ -5,7 +5,7 @@
                    norms switched to trainable; the loss from ``labels``; torch's AdamW with its defaults
     published S²   the same, with the attention of LongLoRA's own recipe (arXiv 2309.12307, algorithm 1): half of the
                    heads rolled by half a group, cut into groups, one FlashAttention-2 call, rolled back
-    Liger          the user's way with ``apply_liger_kernel_to_llama``
+    Liger          the user's way (full attention) with ``apply_liger_kernel_to_llama``
 
 None of them is longspan's code path, and they train what it trains; trainable embeddings and norms are bfloat16 here,
 as such a script has them, and float32 in longspan.
@@ -13,6 +13,7 @@ as such a script has them, and float32 in longspan.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,7 @@ def users_model(
     """
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
     model.config.use_cache = False
     if group_size is not None:
         setattr(model.config, GROUP_SIZE_FIELD, group_size)

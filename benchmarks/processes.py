@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 # What a process that has told its result may still take to end: it gives back tens of gigabytes.
-LAST_SECONDS = 20.0
+LAST_SECONDS = 5.0
 
 
 class Failed(RuntimeError):

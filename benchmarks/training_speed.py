@@ -14,11 +14,13 @@ itself. Each case is measured in a process of its own, and is in the JSON file a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +88,7 @@ def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: boo
             if device.type == "cuda":
                 peaks["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
                 peaks["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
-            parts = step_profile.step_profile(step, config.vocab_size, PROFILED_STEPS) if profiled else None
+            parts = profile_or_none(step, config.vocab_size) if profiled else None
     except torch.OutOfMemoryError:
         return Row(case=case.name, outcome=OUT_OF_MEMORY)
     speed = case.context_length / statistics.median(seconds)
@@ -103,6 +105,15 @@ def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: boo
     )
 
 
+def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.StepProfile | None:
+    """A profiler that fails says why on stderr, and takes no measured speed with it."""
+    try:
+        return step_profile.step_profile(step, vocab_size, PROFILED_STEPS)
+    except Exception:
+        traceback.print_exc()
+        return None
+
+
 def measure_7b(name: str, profiled: bool) -> Row:
     """A case of the table; what each worker process calls."""
     return measure(CASES[name], MODELS["7B"], torch.device("cuda", 0), profiled)
@@ -112,7 +123,8 @@ def longspans_step(
     training: TrainingConfig, config: LlamaConfig, device: torch.device, folder: Path
 ) -> tuple[Callable[[], None], dict[str, Any]]:
     """One training step of longspan itself as a function, and the settings that it runs with."""
-    trial, model = start_trial(config, training, planned_execution(training, config, device), device, folder)
+    execution = planned_execution(training, config, device)
+    trial, model = start_trial(copy.deepcopy(config), training, execution, device, folder)  # a pattern is written there
     return lambda: trial.train_step(model), resolved_settings(trial)
 
 
@@ -165,8 +177,9 @@ class Results:
         write_json(self.path, {"machine": self.facts, "model": "Llama-2-7B", "counting": COUNTING, "rows": rows})
 
     def missing(self, profile: bool) -> list[str]:
-        """Cases that no call has come to the end of."""
-        return [name for name in CASES if not self.has(name, profile and name in PROFILED)]
+        """Cases that no call has come to the end of; not Liger's where it is not installed."""
+        possible = [name for name, case in CASES.items() if case.way != "Liger" or self.facts.get("liger-kernel")]
+        return [name for name in possible if not self.has(name, profile and name in PROFILED)]
 
     def has(self, name: str, profiled: bool) -> bool:
         row = self.rows.get(name)
@@ -277,6 +290,8 @@ def main(
     print(in_words(facts), flush=True)
     run(list(cases) or results.missing(profile), results, profile, began + 60 * minutes)
     print(f"\n{in_words(facts)}\nLlama-2-7B's shape, random weights. {COUNTING}\n\n{table(results.rows)}")
+    unsloth = "is not installed here" if facts["unsloth"] is None else "loads checkpoints only, not random weights"
+    print(f"\nUnsloth {unsloth}: not measured.")
     if missing := results.missing(profile):
         print(f"\nMissing: {', '.join(missing)}. The same command goes on with them.")
     print(f"{time.monotonic() - began:.0f} s; {json_file}")
