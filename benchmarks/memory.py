@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from benchmarks.live import LiveTensors
 from workloads.adaptation import trainable_parameters
 from workloads.budget import Device, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
-from workloads.engine import Engine
+from workloads.engine import make_engine
 from workloads.optimization import build_optimizer
-from workloads.training import Trial, set_up
+from workloads.training import Emit, Trial, set_up
 
 GIB = 2**30
 # Llama-2-7B and Llama-3.2-1B, as their configurations tell.
@@ -113,28 +114,41 @@ def configure(point: Point, on_gpu: bool) -> tuple[TrainingConfig, ExecutionConf
     return training, ExecutionConfig(gradient_checkpointing=point.checkpointing, eval_batch_tokens=1)
 
 
-def measure(
-    model_config: PretrainedConfig, training: TrainingConfig, execution: ExecutionConfig, device: torch.device
-) -> tuple[int, float]:
-    """(peak bytes of two steps, tokens/s of the second). On a CPU the peak is that of live tensors."""
-    engine = Engine(device, training.precision)
+def start_trial(
+    model_config: PretrainedConfig,
+    training: TrainingConfig,
+    execution: ExecutionConfig,
+    device: torch.device,
+    folder: Path,
+    emit: Emit = lambda event, **fields: None,
+) -> tuple[Trial, nn.Module]:
+    """A trial of the product itself, on random weights made on the device, before its first step; and the module to
+    give to ``Trial.train_step``. It writes no checkpoint into ``folder`` unless it is asked to."""
+    engine = make_engine(execution, device, training.precision)
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(model_config, dtype=engine.dtype)
     model.config.use_cache = False
     model = set_up(model, training, engine, execution)
+    trial = Trial(model, training, execution, RandomTokens(model_config.vocab_size), folder, engine, emit)
+    trial.parameters, trial.optimizer = trainable_parameters(model), build_optimizer(model, training)
+    training_model = trial.start()
+    training_model.train()
+    return trial, training_model
+
+
+def measure(
+    model_config: PretrainedConfig, training: TrainingConfig, execution: ExecutionConfig, device: torch.device
+) -> tuple[int, float]:
+    """(peak bytes of two steps, tokens/s of the second). On a CPU the peak is that of live tensors."""
     events = []
     with tempfile.TemporaryDirectory() as folder:
-        corpus = RandomTokens(model_config.vocab_size)
-        trial = Trial(
-            model, training, execution, corpus, Path(folder), engine, lambda event, **fields: events.append(fields)
+        trial, training_model = start_trial(
+            model_config, training, execution, device, Path(folder), lambda event, **fields: events.append(fields)
         )
-        trial.parameters, trial.optimizer = trainable_parameters(model), build_optimizer(model, training)
-        training_model = trial.start()
-        training_model.train()
         live = LiveTensors() if device.type == "cpu" else None
         if live:
-            live.start_with(*model.parameters(), *model.buffers())
+            live.start_with(*trial.model.parameters(), *trial.model.buffers())
         else:
             torch.cuda.reset_peak_memory_stats(device)
         with live or contextlib.nullcontext():

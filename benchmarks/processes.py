@@ -1,0 +1,70 @@
+"""A process of its own for each measurement: memory, compiled code, patched classes and crashes of one reach no other.
+
+Starting Python with torch and transformers takes about ten seconds, so the next process does that while this one works.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# What a process that has told its result may still take to end: it gives back tens of gigabytes.
+LAST_SECONDS = 5.0
+
+
+class Failed(RuntimeError):
+    """The function raised, its process died, or the time was over."""
+
+
+class Worker:
+    """A process that waits to call ``function`` once. Both are to be importable, as ``multiprocessing`` wants it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process that knows CUDA cannot use it
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(function, theirs))
+        self._process.start()
+        theirs.close()
+
+    def call(self, *arguments: Any, seconds: float) -> Any:
+        """What the function returns. The process has ended afterwards.
+
+        Raises:
+            Failed: with the reason in one line; a traceback went to stderr.
+        """
+        try:
+            self._connection.send(arguments)
+            if not self._connection.poll(seconds):
+                self._process.kill()
+                raise Failed(f"stopped after {seconds:.0f} s, when the time was over")
+            result, failure = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            raise Failed(f"its process ended with {self._process.exitcode}") from error
+        finally:
+            self.close()
+        if failure:
+            raise Failed(failure)
+        return result
+
+    def close(self) -> None:
+        """Ends the process, also one that was never called."""
+        self._connection.close()
+        self._process.join(LAST_SECONDS)
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(function: Callable[..., Any], connection: Any) -> None:
+    try:
+        arguments = connection.recv()
+    except EOFError:  # not needed after all
+        return
+    try:
+        answer = function(*arguments), None
+    except Exception as error:
+        traceback.print_exc()
+        answer = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    connection.send(answer)

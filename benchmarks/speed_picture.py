@@ -1,0 +1,97 @@
+"""The speeds of ``benchmarks.training_speed`` as a picture: for each case the baselines, longspan and the limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cases import CASES, Case, Way, baseline
+from dashboards.drawing import INK, MUTED, new_figure, style
+
+if TYPE_CHECKING:
+    from benchmarks.training_speed import Row
+
+# (of the bar, of the text on it): they differ in lightness, which no colour vision deficiency and no grey print takes.
+COLOURS: dict[Way, tuple[str, str]] = {
+    "user's way": ("#d5dae0", INK),
+    "published S²": ("#98a3ae", INK),
+    "longspan": ("#1a4a8a", "white"),
+}
+LIMIT = "#c24a1c"
+BAR, GAP = 15, 14
+LEFT, RIGHT, TOP, BOTTOM, WIDTH = 150, 24, 66, 50, 640
+
+
+def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
+    """Writes a PNG of the cases of longspan that were measured, each with those of its baselines that were.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    groups = [(case, bars(case, rows)) for case in CASES.values() if case.way == "longspan" and speed(case, rows)]
+    if not groups:
+        raise SystemExit("the JSON file has no measured case of longspan to draw; run the benchmark on a GPU first")
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    inner = sum(BAR * len(found) for _, found in groups) + GAP * (len(groups) - 1)
+    height = TOP + inner + BOTTOM
+    with style():
+        figure = new_figure(WIDTH, height)
+        figure.set_facecolor("white")
+        place = (LEFT / WIDTH, BOTTOM / height, (WIDTH - LEFT - RIGHT) / WIDTH, inner / height)
+        axes = figure.add_axes(place)
+        axes.set(ylim=(inner, 0), yticks=[], xlim=(0, 1.04 * max(widest(case, found) for case, found in groups)))
+        axes.grid(visible=True, axis="x")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("tokens/s, whole training steps, one sequence each")
+        top = 0.0
+        for case, found in groups:
+            bottom = top + BAR * len(found)
+            for index, (way, value) in enumerate(found):
+                draw_bar(axes, top + BAR * (index + 0.5), way, value, dict(found).get("user's way"))
+            if case.limit:
+                axes.plot([case.limit] * 2, [top, bottom], color=LIMIT, linewidth=2.2, solid_capstyle="butt")
+            note = title(case)
+            axes.annotate(note, (0, (top + bottom) / 2), (-10, 0), textcoords="offset points", ha="right", va="center")
+            top = bottom + GAP
+        heading = f"Training Llama-2-7B on one {machine['device']}"
+        figure.text(12 / WIDTH, 1 - 20 / height, heading, size=12, weight="bold")
+        labels = ("user's way, full attention", "published S²", "longspan, times the user's way")
+        handles = [Patch(color=colour, label=label) for label, (colour, _) in zip(labels, COLOURS.values())]
+        handles.append(Line2D([], [], color=LIMIT, linewidth=2.2, label="limit of the machine"))
+        where = (8 / WIDTH, 1 - 26 / height)
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=4, frameon=False, handlelength=1.2)
+        said = f"torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"
+        figure.text(1 - RIGHT / WIDTH, 8 / height, said, color=MUTED, size=8, ha="right")
+        figure.savefig(path, dpi=160)
+
+
+def speed(case: Case, rows: dict[str, Row]) -> float | None:
+    return rows[case.name].tokens_per_second if case.name in rows else None
+
+
+def bars(case: Case, rows: dict[str, Row]) -> list[tuple[Way, float]]:
+    """What was measured of it, longspan last."""
+    ways = {way: case if way == "longspan" else baseline(case, way) for way in COLOURS}
+    return [(way, speed(each, rows)) for way, each in ways.items() if each and speed(each, rows)]
+
+
+def widest(case: Case, found: list[tuple[Way, float]]) -> float:
+    return max(case.limit or 0, *(value for _, value in found))
+
+
+def draw_bar(axes: Any, y: float, way: Way, value: float, users: float | None) -> None:
+    colour, ink = COLOURS[way]
+    axes.barh(y, value, BAR - 2, color=colour)
+    times = f"   {value / users:.1f}x" if way == "longspan" and users else ""
+    axes.annotate(
+        f"{value:,.0f}{times}", (value, y), (-5, 0), textcoords="offset points", ha="right", va="center", color=ink,
+        size=8.6, weight="bold" if way == "longspan" else "normal",
+    )  # fmt: skip
+
+
+def title(case: Case) -> str:
+    what = f"S², groups of {case.group_size:,}" if case.group_size else "full attention"
+    trains = "\nall weights train" if case.method == "full" else ""
+    return f"{case.context_length:,} tokens\n{what}{trains}"

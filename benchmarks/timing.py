@@ -1,0 +1,73 @@
+"""What the speed benchmarks share: how a call is timed, and the machine and versions that a figure belongs to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "liger-kernel", "unsloth")
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, warmup: int, repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` calls, after ``warmup`` ones that do not count: by events on the device's own
+    stream, which nothing waits for in between, or by the clock where the device is a CPU."""
+    for _ in range(warmup):
+        call()
+    if device.type == "cpu":
+        clock = [time.perf_counter()]
+        for _ in range(repeats):
+            call()
+            clock.append(time.perf_counter())
+        return [after - before for before, after in itertools.pairwise(clock)]
+    pairs = []
+    for _ in range(repeats):
+        pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        pairs[-1][0].record()
+        call()
+        pairs[-1][1].record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device and versions."""
+    facts: dict[str, Any] = {"device": "CPU", "python": platform.python_version(), "torch": torch.__version__}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / GIB, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return facts | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """One line, with what is not installed last."""
+    missing = [name for name, value in facts.items() if value is None]
+    known = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    return known + (f"; not installed: {', '.join(missing)}" if missing else "")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: whoever is killed while writing leaves what was there before."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1))
+    beside.replace(path)

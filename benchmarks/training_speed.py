@@ -1,0 +1,301 @@
+"""Whole training steps of a 7B model, longspan's beside what users would run instead: ``python -m
+benchmarks.training_speed``, on a CUDA device.
+
+    python -m benchmarks.training_speed                        # the table, for at most ten minutes
+    python -m benchmarks.training_speed                        # once more: goes on with the cases that are missing
+    python -m benchmarks.training_speed --cases 8k-s2 8k-user  # these, anew
+    python -m benchmarks.training_speed --profile              # and where a step's time goes, at 8k and 98k
+    python -m benchmarks.training_speed --picture speed.png    # from the JSON; needs no GPU
+
+Random weights and random tokens; nothing depends on their values. The cases are in cases.py, the baselines in
+baselines.py. A step is the product's own (``Trial.train_step``), with the execution settings that longspan chooses by
+itself. Each case is measured in a process of its own, and is in the JSON file as soon as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from transformers import LlamaConfig
+
+from benchmarks import baselines, step_profile
+from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Way, baseline
+from benchmarks.memory import MODELS, start_trial
+from benchmarks.processes import Failed, Worker
+from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
+from workloads.attention import backend_of
+from workloads.budget import Device, ModelShape, model_flops_utilisation, smallest_change_that_fits
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.training import Trial
+
+MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
+COUNTING = (
+    "tokens/s: tokens of a step over its median time, forward, backward and optimiser, by device events. MFU: the "
+    "model's own FLOPs (attention causal, nothing computed twice, no weight gradient of frozen weights) over the "
+    "device's peak. Limit: of one H200, nothing recomputed (benchmarks/cases.py). Published S²: its first half group "
+    "attends to the last, so that it is not the same function. The baselines take fewer steps than longspan."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What came of a case.
+
+    Args:
+        outcome: ``measured``, ``out of memory``, or why it failed.
+        seconds: of each counted step.
+        peak_gib, reserved_gib: the most that torch had allocated, and taken from the device, in all steps.
+        mfu: None where the device's peak is not known.
+        settings: the execution settings that are not longspan's defaults, and what else it resolved by itself.
+        profile: see step_profile.py.
+    """
+
+    case: str
+    outcome: str
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_second: float | None = None
+    peak_gib: float | None = None
+    reserved_gib: float | None = None
+    mfu: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
+
+
+def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: bool = False) -> Row:
+    """A case, in this process."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if case.way == "longspan":
+                step, settings = longspans_step(case.training, config, device, Path(folder))
+            else:
+                step, settings = baselines_step(case, config, device), {}
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = seconds_of(step, device, case.warmup, case.steps)
+            peaks = {}
+            if device.type == "cuda":
+                peaks["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+                peaks["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+            parts = profile_or_none(step, config.vocab_size) if profiled else None
+    except torch.OutOfMemoryError:
+        return Row(case=case.name, outcome=OUT_OF_MEMORY)
+    speed = case.context_length / statistics.median(seconds)
+    known = Device.named(machine(device)["device"])
+    return Row(
+        case=case.name,
+        outcome=MEASURED,
+        seconds=seconds,
+        tokens_per_second=speed,
+        mfu=model_flops_utilisation(ModelShape.of(config), case.training, speed, known) if known else None,
+        settings=settings,
+        profile=dataclasses.asdict(parts) if parts else None,
+        **peaks,
+    )
+
+
+def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.StepProfile | None:
+    """A profiler that fails says why on stderr, and takes no measured speed with it."""
+    try:
+        return step_profile.step_profile(step, vocab_size, PROFILED_STEPS)
+    except Exception:
+        traceback.print_exc()
+        return None
+
+
+def measure_7b(name: str, profiled: bool) -> Row:
+    """A case of the table; what each worker process calls."""
+    return measure(CASES[name], MODELS["7B"], torch.device("cuda", 0), profiled)
+
+
+def longspans_step(
+    training: TrainingConfig, config: LlamaConfig, device: torch.device, folder: Path
+) -> tuple[Callable[[], None], dict[str, Any]]:
+    """One training step of longspan itself as a function, and the settings that it runs with."""
+    execution = planned_execution(training, config, device)
+    trial, model = start_trial(copy.deepcopy(config), training, execution, device, folder)  # a pattern is written there
+    return lambda: trial.train_step(model), resolved_settings(trial)
+
+
+def planned_execution(training: TrainingConfig, config: LlamaConfig, device: torch.device) -> ExecutionConfig:
+    """longspan's defaults, changed as its plan would so that the trial fits the device."""
+    known = Device.named(machine(device)["device"])
+    asked = ExecutionConfig()
+    fit = smallest_change_that_fits(ModelShape.of(config), training, asked, 1, known) if known else None
+    return fit.execution if fit else asked
+
+
+def resolved_settings(trial: Trial) -> dict[str, Any]:
+    default = ExecutionConfig()
+    names = [each.name for each in dataclasses.fields(default)]
+    chosen = {name: getattr(trial.execution, name) for name in names}
+    changed = {name: value for name, value in chosen.items() if value != getattr(default, name)}
+    return changed | {"attention_backend": backend_of(trial.model)}
+
+
+def baselines_step(case: Case, config: LlamaConfig, device: torch.device) -> Callable[[], None]:
+    if case.way == "Liger":
+        baselines.with_liger_kernels()
+    model = baselines.users_model(config, device, case.method, case.group_size)
+    return baselines.users_step(model, case.context_length)
+
+
+class Results:
+    """Rows by case, of one machine and its versions; on disk as JSON after every row."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        """Takes up what is there.
+
+        Raises:
+            SystemExit: it was measured on another machine or with other versions.
+        """
+        self.path, self.facts, self.rows = path, facts, {}
+        if path.exists():
+            known, self.rows = read(path)
+            if known != facts:
+                different = ", ".join(name for name in facts | known if facts.get(name) != known.get(name))
+                raise SystemExit(
+                    f"{path} was measured elsewhere ({different} differ from here); name another file with --json"
+                )
+
+    def add(self, row: Row) -> None:
+        self.rows[row.case] = row
+        rows = {name: dataclasses.asdict(CASES[name]) | dataclasses.asdict(row) for name, row in self.rows.items()}
+        for name, content in rows.items():
+            content |= {"limit": CASES[name].limit, "must_reach": CASES[name].must_reach}
+        write_json(self.path, {"machine": self.facts, "model": "Llama-2-7B", "counting": COUNTING, "rows": rows})
+
+    def missing(self, profile: bool) -> list[str]:
+        """Cases that no call has come to the end of; not Liger's where it is not installed."""
+        possible = [name for name, case in CASES.items() if case.way != "Liger" or self.facts.get("liger-kernel")]
+        return [name for name in possible if not self.has(name, profile and name in PROFILED)]
+
+    def has(self, name: str, profiled: bool) -> bool:
+        row = self.rows.get(name)
+        done = row is not None and row.outcome in (MEASURED, OUT_OF_MEMORY)
+        return done and not (profiled and row.outcome == MEASURED and row.profile is None)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Machine and rows of a JSON file. Rows of cases that there are no more are left out."""
+    content = json.loads(path.read_text())
+    names = [each.name for each in dataclasses.fields(Row)]
+    rows = {case: Row(**{name: row[name] for name in names}) for case, row in content["rows"].items() if case in CASES}
+    return content["machine"], rows
+
+
+HEADER = (
+    "case", "way", "context", "group", "tokens/s", "must reach", "stretch", "x user's way", "x published S²",
+    "limit", "of limit", "MFU", "peak GiB", "ms a step", "steps", "settings, or what happened",
+)  # fmt: skip
+
+
+def line(case: Case, row: Row, rows: dict[str, Row]) -> str:
+    """A row of the table."""
+
+    def shown(value: float | None, form: str = ",.0f") -> str:
+        return "-" if value is None else format(value, form)
+
+    speed = row.tokens_per_second
+    said = [case.name, case.way, f"{case.context_length:,}", shown(case.group_size), shown(speed)]
+    said += [shown(case.must_reach), shown(case.stretch)]
+    said += [shown(ratio(case, row, way, rows), ".2f") for way in ("user's way", "published S²")]
+    said += [shown(case.limit), shown(speed and case.limit and speed / case.limit, ".0%")]
+    said += [shown(row.mfu, ".1%"), shown(row.peak_gib, ".1f")]
+    said += [shown(1e3 * statistics.median(row.seconds)) if row.seconds else "-", f"{case.warmup} + {case.steps}"]
+    settings = ", ".join(f"{name} {value}" for name, value in row.settings.items()) or "-"
+    said.append(settings if row.outcome == MEASURED else row.outcome)
+    return "| " + " | ".join(said) + " |"
+
+
+def ratio(case: Case, row: Row, way: Way, rows: dict[str, Row]) -> float | None:
+    """How many times as fast longspan is as another way of doing the same, where both are measured."""
+    other = baseline(case, way)
+    theirs = rows[other.name].tokens_per_second if other and other.name in rows else None
+    if case.way != "longspan" or row.tokens_per_second is None or theirs is None:
+        return None
+    return row.tokens_per_second / theirs
+
+
+def table(rows: dict[str, Row]) -> str:
+    """All rows, in the order of the cases."""
+    head = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    return "\n".join(head + [line(CASES[name], rows[name], rows) for name in CASES if name in rows])
+
+
+def run(names: list[str], results: Results, profile: bool, until: float) -> None:
+    """Measures these cases, one after the other, as long as time is left on the monotonic clock."""
+    print(f"{len(names)} cases, about {sum(CASES[name].seconds for name in names):.0f} s", flush=True)
+    waiting = Worker(measure_7b) if names else None
+    try:
+        for index, name in enumerate(names):
+            case, left = CASES[name], until - time.monotonic()
+            if case.seconds > left:
+                print(f"{name}: not begun, it takes about {case.seconds:.0f} s and {left:.0f} s are left", flush=True)
+                continue
+            print(f"{name}: about {case.seconds:.0f} s", flush=True)
+            worker, waiting = waiting, Worker(measure_7b) if index + 1 < len(names) else None
+            try:
+                row = worker.call(name, profile and name in PROFILED, seconds=left)
+            except Failed as failure:
+                row = Row(case=name, outcome=str(failure))
+            results.add(row)
+            print(line(case, row, results.rows), flush=True)
+            if row.profile:
+                print(step_profile.table(row.profile["parts"]), flush=True)
+    finally:
+        if waiting:
+            waiting.close()
+
+
+def main(
+    cases: tuple[str, ...] = (),
+    json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("training_speed.json"),
+    minutes: float = 9.5,
+    profile: bool = False,
+    picture: Path | None = None,
+) -> None:
+    """Measures training steps of a 7B model and prints a table.
+
+    Args:
+        cases: names of the cases to measure, also if the JSON file has them; without any, all that it has not.
+        json_file: the results; taken up if there, and written after every case.
+        minutes: no case goes on longer than this after the start; one that would not come to its end is not begun.
+        profile: also tell where a step's time goes, at 8k and 98k.
+        picture: measure nothing, and draw the JSON file into this PNG.
+    """
+    began = time.monotonic()
+    if picture:
+        from benchmarks.speed_picture import draw
+
+        draw(*read(json_file), picture)
+        return
+    if unknown := [name for name in cases if name not in CASES]:
+        raise SystemExit(f"no case is called {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.training_speed needs a CUDA device; torch finds none here")
+    facts = machine(torch.device("cuda", 0))
+    results = Results(json_file, facts)
+    print(in_words(facts), flush=True)
+    run(list(cases) or results.missing(profile), results, profile, began + 60 * minutes)
+    print(f"\n{in_words(facts)}\nLlama-2-7B's shape, random weights. {COUNTING}\n\n{table(results.rows)}")
+    unsloth = "is not installed here" if facts["unsloth"] is None else "loads checkpoints only, not random weights"
+    print(f"\nUnsloth {unsloth}: not measured.")
+    if missing := results.missing(profile):
+        print(f"\nMissing: {', '.join(missing)}. The same command goes on with them.")
+    print(f"{time.monotonic() - began:.0f} s; {json_file}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
