@@ -42,9 +42,12 @@ ENVIRONMENT = {
 }
 # On a cluster of this one machine: nobody takes the machine away, and each trial saves a process.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# What a driver of a trial holds while it waits for its workers; each worker gives up that much, so that as many trials
-# fit as there are CPUs for.
-DRIVER_CPU = 0.001
+# What a driver of a trial holds while it waits for its workers (Ray's smallest share), and what each worker leaves of
+# its CPUs, so that as many trials fit as there are CPUs for. A machine must have room for more drivers than workers:
+# where another one has died, its drivers come over and wait, and would keep a worker that takes all the rest out for
+# ever. As little as keeps a machine of under 200 CPUs from having room for a worker too many.
+DRIVER_CPU = 0.0001
+WORKER_LEAVES = 0.005
 # A sweep passes metrics through Ray's object store, nothing large.
 OBJECT_STORE_BYTES = 150 * 2**20
 
@@ -108,7 +111,7 @@ class Cluster:
 
     def worker_resources(self, options: RunOptions) -> dict[str, float]:
         """What each worker reserves."""
-        return {"cpus": options.cpus_per_worker - DRIVER_CPU, "gpus": options.gpus_per_worker if self.gpus else 0}
+        return {"cpus": options.cpus_per_worker - WORKER_LEAVES, "gpus": options.gpus_per_worker if self.gpus else 0}
 
     def slots(self, options: RunOptions) -> int:
         """How many workers fit at once."""
