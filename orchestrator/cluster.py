@@ -42,12 +42,10 @@ ENVIRONMENT = {
 }
 # On a cluster of this one machine: nobody takes the machine away, and each trial saves a process.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# What a driver of a trial holds while it waits for its workers (Ray's smallest share), and what each worker leaves of
-# its CPUs, so that as many trials fit as there are CPUs for. A machine must have room for more drivers than workers:
-# where another one has died, its drivers come over and wait, and would keep a worker that takes all the rest out for
-# ever. As little as keeps a machine of under 200 CPUs from having room for a worker too many.
-DRIVER_CPU = 0.0001
-WORKER_LEAVES = 0.005
+# What a driver of a trial holds while it waits for its workers: a place on the head node, without which there is no
+# cluster. A driver elsewhere could be lost with its node while its workers live, which then keep what they hold; and
+# one that held part of a CPU could keep out the worker that wants the rest.
+DRIVER_RESOURCES = {"node:__internal_head__": 0.0001}  # Ray's own name of it, and its smallest share
 # A sweep passes metrics through Ray's object store, nothing large.
 OBJECT_STORE_BYTES = 150 * 2**20
 
@@ -111,7 +109,7 @@ class Cluster:
 
     def worker_resources(self, options: RunOptions) -> dict[str, float]:
         """What each worker reserves."""
-        return {"cpus": options.cpus_per_worker - WORKER_LEAVES, "gpus": options.gpus_per_worker if self.gpus else 0}
+        return {"cpus": options.cpus_per_worker, "gpus": options.gpus_per_worker if self.gpus else 0}
 
     def slots(self, options: RunOptions) -> int:
         """How many workers fit at once."""

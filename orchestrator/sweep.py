@@ -26,7 +26,7 @@ from rich.console import Console
 
 from orchestrator import cancel
 from orchestrator.cli import parse
-from orchestrator.cluster import DRIVER_CPU, Cluster, join_or_start
+from orchestrator.cluster import DRIVER_RESOURCES, Cluster, join_or_start
 from orchestrator.conclusion import Conclusion, shown
 from orchestrator.credentials import share_token
 from orchestrator.early_stopping import EarlyStopping, Rungs
@@ -516,8 +516,7 @@ class Sweep:
 
         name = f"{self.name}-{uuid.uuid4().hex[:8]}"
         tuner = tune.Tuner(
-            # A driver only waits for its workers. One that held a whole CPU could keep them from ever starting.
-            tune.with_resources(drive_trial, {"CPU": DRIVER_CPU}),
+            tune.with_resources(drive_trial, tune.PlacementGroupFactory([DRIVER_RESOURCES])),
             tune_config=tune.TuneConfig(
                 search_alg=TuneQueue(DriveQueue(drives, self.cluster.slots_by_node(self.options))),
                 num_samples=-1,  # until the drives end
@@ -527,7 +526,7 @@ class Sweep:
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=str(self.storage.ray_train),
-                # A driver raises nothing of its own; what Tune tries again is one whose node was lost.
+                # A driver raises nothing of its own; what Tune tries again is one whose process was lost.
                 failure_config=tune.FailureConfig(max_failures=self.options.max_failures),
                 callbacks=[Silent()],
                 verbose=0,
