@@ -12,6 +12,8 @@ from dashboards import wording
 
 INK, MUTED, LINE = "#1b1f24", "#5c6670", "#dde2e7"
 LINE_HEIGHT = 11.3
+# Of what stands above a panel, in points: its size, and how wide a character of it is on average.
+NOTE_SIZE, NOTE_CHARACTER = 8.6, 5.0
 
 
 def style() -> AbstractContextManager:
@@ -71,13 +73,14 @@ def panel(
     """
     dpi = figure.get_figure(root=True).dpi
     width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72
-    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), 80) if above else []
+    characters = int(0.96 * width / NOTE_CHARACTER)
+    notes = textwrap.wrap("↑ off the chart: " + "; ".join(above), characters) if above else []
     top = 46 + LINE_HEIGHT * max(len(notes), 0 if above is None else 2)
     figure.text(0.02, 1 - 16 / height, f"{context['context_length']:,} tokens", size=11, weight="bold")
     scaled = f"{measure}, log scale" if limits and _logarithmic(*limits) else measure
     figure.text(0.02, 1 - 30 / height, scaled, color=MUTED)
     for row, note in enumerate(notes):
-        figure.text(0.02, 1 - (42.5 + LINE_HEIGHT * row) / height, note, color=MUTED, size=8.6)
+        figure.text(0.02, 1 - (42.5 + LINE_HEIGHT * row) / height, note, color=MUTED, size=NOTE_SIZE)
     return figure.add_axes((left / width, 34 / height, (width - left - right) / width, (height - top - 34) / height))
 
 
