@@ -52,7 +52,7 @@ def test_two_trials_share_a_gpu_at_the_same_time(tmp_path, text_folder):
 def test_memory_that_another_job_has_taken_costs_one_attempt(tmp_path, text_folder):
     sizes = {"context_length": 1024, "steps": 4, "batch": 512, "eval_span": 1024, "group_size": 256}
     training = TrainingConfig(**sizes, method="full", precision="bfloat16")
-    shape = ModelShape.of(ModelSource.parse("builtin:tiny").config)
+    shape = ModelShape.of(ModelSource.parse("builtin:tiny").config())
     wanted = memory(shape, training, ExecutionConfig()).allocated
     flags = ("--context-lengths", "1024", "--steps", "4", "--batch", "512", "--methods", "full", "--references")
     flags += ("--eval-every", "4", "--eval-documents", "2", "--precision", "bfloat16", "--data", str(text_folder))
