@@ -50,6 +50,7 @@ def drive_trial(config: dict[str, Any]) -> None:
 
 def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder]) -> None:
     """One run of Ray Train, which itself replaces workers that are lost."""
+    _release_what_an_earlier_process_held(config, folders)
     for folder in folders:
         folder.journal.append("launched", sweep=config["sweep"], resources=config["resources"])
     try:
@@ -67,6 +68,19 @@ def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder
                     folder.path.mkdir(parents=True, exist_ok=True)  # on another node than the worker's
                     with folder.log.open("a") as log:
                         log.write(f"the trial failed: {reason}\n")
+
+
+def _release_what_an_earlier_process_held(config: dict[str, Any], folders: list[TrialFolder]) -> None:
+    """Where the process of this drive was killed and Tune has started another one: Ray then ends its workers, but what
+    was reserved for them stays so until the sweep ends (Ray 2.60; where the cluster runs the dashboard, an actor of Ray
+    Train does what is done here)."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for folder in folders:
+        started = TrialRecord.of(folder.journal).started
+        if started and started.get("drive") == config["drive"]:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(started["placement_group"])))
 
 
 def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:

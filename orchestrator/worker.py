@@ -17,6 +17,7 @@ import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util import get_current_placement_group
 
 from orchestrator import leases
 from orchestrator.cancel import Cancellation, cancelled_before_its_start
@@ -91,7 +92,12 @@ def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: t
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
             machine = describe_machine(device, workers, config["prices"])
-            where = {"sweep": config["sweep"], "node": ray.get_runtime_context().get_node_id()}
+            where = {
+                "sweep": config["sweep"],
+                "drive": config["drive"],
+                "node": ray.get_runtime_context().get_node_id(),
+                "placement_group": get_current_placement_group().id.hex(),
+            }
             emit("started", **machine, **where, **config["provenance"], execution=config["execution"])
             _fetch_checkpoint(folder, first, workers)
             untuned = TrialRecord.of(storage.trial(trial.untuned().fingerprint).journal)

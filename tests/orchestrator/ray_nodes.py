@@ -118,11 +118,15 @@ def children(pid: int) -> list[int]:
 
 
 def worker_processes(record: TrialRecord) -> list[int]:
-    """The trial's workers, rank 0 first: Ray's raylet is the parent of them all, and their titles say what they are."""
+    """The trial's workers, rank 0 first."""
     first = record.started["pid"]
-    parent = int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1])
-    workers = [pid for pid in children(parent) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return [first, *sorted(set(workers) - {first})]
+    return [first, *sorted(set(processes_beside(first, "RayTrainWorker")) - {first})]
+
+
+def processes_beside(pid: int, title: str) -> list[int]:
+    """Those of the same node whose titles say what they are: Ray's raylet is the parent of them all."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return [child for child in children(parent) if title.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def descendants(pid: int) -> list[int]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from orchestrator.faults import HICCUP_PAUSES, classify, remedy
 from orchestrator.journal import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
-from tests.orchestrator.ray_nodes import worker_processes
+from tests.orchestrator.ray_nodes import processes_beside, worker_processes
 from tests.orchestrator.test_sweep import ONE_TRIAL, running_trial
 from workloads.checkpoint import newest_step
 from workloads.config import ExecutionConfig
@@ -115,18 +115,22 @@ def assert_same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_a_killed_or_silent_rank_of_two_costs_an_interval_and_changes_nothing(
-    rank, how, undisturbed, tmp_path, text_folder
+@pytest.mark.parametrize(
+    ("who", "how"), [("rank 0", signal.SIGKILL), ("rank 1", signal.SIGSTOP), ("driver", signal.SIGKILL)]
+)
+def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothing(
+    who, how, undisturbed, tmp_path, text_folder
 ):
-    """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever. What Ray keeps
-    of its own is cut in half at the same time: nothing may depend on it."""
+    """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever. The driver is
+    the trial's own, Tune's process. What Ray keeps of its own is cut in half at the same time: nothing may depend on
+    it."""
     command = SweepCommand(tmp_path / "runs", *TWO_WORKERS, "--data", str(text_folder), "--hang-timeout", "10")
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
     for file in (path for path in (command.storage / ".ray").rglob("*") if path.is_file()):
         os.truncate(file, file.stat().st_size // 2)
-    os.kill(worker_processes(record)[rank], how)
+    ranks, (driver,) = worker_processes(record), processes_beside(record.started["pid"], "ImplicitFunc")
+    os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
     killed_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
