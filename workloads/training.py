@@ -34,7 +34,7 @@ from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.evaluation.perplexity import next_token_losses, score_documents
+from workloads.evaluation.perplexity import score_documents
 from workloads.models import ModelSource
 from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
@@ -130,6 +130,7 @@ class Trial:
     untuned: DocumentScores | None = None
     asked: Callable[[], Asked | None] = lambda: None
     step: int = 0
+    prepared: Batch | None = None  # the next step's, made while the device works
     best: dict[str, float] | None = None  # step and perplexity of the best evaluation so far, at the trained length
 
     def __post_init__(self) -> None:
@@ -182,24 +183,25 @@ class Trial:
         config, engine = self.config, self.engine
         started = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)
-        batch = self.train_batch()
+        batch = self.prepared or self.train_batch(self.step)
         mine = batch.rows(slice(engine.rank, None, engine.num_workers))
         loss_sum = torch.zeros((), device=engine.device)
         pieces = mine.split(self.execution.micro_batch or len(mine))
         for index, piece in enumerate(pieces):
             tokens, scored, mask = to_device(piece, engine.device)
+            # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
+            # micro-batches' means, in which a token would count more where there are fewer.
+            weights = scored / batch.num_scored
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
-                    logits = training_model(input_ids=tokens, attention_mask=mask, **self.boundaries(tokens)).logits
-                # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
-                # micro-batches' means, in which a token would count more where there are fewer.
-                loss = (next_token_losses(logits, tokens) * scored[:, 1:]).sum() / batch.num_scored
+                    loss = training_model(tokens, weights, attention_mask=mask, **self.boundaries(tokens))
                 engine.backward(loss)
             loss_sum += loss.detach()
-        loss_value = engine.sum(loss_sum).item()
+        # While the device works: what it gets next.
+        self.prepared = self.train_batch(self.step + 1) if self.step + 1 < config.steps else None
         # Every worker knows the same loss and the same norm, so all stop here or none does.
-        grad_norm = engine.clip_and_step() if math.isfinite(loss_value) else math.nan
-        if not math.isfinite(grad_norm):
+        loss_value, grad_norm = engine.update(loss_sum)
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {grad_norm}; nothing was updated. "
                 "Lower the learning rate, or train in float32"
@@ -230,10 +232,10 @@ class Trial:
         a_worker = tokens_per_second / self.engine.num_workers
         return {"mfu": model_flops_utilisation(shape, self.config, a_worker, device)}
 
-    def train_batch(self) -> Batch:
-        """The sequences of the next step, of all workers."""
+    def train_batch(self, step: int) -> Batch:
+        """The sequences of the step after ``step`` steps, of all workers."""
         config = self.config
-        where = (self.step, config.batch, config.context_length, config.seed)
+        where = (step, config.batch, config.context_length, config.seed)
         if config.task == "sft":
             return self.corpus.train_batch(*where, config.long_examples)
         return Batch.whole(self.corpus.train_batch(*where))

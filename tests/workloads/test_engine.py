@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.workloads.workers import run_workers, this_device
+from workloads import loss
 from workloads.checkpoint import load_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
@@ -129,7 +130,8 @@ def alone(request, model, corpus, tmp_path_factory):
     folder, device = tmp_path_factory.mktemp("alone"), request.param
     whole = train(model, corpus, folder, device)
     reduced = train(model, corpus, folder / "bfloat16", device, precision="bfloat16")
-    return {"device": device, "folder": folder, **whole, "bfloat16": reduced}
+    full = train(model, corpus, folder / "full", device, method="full")
+    return {"device": device, "folder": folder, **whole, "full": full, "bfloat16": reduced}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -144,12 +146,15 @@ def together(request, alone, model, corpus, tmp_path_factory):
 
 
 def every_run(engine, model, corpus, folder, device):
+    loss.CHUNK_LOGITS = 50 * 265  # of a worker's 384 tokens; the reference has them in one chunk
+
     def go(name, **kwargs):
         return train(model, corpus, folder / name, device, engine, **kwargs)
 
     runs = {
         "plain": go("plain"),
         "micro_batch": go("micro_batch", execution={"micro_batch": 2, "gradient_checkpointing": True}),
+        "full": go("full", method="full"),
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),
         "untuned": go("untuned", method="untuned", steps=0),
@@ -177,6 +182,12 @@ def test_two_workers_train_what_one_trains(alone, together, how):
     for what in ("loss", "grad_norm", "perplexity"):
         assert together[how][what] == pytest.approx(alone[what], **LOSSES[alone["device"]])
     assert min(alone["grad_norm"].values()) < 2 < max(alone["grad_norm"].values())
+
+
+def test_two_workers_train_everything_as_one_does(alone, together):
+    """The output layer too, whose gradient adds up over the chunks of the loss."""
+    for what in ("loss", "grad_norm", "perplexity"):
+        assert together["full"][what] == pytest.approx(alone["full"][what], **LOSSES[alone["device"]])
 
 
 def test_the_precision_of_a_gpu_trains_the_same_under_every_engine(alone, together):
