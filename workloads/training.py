@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
+from workloads.adaptation import adapt, compute_dtype, count_parameters, keep_autocast_dtype, trainable_parameters
 from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
 from workloads.budget import Device, ModelShape, model_flops_utilisation
 from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
@@ -79,6 +79,7 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
         lora_targets=config.lora_targets,
         train_layers=config.train_layers,
     )
+    keep_autocast_dtype(model)
     return engine.place(model)
 
 
