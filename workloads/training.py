@@ -3,7 +3,7 @@
 What happens is told through ``emit(event, **fields)``, one call an event; whoever runs the trial writes them down.
 The events and their fields:
 
-    model    parameters, trainable_parameters, attention_backend
+    model    parameters, trainable_parameters, attention_backend, compiled_layers (whether)
     resume   step: training goes on from this checkpoint
     eval     step, tokens, context_length, perplexity, nll and num_tokens (a list each, one entry a document)
     step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib,
@@ -28,6 +28,7 @@ from workloads.adaptation import adapt, compute_dtype, count_parameters, keep_au
 from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
 from workloads.budget import Device, ModelShape, model_flops_utilisation
 from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from workloads.compilation import compile_layers, layers_compile, uncompiled
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engine import Engine
@@ -113,7 +114,13 @@ def run(
         )
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
-    emit("model", parameters=total, trainable_parameters=trainable, attention_backend=backend_of(model))
+    emit(
+        "model",
+        parameters=total,
+        trainable_parameters=trainable,
+        attention_backend=backend_of(model),
+        compiled_layers=layers_compile(model, config, execution, engine),
+    )
     return Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned, asked).run()
 
 
@@ -262,12 +269,8 @@ class Trial:
         for length in lengths:
             if self.step == 0 and self.untuned is not None and length == self.config.context_length:
                 scores = self.untuned
-            elif self.config.task == "sft":
-                examples = self.corpus.validation_examples(length, self.config.eval_documents)
-                scores = score_answers(self.model, examples, self.engine, self.execution.eval_batch_tokens)
             else:
-                documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
-                scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
+                scores = self.score(length)
             if length == self.config.context_length:
                 self.note_best(scores.perplexity)
             self.emit(
@@ -279,6 +282,16 @@ class Trial:
                 nll=scores.nll.tolist(),
                 num_tokens=scores.tokens.tolist(),
             )
+
+    def score(self, length: int) -> DocumentScores:
+        """What is held out, scored in windows, or whole examples, of up to ``length`` tokens."""
+        config, settings = self.config, (self.engine, self.execution.eval_batch_tokens)
+        with uncompiled(self.model):
+            if config.task == "sft":
+                examples = self.corpus.validation_examples(length, config.eval_documents)
+                return score_answers(self.model, examples, *settings)
+            documents = self.corpus.validation_windows(length, config.eval_span, config.eval_documents)
+            return score_documents(self.model, documents, *settings)
 
     def note_best(self, perplexity: float) -> None:
         """Of what has trained: step 0 has no checkpoint. Every worker has scored the same, so that all save or none."""
@@ -329,6 +342,8 @@ class Trial:
         Raises:
             InputError: the checkpoint is another trial's.
         """
+        if layers_compile(self.model, self.config, self.execution, self.engine):
+            compile_layers(self.model, fall_back=self.execution.compile_layers == "auto")
         # Worker 0 chooses for all, and it alone reads everything to verify it.
         newest = newest_step(self.checkpoints) if self.engine.rank == 0 else None
         self.step = int(self.engine.sum(torch.tensor(newest or 0)))
