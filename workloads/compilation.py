@@ -34,13 +34,15 @@ def layers_compile(model: nn.Module, config: TrainingConfig, execution: Executio
     Raises:
         InputError: it is asked for with ZeRO-3, which fetches a layer's weights between its modules.
     """
-    if execution.compile_layers != "auto":
-        if execution.compile_layers == "on" and execution.engine == "zero3":
+    if config.steps == 0 or execution.compile_layers == "off":
+        return False
+    if execution.compile_layers == "on":
+        if execution.engine == "zero3":
             raise InputError(
                 "compile_layers is on with the engine zero3, which fetches weights in the middle of a layer; choose "
                 "the engine zero2 or ddp, or compile_layers off"
             )
-        return execution.compile_layers == "on" and config.steps > 0
+        return True
     # Each length is compiled anew, and so may be where documents end.
     same_each_step = config.task == "pretraining" and not config.document_mask
     if not same_each_step or config.quantization != "none" or execution.engine == "zero3" or not _can_compile(engine):

@@ -135,6 +135,7 @@ LONG = dict(context_length=8192, group_size=2048, eval_span=8192, steps=1000, ba
         ({}, {"compile_layers": "off"}, False),
         ({"steps": 5, "batch": 1}, {}, False),
         ({"steps": 5, "batch": 1}, {"compile_layers": "on"}, True),
+        ({"steps": 0, "method": "untuned"}, {}, False),
         ({"steps": 0, "method": "untuned"}, {"compile_layers": "on"}, False),
         ({"task": "sft"}, {}, False),
         ({"document_mask": True}, {}, False),
