@@ -21,6 +21,7 @@ from workloads.config import (
     RESULT_VERSION,
     Attention,
     AttentionBackend,
+    CompileLayers,
     EngineName,
     ExecutionConfig,
     LongExamples,
@@ -403,6 +404,9 @@ class RunOptions:
     """Recompute activations in the backward pass: less memory, more time."""
     attention_backend: AttentionBackend = "auto"
     """What computes the attention pattern: auto takes the fastest that the worker has."""
+    compile_layers: CompileLayers = "auto"
+    """Run decoder layers through torch.compile: faster steps after a slow first one. auto: on a GPU, where a trial is
+    long enough to gain by it."""
     checkpoint_every: int = 100
     """Steps between checkpoints, and so the most that a crash or Ctrl-C loses."""
     checkpoint_minutes: float = 10.0
@@ -481,6 +485,7 @@ class RunOptions:
             keep_best=self.keep_best,
             keep_every=self.keep_every,
             attention_backend=self.attention_backend,
+            compile_layers=self.compile_layers,
             engine=self.engine,
             offload=self.offload,
         )

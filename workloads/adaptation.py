@@ -173,5 +173,25 @@ def _size(parameter: nn.Parameter) -> int:
     return quantised.shape.numel() if quantised else parameter.numel()
 
 
+def keep_autocast_dtype(model: nn.Module) -> None:
+    """Keeps what runs through ``model`` in autocast's dtype where autocast is on, also where its embeddings or norms
+    are float32; without autocast nothing changes.
+
+    A float32 embedding would make every residual of the model float32; what a float32 norm gives would be cast again by
+    each linear layer that takes it. Their own arithmetic stays in float32, and so do their gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or is_norm(module):
+            module.register_forward_hook(_in_autocast_dtype)
+        elif hasattr(module, "lora_A"):
+            # PEFT would cast to float32 what autocast casts back.
+            module.cast_input_dtype_enabled = False
+
+
+def _in_autocast_dtype(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]

@@ -30,6 +30,7 @@ Quantization = Literal["none", "nf4"]
 Task = Literal["pretraining", "sft"]
 LongExamples = Literal["drop", "truncate"]
 EngineName = Literal["auto", "ddp", "zero2", "zero3"]
+CompileLayers = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +195,8 @@ class ExecutionConfig:
         eval_batch_tokens: about how many tokens one evaluation forward takes.
         attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
             fastest that can serve.
+        compile_layers: run decoder layers through torch.compile in training; ``auto`` where the trial is long enough to
+            pay for it (workloads/compilation.py).
         engine: how several workers train one model: ``ddp``; ``zero2`` or ``zero3`` (DeepSpeed); ``auto`` is ``ddp``
             where there are several.
         offload: keep in host memory what ZeRO shares out: gradients and optimiser state, with ``zero3`` the weights.
@@ -208,6 +211,7 @@ class ExecutionConfig:
     keep_every: int | None = None
     eval_batch_tokens: int = 8192
     attention_backend: AttentionBackend = "auto"
+    compile_layers: CompileLayers = "auto"
     engine: EngineName = "auto"
     offload: bool = False
 
@@ -215,6 +219,8 @@ class ExecutionConfig:
         if self.attention_backend not in get_args(AttentionBackend):
             known = ", ".join(get_args(AttentionBackend))
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
+        if self.compile_layers not in get_args(CompileLayers):
+            raise InputError(f"compile_layers is {self.compile_layers!r}; expected auto, on or off")
         if not self.checkpoint_minutes > 0:
             raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
         for field in ("keep_last", "keep_every"):

@@ -29,6 +29,7 @@ from workloads.adaptation import trainable_parameters
 from workloads.config import Precision
 from workloads.engine import OPTIMIZER_STATE, Engine
 from workloads.errors import InputError
+from workloads.loss import NextTokenLoss
 
 
 class ZeroEngine(Engine):
@@ -73,7 +74,8 @@ class ZeroEngine(Engine):
                 buffer.data = buffer.data.to(self.device)
         self.engine, *_ = self.deepspeed.initialize(
             args=SimpleNamespace(device_rank=self.device.index or 0),
-            model=model,
+            # Under stage 3 a weight has its shape only while its module runs, and a gradient would have another.
+            model=NextTokenLoss(model, recompute=self.stage == 3),
             optimizer=optimizer,
             config=configuration,
             dist_init_required=False,
@@ -110,9 +112,13 @@ class ZeroEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * self.num_workers, scale_wrt_gas=False)  # it takes the workers' mean, like DDP
 
-    def clip_and_step(self) -> float:
+    def update(self, loss: torch.Tensor) -> tuple[float, float]:
+        loss_value = self.sum(loss).item()
+        if not math.isfinite(loss_value):
+            return loss_value, math.nan
         self.engine.step()  # finds the norm first, and skips the update if it is not finite
-        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        norm = float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        return loss_value, norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self._on_first(

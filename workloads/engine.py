@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from workloads.adaptation import compute_dtype, trainable_parameters
 from workloads.config import ExecutionConfig, Precision
+from workloads.loss import NextTokenLoss
 
 # What AdamW remembers of a parameter, and so what a checkpoint holds of it beside the weight.
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -58,7 +59,7 @@ class Engine:
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | None = None, max_grad_norm: float | None = None
     ) -> nn.Module:
-        """The module whose forward pass to call in training.
+        """The module whose forward pass to call in training: a :class:`NextTokenLoss`, or what stands around it.
 
         Without an optimizer nothing is trained, and only ``model`` itself is of use afterwards. Weights that a
         checkpoint holds are in the model by now; the optimiser's state comes after, :meth:`load_optimizer_state`.
@@ -66,8 +67,9 @@ class Engine:
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.parameters = trainable_parameters(model)
         if self.num_workers == 1 or not self.parameters:
-            return model
-        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            return NextTokenLoss(model)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(NextTokenLoss(model), device_ids=devices)
 
     def autocast(self) -> AbstractContextManager:
         """Computes in bfloat16 where the precision says so; float32 parameters stay as they are."""
@@ -85,18 +87,23 @@ class Engine:
         """Adds the gradients of this worker's part of the loss; the step's loss is the sum over passes and workers."""
         (loss * self.num_workers).backward()  # DDP takes the mean of the workers' gradients
 
-    def clip_and_step(self) -> float:
+    def update(self, loss: torch.Tensor) -> tuple[float, float]:
         """Clips the gradients, updates the parameters, and forgets the gradients.
 
-        Returns the norm of the whole gradient before clipping, the same on every worker. If it is not finite nothing
-        is updated, on any worker.
+        Args:
+            loss: this worker's part of the step's loss.
+
+        Returns the step's loss, and the norm of the whole gradient before clipping: the same on every worker. If one
+        of them is not finite nothing is updated, on any worker.
         """
         limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
-        if math.isfinite(norm):
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        # Together: the host waits for the device once in a step.
+        loss_value, norm_value = torch.stack([self.sum(loss), norm]).tolist()
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return loss_value, norm_value
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trainable parameters by name, whole, in float32. All workers call it; worker 0 gets them."""

@@ -3,7 +3,7 @@
 What happens is told through ``emit(event, **fields)``, one call an event; whoever runs the trial writes them down.
 The events and their fields:
 
-    model    parameters, trainable_parameters, attention_backend
+    model    parameters, trainable_parameters, attention_backend, compiled_layers (whether)
     resume   step: training goes on from this checkpoint
     eval     step, tokens, context_length, perplexity, nll and num_tokens (a list each, one entry a document)
     step     step, tokens, loss, learning_rate, grad_norm, seconds, tokens_per_second, peak_memory_gib,
@@ -24,17 +24,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from workloads.adaptation import adapt, compute_dtype, count_parameters, trainable_parameters
+from workloads.adaptation import adapt, compute_dtype, count_parameters, keep_autocast_dtype, trainable_parameters
 from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
 from workloads.budget import Device, ModelShape, model_flops_utilisation
 from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from workloads.compilation import compile_layers, layers_compile, uncompiled
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.evaluation.perplexity import next_token_losses, score_documents
+from workloads.evaluation.perplexity import score_documents
 from workloads.models import ModelSource
 from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
@@ -79,6 +80,7 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
         lora_targets=config.lora_targets,
         train_layers=config.train_layers,
     )
+    keep_autocast_dtype(model)
     return engine.place(model)
 
 
@@ -112,7 +114,13 @@ def run(
         )
     model = build_model(source, config, engine, execution)
     total, trainable = count_parameters(model)
-    emit("model", parameters=total, trainable_parameters=trainable, attention_backend=backend_of(model))
+    emit(
+        "model",
+        parameters=total,
+        trainable_parameters=trainable,
+        attention_backend=backend_of(model),
+        compiled_layers=layers_compile(model, config, execution, engine),
+    )
     return Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned, asked).run()
 
 
@@ -130,6 +138,7 @@ class Trial:
     untuned: DocumentScores | None = None
     asked: Callable[[], Asked | None] = lambda: None
     step: int = 0
+    prepared: Batch | None = None  # the next step's, made while the device works
     best: dict[str, float] | None = None  # step and perplexity of the best evaluation so far, at the trained length
 
     def __post_init__(self) -> None:
@@ -182,24 +191,25 @@ class Trial:
         config, engine = self.config, self.engine
         started = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)
-        batch = self.train_batch()
+        batch = self.prepared or self.train_batch(self.step)
         mine = batch.rows(slice(engine.rank, None, engine.num_workers))
         loss_sum = torch.zeros((), device=engine.device)
         pieces = mine.split(self.execution.micro_batch or len(mine))
         for index, piece in enumerate(pieces):
             tokens, scored, mask = to_device(piece, engine.device)
+            # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
+            # micro-batches' means, in which a token would count more where there are fewer.
+            weights = scored / batch.num_scored
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
-                    logits = training_model(input_ids=tokens, attention_mask=mask, **self.boundaries(tokens)).logits
-                # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
-                # micro-batches' means, in which a token would count more where there are fewer.
-                loss = (next_token_losses(logits, tokens) * scored[:, 1:]).sum() / batch.num_scored
+                    loss = training_model(tokens, weights, attention_mask=mask, **self.boundaries(tokens))
                 engine.backward(loss)
             loss_sum += loss.detach()
-        loss_value = engine.sum(loss_sum).item()
+        # While the device works: what it gets next.
+        self.prepared = self.train_batch(self.step + 1) if self.step + 1 < config.steps else None
         # Every worker knows the same loss and the same norm, so all stop here or none does.
-        grad_norm = engine.clip_and_step() if math.isfinite(loss_value) else math.nan
-        if not math.isfinite(grad_norm):
+        loss_value, grad_norm = engine.update(loss_sum)
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {grad_norm}; nothing was updated. "
                 "Lower the learning rate, or train in float32"
@@ -230,10 +240,10 @@ class Trial:
         a_worker = tokens_per_second / self.engine.num_workers
         return {"mfu": model_flops_utilisation(shape, self.config, a_worker, device)}
 
-    def train_batch(self) -> Batch:
-        """The sequences of the next step, of all workers."""
+    def train_batch(self, step: int) -> Batch:
+        """The sequences of the step after ``step`` steps, of all workers."""
         config = self.config
-        where = (self.step, config.batch, config.context_length, config.seed)
+        where = (step, config.batch, config.context_length, config.seed)
         if config.task == "sft":
             return self.corpus.train_batch(*where, config.long_examples)
         return Batch.whole(self.corpus.train_batch(*where))
@@ -259,12 +269,8 @@ class Trial:
         for length in lengths:
             if self.step == 0 and self.untuned is not None and length == self.config.context_length:
                 scores = self.untuned
-            elif self.config.task == "sft":
-                examples = self.corpus.validation_examples(length, self.config.eval_documents)
-                scores = score_answers(self.model, examples, self.engine, self.execution.eval_batch_tokens)
             else:
-                documents = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
-                scores = score_documents(self.model, documents, self.engine, self.execution.eval_batch_tokens)
+                scores = self.score(length)
             if length == self.config.context_length:
                 self.note_best(scores.perplexity)
             self.emit(
@@ -276,6 +282,16 @@ class Trial:
                 nll=scores.nll.tolist(),
                 num_tokens=scores.tokens.tolist(),
             )
+
+    def score(self, length: int) -> DocumentScores:
+        """What is held out, scored in windows, or whole examples, of up to ``length`` tokens."""
+        config, settings = self.config, (self.engine, self.execution.eval_batch_tokens)
+        with uncompiled(self.model):
+            if config.task == "sft":
+                examples = self.corpus.validation_examples(length, config.eval_documents)
+                return score_answers(self.model, examples, *settings)
+            documents = self.corpus.validation_windows(length, config.eval_span, config.eval_documents)
+            return score_documents(self.model, documents, *settings)
 
     def note_best(self, perplexity: float) -> None:
         """Of what has trained: step 0 has no checkpoint. Every worker has scored the same, so that all save or none."""
@@ -326,6 +342,8 @@ class Trial:
         Raises:
             InputError: the checkpoint is another trial's.
         """
+        if layers_compile(self.model, self.config, self.execution, self.engine):
+            compile_layers(self.model, fall_back=self.execution.compile_layers == "auto")
         # Worker 0 chooses for all, and it alone reads everything to verify it.
         newest = newest_step(self.checkpoints) if self.engine.rank == 0 else None
         self.step = int(self.engine.sum(torch.tensor(newest or 0)))

@@ -8,7 +8,16 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from tests.workloads.models import small_llama
-from workloads.adaptation import adapt, check_adaptation, count_parameters, trainable_parameters
+from tests.workloads.test_attention_models import small_model
+from workloads.adaptation import (
+    adapt,
+    check_adaptation,
+    count_parameters,
+    decoder_layers,
+    keep_autocast_dtype,
+    trainable_parameters,
+)
+from workloads.attention.families import SUPPORTED
 from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
 from workloads.optimization import build_optimizer, set_learning_rate
@@ -216,3 +225,45 @@ def test_a_thousand_small_updates_add_up_which_bfloat16_would_lose():
     # 1,000 roundings of float32 next to 1.0 (spacing 6e-8) may add up to 3e-5.
     torch.testing.assert_close(norm.detach(), torch.full((32,), 0.98), rtol=0, atol=3e-5)
     assert torch.equal(in_bfloat16, torch.ones(32, dtype=torch.bfloat16))
+
+
+def what_runs_through(model, tokens):
+    """Logits, gradients, and the dtypes that decoder layers and the linear modules of a layer are given."""
+    given = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: given.add(inputs[0].dtype))
+        for layer in decoder_layers(model)[1]
+        for module in (layer, *layer.modules())
+        if module is layer or isinstance(module, torch.nn.Linear)
+    ]
+    logits = model(tokens).logits
+    model.zero_grad()
+    logits.float().square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    return logits.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}, given
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+", "full"])
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_under_autocast_all_that_runs_through_a_model_is_bfloat16(family, method):
+    """Also where embeddings and norms are float32. Where they are not, nothing is rounded otherwise."""
+    model, tokens = adapt(small_model(family).bfloat16(), method), torch.arange(16)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, expected_gradients, _ = what_runs_through(model, tokens)
+        keep_autocast_dtype(model)
+        logits, gradients, given = what_runs_through(model, tokens)
+    assert given == {torch.bfloat16}
+    assert (logits - expected).norm() <= (0 if method == "lora" else 0.02) * expected.norm()
+    for name, gradient in expected_gradients.items():
+        assert gradients[name].dtype == torch.float32
+        assert (gradients[name] - gradient).norm() <= (0 if method == "lora" else 0.05) * gradient.norm(), name
+
+
+def test_without_autocast_nothing_is_cast():
+    model, tokens = adapt(small_llama(), "lora+"), torch.arange(16)[None]
+    expected, expected_gradients, _ = what_runs_through(model, tokens)
+    keep_autocast_dtype(model)
+    logits, gradients, given = what_runs_through(model, tokens)
+    assert given == {torch.float32} and torch.equal(logits, expected)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())

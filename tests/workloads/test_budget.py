@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import MODELS, POINTS, Point, RandomTokens, as_json, compare, configure, measure, table
+from tests.workloads.models import plain_losses
 from tests.workloads.test_attention_models import random_tokens, small_model
 from workloads.adaptation import adapt, count_parameters, trainable_parameters
 from workloads.attention import AttentionPattern, dense_mask, use_pattern
@@ -40,7 +41,6 @@ from workloads.budget.traffic import traffic
 from workloads.config import Attention, ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
-from workloads.evaluation.perplexity import next_token_losses
 from workloads.models import ModelSource
 from workloads.optimization import build_optimizer
 from workloads.training import Trial, set_up
@@ -215,7 +215,7 @@ def kept_for_backward(model_config, training):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
             logits = model.train()(input_ids=tokens).logits
-        next_token_losses(logits, tokens).sum()
+        plain_losses(logits, tokens).sum()
     return sum(size for size, _ in kept.values())
 
 
@@ -349,7 +349,7 @@ def moved_in_a_pass(model_config, training, checkpointing=False):
     with Moved() as moved:
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
             logits = model(input_ids=tokens).logits
-        next_token_losses(logits, tokens).sum().backward()
+        plain_losses(logits, tokens).sum().backward()
     return moved.bytes, moved.kernels
 
 

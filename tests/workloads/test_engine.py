@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.workloads.workers import run_workers, this_device
+from workloads import compilation, loss
 from workloads.checkpoint import load_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
@@ -129,7 +130,8 @@ def alone(request, model, corpus, tmp_path_factory):
     folder, device = tmp_path_factory.mktemp("alone"), request.param
     whole = train(model, corpus, folder, device)
     reduced = train(model, corpus, folder / "bfloat16", device, precision="bfloat16")
-    return {"device": device, "folder": folder, **whole, "bfloat16": reduced}
+    full = train(model, corpus, folder / "full", device, method="full")
+    return {"device": device, "folder": folder, **whole, "full": full, "bfloat16": reduced}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -144,18 +146,24 @@ def together(request, alone, model, corpus, tmp_path_factory):
 
 
 def every_run(engine, model, corpus, folder, device):
+    loss.CHUNK_LOGITS = 150 * 265  # of a worker's 384 tokens; the reference has them in one chunk
+
     def go(name, **kwargs):
         return train(model, corpus, folder / name, device, engine, **kwargs)
 
     runs = {
         "plain": go("plain"),
         "micro_batch": go("micro_batch", execution={"micro_batch": 2, "gradient_checkpointing": True}),
+        "full": go("full", method="full"),
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),
         "untuned": go("untuned", method="untuned", steps=0),
         "clock": saved_by_the_clock(model, corpus, folder / "clock", device, engine),
         "unwritable": fail_to_save(model, corpus, folder / "a file", device, engine),
     }
+    if engine != "zero3":
+        compilation.BACKEND = "aot_eager"  # what the compiler captures, computed without its kernels
+        runs["compiled"] = go("compiled", execution={"micro_batch": 2, "compile_layers": "on"})
     if engine != "ddp":
         runs["offload"] = go("offload", execution={"micro_batch": 2, "offload": True})
     for what in ("loss", "gradient"):
@@ -168,15 +176,21 @@ def tensors_of(folder, step, kind=("model/", "optimizer/")):
     return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
 
-@pytest.mark.parametrize("how", ["plain", "micro_batch", "offload"])
+@pytest.mark.parametrize("how", ["plain", "micro_batch", "compiled", "offload"])
 def test_two_workers_train_what_one_trains(alone, together, how):
     """Losses, the norm over all workers' gradients (some are clipped, some not), and perplexities; a worker's share of
     three sequences makes micro-batches of two and one."""
     if how not in together:
-        pytest.skip("DDP has nothing to offload")
+        pytest.skip("DDP has nothing to offload, and ZeRO-3 compiles no layers")
     for what in ("loss", "grad_norm", "perplexity"):
         assert together[how][what] == pytest.approx(alone[what], **LOSSES[alone["device"]])
     assert min(alone["grad_norm"].values()) < 2 < max(alone["grad_norm"].values())
+
+
+def test_two_workers_train_everything_as_one_does(alone, together):
+    """The output layer too, whose gradient adds up over the chunks of the loss."""
+    for what in ("loss", "grad_norm", "perplexity"):
+        assert together["full"][what] == pytest.approx(alone["full"][what], **LOSSES[alone["device"]])
 
 
 def test_the_precision_of_a_gpu_trains_the_same_under_every_engine(alone, together):
@@ -245,6 +259,14 @@ def test_zero3_refuses_a_quantised_base(model, corpus, tmp_path):
     config, execution = TrainingConfig(**shared, steps=1), ExecutionConfig(engine="zero3")
     engine = Engine(torch.device("cpu"), "float32")
     with pytest.raises(InputError, match="nf4 with the engine zero3"):
+        run(model, config, execution, PackedCorpus.open(corpus), tmp_path, engine, lambda event, **fields: None)
+
+
+def test_zero3_refuses_to_compile_layers(model, corpus, tmp_path):
+    shared = {"context_length": 128, "method": "lora", "attention": "full", "eval_span": 128}
+    config, execution = TrainingConfig(**shared, steps=1), ExecutionConfig(engine="zero3", compile_layers="on")
+    engine = Engine(torch.device("cpu"), "float32")
+    with pytest.raises(InputError, match="compile_layers is on with the engine zero3"):
         run(model, config, execution, PackedCorpus.open(corpus), tmp_path, engine, lambda event, **fields: None)
 
 

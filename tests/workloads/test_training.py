@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.workloads.models import plain_losses
 from workloads.attention import AttentionPattern, dense_mask, document_ids
 from workloads.checkpoint import load_newest, whole_steps
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
-from workloads.evaluation.perplexity import next_token_losses
 from workloads.models import ModelSource
 from workloads.training import NonFiniteLoss, run
 
@@ -211,7 +211,7 @@ def test_attention_stops_at_documents_where_asked(attention, corpus, tmp_path):
     pattern = AttentionPattern(name=attention, group_size=asked.group_size)
     mask = dense_mask(pattern, model.config.num_attention_heads, 1024, document_ids=document_ids(tokens, ord("\n")))
     with torch.no_grad():
-        expected = next_token_losses(model(tokens, attention_mask=mask).logits, tokens).mean().item()
+        expected = plain_losses(model(tokens, attention_mask=mask).logits, tokens).mean().item()
     assert losses(events)[1] == pytest.approx(expected, rel=1e-5)
     assert losses(events)[1] != pytest.approx(GOLDEN["full"][1], rel=1e-3)
 

@@ -12,7 +12,7 @@ from workloads.attention import full_attention
 from workloads.data import Batch, ValidationExample
 from workloads.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.evaluation.perplexity import next_token_losses
+from workloads.loss import next_token_losses
 
 
 def score_answers(
@@ -34,7 +34,7 @@ def score_answers(
             rows = mine or together[:1]
             batch = Batch.padded([examples[i].tokens for i in rows], [examples[i].scored for i in rows])
             tokens, scored, mask = to_device(batch, engine.device)
-            losses = next_token_losses(model(input_ids=tokens, attention_mask=mask).logits, tokens)
+            losses = next_token_losses(model, tokens, attention_mask=mask)
             if mine:
                 nll[rows] = (losses.double() * scored[:, 1:]).sum(dim=1).cpu()
     model.train(was_training)

@@ -24,14 +24,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from workloads.attention import full_attention
 from workloads.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores
-
-# Positions whose logits are in float32 at the same time: a vocabulary of 128k takes 2 GiB then.
-_LOSS_POSITIONS = 4096
+from workloads.loss import next_token_losses
 
 
 class Windows(Protocol):
@@ -82,7 +79,7 @@ def score_windows(
         for start in range(0, len(mine), per_forward):
             rows = mine[start : start + per_forward]
             tokens = torch.from_numpy(windows[rows % len(windows)]).to(engine.device)
-            losses = _next_token_losses_in_pieces(model(input_ids=tokens).logits, tokens).double()
+            losses = next_token_losses(model, tokens).double()
             sums = torch.stack([losses[:, -last:].sum(dim=1) for last in scored], dim=1).cpu()
             counted = rows < len(windows)
             nll[rows[counted]] = sums[torch.from_numpy(counted)]
@@ -104,16 +101,3 @@ def cut_windows(documents: Sequence[np.ndarray], length: int, stride: int) -> tu
     shape (windows, length), and the index of the document that each is of, shape (windows,)."""
     cut = [np.lib.stride_tricks.sliding_window_view(tokens, length)[::stride] for tokens in documents]
     return np.concatenate(cut), np.repeat(np.arange(len(cut)), [len(windows) for windows in cut])
-
-
-def next_token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (nats) of each token but the first: logits (batch, N, vocabulary) -> (batch, N - 1)."""
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return losses.view(tokens.shape[0], -1)
-
-
-def _next_token_losses_in_pieces(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The same, a few positions at a time: float32 logits of a whole long window would not fit beside the model."""
-    starts = range(0, tokens.shape[1] - 1, _LOSS_POSITIONS)
-    pieces = [slice(start, start + _LOSS_POSITIONS + 1) for start in starts]
-    return torch.cat([next_token_losses(logits[:, piece], tokens[:, piece]) for piece in pieces], dim=1)

@@ -1,0 +1,85 @@
+"""Decoder layers compiled by torch.compile: on a GPU their element-wise work is fused, and their many small kernels are
+launched together.
+
+One layer is compiled at a time, and since the layers of a model are alike, compiling the first serves all. Only
+training runs compiled: evaluation has other lengths, each of which would have to be compiled too, and takes little of a
+trial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from workloads.adaptation import decoder_layers
+from workloads.budget import ModelShape, training_flops
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.engine import Engine
+from workloads.errors import InputError
+
+BACKEND = "inductor"
+# FLOPs of a worker in a whole trial from which on compiling saves more than it costs: about five minutes of an H200's,
+# of which it saves one in four (14,621 against 10,898 tokens/s, Llama-2-7B at 8k), while it takes up to one itself.
+PAYS_FROM_FLOPS = 1e17
+
+
+def layers_compile(model: nn.Module, config: TrainingConfig, execution: ExecutionConfig, engine: Engine) -> bool:
+    """Whether this trial trains with compiled layers: as asked, or with ``auto`` where that is known to pay.
+
+    Raises:
+        InputError: it is asked for with ZeRO-3, which fetches a layer's weights between its modules.
+    """
+    if config.steps == 0 or execution.compile_layers == "off":
+        return False
+    if execution.compile_layers == "on":
+        if execution.engine == "zero3":
+            raise InputError(
+                "compile_layers is on with the engine zero3, which fetches weights in the middle of a layer; choose "
+                "the engine zero2 or ddp, or compile_layers off"
+            )
+        return True
+    # Each length is compiled anew, and so may be where documents end.
+    same_each_step = config.task == "pretraining" and not config.document_mask
+    if not same_each_step or config.quantization != "none" or execution.engine == "zero3" or not _can_compile(engine):
+        return False
+    shape = ModelShape.of(model.config)
+    flops = config.steps * config.batch / engine.num_workers * training_flops(shape, config).total
+    return flops >= PAYS_FROM_FLOPS
+
+
+def _can_compile(engine: Engine) -> bool:
+    """Triton writes kernels for a GPU, and builds what launches them with the machine's C compiler."""
+    compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    return engine.device.type == "cuda" and importlib.util.find_spec("triton") is not None and compiler
+
+
+def compile_layers(model: nn.Module, fall_back: bool = False) -> None:
+    """Has the decoder layers compiled when they are first called in training; names and parameters stay.
+
+    Args:
+        fall_back: where the compiler fails, the layers run as they are written, and torch warns of it.
+    """
+    import torch._dynamo  # takes a second, and only who compiles needs it
+
+    layers = decoder_layers(model)[1]
+    # All layers count as one function, which after so many versions (8) would silently run uncompiled. Layers differ
+    # where only some train, or some recompute their activations.
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, 2 * len(layers))
+    # It cuts what is compiled into pieces for DDP to send gradients in between; layers are such pieces already.
+    settings.optimize_ddp = False
+    settings.suppress_errors = fall_back
+    for layer in layers:
+        layer.compile(dynamic=False, backend=BACKEND)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager:
+    """Inside, compiled layers run as they are written."""
+    if all(layer._compiled_call_impl is None for layer in decoder_layers(model)[1]):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
