@@ -41,6 +41,10 @@ class Device:
     def peak(self, precision: Precision) -> float:
         return self.bfloat16 if precision == "bfloat16" else self.float32
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "CPU"
+
     @classmethod
     def named(cls, name: str) -> Device | None:
         """The device of this name, or None if it is not known."""

@@ -57,8 +57,8 @@ class Traffic:
         """Bytes a token of forward and backward, and of what gradient checkpointing computes again."""
         total = self.forward() + (1 - FORWARD) * self.loss()
         for layer, count in self.trains.kinds:
-            if self.trains.has_backward(layer):
-                total += count * self.layer(layer) * (1 - FORWARD + FORWARD * self.trains.checkpointing)
+            if layer in self.trains.backward:
+                total += count * self.layer(layer) * (1 - FORWARD + FORWARD * (layer in self.trains.checkpointed))
         return total
 
     def micro_batch(self) -> float:
@@ -117,7 +117,7 @@ class Traffic:
         for layer, count in self.trains.kinds:
             of_layer = LAYER_KERNELS + NORM_KERNELS * norms + LORA_KERNELS * len(self.trains.adapted(layer))
             of_layer += SHIFTED_KERNELS * (Activations(self.trains, self.widths).shifted_heads(layer) > 0)
-            kernels += count * of_layer * (1 + FORWARD * self.trains.checkpointing)
+            kernels += count * of_layer * (1 + FORWARD * (layer in self.trains.checkpointed))
         return kernels
 
 
