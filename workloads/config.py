@@ -219,12 +219,9 @@ class ExecutionConfig:
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
         if isinstance(self.gradient_checkpointing, bool):  # as journals of earlier versions have it
             object.__setattr__(self, "gradient_checkpointing", "all" if self.gradient_checkpointing else 0)
-        if self.gradient_checkpointing != "all" and not (
-            isinstance(self.gradient_checkpointing, int) and self.gradient_checkpointing >= 0
-        ):
-            raise InputError(
-                f"gradient_checkpointing is {self.gradient_checkpointing!r}; expected a number of decoder layers, or all"
-            )
+        layers = self.gradient_checkpointing
+        if layers != "all" and not (isinstance(layers, int) and layers >= 0):
+            raise InputError(f"gradient_checkpointing is {layers!r}; expected a number of decoder layers, or all")
         if not self.checkpoint_minutes > 0:
             raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
         for field in ("keep_last", "keep_every"):

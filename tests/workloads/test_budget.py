@@ -26,8 +26,11 @@ from workloads.budget import (
     calibrated,
     checkpoint_bytes,
     evaluation_seconds,
+    fewest_recomputed,
+    in_numbers,
     memory,
     model_flops_utilisation,
+    needed,
     paper_flops,
     smallest_change_that_fits,
     step_seconds,
@@ -510,20 +513,52 @@ def test_utilisation_counts_nothing_twice():
 # What fits
 
 
-def test_what_does_not_fit_is_changed_by_what_costs_least():
-    asked = ExecutionConfig()
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"])
+def test_what_does_not_fit_is_changed_by_what_costs_least(name):
+    """Against every micro-batch with every number of layers that recompute, on one device without ZeRO."""
+    asked, device = ExecutionConfig(), Device.named(name)
     training = on_gpu(8192, group_size=2048, batch=64)
-    for name, changes in (
-        ("NVIDIA H200", ("micro-batches of 2",)),
-        ("NVIDIA A100-SXM4-80GB", ("micro-batches of 1",)),
-        ("NVIDIA A100-SXM4-40GB", ("micro-batches of 2", "gradient checkpointing")),
-    ):
-        device = Device.named(name)
-        assert memory(LLAMA2_7B, training, asked).total > device.memory
-        fit = smallest_change_that_fits(LLAMA2_7B, training, asked, 1, device)
-        assert fit.changes == changes
-        assert fit.memory == memory(LLAMA2_7B, training, fit.execution, fit.workers)
-        assert fit.memory.total <= device.memory
+    assert needed(LLAMA2_7B, training, asked, 1, device).total > device.memory
+    fit = smallest_change_that_fits(LLAMA2_7B, training, asked, 1, device)
+    assert fit.memory == needed(LLAMA2_7B, training, fit.execution, fit.workers, device)
+    assert fit.memory.total <= device.memory
+    every = [
+        ExecutionConfig(micro_batch=rows, gradient_checkpointing=layers)
+        for rows, layers in itertools.product((64, 32, 16, 8, 4, 2, 1), range(33))
+    ]
+    fitting = [e for e in every if needed(LLAMA2_7B, training, e, 1, device).total <= device.memory]
+    cheapest = min(step_seconds(LLAMA2_7B, training, each, 1, device) for each in fitting)
+    assert step_seconds(LLAMA2_7B, training, fit.execution, 1, device) == cheapest
+    layers = fit.execution.gradient_checkpointing
+    said = (f"gradient checkpointing of {layers} of 32 layers",) if layers else ()
+    assert fit.changes == (f"micro-batches of {fit.execution.micro_batch}", *said)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+", "full"])
+@pytest.mark.parametrize("context_length", [8192, 32768, 98304])
+def test_no_more_layers_recompute_than_it_takes(context_length, method):
+    for device in map(Device.named, ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB")):
+        training = on_gpu(context_length, method, 2048)
+        found = fewest_recomputed(LLAMA2_7B, training, ExecutionConfig(), 1, device)
+        fits = [
+            needed(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing=n), 1, device).total <= device.memory
+            for n in range(33)
+        ]
+        assert (found.gradient_checkpointing if found else None) == (fits.index(True) if any(fits) else None)
+        assert fits == sorted(fits), "what fits with some fits with more"
+
+
+def test_layers_without_a_backward_pass_are_none_that_recompute():
+    for method, train_layers, whole in (
+        ("lora", "all", 32), ("lora", "last 4", 4), ("lora+norm", "5,31", 27), ("full", "last 4", 4),
+        ("lora+", "last 4", 32), ("untuned", "all", 0),
+    ):  # fmt: skip
+        training = config(method=method, train_layers=train_layers, steps=2 * (method != "untuned"))
+        execution = in_numbers(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing="all"))
+        assert execution.gradient_checkpointing == whole
+        assert in_numbers(LLAMA2_7B, training, execution) == execution
+    with pytest.raises(InputError, match="gradient_checkpointing is 33, but the model has 32 layers"):
+        in_numbers(LLAMA2_7B, config(), ExecutionConfig(gradient_checkpointing=33))
 
 
 def test_more_workers_and_zero_come_where_one_device_is_not_enough():

@@ -120,7 +120,7 @@ def smallest_change_that_fits(
         return _cost(shape, training, candidate, number, device), *_order(candidate, number)
 
     best, least = None, (math.inf,)
-    # By what they cost if no more layers have to recompute: from where that is more than the best takes, none is better.
+    # By what they cost if no more layers have to recompute: where that is more than the best costs, none is better.
     for at_least, candidate, number in sorted(
         ((cost(*each), *each) for each in _candidates(training, asked, workers, max_workers)), key=lambda each: each[0]
     ):
@@ -158,7 +158,9 @@ def _candidates(
 def _cost(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    return workers * step_seconds(shape, training, execution, workers, device) if training.steps else 0.0
+    if not training.steps or not device.peak(training.precision):  # of an unknown device the order alone decides
+        return 0.0
+    return workers * step_seconds(shape, training, execution, workers, device)
 
 
 def _order(execution: ExecutionConfig, workers: int) -> tuple:
