@@ -37,9 +37,7 @@ def forwards_in_a_step(model):
     """How often each layer's attention ran in a forward and a backward pass."""
     counts = [0] * LAYERS
     for index, layer in enumerate(decoder_layers(model)[1]):
-        attention = next(
-            module for name, module in layer.named_children() if "attention" in name or name == "self_attn"
-        )
+        attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
 
         def count(*_, index=index):
             counts[index] += 1
