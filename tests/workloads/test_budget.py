@@ -235,7 +235,7 @@ def test_kept_activations_are_what_autograd_saves(family, method):
         model_config = shaped(family)
         training = config(256, method, group_size, precision=precision, batch=batch)
         shape = ModelShape.of(model_config)
-        trains, widths = what_trains(shape, training), Widths.of(precision)
+        trains, widths = what_trains(shape, training), Loop.of(shape, training, ExecutionConfig()).widths
         kept = Activations(trains, widths, rows=batch)
         a_token = sum(count * kept.layer(layer) for layer, count in trains.kinds) + kept.head() + 4 * shape.vocab_size
         casts = trains.linear_weights * 2 * (precision == "bfloat16")
@@ -383,7 +383,8 @@ def test_bytes_moved_are_what_operations_take_and_give(family, method):
         if family == "gpt_neox" and precision == "bfloat16":
             continue  # see above: under autocast its LayerNorm is another on CUDA
         model_config, training = shaped(family), config(256, method, group_size, precision=precision)
-        predicted = traffic(ModelShape.of(model_config), training, checkpointing, Widths.of(precision))
+        shape = ModelShape.of(model_config)
+        predicted = traffic(shape, training, checkpointing, Loop.of(shape, training, ExecutionConfig()).widths)
         moved, kernels = moved_in_a_pass(model_config, training, checkpointing)
         in_a_pass = 256 * predicted.training + predicted.micro_batch()
         assert in_a_pass == pytest.approx(moved, rel=TRAFFIC_WITHIN[family]), (precision, group_size, checkpointing)
@@ -409,6 +410,13 @@ def test_speeds_measured_on_an_h200(context_length, checkpointing):
     assert context_length / seconds == pytest.approx(MEASURED_SPEED[context_length, checkpointing], rel=0.02)
 
 
+def test_the_speed_of_compiled_layers_measured_on_an_h200():
+    """One number is fitted to it."""
+    compiled = dataclasses.replace(AS_USERS_WRITE_IT, compiled=True)
+    seconds = step_seconds(LLAMA2_7B, on_gpu(8192), ExecutionConfig(), 1, H200, loop=compiled)
+    assert 8192 / seconds == pytest.approx(14_621, rel=0.02)
+
+
 SMOLLM2_135M = ModelShape.of(
     LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -419,9 +427,9 @@ SMOLLM2_135M = ModelShape.of(
 
 @pytest.mark.parametrize(("method", "measured"), [("lora+", 95_000), ("full", 103_000)])
 def test_a_small_models_speed_is_predicted_from_a_large_ones(method, measured):
-    """Nothing is fitted to these: one H200, 32,768 tokens, S²-Attn, docs/performance.md."""
-    training = on_gpu(32768, method, 8192, batch=8)
-    seconds = step_seconds(SMOLLM2_135M, training, ExecutionConfig(micro_batch=1), 1, H200)
+    """Nothing is fitted to these: one H200, 32,768 tokens, S²-Attn, layers not compiled, docs/performance.md."""
+    training, loop = on_gpu(32768, method, 8192, batch=8), Loop(widths=Widths.of("bfloat16"))
+    seconds = step_seconds(SMOLLM2_135M, training, ExecutionConfig(micro_batch=1), 1, H200, loop=loop)
     assert 8 * 32768 / seconds == pytest.approx(measured, rel=0.06)
 
 
@@ -515,7 +523,7 @@ def test_utilisation_counts_nothing_twice():
 
 @pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"])
 def test_what_does_not_fit_is_changed_by_what_costs_least(name):
-    """Against every micro-batch with every number of layers that recompute, on one device without ZeRO."""
+    """At least as good as every micro-batch with every number of layers that recompute, on one device."""
     asked, device = ExecutionConfig(), Device.named(name)
     training = on_gpu(8192, group_size=2048, batch=64)
     assert needed(LLAMA2_7B, training, asked, 1, device).total > device.memory
@@ -528,10 +536,10 @@ def test_what_does_not_fit_is_changed_by_what_costs_least(name):
     ]
     fitting = [e for e in every if needed(LLAMA2_7B, training, e, 1, device).total <= device.memory]
     cheapest = min(step_seconds(LLAMA2_7B, training, each, 1, device) for each in fitting)
-    assert step_seconds(LLAMA2_7B, training, fit.execution, 1, device) == cheapest
+    assert step_seconds(LLAMA2_7B, training, fit.execution, 1, device) <= cheapest
     layers = fit.execution.gradient_checkpointing
-    said = (f"gradient checkpointing of {layers} of 32 layers",) if layers else ()
-    assert fit.changes == (f"micro-batches of {fit.execution.micro_batch}", *said)
+    assert f"micro-batches of {fit.execution.micro_batch}" in fit.changes
+    assert (f"gradient checkpointing of {layers} of 32 layers" in fit.changes) == (layers > 0)
 
 
 @pytest.mark.parametrize("method", ["lora", "lora+", "full"])

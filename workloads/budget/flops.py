@@ -154,7 +154,7 @@ def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | Non
     """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
     ``training`` adds to the model (LoRA)."""
     lora = what_trains(shape, training).lora_parameters if training else 0
-    weights = shape.num_layers * sum(linear.weights for linear in shape.linears) + shape.embedding_parameters + lora
+    weights = shape.num_layers * shape.layer_weights + shape.embedding_parameters + lora
     pairs = shape.num_layers * attended_pairs("full", None, shape.num_heads, tokens)
     return Flops(forward_linear=2.0 * tokens * weights, forward_attention=4.0 * shape.head_dim * pairs)
 

@@ -191,7 +191,7 @@ class _Moments:
         frozen, shape = self.trains.frozen, self.shape
         if self.training.quantization == "none":
             return frozen * self.widths.frozen
-        quantized = shape.num_layers * sum(linear.weights for linear in shape.linears)
+        quantized = shape.num_layers * shape.layer_weights
         return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
 
     def gradients(self) -> int:
@@ -209,14 +209,16 @@ class _Moments:
         """Autocast's copy of the output layer's weight, if it trains."""
         return self.trains.output * self.shape.embedding_parameters * self.widths.compute * self.widths.autocast
 
-    def layer_cast(self, layer: int) -> int:
-        """Autocast's copies of the weights of a layer, if they train."""
-        weights = sum(linear.weights for linear in self.shape.linears) * self.trains.weights(layer)
-        return weights * self.widths.compute * self.widths.autocast
+    def layer_casts(self, layers: range) -> int:
+        """Autocast's copies of the weights that train in these layers."""
+        return self.trained_in(layers) * self.widths.compute * self.widths.autocast
+
+    def trained_in(self, layers: range) -> int:
+        return sum(map(self.trains.weights, layers)) * self.shape.layer_weights
 
     def kept_casts(self, up_to: int) -> int:
-        """What layers keep of these copies for the backward pass, up to a layer."""
-        return sum(self.layer_cast(layer) for layer in range(up_to + 1) if layer not in self.trains.checkpointed)
+        """What layers keep of these copies for the backward pass, up to one: those after the ones that recompute."""
+        return self.layer_casts(range(self.trains.checkpointed.stop, up_to + 1))
 
     def layers(self, up_to: int) -> float:
         """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input."""
@@ -271,14 +273,13 @@ class _Moments:
             a_token += kept.layer(layer) - kept.layer_input * (kept.residual == FLOAT32 and not kept.compiled)
         gradients = self.gradients()
         if not self.accumulates and not self.stage:
-            weights = sum(linear.weights for linear in self.shape.linears) * sum(map(trains.weights, range(layer + 1)))
-            to_come = trains.embeddings * self.shape.embedding_parameters + weights
+            to_come = trains.embeddings * self.shape.embedding_parameters + self.trained_in(range(layer + 1))
             gradients = max(self.head_gradient(), gradients - to_come * self.widths.trained)
         return self.add(
             fixed,
             moment,
             gradients=gradients,
-            casts=self.kept_casts(layer) + self.layer_cast(layer) * again,
+            casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * again,
             activations=self.tokens * a_token,
             logits=self.logits,
             workspace=self.tokens * kept.backward_work(layer) + self.dequantized(),

@@ -146,6 +146,11 @@ class ModelShape:
     def final_norm_parameters(self) -> int:
         return self.hidden_size * (1 + self.norm_biases)
 
+    @cached_property
+    def layer_weights(self) -> int:
+        """Weights of the linear modules of one layer, without biases."""
+        return sum(linear.weights for linear in self.linears)
+
     @property
     def linear_parameters(self) -> int:
         """Of the linear modules of one layer."""
@@ -310,7 +315,7 @@ class Training:
     @cached_property
     def linear_weights(self) -> int:
         """Trained weights of linear modules, LoRA's aside: those that autocast casts as a whole."""
-        weights = sum(linear.weights for linear in self.shape.linears)
+        weights = self.shape.layer_weights
         return self.output * self.shape.embedding_parameters + sum(map(self.weights, self.layers)) * weights
 
     @cached_property

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from workloads.budget.activations import Widths
 from workloads.budget.devices import Device
 from workloads.budget.flops import Flops, forward_flops, training_flops
 from workloads.budget.loop import Loop
@@ -66,7 +65,7 @@ def compute_seconds(
     sequences = training.batch / workers
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
     loop = loop or Loop.of(shape, training, execution, device)
-    beside = traffic(shape, training, execution.gradient_checkpointing, loop.widths)
+    beside = traffic(shape, training, execution.gradient_checkpointing, loop.widths, loop.compiled)
     moved = sequences * training.context_length * beside.training
     moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
     flops = training_flops(shape, training, execution.gradient_checkpointing) * sequences
@@ -107,7 +106,8 @@ def evaluation_seconds(
     one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
-    moved = windows * length * traffic(shape, training, 0, Widths.of(training.precision)).forward()
+    loop = Loop.of(shape, training, ExecutionConfig(), device)
+    moved = windows * length * traffic(shape, training, 0, loop.widths, loop.compiled).forward()
     return device_seconds(forward_flops(shape, length, training) * windows, moved, device, training)
 
 

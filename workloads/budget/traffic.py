@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 from workloads.budget.activations import FLOAT32, Activations, Widths
 from workloads.budget.shape import Linear, ModelShape, Training, what_trains
-from workloads.config import TrainingConfig
+from workloads.config import GradientCheckpointing, TrainingConfig
 
 # Passes over a number, forward and backward together; about a third of them is the forward pass.
 RMS_NORM, TRAINED_NORM, LAYER_NORM = 27, 4, 6
@@ -31,6 +31,10 @@ WEIGHT_COPIES, GRADIENT_SUM = CAST, 3 * FLOAT32
 # The gradient's norm, its clipping, and AdamW: weight, gradient and two moments read, all but the gradient written.
 UPDATE_BYTES = (1 + 2 + 7) * FLOAT32
 
+# What of a layer's bytes is left where it is compiled, and operations between products are fused: fitted to one run on
+# one H200 (Llama-2-7B, LoRA+, full attention, 8,192 tokens, all in bfloat16), 14,621 tokens/s compiled and 10,898 not.
+COMPILED = 0.445
+
 # Kernels of a layer, forward and backward; more for each RMSNorm, for each module with LoRA matrices, and for heads in
 # shifted groups.
 LAYER_KERNELS, NORM_KERNELS, LORA_KERNELS, SHIFTED_KERNELS = 89, 23, 11, 50
@@ -43,6 +47,7 @@ class Traffic:
 
     trains: Training
     widths: Widths
+    compiled: bool = False
 
     @property
     def shape(self) -> ModelShape:
@@ -90,7 +95,7 @@ class Traffic:
                 moved += CAST * linear.inputs
             if linear.name in self.trains.adapted(layer):
                 moved += self._lora(linear)
-        return moved
+        return moved * (COMPILED if self.compiled else 1)
 
     def _norm(self, width: int, given: int, trained: bool) -> float:
         if self.shape.norm_biases:
@@ -122,6 +127,12 @@ class Traffic:
 
 
 @lru_cache(maxsize=1024)
-def traffic(shape: ModelShape, training: TrainingConfig, checkpointing: bool, widths: Widths) -> Traffic:
+def traffic(
+    shape: ModelShape,
+    training: TrainingConfig,
+    checkpointing: GradientCheckpointing,
+    widths: Widths,
+    compiled: bool = False,
+) -> Traffic:
     """:class:`Traffic`, made once for all who ask."""
-    return Traffic(what_trains(shape, training, checkpointing), widths)
+    return Traffic(what_trains(shape, training, checkpointing), widths, compiled)
