@@ -145,6 +145,7 @@ def test_linear_flops_of_a_step_are_what_torch_counts(family, checkpointing):
         use_pattern(model, AttentionPattern())
         shape = ModelShape.of(model.config)
         model = adapt(model, method, train_layers=train_layers)
+        model.config.use_cache = False
         recompute_activations(model, checkpointing)
         with FlopCounterMode(display=False) as forward:
             loss = model(random_tokens(1)).logits.sum()

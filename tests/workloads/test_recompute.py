@@ -103,6 +103,29 @@ def test_losses_and_weights_are_bit_equal_with_any_number(method, precision):
         assert all(torch.equal(tensor, outcomes[0][name]) for name, tensor in other.items())
 
 
+@pytest.mark.parametrize("count", [2, "all"])
+def test_layers_that_recompute_keep_no_more_where_they_are_compiled(count):
+    kept, gradients = {}, {}
+    for compiled in (False, True):
+        model, _ = trial("lora+", count=count)
+        if compiled:
+            for layer in decoder_layers(model)[1]:
+                layer.compile(backend="aot_eager")
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(random_tokens(), labels=random_tokens()).loss
+        loss.backward()
+        kept[compiled] = sum(sizes)
+        gradients[compiled] = {name: parameter.grad for name, parameter in trainable_parameters(model).items()}
+    assert kept[True] <= kept[False]
+    torch.testing.assert_close(gradients[True], gradients[False])
+
+
 def test_more_layers_than_the_model_has_are_refused():
     with pytest.raises(InputError, match="gradient_checkpointing is 5, but the model has 4 layers"):
         trial("lora", count=5)
