@@ -236,7 +236,7 @@ def test_kept_activations_are_what_autograd_saves(family, method):
         model_config = shaped(family)
         training = config(256, method, group_size, precision=precision, batch=batch)
         shape = ModelShape.of(model_config)
-        trains, widths = what_trains(shape, training), Loop.of(shape, training, ExecutionConfig()).widths
+        trains, widths = what_trains(shape, training), Loop.of(training, ExecutionConfig()).widths
         kept = Activations(trains, widths, rows=batch)
         a_token = sum(count * kept.layer(layer) for layer, count in trains.kinds) + kept.head() + 4 * shape.vocab_size
         casts = trains.linear_weights * 2 * (precision == "bfloat16")
@@ -385,7 +385,7 @@ def test_bytes_moved_are_what_operations_take_and_give(family, method):
             continue  # see above: under autocast its LayerNorm is another on CUDA
         model_config, training = shaped(family), config(256, method, group_size, precision=precision)
         shape = ModelShape.of(model_config)
-        predicted = traffic(shape, training, checkpointing, Loop.of(shape, training, ExecutionConfig()).widths)
+        predicted = traffic(shape, training, checkpointing, Loop.of(training, ExecutionConfig()).widths)
         moved, kernels = moved_in_a_pass(model_config, training, checkpointing)
         in_a_pass = 256 * predicted.training + predicted.micro_batch()
         assert in_a_pass == pytest.approx(moved, rel=TRAFFIC_WITHIN[family]), (precision, group_size, checkpointing)

@@ -23,7 +23,8 @@ class Widths:
         compute: what matrix products take and give.
         frozen: a frozen weight.
         trained: a weight that trains, with its gradient and each of its optimiser's two moments; of LoRA, ``lora``.
-        residual: of the residual stream; None: as the embeddings give it, float32 where they train.
+        narrow: embeddings and norms that train give the compute type too, and LoRA takes it; else their float32 goes on
+            from layer to layer, and PEFT casts what LoRA takes.
         autocast: whether torch.autocast makes the compute type, else each product computes in what it is given.
     """
 
@@ -31,7 +32,7 @@ class Widths:
     frozen: int
     trained: int = FLOAT32
     lora: int = FLOAT32
-    residual: int | None = None
+    narrow: bool = False
     autocast: bool = True
 
     @classmethod
@@ -60,10 +61,10 @@ class Activations:
 
     @property
     def residual(self) -> int:
-        """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers, unless
-        the loop says otherwise."""
-        if self.widths.residual is not None:
-            return self.widths.residual
+        """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers, unless it
+        is kept narrow."""
+        if self.widths.narrow:
+            return self.widths.compute
         return self.widths.trained if self.trains.embeddings else self.widths.frozen
 
     @property
@@ -173,6 +174,8 @@ class Activations:
 
     def norm_output(self, trained: bool) -> int:
         shape = self.trains.shape
+        if self.widths.narrow:
+            return self.widths.compute
         if shape.norm_biases and self.widths.autocast:
             return FLOAT32
         if shape.norm_biases or shape.family in GEMMA:
@@ -194,7 +197,7 @@ class Activations:
             elif linear.name in trains.adapted(layer):
                 copies += self._lora(linear)
                 # PEFT casts to the type of LoRA's weights, autocast to its own.
-                cast = widths.autocast or given != widths.lora
+                cast = given != widths.compute if widths.narrow else widths.autocast or given != widths.lora
                 copies += (widths.compute if widths.autocast else widths.lora) * width * cast
                 itself |= not cast
         return copies + given * width * (itself and not kept_already)

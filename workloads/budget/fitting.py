@@ -37,7 +37,7 @@ def needed(
     Raises:
         InputError: as :func:`workloads.budget.memory.memory`.
     """
-    return memory(shape, training, execution, workers, loop=Loop.of(shape, training, execution, device))
+    return memory(shape, training, execution, workers, loop=Loop.of(training, execution, device))
 
 
 def in_numbers(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> ExecutionConfig:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from workloads.budget.activations import Widths
 from workloads.budget.devices import Device
-from workloads.budget.shape import ModelShape
 from workloads.config import ExecutionConfig, TrainingConfig
 
-# Whether the loss is computed in chunks, the residual stream is bfloat16 where the computation is, and decoder layers
-# are compiled on a GPU.
+# Whether the loss is computed in chunks, all that runs through the layers is of the compute type, and decoder layers are
+# compiled on a GPU.
 CHUNKED_LOSS = False
-NARROW_RESIDUAL = False
+NARROW_STREAM = False
 COMPILED_LAYERS = False
-# Tokens whose logits exist at the same time in a chunked loss: at most as many as the training loop's own chunk.
-LOSS_CHUNK = 2048
+# Logits that exist at the same time in a chunked loss, of as many tokens as that makes: 2,097 of a vocabulary of 32,000.
+# It has to be the training loop's.
+CHUNK_LOGITS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +28,8 @@ class Loop:
 
     Args:
         widths: bytes of numbers.
-        chunked_loss: logits exist of :data:`LOSS_CHUNK` tokens at a time, and the gradient of what the output layer
-            reads is ready before the backward pass begins; else of all tokens at once.
+        chunked_loss: :data:`CHUNK_LOGITS` exist at a time, and the gradient of what the output layer reads is ready
+            before the backward pass begins; else those of all tokens do.
         compiled: each decoder layer is compiled by itself; else every operation keeps what its own gradient needs.
     """
 
@@ -38,16 +38,13 @@ class Loop:
     compiled: bool = False
 
     @classmethod
-    def of(
-        cls, shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, device: Device | None = None
-    ) -> Loop:
+    def of(cls, training: TrainingConfig, execution: ExecutionConfig, device: Device | None = None) -> Loop:
         """This package's own, on a device; None stands for one where layers are not compiled."""
         widths = Widths.of(training.precision)
-        if NARROW_RESIDUAL:
-            widths = dataclasses.replace(widths, residual=widths.compute)
+        if NARROW_STREAM and widths.autocast:
+            widths = dataclasses.replace(widths, narrow=True)
         return cls(
             widths=widths,
-            # Softcapped logits, and an output layer that ZeRO-3 has shared out, take the plain way.
-            chunked_loss=CHUNKED_LOSS and not shape.softcapped and execution.engine != "zero3",
-            compiled=COMPILED_LAYERS and device is not None and device.is_gpu,
+            chunked_loss=CHUNKED_LOSS,
+            compiled=COMPILED_LAYERS and device is not None and device.is_gpu and execution.engine != "zero3",
         )

@@ -18,7 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from workloads.budget.activations import FLOAT32, Activations
-from workloads.budget.loop import LOSS_CHUNK, Loop
+from workloads.budget.loop import CHUNK_LOGITS, Loop
 from workloads.budget.shape import ModelShape, what_trains
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.errors import InputError
@@ -106,7 +106,7 @@ def memory(
     Raises:
         InputError: the batch does not divide among the workers, or what trains does not fit the model.
     """
-    moments = _Moments(shape, training, execution, workers, loop or Loop.of(shape, training, execution))
+    moments = _Moments(shape, training, execution, workers, loop or Loop.of(training, execution))
     worst = max(moments.all(), key=lambda moment: moment.allocated)
     comes_and_goes = worst.activations + worst.logits + worst.workspace
     reserve = CONTEXT_BYTES + NCCL_BYTES * (workers > 1) + int(FRAGMENTATION * comes_and_goes)
@@ -247,11 +247,11 @@ class _Moments:
 
     def loss(self, fixed: Memory) -> Memory:
         """In chunks, the gradient of an output layer that trains is summed up beside what there is of it."""
-        a_token = self.shape.vocab_size * 3 * FLOAT32
         if self.chunked:
-            logits = min(self.tokens, LOSS_CHUNK) * (a_token + self.shape.vocab_size * self.widths.compute)
+            entries = min(self.tokens * self.shape.vocab_size, CHUNK_LOGITS)
+            logits = entries * (3 * FLOAT32 + self.widths.compute)
         else:
-            logits = self.logits + self.tokens * a_token
+            logits = self.logits + self.tokens * self.shape.vocab_size * 3 * FLOAT32
         return self.add(
             fixed,
             "loss",

@@ -58,7 +58,6 @@ class ModelShape:
         parallel: attention and MLP both read the layer's input (GPT-NeoX).
         tied: whether the output layer is the embedding matrix.
         rotary: dimensions of a head that rotate.
-        softcapped: whether the logits are bent before the loss (Gemma 2).
     """
 
     family: str
@@ -76,7 +75,6 @@ class ModelShape:
     parallel: bool
     tied: bool
     rotary: int
-    softcapped: bool
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -113,7 +111,6 @@ class ModelShape:
             parallel=family == "gpt_neox" and config.use_parallel_residual,
             tied=bool(config.tie_word_embeddings),
             rotary=int(head_dim * partial),
-            softcapped=bool(getattr(config, "final_logit_softcapping", None)),
         )
 
     @property

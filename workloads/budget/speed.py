@@ -64,7 +64,7 @@ def compute_seconds(
     """One worker's own part of a step."""
     sequences = training.batch / workers
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
-    loop = loop or Loop.of(shape, training, execution, device)
+    loop = loop or Loop.of(training, execution, device)
     beside = traffic(shape, training, execution.gradient_checkpointing, loop.widths, loop.compiled)
     moved = sequences * training.context_length * beside.training
     moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
@@ -106,7 +106,7 @@ def evaluation_seconds(
     one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
-    loop = Loop.of(shape, training, ExecutionConfig(), device)
+    loop = Loop.of(training, ExecutionConfig(), device)
     moved = windows * length * traffic(shape, training, 0, loop.widths, loop.compiled).forward()
     return device_seconds(forward_flops(shape, length, training) * windows, moved, device, training)
 

@@ -103,10 +103,10 @@ class Traffic:
         return width * (FLOAT32 * (RMS_NORM + TRAINED_NORM * trained) + CAST * (given != FLOAT32))
 
     def _lora(self, linear: Linear) -> float:
-        """PEFT casts what a module reads to float32, autocast back to bfloat16."""
+        """PEFT casts what a module reads to float32, autocast back to bfloat16, unless it is kept narrow."""
         widths = self.widths
         number = widths.compute if widths.autocast else widths.lora
-        casts = CAST * (widths.compute != widths.lora) * (1 + widths.autocast)
+        casts = CAST * (widths.compute != widths.lora and not widths.narrow) * (1 + widths.autocast)
         return LORA_OUTPUT * number * linear.outputs + (LORA_INPUT * number + casts) * linear.inputs
 
     def loss(self) -> float:
