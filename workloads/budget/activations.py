@@ -61,8 +61,8 @@ class Activations:
 
     @property
     def residual(self) -> int:
-        """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers, unless it
-        is kept narrow."""
+        """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers, unless
+        it is kept narrow."""
         if self.widths.narrow:
             return self.widths.compute
         return self.widths.trained if self.trains.embeddings else self.widths.frozen

@@ -87,7 +87,7 @@ LAUNCH = 20e-6
 HOPPER = dict(
     linear_efficiency=0.80,
     attention_efficiency=0.555,
-    bandwidth_efficiency=0.425,
+    bandwidth_efficiency=0.43,
     launch=LAUNCH,
     efficiency_source="measured on one H200, Llama-2-7B",
 )

@@ -12,13 +12,13 @@ from workloads.budget.activations import Widths
 from workloads.budget.devices import Device
 from workloads.config import ExecutionConfig, TrainingConfig
 
-# Whether the loss is computed in chunks, all that runs through the layers is of the compute type, and decoder layers are
-# compiled on a GPU.
+# Whether the loss is computed in chunks, all that runs through the layers is of the compute type, and decoder layers
+# are compiled on a GPU.
 CHUNKED_LOSS = False
 NARROW_STREAM = False
 COMPILED_LAYERS = False
-# Logits that exist at the same time in a chunked loss, of as many tokens as that makes: 2,097 of a vocabulary of 32,000.
-# It has to be the training loop's.
+# Logits that exist at the same time in a chunked loss: those of 2,097 tokens with a vocabulary of 32,000. It has to be
+# the training loop's.
 CHUNK_LOGITS = 2**26
 
 

@@ -100,7 +100,9 @@ class Traffic:
     def _norm(self, width: int, given: int, trained: bool) -> float:
         if self.shape.norm_biases:
             return FLOAT32 * LAYER_NORM * width
-        return width * (FLOAT32 * (RMS_NORM + TRAINED_NORM * trained) + CAST * (given != FLOAT32))
+        # A float32 weight's product is cast forward and back, and what comes of it in the backward pass once more.
+        casts = (given != FLOAT32) + 1.5 * (trained and self.widths.narrow)
+        return width * (FLOAT32 * (RMS_NORM + TRAINED_NORM * trained) + CAST * casts)
 
     def _lora(self, linear: Linear) -> float:
         """PEFT casts what a module reads to float32, autocast back to bfloat16, unless it is kept narrow."""
@@ -110,9 +112,11 @@ class Traffic:
         return LORA_OUTPUT * number * linear.outputs + (LORA_INPUT * number + casts) * linear.inputs
 
     def loss(self) -> float:
-        """Bytes a token, forward and backward: logits are made float32 for it."""
+        """Bytes a token, forward and backward, the final norm's among them: logits are made float32 for it."""
         cast = 4 * self.widths.compute if self.widths.compute != FLOAT32 else 0
-        return (LOSS * FLOAT32 + cast) * self.shape.vocab_size
+        residual = Activations(self.trains, self.widths).residual
+        norm = self._norm(self.shape.hidden_size, residual, self.trains.final_norm)
+        return (LOSS * FLOAT32 + cast) * self.shape.vocab_size + norm
 
     @cached_property
     def kernels(self) -> float:
