@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from benchmarks.live import LiveTensors
 from workloads.adaptation import trainable_parameters
-from workloads.budget import Device, Memory, ModelShape, memory, step_seconds
+from workloads.budget import Device, Loop, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.engine import make_engine
 from workloads.optimization import build_optimizer
@@ -111,7 +111,7 @@ def configure(point: Point, on_gpu: bool) -> tuple[TrainingConfig, ExecutionConf
         eval_span=point.context_length,
     )
     # No evaluation is measured; the smallest there is.
-    return training, ExecutionConfig(gradient_checkpointing=point.checkpointing, eval_batch_tokens=1)
+    return training, ExecutionConfig(gradient_checkpointing="all" if point.checkpointing else 0, eval_batch_tokens=1)
 
 
 def start_trial(
@@ -163,10 +163,10 @@ def compare(point: Point, model_config: PretrainedConfig, device: torch.device) 
     on_gpu = device.type == "cuda"
     training, execution = configure(point, on_gpu)
     shape = ModelShape.of(model_config)
-    predicted = memory(shape, training, execution)
+    known = Device.named(torch.cuda.get_device_name(device)) if on_gpu else None
+    predicted = memory(shape, training, execution, loop=Loop.of(training, execution, known))
     if on_gpu and predicted.total > torch.cuda.get_device_properties(device).total_memory:
         return None
-    known = Device.named(torch.cuda.get_device_name(device)) if on_gpu else None
     seconds = step_seconds(shape, training, execution, 1, known) if known else None
     try:
         peak, speed = measure(model_config, training, execution, device)

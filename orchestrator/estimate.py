@@ -21,10 +21,13 @@ from workloads.budget import (
     ModelShape,
     calibrated,
     checkpoint_bytes,
-    memory,
+    fewest_recomputed,
+    in_numbers,
+    needed,
     smallest_change_that_fits,
     step_seconds,
     trial_seconds,
+    what_trains,
 )
 from workloads.config import ExecutionConfig, TrainingConfig
 
@@ -48,6 +51,7 @@ class Estimate:
     seconds: float | None  # until its end, start-up and evaluations included
     usd: float | None
     disk: int  # bytes of its checkpoints
+    layers: int  # that have a backward pass, and so could recompute their activations
     changes: tuple[str, ...] = ()  # what --fit has changed
     refusal: str | None = None  # why it cannot run as asked, and what would make it
 
@@ -116,13 +120,17 @@ class Estimator:
     def _place(self, training: TrainingConfig, fit: bool) -> Placed:
         options = self.options
         workers = options.workers if training.steps else 1
-        execution = options.execution()
-        needs = memory(self.shape, training, execution, workers)
+        asked = execution = in_numbers(self.shape, training, options.execution())
+        # With --fit, recompute is one of the changes that are weighed against each other.
+        if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
+            every = in_numbers(self.shape, training, replace(asked, gradient_checkpointing="all"))
+            execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
+        needs = needed(self.shape, training, execution, workers, self.device)
         if needs.total <= self.device.memory:
             return Placed(workers, execution, needs)
         has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"
         found = smallest_change_that_fits(
-            self.shape, training, execution, workers, self.device, self.cluster.most_workers(options)
+            self.shape, training, asked, workers, self.device, self.cluster.most_workers(options)
         )
         if found is None:
             refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
@@ -166,6 +174,7 @@ class Estimator:
             seconds=seconds,
             usd=usd,
             disk=checkpoints_on_disk(training, execution) * checkpoint_bytes(self.shape, training),
+            layers=len(what_trains(self.shape, training).backward),
             changes=placed.changes,
             refusal=placed.refusal,
         )

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.journal import DISK_FULL
+from workloads.budget import less_memory
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 
@@ -102,32 +103,20 @@ class Remedy:
     words: str
 
 
-def remedy(kind: Kind, execution: ExecutionConfig, share: int, earlier: list[Kind]) -> Remedy | None:
+def remedy(kind: Kind, execution: ExecutionConfig, share: int, layers: int, earlier: list[Kind]) -> Remedy | None:
     """How to go on after a fault, or None where it is final.
 
     Args:
         execution: how the trial ran.
         share: sequences of the batch that each worker trains in a step.
+        layers: decoder layers that have a backward pass.
         earlier: the kinds of fault that this run of the command has found a remedy for already, in this trial.
     """
     if kind == "hiccup" and (tried := earlier.count("hiccup")) < len(HICCUP_PAUSES):
         pause = HICCUP_PAUSES[tried]
         return Remedy(execution, pause, f"tried again after {pause} s")
-    if kind == "out_of_memory" and kind not in earlier and (smaller := less_memory(execution, share)):
+    if kind == "out_of_memory" and kind not in earlier and (smaller := less_memory(execution, share, layers)):
         return Remedy(smaller, 0, "tried again with " + _difference(execution, smaller))
-    return None
-
-
-def less_memory(execution: ExecutionConfig, share: int) -> ExecutionConfig | None:
-    """The next smaller memory plan, or None where there is none. None of its settings changes the result beyond
-    rounding. Smaller pieces of the batch come first: they cost next to nothing in time, recomputing activations about a
-    third."""
-    if (execution.micro_batch or share) > 1:
-        return dataclasses.replace(execution, micro_batch=max(1, (execution.micro_batch or share) // 4))
-    if not execution.gradient_checkpointing:
-        return dataclasses.replace(execution, gradient_checkpointing=True)
-    if execution.engine.startswith("zero") and not execution.offload:
-        return dataclasses.replace(execution, offload=True)
     return None
 
 

@@ -181,7 +181,7 @@ def plan_table(planned: list[Planned], unit: str) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("trial", no_wrap=True)
     table.add_column("plan", no_wrap=True)
-    for name in ("workers", "memory", "tokens/s", "time", f"{unit} h", "USD"):
+    for name in ("workers", "memory", "recompute", "tokens/s", "time", f"{unit} h", "USD"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for each in planned:
@@ -196,15 +196,24 @@ def _style(planned: Planned) -> str | None:
 def _cells(planned: Planned) -> list[str]:
     estimate = planned.estimate
     if planned.action in ("known", "stopped") or estimate is None:
-        return ["-"] * 6
+        return ["-"] * 7
     return [
         str(estimate.workers),
         f"{estimate.memory.total / GIB:.1f} of {estimate.has / GIB:.0f} GiB",
+        _recompute(estimate),
         _number(estimate.tokens_per_second, ",.0f"),
         "-" if estimate.seconds is None else duration(estimate.seconds),
         _number(estimate.hours, ".2f"),
         _number(estimate.usd, ",.2f"),
     ]
+
+
+def _recompute(estimate: Estimate) -> str:
+    """How many of the layers that have a backward pass recompute their activations in it."""
+    if not estimate.layers:
+        return "-"
+    layers = estimate.execution.gradient_checkpointing
+    return f"{layers} of {estimate.layers}" if layers else "none"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -268,6 +277,7 @@ def as_json(planned: list[Planned], total: Totals) -> dict[str, Any]:
                 "workers": p.estimate.workers,
                 "memory_bytes": p.estimate.memory.total,
                 "allocated_bytes": p.estimate.memory.allocated,
+                "recomputed_layers": p.estimate.execution.gradient_checkpointing,
                 "tokens_per_second": p.estimate.tokens_per_second,
                 "seconds": p.estimate.seconds,
                 "usd": p.estimate.usd,

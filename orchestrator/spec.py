@@ -400,8 +400,9 @@ class RunOptions:
     """Seconds that workers wait for one that has gone silent before it counts as lost."""
     micro_batch: int | None = None
     """Sequences in one forward and backward pass of a worker; by default the worker's whole share of the batch."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: Literal["auto", "all", "none"] | int = "auto"
+    """How many decoder layers recompute their activations in the backward pass: less memory, more time. auto: on a GPU
+    the fewest with which the trial fits, else none."""
     attention_backend: AttentionBackend = "auto"
     """What computes the attention pattern: auto takes the fastest that the worker has."""
     compile_layers: CompileLayers = "auto"
@@ -475,10 +476,11 @@ class RunOptions:
         self.execution()  # refuses what cannot go together
 
     def execution(self) -> ExecutionConfig:
-        """How a trial's workers run it."""
+        """How a trial's workers run it, with ``auto`` checkpointing as none (:mod:`orchestrator.estimate` chooses)."""
+        layers = self.gradient_checkpointing
         return ExecutionConfig(
             micro_batch=self.micro_batch,
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=0 if layers in ("auto", "none") else layers,
             checkpoint_every=self.checkpoint_every,
             checkpoint_minutes=self.checkpoint_minutes,
             keep_last=self.keep_last,

@@ -552,6 +552,7 @@ class Sweep:
             "drive": uuid.uuid4().hex,  # who trains them, whatever becomes of its processes
             "corpus": self.packed.folder.name,
             "execution": dataclasses.asdict(estimate.execution),
+            "layers": estimate.layers,
             "resources": {"workers": estimate.workers, **self.cluster.worker_resources(options)},
             "threads": options.cpus_per_worker,
             "provenance": self.provenance.of_attempt(),

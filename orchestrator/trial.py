@@ -100,7 +100,7 @@ def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kin
         if record.state != "failed" or record.failed_attempt != config["attempt"]:
             continue
         share = trial["training"]["batch"] // config["resources"]["workers"]
-        found = remedy(record.failure_kind, execution, share, mended)
+        found = remedy(record.failure_kind, execution, share, config["layers"], mended)
         if found is not None:
             mended.append(record.failure_kind)
             folder.journal.append("retry", kind=record.failure_kind, remedy=found.words, pause=found.pause)

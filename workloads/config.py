@@ -31,6 +31,7 @@ Task = Literal["pretraining", "sft"]
 LongExamples = Literal["drop", "truncate"]
 EngineName = Literal["auto", "ddp", "zero2", "zero3"]
 CompileLayers = Literal["auto", "on", "off"]
+GradientCheckpointing = int | Literal["all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +186,8 @@ class ExecutionConfig:
 
     Args:
         micro_batch: sequences in one forward and backward on one worker; None takes the worker's whole share.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        gradient_checkpointing: how many decoder layers recompute their activations in the backward pass to save memory,
+            counted from the first that has one; a number or ``all`` (workloads/recompute.py).
         checkpoint_every: steps between checkpoints; the last step is always saved.
         checkpoint_minutes: a checkpoint is also written when the last one is this old.
         keep_last: so many of the newest checkpoints stay; with one there is none to fall back to if it is damaged.
@@ -203,7 +205,7 @@ class ExecutionConfig:
     """
 
     micro_batch: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: GradientCheckpointing = 0
     checkpoint_every: int = 100
     checkpoint_minutes: float = 10.0
     keep_last: int = 2
@@ -221,6 +223,11 @@ class ExecutionConfig:
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
         if self.compile_layers not in get_args(CompileLayers):
             raise InputError(f"compile_layers is {self.compile_layers!r}; expected auto, on or off")
+        if isinstance(self.gradient_checkpointing, bool):  # as journals of earlier versions have it
+            object.__setattr__(self, "gradient_checkpointing", "all" if self.gradient_checkpointing else 0)
+        layers = self.gradient_checkpointing
+        if layers != "all" and not (isinstance(layers, int) and layers >= 0):
+            raise InputError(f"gradient_checkpointing is {layers!r}; expected a number of decoder layers, or all")
         if not self.checkpoint_minutes > 0:
             raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
         for field in ("keep_last", "keep_every"):

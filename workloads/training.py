@@ -40,6 +40,7 @@ from workloads.models import ModelSource
 from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
 from workloads.quantization import nf4_loading
+from workloads.recompute import recompute_activations
 
 Emit = Callable[..., None]
 # What whoever runs a trial may ask of it between two steps: to write a checkpoint, or to end there with one.
@@ -60,7 +61,7 @@ def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, exe
 
 
 def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
-    """A loaded model as a trial trains it: its attention pattern, checkpointing, what trains, its device."""
+    """A loaded model as a trial trains it: its attention pattern, what trains, checkpointing, its device."""
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
     use_pattern(
         model,
@@ -70,8 +71,6 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
         dtype=engine.dtype,
         documents=config.document_mask,
     )
-    if execution.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = adapt(
         model,
         config.method,
@@ -81,6 +80,7 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
         train_layers=config.train_layers,
     )
     keep_autocast_dtype(model)
+    recompute_activations(model, execution.gradient_checkpointing)
     return engine.place(model)
 
 

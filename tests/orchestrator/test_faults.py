@@ -83,18 +83,24 @@ def test_what_the_cpu_allocator_and_gloo_really_raise():
 
 
 def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
-    execution = ExecutionConfig()
     pieces = []
-    while plan := remedy("out_of_memory", execution, 8, []):
+    execution = ExecutionConfig(engine="zero2")
+    while plan := remedy("out_of_memory", execution, 8, 32, []):
         execution = plan.execution
-        pieces.append((execution.micro_batch, execution.gradient_checkpointing))
-    assert pieces == [(2, False), (1, False), (1, True)]
-    assert remedy("out_of_memory", ExecutionConfig(), 8, ["out_of_memory"]) is None, "once is enough"
-    pauses = [remedy("hiccup", execution, 8, ["hiccup"] * tried).pause for tried in range(len(HICCUP_PAUSES))]
+        pieces.append((execution.micro_batch, execution.gradient_checkpointing, execution.offload))
+    assert pieces == [(2, 0, False), (1, 0, False), (1, 16, False), (1, 32, False), (1, 32, True)]
+    for before, words in ((0, "gradient checkpointing 16"), (13, "gradient checkpointing 23"), (31, "32")):
+        again = remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
+        assert again.words.endswith(words)
+    whole = ExecutionConfig(gradient_checkpointing="all")
+    assert remedy("out_of_memory", whole, 1, 32, []) is None
+    assert remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
+    assert remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
+    pauses = [remedy("hiccup", execution, 8, 32, ["hiccup"] * tried).pause for tried in range(len(HICCUP_PAUSES))]
     assert pauses == sorted(pauses) and sum(pauses) > 120
-    assert remedy("hiccup", execution, 8, ["hiccup"] * len(HICCUP_PAUSES)) is None
+    assert remedy("hiccup", execution, 8, 32, ["hiccup"] * len(HICCUP_PAUSES)) is None
     for final in ("configuration", "not_finite", "disk_full", "error"):
-        assert remedy(final, execution, 8, []) is None
+        assert remedy(final, execution, 8, 32, []) is None
 
 
 @pytest.fixture(scope="module")

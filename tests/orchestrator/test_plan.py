@@ -1,6 +1,7 @@
 """What a sweep would take, before it runs: for a cluster that is not there; refused, fitted, kept in budget."""
 
 import json
+import re
 import time
 
 import pytest
@@ -56,6 +57,31 @@ def test_what_does_not_fit_is_refused_with_what_would_and_fitted_on_request(plan
     assert status == 0 and "so that it fits" in told and "error" not in told
 
 
+def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan):
+    """builtin:tiny has four layers."""
+    flags = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--methods", "lora+", "--references")
+
+    def recomputed(batch, *more):
+        status, told = plan(*flags, "--batch", str(batch), *more)
+        return re.search(r"GiB (none|\d of 4) ", told)[1] if status == 0 else "refused"
+
+    chosen = {batch: recomputed(batch) for batch in (1, 16, 24, 32, 64)}
+    assert chosen[1] == "none" and chosen[64] == "refused"
+    batch, number = next((batch, int(said[0])) for batch, said in chosen.items() if said[0] in "123")
+    assert recomputed(batch, "--gradient-checkpointing", str(number)) == chosen[batch]
+    assert recomputed(batch, "--gradient-checkpointing", str(number - 1)) == "refused"
+    assert recomputed(1, "--gradient-checkpointing", "all") == "4 of 4"
+    assert recomputed(batch, "--gradient-checkpointing", "none") == "refused"
+    assert recomputed(batch, "--fit") == "none", "smaller micro-batches cost less"
+    status, told = plan(*flags, "--gradient-checkpointing", "5")
+    assert status == 2 and "gradient_checkpointing is 5, but the model has 4 layers" in told
+
+
+def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(plan):
+    assert "GiB none" in plan("--methods", "lora")[1]
+    assert "GiB 2 of 4" in plan("--methods", "lora", "--gradient-checkpointing", "2")[1]
+
+
 def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
     assert plan("--budget-hours", "100")[0] == 0
     status, told = plan("--budget-hours", "0.001")
@@ -73,7 +99,8 @@ def test_an_unknown_cluster_is_named_with_the_known_ones(plan):
 def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 1 CPU thread (this one)"):
     journal = storage.add_trial(trial).journal
     journal.append("launched")
-    journal.append("started", hardware=hardware, workers=1, execution={})
+    # As an earlier version wrote it, which knew all layers or none.
+    journal.append("started", hardware=hardware, workers=1, execution={"gradient_checkpointing": False})
     journal.append("model", parameters=1, trainable_parameters=1)
     for step in (1, 2, 3):
         journal.append("step", step=step, tokens=step, loss=1.0, seconds=1.0, tokens_per_second=tokens_per_second,
@@ -95,7 +122,7 @@ def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothi
     status, told = plan(*flags)
     assert status == 0 and "2 trials: 1 to run, 1 finished before" in told
     assert "speeds as 1 trial here had on this hardware" in told
-    assert "cannot" not in told and "lora 2048 known - - - - - -" in told
+    assert "cannot" not in told and "lora 2048 known - - - - - - -" in told
     write_trial(storage, trials["full 2048"], 777.0, finished=False)
     _, told = plan(*flags)
     assert "full 2048 resume" in told and "777" in told and "from step 3 of 30" in told

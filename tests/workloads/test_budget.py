@@ -27,8 +27,11 @@ from workloads.budget import (
     calibrated,
     checkpoint_bytes,
     evaluation_seconds,
+    fewest_recomputed,
+    in_numbers,
     memory,
     model_flops_utilisation,
+    needed,
     paper_flops,
     smallest_change_that_fits,
     step_seconds,
@@ -37,12 +40,14 @@ from workloads.budget import (
     what_trains,
 )
 from workloads.budget.activations import Activations, Widths
+from workloads.budget.loop import Loop
 from workloads.budget.traffic import traffic
 from workloads.config import Attention, ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
 from workloads.optimization import build_optimizer
+from workloads.recompute import recompute_activations
 from workloads.training import Trial, set_up
 
 GIB = 2**30
@@ -111,7 +116,7 @@ A_TOKEN = {
 def test_flops_a_token_of_a_7b_step(context_length, group_size):
     """There, recompute repeats the whole layer; torch stops before its last product."""
     training = on_gpu(context_length, group_size=group_size)
-    plain, recomputed = (training_flops(LLAMA2_7B, training, again).total / context_length for again in (False, True))
+    plain, recomputed = (training_flops(LLAMA2_7B, training, again).total / context_length for again in (0, "all"))
     last_product = 2 * 4096 * 11008 * 32
     assert (round(plain / 1e9, 1), round((recomputed + last_product) / 1e9, 1)) == A_TOKEN[context_length, group_size]
 
@@ -132,16 +137,16 @@ def matrix_products(counter):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 1, "all"])
 def test_linear_flops_of_a_step_are_what_torch_counts(family, checkpointing):
     """To the last one, with LoRA, frozen weights, layers without a backward pass, tied embeddings, recompute."""
     for method, train_layers in itertools.product(METHODS, ("all", "last 1", "0")):
         model = small_model(family, tie_word_embeddings=method == "lora+").train()
         use_pattern(model, AttentionPattern())
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         shape = ModelShape.of(model.config)
         model = adapt(model, method, train_layers=train_layers)
+        model.config.use_cache = False
+        recompute_activations(model, checkpointing)
         with FlopCounterMode(display=False) as forward:
             loss = model(random_tokens(1)).logits.sum()
         with FlopCounterMode(display=False) as backward:
@@ -231,7 +236,7 @@ def test_kept_activations_are_what_autograd_saves(family, method):
         model_config = shaped(family)
         training = config(256, method, group_size, precision=precision, batch=batch)
         shape = ModelShape.of(model_config)
-        trains, widths = what_trains(shape, training), Widths.of(precision)
+        trains, widths = what_trains(shape, training), Loop.of(training, ExecutionConfig()).widths
         kept = Activations(trains, widths, rows=batch)
         a_token = sum(count * kept.layer(layer) for layer, count in trains.kinds) + kept.head() + 4 * shape.vocab_size
         casts = trains.linear_weights * 2 * (precision == "bfloat16")
@@ -240,7 +245,7 @@ def test_kept_activations_are_what_autograd_saves(family, method):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 2, "all"])
 @pytest.mark.parametrize("method", ["lora", "lora+", "full"])
 def test_the_peak_of_the_training_loop_is_predicted(method, checkpointing, precision):
     """Live tensors in two steps of the loop itself, with one micro-batch and with two; within 10%."""
@@ -255,22 +260,31 @@ def test_the_peak_of_the_training_loop_is_predicted(method, checkpointing, preci
 
 # One H200, transformers and PEFT as their users write it: everything in bfloat16, no autocast, LoRA's weights float32
 # (PEFT's default). GiB by (context, checkpointing).
-ALL_BFLOAT16 = Widths(compute=2, frozen=2, trained=2, lora=4, autocast=False)
-MEASURED_GIB = {(8192, True): 18.8, (32768, True): 35.6, (65536, True): 58.1, (98304, True): 80.5, (8192, False): 69.0}
+AS_USERS_WRITE_IT = Loop(widths=Widths(compute=2, frozen=2, trained=2, lora=4, autocast=False))
+MEASURED_GIB = {
+    (8192, "all"): 18.8, (32768, "all"): 35.6, (65536, "all"): 58.1, (98304, "all"): 80.5, (8192, 0): 69.0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("context_length", "checkpointing"), MEASURED_GIB)
 def test_peaks_measured_on_an_h200(context_length, checkpointing):
     execution = ExecutionConfig(gradient_checkpointing=checkpointing)
-    predicted = memory(LLAMA2_7B, on_gpu(context_length), execution, widths=ALL_BFLOAT16)
+    predicted = memory(LLAMA2_7B, on_gpu(context_length), execution, loop=AS_USERS_WRITE_IT)
     assert predicted.allocated / GIB == pytest.approx(MEASURED_GIB[context_length, checkpointing], rel=0.01)
+
+
+def test_the_peak_of_compiled_layers_measured_on_an_h200():
+    """The same run with each layer compiled; nothing is fitted to it."""
+    compiled = dataclasses.replace(AS_USERS_WRITE_IT, compiled=True)
+    predicted = memory(LLAMA2_7B, on_gpu(8192), ExecutionConfig(), loop=compiled)
+    assert predicted.allocated / GIB == pytest.approx(47.6, rel=0.01)
 
 
 def test_the_parts_make_the_total_and_a_4_bit_base_is_a_quarter_of_a_16_bit_one():
     sizes = {}
     for quantization in ("none", "nf4"):
         training = on_gpu(8192, quantization=quantization)
-        predicted = memory(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing=True))
+        predicted = memory(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing="all"))
         assert predicted.total == sum(getattr(predicted, part) for part in predicted.parts())
         sizes[quantization] = predicted.weights
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -279,7 +293,7 @@ def test_the_parts_make_the_total_and_a_4_bit_base_is_a_quarter_of_a_16_bit_one(
 
 def test_workers_share_out_what_their_engine_says():
     trainable = what_trains(LLAMA2_7B, on_gpu(8192, "full")).trainable
-    settings = dict(gradient_checkpointing=True, micro_batch=1)
+    settings = dict(gradient_checkpointing="all", micro_batch=1)
     training = on_gpu(8192, "full", batch=8)
     by_engine = {
         engine: memory(LLAMA2_7B, training, ExecutionConfig(engine=engine, **settings), workers=8)
@@ -338,7 +352,7 @@ class Moved(TorchDispatchMode):
         return result
 
 
-def moved_in_a_pass(model_config, training, checkpointing=False):
+def moved_in_a_pass(model_config, training, checkpointing=0):
     """(bytes, kernels) of one forward and backward pass."""
     bfloat16 = training.precision == "bfloat16"
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
@@ -361,15 +375,17 @@ TRAFFIC_WITHIN = {"llama": 0.10, "qwen3": 0.12, "gemma2": 0.15, "phi3": 0.20, "g
 @pytest.mark.parametrize("method", ["lora", "lora+", "full"])
 def test_bytes_moved_are_what_operations_take_and_give(family, method):
     for precision, group_size, checkpointing in (
-        ("bfloat16", None, False),
-        ("bfloat16", 64, False),
-        ("float32", 64, False),
-        ("bfloat16", None, True),
+        ("bfloat16", None, 0),
+        ("bfloat16", 64, 0),
+        ("float32", 64, 0),
+        ("bfloat16", None, 2),
+        ("bfloat16", None, "all"),
     ):
         if family == "gpt_neox" and precision == "bfloat16":
             continue  # see above: under autocast its LayerNorm is another on CUDA
         model_config, training = shaped(family), config(256, method, group_size, precision=precision)
-        predicted = traffic(ModelShape.of(model_config), training, checkpointing, Widths.of(precision))
+        shape = ModelShape.of(model_config)
+        predicted = traffic(shape, training, checkpointing, Loop.of(training, ExecutionConfig()).widths)
         moved, kernels = moved_in_a_pass(model_config, training, checkpointing)
         in_a_pass = 256 * predicted.training + predicted.micro_batch()
         assert in_a_pass == pytest.approx(moved, rel=TRAFFIC_WITHIN[family]), (precision, group_size, checkpointing)
@@ -379,11 +395,11 @@ def test_bytes_moved_are_what_operations_take_and_give(family, method):
 
 # Tokens/s on one H200: the runs of MEASURED_GIB; the last is with cuDNN's attention, which this package takes there.
 MEASURED_SPEED = {
-    (8192, True): 7869,
-    (32768, True): 5651,
-    (65536, True): 4052,
-    (98304, True): 3126,
-    (8192, False): 10898,
+    (8192, "all"): 7869,
+    (32768, "all"): 5651,
+    (65536, "all"): 4052,
+    (98304, "all"): 3126,
+    (8192, 0): 10898,
 }
 
 
@@ -391,8 +407,15 @@ MEASURED_SPEED = {
 def test_speeds_measured_on_an_h200(context_length, checkpointing):
     """Two of the device's shares are fitted to these."""
     execution = ExecutionConfig(gradient_checkpointing=checkpointing)
-    seconds = step_seconds(LLAMA2_7B, on_gpu(context_length), execution, 1, H200, widths=ALL_BFLOAT16)
+    seconds = step_seconds(LLAMA2_7B, on_gpu(context_length), execution, 1, H200, loop=AS_USERS_WRITE_IT)
     assert context_length / seconds == pytest.approx(MEASURED_SPEED[context_length, checkpointing], rel=0.02)
+
+
+def test_the_speed_of_compiled_layers_measured_on_an_h200():
+    """One number is fitted to it."""
+    compiled = dataclasses.replace(AS_USERS_WRITE_IT, compiled=True)
+    seconds = step_seconds(LLAMA2_7B, on_gpu(8192), ExecutionConfig(), 1, H200, loop=compiled)
+    assert 8192 / seconds == pytest.approx(14_621, rel=0.02)
 
 
 SMOLLM2_135M = ModelShape.of(
@@ -405,9 +428,9 @@ SMOLLM2_135M = ModelShape.of(
 
 @pytest.mark.parametrize(("method", "measured"), [("lora+", 95_000), ("full", 103_000)])
 def test_a_small_models_speed_is_predicted_from_a_large_ones(method, measured):
-    """Nothing is fitted to these: one H200, 32,768 tokens, S²-Attn, docs/performance.md."""
-    training = on_gpu(32768, method, 8192, batch=8)
-    seconds = step_seconds(SMOLLM2_135M, training, ExecutionConfig(micro_batch=1), 1, H200)
+    """Nothing is fitted to these: one H200, 32,768 tokens, S²-Attn, layers not compiled, docs/performance.md."""
+    training, loop = on_gpu(32768, method, 8192, batch=8), Loop(widths=Widths.of("bfloat16"))
+    seconds = step_seconds(SMOLLM2_135M, training, ExecutionConfig(micro_batch=1), 1, H200, loop=loop)
     assert 8 * 32768 / seconds == pytest.approx(measured, rel=0.06)
 
 
@@ -451,14 +474,14 @@ def test_hours_that_the_paper_reports_on_a100s(method, fitted, within):
     for context_length, hours in zip((8192, 16384, 32768, 65536), PAPER_HOURS[method]):
         group_size = context_length // 4 if method == "lora+" else None
         training = on_gpu(context_length, method, group_size, batch=64, steps=1000)
-        execution = ExecutionConfig(gradient_checkpointing=True, micro_batch=1, engine="zero2")
-        seconds = 1000 * step_seconds(LLAMA2_7B, training, execution, 8, device, widths=ALL_BFLOAT16)
+        execution = ExecutionConfig(gradient_checkpointing="all", micro_batch=1, engine="zero2")
+        seconds = 1000 * step_seconds(LLAMA2_7B, training, execution, 8, device, loop=AS_USERS_WRITE_IT)
         assert seconds / 3600 == pytest.approx(hours, rel=within)
 
 
 def test_a_measured_trial_sets_the_speed_of_others():
     """The one measured comes out as it was; another scales by its FLOPs."""
-    execution = ExecutionConfig(gradient_checkpointing=True)
+    execution = ExecutionConfig(gradient_checkpointing="all")
     measured = on_gpu(8192, batch=4)
     device = calibrated(H200, LLAMA2_7B, measured, execution, 1, tokens_per_second=4000)
     assert step_seconds(LLAMA2_7B, measured, execution, 1, device) == pytest.approx(4 * 8192 / 4000)
@@ -499,26 +522,58 @@ def test_utilisation_counts_nothing_twice():
 # What fits
 
 
-def test_what_does_not_fit_is_changed_by_what_costs_least():
-    asked = ExecutionConfig()
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"])
+def test_what_does_not_fit_is_changed_by_what_costs_least(name):
+    """At least as good as every micro-batch with every number of layers that recompute, on one device."""
+    asked, device = ExecutionConfig(), Device.named(name)
     training = on_gpu(8192, group_size=2048, batch=64)
-    for name, changes in (
-        ("NVIDIA H200", ("micro-batches of 2",)),
-        ("NVIDIA A100-SXM4-80GB", ("micro-batches of 1",)),
-        ("NVIDIA A100-SXM4-40GB", ("micro-batches of 2", "gradient checkpointing")),
-    ):
-        device = Device.named(name)
-        assert memory(LLAMA2_7B, training, asked).total > device.memory
-        fit = smallest_change_that_fits(LLAMA2_7B, training, asked, 1, device)
-        assert fit.changes == changes
-        assert fit.memory == memory(LLAMA2_7B, training, fit.execution, fit.workers)
-        assert fit.memory.total <= device.memory
+    assert needed(LLAMA2_7B, training, asked, 1, device).total > device.memory
+    fit = smallest_change_that_fits(LLAMA2_7B, training, asked, 1, device)
+    assert fit.memory == needed(LLAMA2_7B, training, fit.execution, fit.workers, device)
+    assert fit.memory.total <= device.memory
+    every = [
+        ExecutionConfig(micro_batch=rows, gradient_checkpointing=layers)
+        for rows, layers in itertools.product((64, 32, 16, 8, 4, 2, 1), range(33))
+    ]
+    fitting = [e for e in every if needed(LLAMA2_7B, training, e, 1, device).total <= device.memory]
+    cheapest = min(step_seconds(LLAMA2_7B, training, each, 1, device) for each in fitting)
+    assert step_seconds(LLAMA2_7B, training, fit.execution, 1, device) <= cheapest
+    layers = fit.execution.gradient_checkpointing
+    assert f"micro-batches of {fit.execution.micro_batch}" in fit.changes
+    assert (f"gradient checkpointing of {layers} of 32 layers" in fit.changes) == (layers > 0)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+", "full"])
+@pytest.mark.parametrize("context_length", [8192, 32768, 98304])
+def test_no_more_layers_recompute_than_it_takes(context_length, method):
+    for device in map(Device.named, ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB")):
+        training = on_gpu(context_length, method, 2048)
+        found = fewest_recomputed(LLAMA2_7B, training, ExecutionConfig(), 1, device)
+        fits = [
+            needed(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing=n), 1, device).total <= device.memory
+            for n in range(33)
+        ]
+        assert (found.gradient_checkpointing if found else None) == (fits.index(True) if any(fits) else None)
+        assert fits == sorted(fits), "what fits with some fits with more"
+
+
+def test_layers_without_a_backward_pass_are_none_that_recompute():
+    for method, train_layers, whole in (
+        ("lora", "all", 32), ("lora", "last 4", 4), ("lora+norm", "5,31", 27), ("full", "last 4", 4),
+        ("lora+", "last 4", 32), ("untuned", "all", 0),
+    ):  # fmt: skip
+        training = config(method=method, train_layers=train_layers, steps=2 * (method != "untuned"))
+        execution = in_numbers(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing="all"))
+        assert execution.gradient_checkpointing == whole
+        assert in_numbers(LLAMA2_7B, training, execution) == execution
+    with pytest.raises(InputError, match="gradient_checkpointing is 33, but the model has 32 layers"):
+        in_numbers(LLAMA2_7B, config(), ExecutionConfig(gradient_checkpointing=33))
 
 
 def test_more_workers_and_zero_come_where_one_device_is_not_enough():
     training = on_gpu(8192, "full", 2048, batch=64)
     device = Device.named("NVIDIA A100-SXM4-80GB")
-    execution = ExecutionConfig(gradient_checkpointing=True, micro_batch=1)
+    execution = ExecutionConfig(gradient_checkpointing="all", micro_batch=1)
     alone = smallest_change_that_fits(LLAMA2_7B, training, execution, 1, device)
     assert alone.execution.offload
     together = smallest_change_that_fits(LLAMA2_7B, training, execution, 1, device, max_workers=8)

@@ -153,7 +153,7 @@ def every_run(engine, model, corpus, folder, device):
 
     runs = {
         "plain": go("plain"),
-        "micro_batch": go("micro_batch", execution={"micro_batch": 2, "gradient_checkpointing": True}),
+        "micro_batch": go("micro_batch", execution={"micro_batch": 2, "gradient_checkpointing": "all"}),
         "full": go("full", method="full"),
         "bfloat16": go("bfloat16", precision="bfloat16"),
         "alone": go("alone"),

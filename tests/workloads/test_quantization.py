@@ -57,7 +57,7 @@ def test_nf4_trains_near_to_bfloat16_over_a_base_that_stays_as_it_is(tied, tmp_p
     losses = {}
     for quantization in ("none", "nf4"):
         settings = config(quantization=quantization)
-        model = build_model(source, settings, engine, ExecutionConfig(gradient_checkpointing=True))
+        model = build_model(source, settings, engine, ExecutionConfig(gradient_checkpointing="all"))
         assert count_parameters(model) == count_parameters(build_model(source, config(), engine, ExecutionConfig()))
         trainable = trainable_parameters(model)
         assert {p.dtype for p in trainable.values()} == {torch.float32}

@@ -184,7 +184,7 @@ def test_checkpoints_of_another_trial_are_refused_and_left_alone(corpus, tmp_pat
 
 def test_micro_batches_and_checkpointing_change_nothing_but_memory(corpus, tmp_path):
     plain = losses(train(config(), corpus, tmp_path / "a"))
-    saving = ExecutionConfig(micro_batch=1, gradient_checkpointing=True)
+    saving = ExecutionConfig(micro_batch=1, gradient_checkpointing="all")
     assert losses(train(config(), corpus, tmp_path / "b", saving)) == pytest.approx(plain, rel=1e-5)
 
 

@@ -4,15 +4,24 @@
 ``flops``        FLOPs of patterns, forward passes and training steps, in closed form; the paper's table
 ``activations``  what a model keeps for its backward pass
 ``traffic``      bytes that everything beside matrix products moves, and kernels that are launched
+``loop``         how the training loop computes, beside what configurations say
 ``memory``       memory of one worker, by parts, at the worst moment of a step; a checkpoint's size
 ``devices``      devices by name: memory, peaks, bandwidth, efficiencies
 ``speed``        seconds of steps, evaluations and trials; calibration; model FLOPs utilisation
-``fitting``      the change that costs least and makes a trial fit
+``fitting``      the fewest layers that recompute; the change that costs least and makes a trial fit
 """
 
 from workloads.budget.devices import Device
-from workloads.budget.fitting import Fit, smallest_change_that_fits
+from workloads.budget.fitting import (
+    Fit,
+    fewest_recomputed,
+    in_numbers,
+    less_memory,
+    needed,
+    smallest_change_that_fits,
+)
 from workloads.budget.flops import attended_pairs, forward_flops, paper_flops, training_flops
+from workloads.budget.loop import Loop
 from workloads.budget.memory import Memory, checkpoint_bytes, memory
 from workloads.budget.shape import ModelShape, Training, what_trains
 from workloads.budget.speed import (
@@ -26,6 +35,7 @@ from workloads.budget.speed import (
 __all__ = [
     "Device",
     "Fit",
+    "Loop",
     "Memory",
     "ModelShape",
     "Training",
@@ -33,9 +43,13 @@ __all__ = [
     "calibrated",
     "checkpoint_bytes",
     "evaluation_seconds",
+    "fewest_recomputed",
     "forward_flops",
+    "in_numbers",
+    "less_memory",
     "memory",
     "model_flops_utilisation",
+    "needed",
     "paper_flops",
     "smallest_change_that_fits",
     "step_seconds",

@@ -41,6 +41,10 @@ class Device:
     def peak(self, precision: Precision) -> float:
         return self.bfloat16 if precision == "bfloat16" else self.float32
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "CPU"
+
     @classmethod
     def named(cls, name: str) -> Device | None:
         """The device of this name, or None if it is not known."""
@@ -83,7 +87,7 @@ LAUNCH = 20e-6
 HOPPER = dict(
     linear_efficiency=0.80,
     attention_efficiency=0.555,
-    bandwidth_efficiency=0.425,
+    bandwidth_efficiency=0.43,
     launch=LAUNCH,
     efficiency_source="measured on one H200, Llama-2-7B",
 )

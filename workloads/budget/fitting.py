@@ -1,16 +1,19 @@
-"""What would make a trial fit that does not: the change that costs least."""
+"""What makes a trial fit: the fewest layers that recompute; where that is not enough, the change that costs least."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from workloads.budget.devices import Device
+from workloads.budget.loop import Loop
 from workloads.budget.memory import Memory, memory, micro_batch
-from workloads.budget.shape import ModelShape
+from workloads.budget.shape import ModelShape, what_trains
 from workloads.budget.speed import step_seconds
 from workloads.config import ExecutionConfig, TrainingConfig
 
@@ -23,6 +26,71 @@ class Fit:
     workers: int
     memory: Memory
     changes: tuple[str, ...]
+
+
+def needed(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> Memory:
+    """The memory of one of ``workers`` workers on such a device. What it holds back there for what torch does not count
+    (:attr:`Memory.reserve`) is the margin of all that is said to fit.
+
+    Raises:
+        InputError: as :func:`workloads.budget.memory.memory`.
+    """
+    return memory(shape, training, execution, workers, loop=Loop.of(training, execution, device))
+
+
+def in_numbers(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> ExecutionConfig:
+    """The execution with its gradient checkpointing as the number of layers that do recompute: ``all`` are those that
+    have a backward pass, of an untuned trial none.
+
+    Raises:
+        InputError: the model has fewer layers.
+    """
+    checkpointed = what_trains(shape, training, execution.gradient_checkpointing).checkpointed
+    return dataclasses.replace(execution, gradient_checkpointing=len(checkpointed))
+
+
+def fewest_recomputed(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> ExecutionConfig | None:
+    """The execution with as many layers that recompute as it takes to fit the device, at least as many as it has; None
+    if all of them are not enough. A number that fits makes every larger one fit."""
+
+    def with_layers(number: int) -> ExecutionConfig:
+        return dataclasses.replace(execution, gradient_checkpointing=number)
+
+    def fits(number: int) -> bool:
+        return needed(shape, training, with_layers(number), workers, device).total <= device.memory
+
+    first = in_numbers(shape, training, execution).gradient_checkpointing
+    most = len(what_trains(shape, training).backward)
+    if fits(first):
+        return with_layers(first)
+    if not fits(most):
+        return None
+    return with_layers(bisect.bisect_left(range(most), True, lo=first + 1, key=fits))
+
+
+def less_memory(execution: ExecutionConfig, share: int, layers: int) -> ExecutionConfig | None:
+    """The next smaller memory plan of a trial that ran out of memory, whatever was predicted; None where there is none.
+
+    Smaller pieces of the batch come first: they cost next to nothing in time. Then half of the layers that kept their
+    activations recompute them, then all, which costs about a third; then offload.
+
+    Args:
+        share: sequences of the batch that each worker trains in a step.
+        layers: those that have a backward pass.
+    """
+    if (execution.micro_batch or share) > 1:
+        return dataclasses.replace(execution, micro_batch=max(1, (execution.micro_batch or share) // 4))
+    recompute = layers if execution.gradient_checkpointing == "all" else execution.gradient_checkpointing
+    if recompute < layers:
+        more = (recompute + layers + 1) // 2 if recompute < layers // 2 else layers
+        return dataclasses.replace(execution, gradient_checkpointing=more)
+    if execution.engine.startswith("zero") and not execution.offload:
+        return dataclasses.replace(execution, offload=True)
+    return None
 
 
 def smallest_change_that_fits(
@@ -40,33 +108,42 @@ def smallest_change_that_fits(
         micro-batch             the same FLOPs in more passes; a long sequence alone fills a GPU
         ZeRO-2                  sends what DDP sends: gradients of what trains, and it back
         more workers            the same device-seconds, but for what they exchange
-        gradient checkpointing  one more forward pass: about a third more FLOPs
+        gradient checkpointing  one more forward pass of as few layers as it takes: of all, about a third more FLOPs
         ZeRO-3                  all weights over the link, twice in each pass
         offload                 over the much slower link to the host, and the update there
 
     What changes the result (quantisation, a shorter context) is never among them.
     """
-    candidates = sorted(
-        _candidates(training, execution, workers, max_workers),
-        key=lambda each: (_cost(shape, training, *each, device), *_order(*each)),
-    )
-    for candidate, number in candidates:
-        needed = memory(shape, training, candidate, number)
-        if needed.total <= device.memory:
-            return Fit(candidate, number, needed, tuple(_changes(candidate, number, execution, workers)))
-    return None
+    asked = in_numbers(shape, training, execution)
+
+    def cost(candidate: ExecutionConfig, number: int) -> tuple:
+        return _cost(shape, training, candidate, number, device), *_order(candidate, number)
+
+    best, least = None, (math.inf,)
+    # By what they cost if no more layers have to recompute: where that is more than the best costs, none is better.
+    for at_least, candidate, number in sorted(
+        ((cost(*each), *each) for each in _candidates(training, asked, workers, max_workers)), key=lambda each: each[0]
+    ):
+        if at_least >= least:
+            break
+        fitting = fewest_recomputed(shape, training, candidate, number, device)
+        if fitting and (takes := cost(fitting, number)) < least:
+            best, least = (fitting, number), takes
+    if best is None:
+        return None
+    layers = len(what_trains(shape, training).backward)
+    return Fit(*best, needed(shape, training, *best, device), tuple(_changes(*best, asked, workers, layers)))
 
 
 def _candidates(
     training: TrainingConfig, execution: ExecutionConfig, workers: int, max_workers: int
 ) -> Iterator[tuple[ExecutionConfig, int]]:
     numbers = [n for n in range(workers, max(workers, max_workers) + 1) if n == workers or training.batch % n == 0]
-    checkpointing = [True] if execution.gradient_checkpointing else [False, True]
     stages = ["zero2", "zero3"]
     engines = [*stages[stages.index(execution.engine) :]] if execution.engine in stages else [execution.engine, *stages]
     if training.quantization != "none":
         engines = [engine for engine in engines if engine != "zero3"]
-    for number, recompute, engine, offload in itertools.product(numbers, checkpointing, engines, [False, True]):
+    for number, engine, offload in itertools.product(numbers, engines, [False, True]):
         if (offload and not engine.startswith("zero")) or (execution.offload and not offload):
             continue
         if engine.startswith("zero") and number == 1 and not offload:
@@ -74,19 +151,16 @@ def _candidates(
         rows = micro_batch(training, execution, number)
         while rows:
             given = None if execution.micro_batch is None and rows == training.batch // number else rows
-            yield (
-                dataclasses.replace(
-                    execution, micro_batch=given, gradient_checkpointing=recompute, engine=engine, offload=offload
-                ),
-                number,
-            )
+            yield dataclasses.replace(execution, micro_batch=given, engine=engine, offload=offload), number
             rows //= 2
 
 
 def _cost(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    return workers * step_seconds(shape, training, execution, workers, device) if training.steps else 0.0
+    if not training.steps or not device.peak(training.precision):  # of an unknown device the order alone decides
+        return 0.0
+    return workers * step_seconds(shape, training, execution, workers, device)
 
 
 def _order(execution: ExecutionConfig, workers: int) -> tuple:
@@ -101,13 +175,16 @@ def _order(execution: ExecutionConfig, workers: int) -> tuple:
     )
 
 
-def _changes(execution: ExecutionConfig, number: int, asked: ExecutionConfig, workers: int) -> Iterator[str]:
+def _changes(
+    execution: ExecutionConfig, number: int, asked: ExecutionConfig, workers: int, layers: int
+) -> Iterator[str]:
     if number != workers:
         yield f"{number} workers"
     if execution.micro_batch != asked.micro_batch:
         yield f"micro-batches of {execution.micro_batch}"
     if execution.gradient_checkpointing != asked.gradient_checkpointing:
-        yield "gradient checkpointing"
+        recompute = execution.gradient_checkpointing
+        yield "gradient checkpointing" + (f" of {recompute} of {layers} layers" if recompute < layers else "")
     if execution.engine != asked.engine:
         yield f"the engine {execution.engine}"
     if execution.offload != asked.offload:

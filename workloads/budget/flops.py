@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from workloads.budget.shape import ATTENTION, Linear, ModelShape, Training, what_trains
-from workloads.config import Attention, TrainingConfig
+from workloads.config import Attention, GradientCheckpointing, TrainingConfig
 
 # The matrix products of attention: two forward (scores, output); backward four, and the scores once more, which a
 # fused kernel does not keep (Dao, arXiv 2205.14135).
@@ -154,18 +154,20 @@ def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | Non
     """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
     ``training`` adds to the model (LoRA)."""
     lora = what_trains(shape, training).lora_parameters if training else 0
-    weights = shape.num_layers * sum(linear.weights for linear in shape.linears) + shape.embedding_parameters + lora
+    weights = shape.num_layers * shape.layer_weights + shape.embedding_parameters + lora
     pairs = shape.num_layers * attended_pairs("full", None, shape.num_heads, tokens)
     return Flops(forward_linear=2.0 * tokens * weights, forward_attention=4.0 * shape.head_dim * pairs)
 
 
 @lru_cache(maxsize=4096)
-def training_flops(shape: ModelShape, training: TrainingConfig, gradient_checkpointing: bool = False) -> Flops:
+def training_flops(
+    shape: ModelShape, training: TrainingConfig, gradient_checkpointing: GradientCheckpointing = 0
+) -> Flops:
     """Forward and backward of one training sequence.
 
     A weight costs 2 FLOPs a token forward, 2 for the gradient of its input where something before it trains, and 2 for
     its own gradient if it trains: 4N for frozen weights, 6N for trained ones. Layers before the first that trains have
-    no backward pass. Checkpointing computes each layer that has one again, all of it but its last linear module: torch
+    no backward pass. A layer with gradient checkpointing is computed again, all of it but its last linear module: torch
     stops when it has what it needs.
     """
     trains = what_trains(shape, training, gradient_checkpointing)
@@ -173,7 +175,7 @@ def training_flops(shape: ModelShape, training: TrainingConfig, gradient_checkpo
     linear, attention = _Passes(), _Passes()
     for layer, count in trains.kinds:
         pairs = attended_pairs(training.attention, training.group_size, shape.num_heads, tokens, layer)
-        again = gradient_checkpointing and trains.has_backward(layer)
+        again = layer in trains.checkpointed
         attention.forward += count * pairs
         attention.backward += count * pairs * trains.needs_gradient(layer, "attention")
         attention.recomputed += count * pairs * again
@@ -222,10 +224,14 @@ def _backward_weights(trains: Training, layer: int, linear: Linear) -> int:
 
 
 def _not_recomputed(trains: Training, layer: int) -> int:
-    """Checkpointing stops before the last product of a layer, whose result the backward pass does not need; a norm
-    after it does (Gemma 2 and 3)."""
+    """Checkpointing stops before the last product of a layer that has a backward pass, since that does not need its
+    result; a norm after it does (Gemma 2 and 3). In GPT-NeoX the MLP may have none while attention trains beside it."""
     if trains.shape.norms == 4:
         return 0
-    last = trains.shape.linears[-1]
-    _, b = _lora_sides(trains, layer, last)
-    return b or last.weights
+    after = 0
+    for each in reversed(trains.shape.linears):
+        if _backward_weights(trains, layer, each):
+            _, b = _lora_sides(trains, layer, each)
+            return after + (b or each.weights)
+        after += _forward_weights(trains, layer, each)
+    return after

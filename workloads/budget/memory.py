@@ -3,8 +3,10 @@
 The moments of a step (workloads/training.py), each with what is alive then:
 
     forward     its end: what all layers kept, autocast's copies of weights that train, logits
-    loss        its backward pass: also log-probabilities and two gradients of the logits, in float32
+    loss        its backward pass: also log-probabilities and two gradients of the logits, in float32; in chunks it
+                has all of this for one chunk at a time, already in the forward pass
     last layer  the backward pass of the layer that comes first, all others still kept
+    recompute   that of the last layer that recomputes its activations, where later ones have kept theirs
     first layer the one that comes last: all gradients are there
     update      gradients, weights and optimiser state
     evaluation  no gradients; as many tokens as an evaluation forwards, at least a whole window
@@ -15,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from workloads.budget.activations import FLOAT32, Activations, Widths
+from workloads.budget.activations import FLOAT32, Activations
+from workloads.budget.loop import CHUNK_LOGITS, Loop
 from workloads.budget.shape import ModelShape, what_trains
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.errors import InputError
@@ -93,17 +96,17 @@ def memory(
     execution: ExecutionConfig,
     workers: int = 1,
     *,
-    widths: Widths | None = None,
+    loop: Loop | None = None,
 ) -> Memory:
     """The memory of one of ``workers`` workers that train (or, untuned, evaluate) as told.
 
     Args:
-        widths: bytes of numbers; None: as this package trains with ``training.precision``.
+        loop: how training computes; None: as this package does where layers are not compiled.
 
     Raises:
         InputError: the batch does not divide among the workers, or what trains does not fit the model.
     """
-    moments = _Moments(shape, training, execution, workers, widths or Widths.of(training.precision))
+    moments = _Moments(shape, training, execution, workers, loop or Loop.of(training, execution))
     worst = max(moments.all(), key=lambda moment: moment.allocated)
     comes_and_goes = worst.activations + worst.logits + worst.workspace
     reserve = CONTEXT_BYTES + NCCL_BYTES * (workers > 1) + int(FRAGMENTATION * comes_and_goes)
@@ -130,26 +133,30 @@ def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
 
 class _Moments:
     def __init__(
-        self, shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, widths: Widths
+        self, shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, loop: Loop
     ) -> None:
         self.shape, self.training, self.execution, self.workers = shape, training, execution, workers
-        self.widths = widths
+        self.widths, self.chunked = loop.widths, loop.chunked_loss
         self.trains = what_trains(shape, training, execution.gradient_checkpointing)
         self.rows = micro_batch(training, execution, workers)
         self.tokens = self.rows * training.context_length
         self.accumulates = training.batch > self.rows * workers
         grouped = training.attention in ("full", "short", "shifted", "s2", "s2-layers")
         masked = execution.attention_backend == "sdpa" and not grouped
-        self.kept = Activations(self.trains, widths, self.rows, masked)
+        self.kept = Activations(self.trains, loop.widths, self.rows, masked, loop.compiled)
         self.stage = int(execution.engine[-1]) if execution.engine.startswith("zero") else 0
-        self.logits = self.tokens * shape.vocab_size * widths.compute
+        # Bytes of the logits that last: a chunk's are gone with it.
+        self.logits = 0 if self.chunked else self.tokens * shape.vocab_size * loop.widths.compute
 
     def all(self) -> list[Memory]:
         fixed = self.fixed()
         moments = [self.evaluation(fixed)]
         if self.trains.trainable and self.training.steps:
             moments += [self.forward(fixed), self.loss(fixed), self.update(fixed)]
-            moments += [self.in_layer(fixed, last=True), self.in_layer(fixed, last=False)]
+            moments.append(self.in_layer(fixed, "last layer", self.shape.num_layers - 1))
+            if checkpointed := self.trains.checkpointed:
+                moments.append(self.in_layer(fixed, "recompute", checkpointed[-1]))
+            moments.append(self.in_layer(fixed, "first layer", self.trains.backward[0]))
         return moments
 
     def trained_bytes(self, share: float = 1.0) -> int:
@@ -184,7 +191,7 @@ class _Moments:
         frozen, shape = self.trains.frozen, self.shape
         if self.training.quantization == "none":
             return frozen * self.widths.frozen
-        quantized = shape.num_layers * sum(linear.weights for linear in shape.linears)
+        quantized = shape.num_layers * shape.layer_weights
         return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
 
     def gradients(self) -> int:
@@ -198,14 +205,34 @@ class _Moments:
         """Autocast's copies of all trained weights of linear modules."""
         return self.trains.linear_weights * self.widths.compute * self.widths.autocast
 
-    def layers(self) -> float:
-        """Kept of all layers, bytes a token: with checkpointing, each one's input."""
-        if self.execution.gradient_checkpointing:
-            return self.shape.num_layers * self.kept.layer_input
-        return sum(count * self.kept.layer(layer) for layer, count in self.trains.kinds)
+    def head_cast(self) -> int:
+        """Autocast's copy of the output layer's weight, if it trains."""
+        return self.trains.output * self.shape.embedding_parameters * self.widths.compute * self.widths.autocast
+
+    def layer_casts(self, layers: range) -> int:
+        """Autocast's copies of the weights that train in these layers."""
+        return self.trained_in(layers) * self.widths.compute * self.widths.autocast
+
+    def trained_in(self, layers: range) -> int:
+        return sum(map(self.trains.weights, layers)) * self.shape.layer_weights
+
+    def kept_casts(self, up_to: int) -> int:
+        """What layers keep of these copies for the backward pass, up to one: those after the ones that recompute."""
+        return self.layer_casts(range(self.trains.checkpointed.stop, up_to + 1))
+
+    def layers(self, up_to: int) -> float:
+        """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input."""
+        kept = 0.0
+        for alike in self.trains.alike:
+            a_layer = self.kept.layer_input if alike[0] in self.trains.checkpointed else self.kept.layer(alike[0])
+            kept += a_layer * sum(layer <= up_to for layer in alike)
+        return kept
 
     def activations(self) -> float:
-        return self.tokens * (self.layers() + self.kept.head())
+        head = self.kept.head()
+        if self.chunked:  # in place of the output layer's input its gradient, in full
+            head = self.kept.final_norm() + self.kept.residual * self.shape.hidden_size
+        return self.tokens * (self.layers(self.shape.num_layers - 1) + head)
 
     def forward(self, fixed: Memory) -> Memory:
         before = self.logits * self.accumulates  # the logits of the micro-batch before
@@ -219,37 +246,40 @@ class _Moments:
         )
 
     def loss(self, fixed: Memory) -> Memory:
-        head = self.trains.output * self.shape.embedding_parameters * self.widths.compute * self.widths.autocast
+        """In chunks, the gradient of an output layer that trains is summed up beside what there is of it."""
+        if self.chunked:
+            entries = min(self.tokens * self.shape.vocab_size, CHUNK_LOGITS)
+            logits = entries * (3 * FLOAT32 + self.widths.compute)
+        else:
+            logits = self.logits + self.tokens * self.shape.vocab_size * 3 * FLOAT32
         return self.add(
             fixed,
             "loss",
-            gradients=self.gradients() * self.accumulates,
-            casts=head if self.execution.gradient_checkpointing else self.casts(),
+            gradients=self.gradients() * self.accumulates + self.head_gradient() * self.chunked,
+            casts=self.casts() if self.chunked else self.head_cast() + self.kept_casts(self.shape.num_layers - 1),
             activations=self.activations(),
-            logits=self.logits + 3 * FLOAT32 * self.tokens * self.shape.vocab_size,
+            logits=logits,
         )
 
-    def in_layer(self, fixed: Memory, last: bool) -> Memory:
-        """The backward pass of the last layer (the first to have one), or of the first."""
-        layer = self.shape.num_layers - 1 if last else 0
-        checkpointing, kept, trains = self.execution.gradient_checkpointing, self.kept, self.trains
-        a_token = kept.layer(layer)
-        if last:
-            a_token = self.layers()
-            if checkpointing:  # the layer again; a float32 input is what its first norm keeps
-                a_token += kept.layer(layer) - kept.layer_input * (kept.residual == FLOAT32)
-        weights = sum(linear.weights for linear in self.shape.linears) * trains.weights(layer)
-        a_layer = weights * self.widths.compute * self.widths.autocast
+    def head_gradient(self) -> int:
+        return self.trains.output * self.shape.embedding_parameters * self.widths.trained
+
+    def in_layer(self, fixed: Memory, moment: str, layer: int) -> Memory:
+        """The backward pass of a layer: what it and those before it keep, the gradients of those after it."""
+        kept, trains = self.kept, self.trains
+        again = layer in trains.checkpointed
+        a_token = self.layers(layer)
+        if again:  # a float32 input is what its first norm keeps
+            a_token += kept.layer(layer) - kept.layer_input * (kept.residual == FLOAT32 and not kept.compiled)
         gradients = self.gradients()
         if not self.accumulates and not self.stage:
-            head = trains.output * self.shape.embedding_parameters * self.widths.trained
-            own = trains.embeddings * self.shape.embedding_parameters + weights
-            gradients = head if last else max(head, gradients - own * self.widths.trained)
+            to_come = trains.embeddings * self.shape.embedding_parameters + self.trained_in(range(layer + 1))
+            gradients = max(self.head_gradient(), gradients - to_come * self.widths.trained)
         return self.add(
             fixed,
-            "last layer" if last else "first layer",
+            moment,
             gradients=gradients,
-            casts=a_layer if checkpointing or not last else self.casts(),
+            casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * again,
             activations=self.tokens * a_token,
             logits=self.logits,
             workspace=self.tokens * kept.backward_work(layer) + self.dequantized(),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from workloads.config import TrainingConfig, trained_layers, trains_embeddings, trains_norms
+from workloads.config import GradientCheckpointing, TrainingConfig, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
 
 # The linear modules of a decoder layer, by what they read: the first norm, attention's output, the second norm, or what
@@ -143,6 +143,11 @@ class ModelShape:
     def final_norm_parameters(self) -> int:
         return self.hidden_size * (1 + self.norm_biases)
 
+    @cached_property
+    def layer_weights(self) -> int:
+        """Weights of the linear modules of one layer, without biases."""
+        return sum(linear.weights for linear in self.linears)
+
     @property
     def linear_parameters(self) -> int:
         """Of the linear modules of one layer."""
@@ -186,16 +191,16 @@ class Training:
     """What of a model trains, and how far gradients reach: a shape under a :class:`TrainingConfig`.
 
     Args:
-        checkpointing: gradient checkpointing is on. transformers then has the embeddings' output require a gradient, so
-            that one flows through every layer, whichever train.
+        checkpointing: how many layers recompute their activations, as in ``ExecutionConfig``.
 
     Raises:
-        InputError: the choice of layers goes beyond the model, or a LoRA target is none of its linear modules.
+        InputError: the choice of layers, or the number of those that recompute, goes beyond the model, or a LoRA target
+            is none of its linear modules.
     """
 
     shape: ModelShape
     config: TrainingConfig
-    checkpointing: bool = False
+    checkpointing: GradientCheckpointing = 0
 
     def __post_init__(self) -> None:
         known = {linear.name for linear in self.shape.linears}
@@ -203,6 +208,10 @@ class Training:
             raise InputError(
                 f"lora_targets has {', '.join(unknown)}, which the family {self.shape.family} does not have; "
                 f"its linear modules: {', '.join(sorted(known))}"
+            )
+        if self.checkpointing != "all" and self.checkpointing > self.shape.num_layers:
+            raise InputError(
+                f"gradient_checkpointing is {self.checkpointing}, but the model has {self.shape.num_layers} layers"
             )
         _ = self.layers
 
@@ -250,14 +259,21 @@ class Training:
 
     def reaches_input(self, layer: int) -> bool:
         """Whether a gradient flows out of a layer, to what is before it."""
-        return self.embeddings or self.checkpointing or self._first < layer
+        return self.embeddings or self._first < layer
 
     @cached_property
     def _first(self) -> int:
         return min(self.layers, default=self.shape.num_layers)
 
-    def has_backward(self, layer: int) -> bool:
-        return layer in self.layers or self.reaches_input(layer)
+    @cached_property
+    def backward(self) -> range:
+        """The layers that have a backward pass: from the first in or before which something trains."""
+        return range(0 if self.embeddings else self._first, self.shape.num_layers)
+
+    @cached_property
+    def checkpointed(self) -> range:
+        """The layers that recompute their activations (workloads/recompute.py): the first of those."""
+        return self.backward if self.checkpointing == "all" else self.backward[: self.checkpointing]
 
     def needs_gradient(self, layer: int, what: Reads) -> bool:
         """Whether the gradient of what a layer's linear modules read is needed, for what trains before them."""
@@ -271,12 +287,18 @@ class Training:
         return self.weights(layer) or any(each.reads == reads and each.name in adapted for each in self.shape.linears)
 
     @cached_property
-    def kinds(self) -> list[tuple[int, int]]:
-        """Layers that are alike, as (one of them, how many): alike in what trains, in gradients, and in being even."""
+    def alike(self) -> list[list[int]]:
+        """All layers, those together that are alike: in what trains, in gradients, in recompute, and in being even."""
         alike: dict[tuple, list[int]] = {}
         for layer in range(self.shape.num_layers):
-            alike.setdefault((layer in self.layers, self.reaches_input(layer), layer % 2), []).append(layer)
-        return [(layers[0], len(layers)) for layers in alike.values()]
+            kind = layer in self.layers, self.reaches_input(layer), layer in self.checkpointed, layer % 2
+            alike.setdefault(kind, []).append(layer)
+        return list(alike.values())
+
+    @property
+    def kinds(self) -> list[tuple[int, int]]:
+        """The same as (one of them, how many)."""
+        return [(layers[0], len(layers)) for layers in self.alike]
 
     @cached_property
     def lora_parameters(self) -> int:
@@ -290,7 +312,7 @@ class Training:
     @cached_property
     def linear_weights(self) -> int:
         """Trained weights of linear modules, LoRA's aside: those that autocast casts as a whole."""
-        weights = sum(linear.weights for linear in self.shape.linears)
+        weights = self.shape.layer_weights
         return self.output * self.shape.embedding_parameters + sum(map(self.weights, self.layers)) * weights
 
     @cached_property
@@ -313,6 +335,6 @@ class Training:
 
 
 @lru_cache(maxsize=1024)
-def what_trains(shape: ModelShape, config: TrainingConfig, checkpointing: bool = False) -> Training:
+def what_trains(shape: ModelShape, config: TrainingConfig, checkpointing: GradientCheckpointing = 0) -> Training:
     """:class:`Training`, made once for all who ask."""
     return Training(shape, config, checkpointing)

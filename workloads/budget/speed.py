@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from workloads.budget.activations import Widths
 from workloads.budget.devices import Device
 from workloads.budget.flops import Flops, forward_flops, training_flops
+from workloads.budget.loop import Loop
 from workloads.budget.memory import micro_batch
 from workloads.budget.shape import ModelShape, what_trains
 from workloads.budget.traffic import traffic
@@ -39,17 +39,17 @@ def step_seconds(
     workers: int,
     device: Device,
     *,
-    widths: Widths | None = None,
+    loop: Loop | None = None,
 ) -> float:
     """Seconds of one optimiser step on ``workers`` such devices of one machine.
 
     Args:
-        widths: bytes of numbers; None: as this package trains with ``training.precision``.
+        loop: how training computes; None: as this package does on the device.
 
     Raises:
         InputError: the batch does not divide among the workers.
     """
-    compute = compute_seconds(shape, training, execution, workers, device, widths)
+    compute = compute_seconds(shape, training, execution, workers, device, loop)
     return compute + exchange_seconds(shape, training, execution, workers, device)
 
 
@@ -59,13 +59,13 @@ def compute_seconds(
     execution: ExecutionConfig,
     workers: int,
     device: Device,
-    widths: Widths | None = None,
+    loop: Loop | None = None,
 ) -> float:
     """One worker's own part of a step."""
     sequences = training.batch / workers
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
-    widths = widths or Widths.of(training.precision)
-    beside = traffic(shape, training, execution.gradient_checkpointing, widths)
+    loop = loop or Loop.of(training, execution, device)
+    beside = traffic(shape, training, execution.gradient_checkpointing, loop.widths, loop.compiled)
     moved = sequences * training.context_length * beside.training
     moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
     flops = training_flops(shape, training, execution.gradient_checkpointing) * sequences
@@ -106,7 +106,8 @@ def evaluation_seconds(
     one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
-    moved = windows * length * traffic(shape, training, False, Widths.of(training.precision)).forward()
+    loop = Loop.of(training, ExecutionConfig(), device)
+    moved = windows * length * traffic(shape, training, 0, loop.widths, loop.compiled).forward()
     return device_seconds(forward_flops(shape, length, training) * windows, moved, device, training)
 
 
