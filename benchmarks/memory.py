@@ -164,7 +164,7 @@ def compare(point: Point, model_config: PretrainedConfig, device: torch.device) 
     training, execution = configure(point, on_gpu)
     shape = ModelShape.of(model_config)
     known = Device.named(torch.cuda.get_device_name(device)) if on_gpu else None
-    predicted = memory(shape, training, execution, loop=Loop.of(training, execution, known))
+    predicted = memory(shape, training, execution, loop=Loop.of(shape, training, execution, device=known))
     if on_gpu and predicted.total > torch.cuda.get_device_properties(device).total_memory:
         return None
     seconds = step_seconds(shape, training, execution, 1, known) if known else None

@@ -129,9 +129,10 @@ def longspans_step(
 
 
 def planned_execution(training: TrainingConfig, config: LlamaConfig, device: torch.device) -> ExecutionConfig:
-    """longspan's defaults, changed as its plan would so that the trial fits the device."""
+    """longspan's defaults, changed as its plan would so that the trial fits the device. Layers are compiled on a GPU,
+    which longspan does by itself in a trial that is longer than these few steps."""
     known = Device.named(machine(device)["device"])
-    asked = ExecutionConfig()
+    asked = ExecutionConfig(compile_layers="on" if device.type == "cuda" else "auto")
     fit = smallest_change_that_fits(ModelShape.of(config), training, asked, 1, known) if known else None
     return fit.execution if fit else asked
 

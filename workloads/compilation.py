@@ -17,39 +17,22 @@ import torch
 from torch import nn
 
 from workloads.adaptation import decoder_layers
-from workloads.budget import ModelShape, training_flops
+from workloads.budget import ModelShape, loop
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
-from workloads.errors import InputError
 
 BACKEND = "inductor"
-# FLOPs of a worker in a whole trial from which on compiling saves more than it costs: about five minutes of an H200's,
-# of which it saves one in four (14,621 against 10,898 tokens/s, Llama-2-7B at 8k), while it takes up to one itself.
-PAYS_FROM_FLOPS = 1e17
 
 
 def layers_compile(model: nn.Module, config: TrainingConfig, execution: ExecutionConfig, engine: Engine) -> bool:
-    """Whether this trial trains with compiled layers: as asked, or with ``auto`` where that is known to pay.
+    """Whether this trial trains with compiled layers, by the rule that it was planned by.
 
     Raises:
-        InputError: it is asked for with ZeRO-3, which fetches a layer's weights between its modules.
+        InputError: as :func:`workloads.budget.loop.layers_compile`.
     """
-    if config.steps == 0 or execution.compile_layers == "off":
-        return False
-    if execution.compile_layers == "on":
-        if execution.engine == "zero3":
-            raise InputError(
-                "compile_layers is on with the engine zero3, which fetches weights in the middle of a layer; choose "
-                "the engine zero2 or ddp, or compile_layers off"
-            )
-        return True
-    # Each length is compiled anew, and so may be where documents end.
-    same_each_step = config.task == "pretraining" and not config.document_mask
-    if not same_each_step or config.quantization != "none" or execution.engine == "zero3" or not _can_compile(engine):
-        return False
-    shape = ModelShape.of(model.config)
-    flops = config.steps * config.batch / engine.num_workers * training_flops(shape, config).total
-    return flops >= PAYS_FROM_FLOPS
+    return loop.layers_compile(
+        ModelShape.of(model.config), config, execution, engine.num_workers, able=_can_compile(engine)
+    )
 
 
 def _can_compile(engine: Engine) -> bool:

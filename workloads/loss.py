@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
-# Logits of one chunk: 0.25 GiB in float32, about 1 GiB with all that their cross-entropy and its gradient need. It is
-# 2,097 tokens of a vocabulary of 32,000 and 512 of one of 128k, enough to keep a GPU's matrix units busy.
-CHUNK_LOGITS = 2**26
+from workloads.budget.loop import CHUNK_LOGITS
 
 
 class NextTokenLoss(nn.Module):

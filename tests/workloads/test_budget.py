@@ -18,7 +18,7 @@ from benchmarks.memory import MODELS, POINTS, Point, RandomTokens, as_json, comp
 from tests.workloads.models import plain_losses
 from tests.workloads.test_attention_models import random_tokens, small_model
 from workloads.adaptation import adapt, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, dense_mask, use_pattern
+from workloads.attention import AttentionPattern, dense_mask, shifted, use_pattern
 from workloads.attention.families import SUPPORTED
 from workloads.budget import (
     Device,
@@ -226,22 +226,52 @@ def kept_for_backward(model_config, training):
 
 @pytest.mark.parametrize("family", SUPPORTED)
 @pytest.mark.parametrize("method", ["lora", "lora+", "full"])
-def test_kept_activations_are_what_autograd_saves(family, method):
-    """Within 10%; bfloat16 under autocast, several sequences, groups. Not GPT-NeoX under autocast: on CUDA that makes
-    its LayerNorm float32, on a CPU not."""
+@pytest.mark.parametrize("one_operator", [True, False])
+def test_kept_activations_are_what_autograd_saves(family, method, one_operator, monkeypatch):
+    """Within 10%; bfloat16 under autocast, several sequences, groups, by the operator and where it has no kernel. Not
+    GPT-NeoX under autocast: on CUDA that makes its LayerNorm float32, on a CPU not."""
+    if not one_operator:
+        monkeypatch.setattr(shifted, "kernel_for", lambda *_: None)
     cases = [("float32", None, 1), ("float32", 64, 2), ("bfloat16", None, 2), ("bfloat16", 64, 1)]
     for precision, group_size, batch in cases:
-        if family == "gpt_neox" and precision == "bfloat16":
+        if (family == "gpt_neox" and precision == "bfloat16") or not (group_size or one_operator):
             continue
         model_config = shaped(family)
         training = config(256, method, group_size, precision=precision, batch=batch)
         shape = ModelShape.of(model_config)
-        trains, widths = what_trains(shape, training), Loop.of(training, ExecutionConfig()).widths
-        kept = Activations(trains, widths, rows=batch)
+        trains, widths = what_trains(shape, training), Loop.of(shape, training, ExecutionConfig()).widths
+        kept = Activations(trains, widths, rows=batch, one_operator=one_operator)
         a_token = sum(count * kept.layer(layer) for layer, count in trains.kinds) + kept.head() + 4 * shape.vocab_size
         casts = trains.linear_weights * 2 * (precision == "bfloat16")
         predicted = batch * 256 * a_token + casts
         assert predicted == pytest.approx(kept_for_backward(model_config, training), rel=0.10), (precision, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "execution", "expected"),
+    [
+        (None, {}, {}, True),
+        (None, {"document_mask": True}, {}, False),
+        ("NVIDIA H200", {}, {}, True),
+        ("NVIDIA H200", {}, {"attention_backend": "sdpa"}, True),
+        ("NVIDIA H200", {}, {"attention_backend": "flash2"}, False),
+        ("NVIDIA H200", {"document_mask": True}, {}, False),
+        ("NVIDIA H200", {"precision": "float32"}, {}, False),
+        ("Tesla T4", {}, {}, False),
+    ],
+)
+def test_groups_are_one_operator_where_it_has_a_kernel(name, overrides, execution, expected):
+    training = on_gpu(8192, group_size=2048, **overrides)
+    device = Device.named(name) if name else None
+    assert Loop.of(LLAMA2_7B, training, ExecutionConfig(**execution), 1, device).one_operator == expected
+
+
+def test_an_evaluation_has_the_logits_of_a_chunk():
+    """Of 2^26 at a time: as the output layer gives them, in float32, and their log-probabilities."""
+    untuned = on_gpu(65536, "untuned", steps=0)
+    assert memory(LLAMA2_7B, untuned, ExecutionConfig()).logits == 2**26 * (2 + 4 + 4)
+    short = on_gpu(1024, "untuned", steps=0)
+    assert memory(LLAMA2_7B, short, ExecutionConfig(eval_batch_tokens=1)).logits == 1024 * 32000 * (2 + 4 + 4)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -334,13 +364,17 @@ def test_a_checkpoint_has_the_size_that_was_said(tmp_path):
 
 class Moved(TorchDispatchMode):
     """Inside this context, bytes that operations take and give are summed: without views, which move nothing, and
-    without matrix products and attention, whose time their FLOPs tell."""
+    without matrix products and attention, whose time their FLOPs tell. Of this package's own operators, what they call.
+    """
 
     def __init__(self):
         super().__init__()
         self.bytes = self.kernels = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "longspan":
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), result))
         known = {x.untyped_storage().data_ptr() for x in given}
@@ -385,7 +419,7 @@ def test_bytes_moved_are_what_operations_take_and_give(family, method):
             continue  # see above: under autocast its LayerNorm is another on CUDA
         model_config, training = shaped(family), config(256, method, group_size, precision=precision)
         shape = ModelShape.of(model_config)
-        predicted = traffic(shape, training, checkpointing, Loop.of(training, ExecutionConfig()).widths)
+        predicted = traffic(shape, training, checkpointing, Loop.of(shape, training, ExecutionConfig()))
         moved, kernels = moved_in_a_pass(model_config, training, checkpointing)
         in_a_pass = 256 * predicted.training + predicted.micro_batch()
         assert in_a_pass == pytest.approx(moved, rel=TRAFFIC_WITHIN[family]), (precision, group_size, checkpointing)
@@ -438,10 +472,10 @@ def test_a_tiny_models_step_is_as_long_as_its_kernels_take_to_launch():
     """builtin:tiny's sweep of 1,024 and 2,048 tokens on an H200, in its shape of then: 100,000 to 230,000 tokens/s."""
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=264)
     shape = ModelShape.of(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
-    speeds = [
-        2 * tokens / step_seconds(shape, on_gpu(tokens, method, tokens // 4, batch=2), ExecutionConfig(), 1, H200)
-        for tokens, method in itertools.product((1024, 2048), ("lora", "lora+", "full"))
-    ]
+    loop, speeds = Loop(widths=Widths.of("bfloat16")), []  # that sweep's groups went through autograd
+    for tokens, method in itertools.product((1024, 2048), ("lora", "lora+", "full")):
+        training = on_gpu(tokens, method, tokens // 4, batch=2)
+        speeds.append(2 * tokens / step_seconds(shape, training, ExecutionConfig(), 1, H200, loop=loop))
     assert 100_000 == pytest.approx(min(speeds), rel=0.15)
     assert 230_000 == pytest.approx(max(speeds), rel=0.15)
 
@@ -452,10 +486,12 @@ CPU_SPEED = {"lora": (4559, 3890), "lora+": (4410, 3653), "full": (3693, 2997)}
 
 @pytest.mark.parametrize("method", CPU_SPEED)
 def test_speeds_measured_on_a_cpu(method):
+    """Their groups went through autograd."""
     shape, device = ModelShape.of(ModelSource.parse("builtin:tiny").config()), Device.cpu(cores=1, memory=8 * GIB)
+    loop = Loop(widths=Widths.of("float32"))
     for context_length, measured in zip((1024, 2048), CPU_SPEED[method]):
         training = config(context_length, method, context_length // 4, batch=2)
-        seconds = step_seconds(shape, training, ExecutionConfig(), 1, device)
+        seconds = step_seconds(shape, training, ExecutionConfig(), 1, device, loop=loop)
         assert 2 * context_length / seconds == pytest.approx(measured, rel=0.05)
 
 

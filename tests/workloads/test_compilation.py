@@ -9,9 +9,11 @@ from transformers import LlamaConfig
 
 from tests.workloads.models import small_llama
 from workloads import compilation
+from workloads.budget import Device, Loop, ModelShape
 from workloads.compilation import compile_layers, layers_compile
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
+from workloads.errors import InputError
 from workloads.training import Trial, set_up
 
 NUM_LAYERS = 12  # more than the versions of one function that dynamo makes by default (8)
@@ -135,6 +137,7 @@ LONG = dict(context_length=8192, group_size=2048, eval_span=8192, steps=1000, ba
         ({}, {"compile_layers": "off"}, False),
         ({"steps": 5, "batch": 1}, {}, False),
         ({"steps": 5, "batch": 1}, {"compile_layers": "on"}, True),
+        ({"task": "sft"}, {"compile_layers": "on"}, True),
         ({"steps": 0, "method": "untuned"}, {}, False),
         ({"steps": 0, "method": "untuned"}, {"compile_layers": "on"}, False),
         ({"task": "sft"}, {}, False),
@@ -145,12 +148,35 @@ LONG = dict(context_length=8192, group_size=2048, eval_span=8192, steps=1000, ba
     ],
 )
 def test_auto_compiles_where_a_long_trial_gains_by_it(overrides, execution, expected, monkeypatch):
-    """On a GPU with Triton, which this machine need not have."""
+    """On a GPU with Triton, which this machine need not have; the plan says so too."""
     monkeypatch.setattr(compilation, "_can_compile", lambda engine: True)
     training, engine = config(**{**LONG, **overrides}), Engine(torch.device("cuda"), "bfloat16")
-    assert layers_compile(LLAMA_2_7B, training, ExecutionConfig(**execution), engine) == expected
+    execution = ExecutionConfig(**execution)
+    assert layers_compile(LLAMA_2_7B, training, execution, engine) == expected
+    assert planned(training, execution, device=Device.named("NVIDIA H200")) == expected
+
+
+def planned(training, execution, **where):
+    return Loop.of(ModelShape.of(LLAMA_2_7B.config), training, execution, **where).compiled
+
+
+def test_each_worker_has_its_share_of_the_work_to_gain_by():
+    execution, device = ExecutionConfig(), Device.named("NVIDIA H200")
+    training = config(**LONG | {"steps": 10})
+    assert planned(training, execution, workers=1, device=device)
+    assert not planned(training, execution, workers=8, device=device)
 
 
 def test_auto_compiles_nothing_on_a_cpu():
-    engine = Engine(torch.device("cpu"), "bfloat16")
+    engine, cpu = Engine(torch.device("cpu"), "bfloat16"), Device.cpu(cores=2, memory=2**33)
     assert not layers_compile(LLAMA_2_7B, config(**LONG), ExecutionConfig(), engine)
+    assert not planned(config(**LONG), ExecutionConfig(), device=cpu)
+    assert planned(config(**LONG), ExecutionConfig(compile_layers="on"), device=cpu)
+
+
+def test_compiled_layers_with_zero3_are_refused():
+    engine, execution = Engine(torch.device("cpu"), "bfloat16"), ExecutionConfig(engine="zero3", compile_layers="on")
+    with pytest.raises(InputError, match="compile_layers is on with the engine zero3"):
+        layers_compile(LLAMA_2_7B, config(**LONG), execution, engine)
+    with pytest.raises(InputError, match="compile_layers is on with the engine zero3"):
+        planned(config(**LONG), execution)

@@ -51,6 +51,7 @@ class Activations:
         rows: sequences in a forward pass.
         masked: attention is computed with a mask of queries by keys, which is kept.
         compiled: layers are compiled, and keep what cannot be computed again without a matrix product.
+        one_operator: see :class:`workloads.budget.loop.Loop`.
     """
 
     trains: Training
@@ -58,6 +59,7 @@ class Activations:
     rows: int = 1
     masked: bool = False
     compiled: bool = False
+    one_operator: bool = False
 
     @property
     def residual(self) -> int:
@@ -117,10 +119,11 @@ class Activations:
         if flows:
             value = shape.query_width + 2 * shape.key_value_width if shape.fused_qkv else shape.key_value_width
             kept += compute * (2 * shape.query_width + shape.key_value_width + value) + FLOAT32 * shape.num_heads
-            kept += self._moved_groups(layer)
+            kept += self._moved_groups(layer) * (not self.one_operator)
             if self.masked:  # a boolean, and what it becomes to be added to the scores, for each head and key
                 kept += (1 + compute) * shape.num_heads * trains.config.context_length
-        joined = self.shifted_heads(layer) > 0
+        # Where autograd joins the parts of heads, the output layer of attention reads what no kernel has written.
+        joined = self.shifted_heads(layer) > 0 and not self.one_operator
         kept += self._inputs(layer, "attention", compute, kept_already=flows and not joined)
         if shape.norms == 4:
             kept += self._norm(shape.hidden_size, 1, compute, trains.needs_gradient(layer, "mlp norm"), trained)
@@ -208,14 +211,15 @@ class Activations:
         return number * self.trains.config.lora_rank
 
     def shifted_heads(self, layer: int) -> float:
-        """The share of heads whose groups are shifted: their parts are joined to one output, beside what is kept."""
+        """The share of heads whose groups are shifted."""
         config = self.trains.config
         if config.group_size is None or config.group_size >= config.context_length:
             return 0.0
         return {"s2": 0.5, "shifted": 1.0, "s2-layers": float(layer % 2)}.get(config.attention, 0.0)
 
     def _moved_groups(self, layer: int) -> float:
-        """Copies of what shifted heads read: of several sequences their whole groups do not lie evenly in memory."""
+        """Copies of what shifted heads read: of several sequences their whole groups do not lie evenly in memory. The
+        operator makes them too where it cannot take rows one by one, and keeps none."""
         if self.rows == 1:
             return 0.0
         config, shape = self.trains.config, self.trains.shape

@@ -45,6 +45,11 @@ class Device:
     def is_gpu(self) -> bool:
         return self.name != "CPU"
 
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """It has units for products in bfloat16, as GPUs from compute capability 8.0 on; assumed of an unknown one."""
+        return self.bfloat16 > self.float32 or not self.bfloat16
+
     @classmethod
     def named(cls, name: str) -> Device | None:
         """The device of this name, or None if it is not known."""

@@ -37,7 +37,7 @@ def needed(
     Raises:
         InputError: as :func:`workloads.budget.memory.memory`.
     """
-    return memory(shape, training, execution, workers, loop=Loop.of(training, execution, device))
+    return memory(shape, training, execution, workers, loop=Loop.of(shape, training, execution, workers, device))
 
 
 def in_numbers(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> ExecutionConfig:
@@ -141,7 +141,7 @@ def _candidates(
     numbers = [n for n in range(workers, max(workers, max_workers) + 1) if n == workers or training.batch % n == 0]
     stages = ["zero2", "zero3"]
     engines = [*stages[stages.index(execution.engine) :]] if execution.engine in stages else [execution.engine, *stages]
-    if training.quantization != "none":
+    if training.quantization != "none" or execution.compile_layers == "on":
         engines = [engine for engine in engines if engine != "zero3"]
     for number, engine, offload in itertools.product(numbers, engines, [False, True]):
         if (offload and not engine.startswith("zero")) or (execution.offload and not offload):

@@ -1,6 +1,7 @@
-"""What memory and speed follow from and a trial's configuration leaves open: how the training loop computes.
+"""What memory and speed follow from and configurations do not say alone: how the training loop computes.
 
-It says of the loop (workloads/training.py) what is so, and changes with it.
+It says of the loop (workloads/training.py) what is so. :data:`CHUNK_LOGITS` and :func:`layers_compile` are the loop's
+own; the rest changes with it.
 """
 
 from __future__ import annotations
@@ -10,41 +11,90 @@ from dataclasses import dataclass
 
 from workloads.budget.activations import Widths
 from workloads.budget.devices import Device
+from workloads.budget.flops import training_flops
+from workloads.budget.shape import ModelShape
 from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.errors import InputError
 
-# Whether the loss is computed in chunks, all that runs through the layers is of the compute type, and decoder layers
-# are compiled on a GPU.
-CHUNKED_LOSS = True
-NARROW_STREAM = True
-COMPILED_LAYERS = True
-# Logits that exist at the same time in a chunked loss: those of 2,097 tokens with a vocabulary of 32,000. It has to be
-# the training loop's.
+# Logits of one chunk of the loss: 0.25 GiB in float32, about 1 GiB with all that their cross-entropy and its gradient
+# need. It is 2,097 tokens of a vocabulary of 32,000 and 512 of one of 128k, enough to keep a GPU's matrix units busy.
 CHUNK_LOGITS = 2**26
+# FLOPs of a worker in a whole trial from which on compiling saves more than it costs: about five minutes of an H200's,
+# of which it saves one in four (14,621 against 10,898 tokens/s, Llama-2-7B at 8k), while it takes up to one itself.
+COMPILING_PAYS_FROM = 1e17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loop:
-    """How the training loop computes.
+    """How the training loop computes; by default as transformers and PEFT do by themselves.
 
     Args:
         widths: bytes of numbers.
         chunked_loss: :data:`CHUNK_LOGITS` exist at a time, and the gradient of what the output layer reads is ready
             before the backward pass begins; else those of all tokens do.
         compiled: each decoder layer is compiled by itself; else every operation keeps what its own gradient needs.
+        one_operator: attention in groups is one operator that writes each result once
+            (workloads/attention/grouped.py); else autograd joins its parts.
     """
 
     widths: Widths
     chunked_loss: bool = False
     compiled: bool = False
+    one_operator: bool = False
 
     @classmethod
-    def of(cls, training: TrainingConfig, execution: ExecutionConfig, device: Device | None = None) -> Loop:
-        """This package's own, on a device; None stands for one where layers are not compiled."""
+    def of(
+        cls,
+        shape: ModelShape,
+        training: TrainingConfig,
+        execution: ExecutionConfig,
+        workers: int = 1,
+        device: Device | None = None,
+    ) -> Loop:
+        """This package's own on such devices; None stands for a CPU. A GPU's machine is taken to be able to compile.
+
+        Raises:
+            InputError: as :func:`layers_compile`.
+        """
+        on_gpu = device is not None and device.is_gpu
         widths = Widths.of(training.precision)
-        if NARROW_STREAM and widths.autocast:
-            widths = dataclasses.replace(widths, narrow=True)
         return cls(
-            widths=widths,
-            chunked_loss=CHUNKED_LOSS,
-            compiled=COMPILED_LAYERS and device is not None and device.is_gpu and execution.engine != "zero3",
+            widths=dataclasses.replace(widths, narrow=widths.autocast),
+            chunked_loss=True,
+            compiled=layers_compile(shape, training, execution, workers, on_gpu),
+            one_operator=_has_operator(training, execution, device if on_gpu else None),
         )
+
+
+def layers_compile(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, able: bool
+) -> bool:
+    """Whether a trial trains with compiled layers: as asked, or with ``auto`` where that is known to pay.
+
+    Args:
+        able: the devices are GPUs whose machine can build kernels.
+
+    Raises:
+        InputError: it is asked for with ZeRO-3, which fetches a layer's weights between its modules.
+    """
+    if training.steps == 0 or execution.compile_layers == "off":
+        return False
+    if execution.compile_layers == "on":
+        if execution.engine == "zero3":
+            raise InputError(
+                "compile_layers is on with the engine zero3, which fetches weights in the middle of a layer; choose "
+                "the engine zero2 or ddp, or compile_layers off"
+            )
+        return True
+    # Each length is compiled anew, and so may be where documents end.
+    same_each_step = training.task == "pretraining" and not training.document_mask
+    if not able or not same_each_step or training.quantization != "none" or execution.engine == "zero3":
+        return False
+    return training.steps * training.batch / workers * training_flops(shape, training).total >= COMPILING_PAYS_FROM
+
+
+def _has_operator(training: TrainingConfig, execution: ExecutionConfig, gpu: Device | None) -> bool:
+    """As workloads/attention/shifted.py chooses; ``gpu`` None: on a CPU."""
+    if training.document_mask or execution.attention_backend not in ("auto", "sdpa", "cudnn"):
+        return False
+    return gpu is None or (training.precision == "bfloat16" and gpu.multiplies_bfloat16)

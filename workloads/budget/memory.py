@@ -40,9 +40,6 @@ CONTEXT_BYTES = int(0.6 * GIB)
 NCCL_BYTES = int(1.0 * GIB)
 FRAGMENTATION = 0.05
 
-# As workloads/evaluation/perplexity.py scores: positions whose logits are float32 at the same time.
-LOSS_POSITIONS = 4096
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
@@ -101,12 +98,12 @@ def memory(
     """The memory of one of ``workers`` workers that train (or, untuned, evaluate) as told.
 
     Args:
-        loop: how training computes; None: as this package does where layers are not compiled.
+        loop: how training computes; None: as this package does on CPUs.
 
     Raises:
         InputError: the batch does not divide among the workers, or what trains does not fit the model.
     """
-    moments = _Moments(shape, training, execution, workers, loop or Loop.of(training, execution))
+    moments = _Moments(shape, training, execution, workers, loop or Loop.of(shape, training, execution, workers))
     worst = max(moments.all(), key=lambda moment: moment.allocated)
     comes_and_goes = worst.activations + worst.logits + worst.workspace
     reserve = CONTEXT_BYTES + NCCL_BYTES * (workers > 1) + int(FRAGMENTATION * comes_and_goes)
@@ -143,7 +140,7 @@ class _Moments:
         self.accumulates = training.batch > self.rows * workers
         grouped = training.attention in ("full", "short", "shifted", "s2", "s2-layers")
         masked = execution.attention_backend == "sdpa" and not grouped
-        self.kept = Activations(self.trains, loop.widths, self.rows, masked, loop.compiled)
+        self.kept = Activations(self.trains, loop.widths, self.rows, masked, loop.compiled, loop.one_operator)
         self.stage = int(execution.engine[-1]) if execution.engine.startswith("zero") else 0
         # Bytes of the logits that last: a chunk's are gone with it.
         self.logits = 0 if self.chunked else self.tokens * shape.vocab_size * loop.widths.compute
@@ -248,8 +245,7 @@ class _Moments:
     def loss(self, fixed: Memory) -> Memory:
         """In chunks, the gradient of an output layer that trains is summed up beside what there is of it."""
         if self.chunked:
-            entries = min(self.tokens * self.shape.vocab_size, CHUNK_LOGITS)
-            logits = entries * (3 * FLOAT32 + self.widths.compute)
+            logits = self.chunk(self.tokens) * (3 * FLOAT32 + self.widths.compute)
         else:
             logits = self.logits + self.tokens * self.shape.vocab_size * 3 * FLOAT32
         return self.add(
@@ -260,6 +256,10 @@ class _Moments:
             activations=self.activations(),
             logits=logits,
         )
+
+    def chunk(self, tokens: int) -> int:
+        """Logits that a loss in chunks has of so many tokens at a time."""
+        return min(tokens * self.shape.vocab_size, CHUNK_LOGITS)
 
     def head_gradient(self) -> int:
         return self.trains.output * self.shape.embedding_parameters * self.widths.trained
@@ -300,11 +300,12 @@ class _Moments:
             fixed = dataclasses.replace(fixed, gradients=0, optimizer=0)
         inner = 3 if shape.gated else 2
         layer = widths.compute * inner * shape.intermediate_size + 3 * self.kept.residual * shape.hidden_size
-        in_float32 = min(tokens, LOSS_POSITIONS) * shape.vocab_size * (2 * FLOAT32 + widths.compute)
+        # As the output layer gives them, in float32, and their log-probabilities.
+        logits = self.chunk(tokens) * (widths.compute * (widths.compute < FLOAT32) + 2 * FLOAT32)
         return self.add(
             fixed,
             "evaluation",
-            logits=tokens * shape.vocab_size * widths.compute + in_float32,
+            logits=logits,
             workspace=tokens * layer + self.dequantized(),
         )
 

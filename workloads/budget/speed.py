@@ -64,8 +64,8 @@ def compute_seconds(
     """One worker's own part of a step."""
     sequences = training.batch / workers
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
-    loop = loop or Loop.of(training, execution, device)
-    beside = traffic(shape, training, execution.gradient_checkpointing, loop.widths, loop.compiled)
+    loop = loop or Loop.of(shape, training, execution, workers, device)
+    beside = traffic(shape, training, execution.gradient_checkpointing, loop)
     moved = sequences * training.context_length * beside.training
     moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
     flops = training_flops(shape, training, execution.gradient_checkpointing) * sequences
@@ -106,8 +106,8 @@ def evaluation_seconds(
     one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
-    loop = Loop.of(training, ExecutionConfig(), device)
-    moved = windows * length * traffic(shape, training, 0, loop.widths, loop.compiled).forward()
+    loop = Loop.of(shape, training, ExecutionConfig(compile_layers="off"), workers, device)  # it is not compiled
+    moved = windows * length * traffic(shape, training, 0, loop).forward()
     return device_seconds(forward_flops(shape, length, training) * windows, moved, device, training)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from workloads.budget.activations import FLOAT32, Activations, Widths
+from workloads.budget.loop import Loop
 from workloads.budget.shape import Linear, ModelShape, Training, what_trains
 from workloads.config import GradientCheckpointing, TrainingConfig
 
@@ -20,7 +21,8 @@ RMS_NORM, TRAINED_NORM, LAYER_NORM = 27, 4, 6
 RESIDUAL = 21  # of a layer: sums, and gradients that come together from several modules
 GATED, NOT_GATED = 14, 5  # what the activation function reads and makes
 ROTARY, HEADS = 15, 11  # queries and keys: rotated; and otherwise moved
-SHIFTED_QUERIES, SHIFTED_KEYS = 16, 24  # by S²-Attn: parts of heads joined, and their gradients
+SHIFTED_QUERIES, SHIFTED_KEYS = 16, 24  # by S²-Attn through autograd: parts of heads joined, and their gradients
+WRITTEN = 4  # by the operator, in several calls: of queries output and gradient, of keys and values both gradients
 LORA_OUTPUT, LORA_INPUT = 7, 3  # of each module that has LoRA matrices
 LOSS = 10  # the logits, in float32
 FORWARD = 1 / 3
@@ -38,6 +40,7 @@ COMPILED = 0.445
 # Kernels of a layer, forward and backward; more for each RMSNorm, for each module with LoRA matrices, and for heads in
 # shifted groups.
 LAYER_KERNELS, NORM_KERNELS, LORA_KERNELS, SHIFTED_KERNELS = 89, 23, 11, 50
+OPERATOR_KERNELS = 18  # instead of SHIFTED_KERNELS
 HEAD_KERNELS = 60  # embeddings, loss and optimiser
 
 
@@ -46,8 +49,11 @@ class Traffic:
     """Of a model under a configuration."""
 
     trains: Training
-    widths: Widths
-    compiled: bool = False
+    loop: Loop
+
+    @property
+    def widths(self) -> Widths:
+        return self.loop.widths
 
     @property
     def shape(self) -> ModelShape:
@@ -88,14 +94,17 @@ class Traffic:
         if shape.head_norms:
             moved += self._norm(heads, compute, trained)
         shifted = 2 * kept.shifted_heads(layer)
-        moved += shifted * compute * (SHIFTED_QUERIES * shape.query_width + SHIFTED_KEYS * shape.key_value_width)
+        if self.loop.one_operator:
+            moved += (shifted > 0) * compute * WRITTEN * heads
+        else:
+            moved += shifted * compute * (SHIFTED_QUERIES * shape.query_width + SHIFTED_KEYS * shape.key_value_width)
         for linear in shape.linears:
             given = kept.norm_output(trained) if linear.reads.endswith("norm") else compute
             if self.widths.autocast and given != compute:
                 moved += CAST * linear.inputs
             if linear.name in self.trains.adapted(layer):
                 moved += self._lora(linear)
-        return moved * (COMPILED if self.compiled else 1)
+        return moved * (COMPILED if self.loop.compiled else 1)
 
     def _norm(self, width: int, given: int, trained: bool) -> float:
         if self.shape.norm_biases:
@@ -125,18 +134,13 @@ class Traffic:
         norms = 0 if self.shape.norm_biases else self.shape.norms + 2 * self.shape.head_norms
         for layer, count in self.trains.kinds:
             of_layer = LAYER_KERNELS + NORM_KERNELS * norms + LORA_KERNELS * len(self.trains.adapted(layer))
-            of_layer += SHIFTED_KERNELS * (Activations(self.trains, self.widths).shifted_heads(layer) > 0)
+            shifted = Activations(self.trains, self.widths).shifted_heads(layer) > 0
+            of_layer += (OPERATOR_KERNELS if self.loop.one_operator else SHIFTED_KERNELS) * shifted
             kernels += count * of_layer * (1 + FORWARD * (layer in self.trains.checkpointed))
         return kernels
 
 
 @lru_cache(maxsize=1024)
-def traffic(
-    shape: ModelShape,
-    training: TrainingConfig,
-    checkpointing: GradientCheckpointing,
-    widths: Widths,
-    compiled: bool = False,
-) -> Traffic:
+def traffic(shape: ModelShape, training: TrainingConfig, checkpointing: GradientCheckpointing, loop: Loop) -> Traffic:
     """:class:`Traffic`, made once for all who ask."""
-    return Traffic(what_trains(shape, training, checkpointing), widths, compiled)
+    return Traffic(what_trains(shape, training, checkpointing), loop)
