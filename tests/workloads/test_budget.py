@@ -614,6 +614,12 @@ def test_more_workers_and_zero_come_where_one_device_is_not_enough():
     assert alone.execution.offload
     together = smallest_change_that_fits(LLAMA2_7B, training, execution, 1, device, max_workers=8)
     assert (together.workers, together.execution.engine, together.execution.offload) == (4, "zero2", False)
+    small = Device.named("NVIDIA A100-SXM4-40GB")
+    assert (
+        smallest_change_that_fits(LLAMA2_7B, training, execution, 1, small, max_workers=8).execution.engine == "zero3"
+    )
+    compiled = dataclasses.replace(execution, compile_layers="on")  # which ZeRO-3 refuses
+    assert smallest_change_that_fits(LLAMA2_7B, training, compiled, 1, small, max_workers=8) is None
     tiny = dataclasses.replace(device, memory=4 * GIB)
     assert smallest_change_that_fits(LLAMA2_7B, training, execution, 1, tiny, max_workers=8) is None
 
