@@ -52,9 +52,12 @@ TRANSIENT_NAMES = {
 OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
-# How gloo and NCCL say that another worker is gone or silent, where torch raises no error of a class of its own.
+# How gloo and NCCL say that another worker is gone or silent, where torch raises no error of a class of its own; and
+# what torch says in a worker that Ray Train is about to end because another one has died.
 LOST_PEER = re.compile(
-    r"gloo|NCCL|Connection (closed|reset) by peer|Socket Timeout|Timed out waiting|Broken pipe", re.I
+    r"gloo|NCCL|Connection (closed|reset) by peer|Socket Timeout|Timed out waiting|Broken pipe"
+    r"|Default process group has not been initialized",
+    re.I,
 )
 
 
@@ -72,7 +75,7 @@ def classify(error: BaseException) -> Kind:
             return "disk_full"
         if name in ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError"):
             return "lost"
-        if type(cause) is RuntimeError and LOST_PEER.search(text):
+        if type(cause) in (RuntimeError, ValueError) and LOST_PEER.search(text):
             return "lost"
         if number in TRANSIENT or name in TRANSIENT_NAMES or isinstance(cause, (ConnectionError, TimeoutError)):
             return "hiccup"

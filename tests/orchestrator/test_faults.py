@@ -45,6 +45,7 @@ def raised_from(error, cause):
         (raised_from(InputError("model x could not be loaded"), ConnectionResetError()), "hiccup"),
         (OSError(errno.ESTALE, "Stale file handle"), "hiccup"),
         (torch.distributed.DistBackendError("NCCL communicator was aborted"), "lost"),
+        (ValueError("Default process group has not been initialized, please make sure to call"), "lost"),
         (KeyError("weight"), "error"),
         (PermissionError(errno.EACCES, "Permission denied"), "error"),
     ],
