@@ -150,32 +150,38 @@ def _waits_for(record: TrialRecord) -> str | None:
     resources = record.waits_for.get("resources")
     if resources is None:
         return None
-    # Workers leave a thousandth of a CPU to their trial's driver.
-    each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources['cpus']:.2g} CPU"
+    each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources['cpus']:g} CPU"
     workers = resources["workers"]
     return f"for {workers} worker{'s' * (workers > 1)} with {each}, or their start"
 
 
 def trial_seconds_left(row: Row) -> float | None:
     """Steps at this trial's pace, with the evaluations that lie between them."""
-    record, training = row.record, row.trial.training
-    if record.last_step <= record.resumed_at or not record.started:
+    if (so_far := _since_it_started(row)) is None:
         return None
-    done = record.last_step - record.resumed_at
-    pace = (record.steps[record.last_step]["time"] - record.started["time"]) / done
-    return max(0.0, pace * (training.steps - record.last_step))
+    steps, seconds = so_far
+    return max(0.0, seconds / steps * (row.trial.training.steps - row.record.last_step))
 
 
 def seconds_a_token(rows: Iterable[Row]) -> float | None:
     """What has run so far tells the seconds a token takes, start-up and evaluation included."""
     spent = tokens = 0.0
     for row in rows:
-        record = row.record
-        if not row.known and record.steps and record.started and record.last_step > record.resumed_at:
-            last = record.steps[record.last_step]
-            spent += last["time"] - record.started["time"]
-            tokens += (record.last_step - record.resumed_at) * tokens_a_step(row)
+        if not row.known and (so_far := _since_it_started(row)):
+            steps, seconds = so_far
+            spent += seconds
+            tokens += steps * tokens_a_step(row)
     return spent / tokens if tokens else None
+
+
+def _since_it_started(row: Row) -> tuple[int, float] | None:
+    """The steps of the attempt that runs now, and the seconds they took with its start; None before its first."""
+    record = row.record
+    if record.last_step <= record.resumed_at or not record.started:
+        return None
+    # One that has just begun again has not said yet from which step: the last one known is the lost attempt's.
+    seconds = record.steps[record.last_step]["time"] - record.started["time"]
+    return (record.last_step - record.resumed_at, seconds) if seconds > 0 else None
 
 
 def tokens_left(row: Row) -> int:

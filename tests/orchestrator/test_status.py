@@ -91,6 +91,12 @@ def test_a_trial_trains_while_its_worker_lives_restarts_without_it_and_is_interr
         assert training.seconds_left == pytest.approx(80 * 22 / 20)
         assert training.heard == NOW - 77
         assert seen(storage, trials["lora"]).state == "restarting"
+        # Begun again, and what it trained before it was lost is still the last that is known of it.
+        write(folder.journal, ("started", STARTED), began=NOW - 20)
+        with held(folder):
+            again = seen(storage, trials["lora"])
+        assert (again.state, again.seconds_left) == ("loading", None)
+        assert Overview(storage).sweep("mine").left_seconds > 0
     assert seen(storage, trials["lora"]).state == "interrupted"
     assert Overview(storage).sweep("mine").state == "interrupted"
 
