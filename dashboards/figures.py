@@ -147,7 +147,8 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
     axes.set_ylim(bottom, top)
     axes.grid(visible=True, axis="y")
     axes.locator_params(axis="y", nbins=5)
-    axes.yaxis.set_major_formatter(lambda value, _: wording.percent(value).removesuffix(".0%") if value else "0")
+    # The heading says that they are percent.
+    axes.yaxis.set_major_formatter(lambda v, _: wording.percent(v).removesuffix("%").removesuffix(".0") if v else "0")
     axes.axhline(0, color=looks[baseline][0], linewidth=1.4)
     labels = [(None, 0.0, wording.method(baseline), looks[baseline][0])]
     if baseline == "full":
