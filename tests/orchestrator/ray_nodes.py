@@ -84,6 +84,11 @@ except ConnectionError:
         """The node that a process runs on."""
         return next(process for process in self.processes if pid in descendants(process.pid))
 
+    def runs(self, title: str) -> bool:
+        """Whether a process of this title is on any of the nodes."""
+        nodes = (process.pid for process in self.processes if process.poll() is None)
+        return any(title in title_of(pid) for node in nodes for pid in descendants(node))
+
     def kill(self, node: subprocess.Popen) -> None:
         """The machine is gone, with everything that ran on it."""
         workers = descendants(node.pid)
@@ -126,7 +131,14 @@ def worker_processes(record: TrialRecord) -> list[int]:
 def processes_beside(pid: int, title: str) -> list[int]:
     """Those of the same node whose titles say what they are: Ray's raylet is the parent of them all."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return [child for child in children(parent) if title.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children(parent) if title in title_of(child)]
+
+
+def title_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has just ended
+        return ""
 
 
 def descendants(pid: int) -> list[int]:

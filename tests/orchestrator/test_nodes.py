@@ -87,9 +87,11 @@ def test_a_trial_goes_on_elsewhere_after_a_notice_and_trains_nothing_twice(clust
         cluster.add(cpus=1)
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
-    with paused(record.started["pid"]):  # or a quick machine ends the trial before the notice is through
+    # A quick machine would end the trial before Ray Train's watcher for notices has started.
+    with paused(record.started["pid"]):
+        wait_for(lambda: cluster.runs("PreemptionWatcher"), process, "who watches for notices")
         cluster.drain(record.started["node"], seconds=30)
-        time.sleep(2)  # Ray Train looks for notices ten times in that: PREEMPTION_POLL of ray_nodes
+        time.sleep(2)  # it looks ten times in that: PREEMPTION_POLL of ray_nodes
     lost_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
