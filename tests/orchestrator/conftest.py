@@ -54,11 +54,9 @@ class SweepCommand:
     def __init__(self, storage: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.storage = storage
         self.arguments = [sys.executable, "-m", "orchestrator.sweep", *flags, "--storage", str(storage)]
-        self.environment = {**os.environ, "COLUMNS": "110", **(environment or {})}
-        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-            self.environment.setdefault(name, "")
-            if not self.environment[name]:
-                del self.environment[name]
+        # A user's shell has none of what an earlier test of this process set before it started Ray.
+        own = {n: value for n, value in os.environ.items() if not n.startswith(("RAY_", "TUNE_", "MLFLOW_TRACKING"))}
+        self.environment = {**own, "COLUMNS": "110", **(environment or {})}
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
