@@ -88,7 +88,7 @@ def grouped_attention(
         statistics[call.statistics].view(log_sum_exp.shape).copy_(log_sum_exp)
         if output is None:
             return _joined(piece, query.shape[0]), statistics
-        call.of(output, call.heads).copy_(piece)
+        _copy(call.of(output, call.heads), piece)
     return output, statistics
 
 
@@ -122,11 +122,11 @@ def grouped_attention_backward(
         )
         if gradients is None:
             return tuple(_joined(piece, query.shape[0]) for piece in pieces)
-        call.of(gradients[0], call.heads).copy_(pieces[0])
+        _copy(call.of(gradients[0], call.heads), pieces[0])
         for whole, piece in zip(gradients[1:], pieces[1:], strict=True):
             # The query heads of one key/value head may lie in two runs: the second adds to what the first has written.
             shared = call.of(whole, call.shared)
-            shared.add_(piece) if call.adds else shared.copy_(piece)
+            shared.add_(piece) if call.adds else _copy(shared, piece)
     return gradients
 
 
@@ -251,6 +251,14 @@ def _joined(piece: torch.Tensor, batch: int) -> torch.Tensor:
     """All tokens and heads, as one call has them, back into (batch, heads, tokens, head_dim); as a rule a view."""
     _, heads, _, head_dim = piece.shape
     return piece.transpose(1, 2).contiguous().view(batch, -1, heads, head_dim).transpose(1, 2)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)`` between strided views, in elements of 16 bytes: where tensors are not contiguous torch's
+    kernel takes its time by the element, and moved the 2 bytes of a bfloat16 at 1.4 of an H200's 4.3 TB/s."""
+    if target.shape[-1] * target.element_size() % torch.complex128.itemsize == 0 and source.stride(-1) == 1:
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.copy_(source)
 
 
 def _statistics_dtype(query: torch.Tensor) -> torch.dtype:
