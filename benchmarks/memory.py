@@ -154,6 +154,7 @@ def measure(
         with live or contextlib.nullcontext():
             for _ in range(training.steps):
                 trial.train_step(training_model)
+            trial.finish_step()
     peak = live.peak if live else torch.cuda.max_memory_allocated(device)
     return peak, events[-1]["tokens_per_second"]
 

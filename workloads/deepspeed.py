@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from workloads.adaptation import trainable_parameters
 from workloads.config import Precision
-from workloads.engine import OPTIMIZER_STATE, Engine
+from workloads.engine import OPTIMIZER_STATE, Awaited, Engine
 from workloads.errors import InputError
 from workloads.loss import NextTokenLoss
 
@@ -55,6 +55,9 @@ class ZeroEngine(Engine):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         super().__init__(device, precision)
         self.stage, self.offload = stage, offload
+        self.runs_ahead = (
+            False  # DeepSpeed's update waits for its norm, and an update after one that failed would be taken
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         """Stage 3 leaves it in host memory, until :meth:`prepare` shares it out: whole, it may not fit the device."""
@@ -112,13 +115,12 @@ class ZeroEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * self.num_workers, scale_wrt_gas=False)  # it takes the workers' mean, like DDP
 
-    def update(self, loss: torch.Tensor) -> tuple[float, float]:
-        loss_value = self.sum(loss).item()
-        if not math.isfinite(loss_value):
-            return loss_value, math.nan
-        self.engine.step()  # finds the norm first, and skips the update if it is not finite
-        norm = float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
-        return loss_value, norm
+    def update(self, loss: torch.Tensor) -> Awaited:
+        loss_value, norm = self.sum(loss).item(), math.nan
+        if math.isfinite(loss_value):
+            self.engine.step()  # finds the norm first, and skips the update if it is not finite
+            norm = float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        return Awaited(torch.tensor([loss_value, norm], dtype=torch.float64))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self._on_first(

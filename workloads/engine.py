@@ -39,10 +39,34 @@ def make_engine(execution: ExecutionConfig, device: torch.device, precision: Pre
     return Engine(device, precision)
 
 
+class Awaited:
+    """Numbers that a device is still computing: nobody waits before they are read."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self._arrived:
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> list[float]:
+        """The numbers, once the device has come to them and to all that it was given before."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
 class Engine:
     """This worker's device and its place among the workers, which train with DDP where there are several.
 
     Reads torch.distributed if it is initialised (Ray Train and torchrun both do that), else it is alone.
+
+    Args:
+        device: of this worker.
+        precision: of what does not train.
+
+    Attributes:
+        runs_ahead: whether the host gives the device a step before it knows how the last one ended: a device that works
+            by itself would wait for it in between.
     """
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
@@ -51,6 +75,7 @@ class Engine:
         self.dtype = compute_dtype(precision)
         self.rank = dist.get_rank() if together else 0
         self.num_workers = dist.get_world_size() if together else 1
+        self.runs_ahead = device.type == "cuda"
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model where :meth:`prepare` wants it: on this worker's device."""
@@ -66,6 +91,7 @@ class Engine:
         """
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.parameters = trainable_parameters(model)
+        self.diverged = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
         if self.num_workers == 1 or not self.parameters:
             return NextTokenLoss(model)
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -87,23 +113,25 @@ class Engine:
         """Adds the gradients of this worker's part of the loss; the step's loss is the sum over passes and workers."""
         (loss * self.num_workers).backward()  # DDP takes the mean of the workers' gradients
 
-    def update(self, loss: torch.Tensor) -> tuple[float, float]:
+    def update(self, loss: torch.Tensor) -> Awaited:
         """Clips the gradients, updates the parameters, and forgets the gradients.
 
         Args:
             loss: this worker's part of the step's loss.
 
         Returns the step's loss, and the norm of the whole gradient before clipping: the same on every worker. If one
-        of them is not finite nothing is updated, on any worker.
+        of them is not finite nothing is updated, on any worker, then or later.
         """
         limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-        # Together: the host waits for the device once in a step.
-        loss_value, norm_value = torch.stack([self.sum(loss), norm]).tolist()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
-            self.optimizer.step()
+        numbers = torch.stack([self.sum(loss), norm])
+        self.diverged = torch.maximum(self.diverged, 1 - numbers.isfinite().all().float())
+        # As torch's GradScaler tells an optimiser to leave all as it is: on the device, which need not wait for a host
+        # that looks at the numbers. By the time the host does, the next step may be under way.
+        self.optimizer.found_inf = self.diverged
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_value, norm_value
+        return Awaited(numbers)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trainable parameters by name, whole, in float32. All workers call it; worker 0 gets them."""

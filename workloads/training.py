@@ -31,7 +31,7 @@ from workloads.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from workloads.compilation import compile_layers, layers_compile, uncompiled
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
-from workloads.engine import Engine
+from workloads.engine import Awaited, Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
 from workloads.evaluation.bootstrap import DocumentScores
@@ -124,6 +124,25 @@ def run(
     return Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned, asked).run()
 
 
+@dataclass(frozen=True)
+class StepUnderWay:
+    """A step that the device has been given: what is known of it before it is done.
+
+    Args:
+        step, tokens: counted from the trial's begin, this step included.
+        batch_tokens: of this step alone.
+        numbers: its loss and the norm of its gradient.
+        started: on the clock of ``time.perf_counter``.
+    """
+
+    step: int
+    tokens: int
+    batch_tokens: int
+    learning_rate: float
+    numbers: Awaited
+    started: float
+
+
 @dataclass
 class Trial:
     """The loop over steps, with what it needs between them."""
@@ -139,6 +158,8 @@ class Trial:
     asked: Callable[[], Asked | None] = lambda: None
     step: int = 0
     prepared: Batch | None = None  # the next step's, made while the device works
+    under_way: StepUnderWay | None = None  # the last step, until it is told of
+    finished_at: float = -math.inf  # when the one before was done, on the clock of perf_counter
     best: dict[str, float] | None = None  # step and perplexity of the best evaluation so far, at the trained length
 
     def __post_init__(self) -> None:
@@ -188,6 +209,8 @@ class Trial:
         return "save" if minutes >= self.execution.checkpoint_minutes else None
 
     def train_step(self, training_model: nn.Module) -> None:
+        """Gives the device a step, and tells of it once it is done: at once, or, where the engine runs ahead, when the
+        next one has been given to it or :meth:`finish_step` is called."""
         config, engine = self.config, self.engine
         started = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)
@@ -205,29 +228,46 @@ class Trial:
                     loss = training_model(tokens, weights, attention_mask=mask, **self.boundaries(tokens))
                 engine.backward(loss)
             loss_sum += loss.detach()
+        numbers = engine.update(loss_sum)
+        self.step += 1
         # While the device works: what it gets next.
-        self.prepared = self.train_batch(self.step + 1) if self.step + 1 < config.steps else None
+        self.prepared = self.train_batch(self.step) if self.step < config.steps else None
+        self.finish_step()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.under_way = StepUnderWay(self.step, self.tokens, batch.num_tokens, learning_rate, numbers, started)
+        if not engine.runs_ahead:
+            self.finish_step()
+
+    def finish_step(self) -> None:
+        """Waits for the step that is under way, if there is one, and tells of it.
+
+        Raises:
+            NonFiniteLoss: it, and whatever was begun since, has updated nothing.
+        """
+        if self.under_way is None:
+            return
+        step, self.under_way = self.under_way, None
         # Every worker knows the same loss and the same norm, so all stop here or none does.
-        loss_value, grad_norm = engine.update(loss_sum)
-        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+        loss, grad_norm = step.numbers.read()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(
-                f"step {self.step + 1}: loss {loss_value}, gradient norm {grad_norm}; nothing was updated. "
+                f"step {step.step}: loss {loss}, gradient norm {grad_norm}; nothing was updated. "
                 "Lower the learning rate, or train in float32"
             )
-        self.step += 1
-        engine.synchronize()
-        seconds = time.perf_counter() - started
-        tokens_per_second = batch.num_tokens / seconds
+        now = time.perf_counter()
+        seconds = now - max(step.started, self.finished_at)
+        self.finished_at = now
+        tokens_per_second = step.batch_tokens / seconds
         self.emit(
             "step",
-            step=self.step,
-            tokens=self.tokens,
-            loss=loss_value,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            step=step.step,
+            tokens=step.tokens,
+            loss=loss,
+            learning_rate=step.learning_rate,
             grad_norm=grad_norm,
             seconds=seconds,
             tokens_per_second=tokens_per_second,
-            peak_memory_gib=engine.peak_memory_gib(),
+            peak_memory_gib=self.engine.peak_memory_gib(),
             **self.utilisation(tokens_per_second),
         )
 
@@ -263,6 +303,7 @@ class Trial:
 
     def evaluate(self, at_original_length: bool) -> None:
         """Scores what is held out at the trained length, and on request at the model's original one too."""
+        self.finish_step()
         lengths = [self.config.context_length]
         if at_original_length and self.original_length not in lengths and self.can_evaluate(self.original_length):
             lengths.append(self.original_length)
@@ -310,7 +351,9 @@ class Trial:
 
         Raises:
             OSError: on every worker, if worker 0 cannot write.
+            NonFiniteLoss: as :meth:`finish_step`.
         """
+        self.finish_step()
         tensors = {f"model/{name}": tensor for name, tensor in self.engine.weights().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.engine.optimizer_state().items()}
         tensors["random/cpu"] = torch.get_rng_state()

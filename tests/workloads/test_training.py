@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.workloads.models import plain_losses
 from workloads.attention import AttentionPattern, dense_mask, document_ids
@@ -19,7 +20,7 @@ from workloads.data import Corpus, PackedCorpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
-from workloads.training import NonFiniteLoss, run
+from workloads.training import NonFiniteLoss, Trial, build_model, run
 
 SOURCE = ModelSource.parse("builtin:tiny")
 
@@ -52,14 +53,14 @@ def config(method="lora+", **overrides):
     return TrainingConfig(**{**values, **overrides})
 
 
-def train(config, corpus, folder, execution=None, source=SOURCE, **asking):
+def train(config, corpus, folder, execution=None, source=SOURCE, make_engine=Engine, **asking):
     """The events of a run."""
     events = []
 
     def emit(event, **fields):
         events.append({"event": event, **fields})
 
-    engine = Engine(torch.device("cpu"), config.precision)
+    engine = make_engine(torch.device("cpu"), config.precision)
     run(source, config, execution or ExecutionConfig(checkpoint_every=2), corpus, folder, engine, emit, **asking)
     return events
 
@@ -216,9 +217,48 @@ def test_attention_stops_at_documents_where_asked(attention, corpus, tmp_path):
     assert losses(events)[1] != pytest.approx(GOLDEN["full"][1], rel=1e-3)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_that_step(corpus, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="Lower the learning rate"):
-        train(config("full", learning_rate=1e30, warmup_steps=0, max_grad_norm=None), corpus, tmp_path)
+def running_ahead(device, precision):
+    """An engine whose host gives the device a step before it knows of the last: on a CPU too."""
+    engine = Engine(device, precision)
+    engine.runs_ahead = True
+    return engine
+
+
+def test_a_host_that_runs_ahead_of_its_device_tells_the_same_in_the_same_order(corpus, tmp_path):
+    kept = ExecutionConfig(checkpoint_every=3)
+    trial = config(context_length=256, group_size=64, eval_span=256, steps=5, eval_every=4)
+    at_once = train(trial, corpus, tmp_path / "at-once", kept)
+    ahead = train(trial, corpus, tmp_path / "ahead", kept, make_engine=running_ahead)
+    measured = ("seconds", "tokens_per_second", "peak_memory_gib")
+    for events in (at_once, ahead):
+        for event in events:
+            assert all(event.pop(name) > 0 for name in measured if event["event"] == "step")
+    assert ahead == at_once
+    one, other = (load_newest(tmp_path / name)[0] for name in ("at-once", "ahead"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("make_engine", [Engine, running_ahead])
+def test_a_loss_that_is_no_number_ends_the_run_and_updates_nothing(make_engine, corpus, tmp_path):
+    """The second step's. The third may have been begun by then."""
+    diverging = config("full", learning_rate=1e30, warmup_steps=0, max_grad_norm=None, eval_every=5, steps=5)
+    engine = make_engine(torch.device("cpu"), "float32")
+    model = build_model(SOURCE, diverging, engine, ExecutionConfig())
+    events, after_one = [], None
+
+    def keep_the_weights_of_the_first_update(*_):
+        nonlocal after_one
+        after_one = after_one or {name: parameter.clone() for name, parameter in engine.weights().items()}
+
+    trial = Trial(
+        model, diverging, ExecutionConfig(), corpus, tmp_path, engine, lambda event, **_: events.append(event)
+    )
+    registered = register_optimizer_step_post_hook(keep_the_weights_of_the_first_update)
+    with pytest.raises(NonFiniteLoss, match=r"step 2: .* nothing was updated. Lower the learning rate"):
+        trial.run()
+    registered.remove()
+    assert events.count("step") == 1
+    assert all(torch.equal(after_one[name], parameter) for name, parameter in engine.weights().items())
 
 
 def test_the_untuned_model_is_evaluated_at_both_lengths_and_nothing_is_trained(corpus, tmp_path):

@@ -44,6 +44,10 @@ def score_answers(
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A batch's tokens, which of them are scored, and the attention mask (None where nothing is padding)."""
-    mask = batch.attention_mask
-    arrays = (batch.tokens, batch.scored, mask)
-    return tuple(None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+    arrays = (batch.tokens, batch.scored, batch.attention_mask)
+    return tuple(None if array is None else _copied(torch.from_numpy(array), device) for array in arrays)
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # Only from pinned memory does a GPU copy by itself: otherwise the host waits until all before it is done.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
