@@ -2,19 +2,16 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
 
 from tests.workloads.models import small_llama
+from tests.workloads.workers import run_workers
 from workloads.attention import AttentionPattern, use_pattern
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import Batch, Instructions, prepare_examples
+from workloads.data import Batch, ExampleCorpus, Instructions, prepare_examples
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
@@ -127,36 +124,18 @@ def test_the_loss_is_the_mean_over_the_answers_of_the_batch(examples, tmp_path, 
     assert event["tokens"] == batch.lengths.sum()
 
 
+def shared_run(examples, folder):
+    """What a worker tells of a run."""
+    events = train(config(steps=2), ExampleCorpus.open(examples), folder)
+    return {"losses": losses(events), "perplexities": evaluations(events)}
+
+
 def test_workers_with_unlike_shares_of_the_answers_train_what_one_trains(examples, tmp_path):
     """DDP over gloo, two processes: a mean of each worker's mean would be another loss."""
-    file = tmp_path / "together.py"
-    file.write_text(
-        textwrap.dedent(f"""
-        import json, torch, torch.distributed as dist
-        from pathlib import Path
-        from workloads.config import *
-        from workloads.data import ExampleCorpus
-        from workloads.engine import Engine
-        from workloads.models import ModelSource
-        from workloads.training import run
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        events = []
-        run(ModelSource.parse("builtin:tiny"), {config(steps=2)!r}, ExecutionConfig(),
-            ExampleCorpus.open({str(examples.folder)!r}), Path({str(tmp_path / "together")!r}),
-            Engine(torch.device("cpu"), "float32"), lambda event, **fields: events.append({{"event": event, **fields}}))
-        if dist.get_rank() == 0:
-            print(json.dumps(events))
-    """)
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([*launch, str(file)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = json.loads(done.stdout.splitlines()[-1])
+    together, _ = run_workers(tmp_path, "cpu", shared_run, examples.folder, tmp_path / "together")
     by_itself = train(config(steps=2), examples, tmp_path / "alone")
-    assert losses(together) == pytest.approx(losses(by_itself), rel=1e-4)
-    assert evaluations(together) == pytest.approx(evaluations(by_itself), rel=1e-4)
+    assert together["losses"] == pytest.approx(losses(by_itself), rel=1e-4)
+    assert together["perplexities"] == pytest.approx(evaluations(by_itself), rel=1e-4)
 
 
 def evaluations(events):
