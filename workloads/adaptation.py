@@ -156,9 +156,13 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
     # Imported here: full fine-tuning does without PEFT, whose import takes about a second of each trial's start.
     from peft import LoraConfig, get_peft_model
 
+    from workloads.lora import scale_inside
+
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
     with without_deprecations():
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
+    scale_inside(model)
+    return model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from tests.workloads.models import small_llama
@@ -267,3 +268,26 @@ def test_without_autocast_nothing_is_cast():
     logits, gradients, given = what_runs_through(model, tokens)
     assert given == {torch.float32} and torch.equal(logits, expected)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
+
+
+@pytest.mark.parametrize(("alpha", "tolerance"), [(16, 0), (12, 1e-12)])
+def test_lora_computes_what_pefts_own_layers_do(alpha, tolerance):
+    """To the bit where alpha / rank is a power of two; and its layers stay PEFT's, to merge and to switch off."""
+    tokens, results = torch.arange(16)[None], []
+    for peft_as_it_is in (True, False):
+        model = adapt(small_llama().double(), "lora", lora_alpha=alpha)
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        generator = torch.Generator().manual_seed(0)
+        for layer in layers:
+            if peft_as_it_is:
+                layer.__class__ = LoraLinear
+            for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
+                matrix.weight.data = torch.randn(matrix.weight.shape, generator=generator, dtype=torch.float64)
+        logits, gradients, _ = what_runs_through(model, tokens)
+        with model.disable_adapter():
+            without = model(tokens).logits
+        results.append(
+            {"logits": logits, **gradients, "without": without, "merged": model.merge_and_unload()(tokens)[0]}
+        )
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=tolerance, atol=tolerance, msg=name)
