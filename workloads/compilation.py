@@ -1,5 +1,5 @@
-"""Decoder layers compiled by torch.compile: on a GPU their element-wise work is fused, and their many small kernels are
-launched together.
+"""Decoder layers, and the cross-entropy, compiled by torch.compile: on a GPU their element-wise work is fused, and
+their many small kernels are launched together.
 
 One layer is compiled at a time, and since the layers of a model are alike, compiling the first serves all. Only
 training runs compiled: evaluation has other lengths, each of which would have to be compiled too, and takes little of a
@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +21,9 @@ from torch import nn
 from workloads.adaptation import decoder_layers
 from workloads.budget import ModelShape, loop
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.engine import Engine
+
+if TYPE_CHECKING:
+    from workloads.engine import Engine
 
 BACKEND = "inductor"
 
@@ -63,6 +67,13 @@ def compile_layers(model: nn.Module, fall_back: bool = False) -> None:
 
 def uncompiled(model: nn.Module) -> AbstractContextManager:
     """Inside, compiled layers run as they are written."""
-    if all(layer._compiled_call_impl is None for layer in decoder_layers(model)[1]):
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if _is_compiled(model) else contextlib.nullcontext()
+
+
+def compiled_like(model: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, compiled if the layers of ``model`` are."""
+    return torch.compile(function, dynamic=False, backend=BACKEND) if _is_compiled(model) else function
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(model)[1])

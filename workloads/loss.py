@@ -8,16 +8,23 @@ Kernel's fused linear cross-entropy, arXiv 2410.10989): nothing is computed twic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, pad
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from workloads.budget.loop import CHUNK_LOGITS
+from workloads.compilation import compiled_like
+
+# A GPU computes matrix products in tiles of up to so many rows: chunks that are no multiple of it waste a part of one.
+TILE = 256
+# (logits, targets) to each token's cross-entropy.
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class NextTokenLoss(nn.Module):
@@ -34,6 +41,7 @@ class NextTokenLoss(nn.Module):
     def __init__(self, model: nn.Module, recompute: bool = False) -> None:
         super().__init__()
         self.model, self.recompute = model, recompute
+        self.cross_entropy = partial(compiled_like(model, _cross_entropy), softcap=_softcap(model))
 
     def forward(self, tokens: torch.Tensor, weights: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The sum of each token's cross-entropy (nats) times its weight.
@@ -44,13 +52,13 @@ class NextTokenLoss(nn.Module):
             inputs: what else the model's call takes, such as ``attention_mask``.
         """
         hidden, targets = _hidden_states(self.model, tokens, inputs)
-        head, softcap = self.model.get_output_embeddings(), _softcap(self.model)
-        weights = pad(weights[:, 1:], (0, 1)).flatten()
+        head, entropy = self.model.get_output_embeddings(), self.cross_entropy
+        weights = F.pad(weights[:, 1:], (0, 1)).flatten()
         if not self.recompute:
             parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            return _ChunkedLoss.apply(hidden, targets, weights, head, softcap, *parameters)
+            return _ChunkedLoss.apply(hidden, targets, weights, head, entropy, *parameters)
         return sum(
-            checkpoint(_loss, head, softcap, hidden[chunk], targets[chunk], weights[chunk], use_reentrant=False)
+            checkpoint(_loss, head, entropy, hidden[chunk], targets[chunk], weights[chunk], use_reentrant=False)
             for chunk in _chunks(head, len(hidden))
         )
 
@@ -65,7 +73,7 @@ def next_token_losses(model: nn.Module, tokens: torch.Tensor, **inputs: Any) -> 
         hidden, targets = _hidden_states(model, tokens, inputs)
         head, softcap = model.get_output_embeddings(), _softcap(model)
         chunks = _chunks(head, len(hidden))
-        losses = torch.cat([_token_losses(head, softcap, hidden[chunk], targets[chunk]) for chunk in chunks])
+        losses = torch.cat([_cross_entropy(head(hidden[chunk]), targets[chunk], softcap) for chunk in chunks])
     return losses.view(tokens.shape)[:, :-1]
 
 
@@ -74,13 +82,13 @@ class _ChunkedLoss(torch.autograd.Function):
     output layer: they are linear in the gradient that comes from behind, which is a number."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, weights, head, softcap, *parameters):
+    def forward(ctx, hidden, targets, weights, head, cross_entropy, *parameters):
         loss = torch.zeros((), device=hidden.device, dtype=weights.dtype)
         gradients = [torch.empty_like(hidden), *(torch.zeros_like(parameter) for parameter in parameters)]
         for chunk in _chunks(head, len(hidden)):
             with torch.enable_grad():
                 part = hidden[chunk].detach().requires_grad_()
-                chunk_loss = _loss(head, softcap, part, targets[chunk], weights[chunk])
+                chunk_loss = _loss(head, cross_entropy, part, targets[chunk], weights[chunk])
             gradients[0][chunk], *others = torch.autograd.grad(chunk_loss, [part, *parameters])
             for gradient, other in zip(gradients[1:], others, strict=True):
                 gradient += other
@@ -101,11 +109,12 @@ def _hidden_states(model: nn.Module, tokens: torch.Tensor, inputs: dict[str, Any
     A sequence's last token has none after it; leaving it out would copy the others. Its loss is not to be read.
     """
     hidden = model.get_decoder()(input_ids=tokens, **inputs).last_hidden_state
-    return hidden.flatten(0, 1), pad(tokens[:, 1:], (0, 1)).flatten()
+    return hidden.flatten(0, 1), F.pad(tokens[:, 1:], (0, 1)).flatten()
 
 
 def _chunks(head: nn.Module, num_tokens: int) -> Iterator[slice]:
     size = max(1, CHUNK_LOGITS // head.out_features)
+    size -= size % TILE if size > TILE else 0
     return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
@@ -115,14 +124,13 @@ def _softcap(model: nn.Module) -> float | None:
 
 
 def _loss(
-    head: nn.Module, softcap: float | None, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    head: nn.Module, cross_entropy: CrossEntropy, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    return (_token_losses(head, softcap, hidden, targets) * weights).sum()
+    return (cross_entropy(head(hidden), targets) * weights).sum()
 
 
-def _token_losses(head: nn.Module, softcap: float | None, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = head(hidden)
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     # Whatever the matrix product is rounded to, the softmax is computed in float32 at least.
-    return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
