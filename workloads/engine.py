@@ -7,7 +7,6 @@ how to turn it into an update that is the same on all workers, and into a checkp
 from __future__ import annotations
 
 import contextlib
-import math
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -122,13 +121,16 @@ class Engine:
         Returns the step's loss, and the norm of the whole gradient before clipping: the same on every worker. If one
         of them is not finite nothing is updated, on any worker, then or later.
         """
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         numbers = torch.stack([self.sum(loss), norm])
         self.diverged = torch.maximum(self.diverged, 1 - numbers.isfinite().all().float())
         # As torch's GradScaler tells an optimiser to leave all as it is: on the device, which need not wait for a host
         # that looks at the numbers. By the time the host does, the next step may be under way.
         self.optimizer.found_inf = self.diverged
+        if self.max_grad_norm is not None:
+            # What the optimiser divides gradients by while it reads them: clipping them first would pass over them once
+            # more. The small number is clip_grad_norm_'s.
+            self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Awaited(numbers)
