@@ -25,19 +25,19 @@ LARGEST = torch.finfo(FLOAT8).max  # 448
 # A token of zeros has this as its largest number: 448 over it is still finite.
 NOT_ZERO = 1e-30
 
-# Whether sums stay in the matrix unit, which truncates them to 13 bits behind the point, for all of K; else they move to
-# float32 each 128 terms. Simulated: sums of either sign come out 0.13% (K = 4,096) and 0.28% (11,008) off, where
-# quantisation alone makes 3.7%; but sums of one sign by 1.5% and 5% too small, and 0.01% with the move. So, as
-# Transformer Engine and torchao do by default: yes forward, no for gradients, whose errors add up over layers. It makes a
-# product 1.1 to 1.2 times as fast (pytorch/ao issue 2377); benchmarks/float8_products.py measures both.
+# Whether sums stay in Hopper's matrix unit, which cuts them to 13 bits behind the point, for all of K; else they move
+# to float32 each 128 terms. Simulated (no GPU): sums of terms of either sign come out 0.13% (K = 4,096) and 0.28%
+# (11,008) off, where quantisation alone makes 3.7%; where terms lean to one sign, 1.5% and 5% too small; with the move
+# 0.01%. So, as Transformer Engine and torchao do by default: yes forward; no for gradients, whose errors add up from
+# layer to layer. It makes a product 1.1 to 1.2 times as fast, others say (pytorch/ao issue 2377): to be measured.
 FAST_FORWARD, FAST_BACKWARD = True, False
 
 
 class Float8Linear(nn.Module):
     """A frozen linear module: (..., in) -> (..., out), in bfloat16, with gradients for its input alone.
 
-    ``weight`` counts, and is moved, as any frozen parameter, but holds bytes: neither NCCL nor Gloo has to know FP8. The
-    transposed copy and the scales are buffers, so that a model has as many parameters as without FP8.
+    ``weight`` counts, and is moved, as any frozen parameter, but holds bytes: neither NCCL nor Gloo has to know FP8.
+    The transposed copy and the scales are buffers, so that a model has as many parameters as without FP8.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class _Float8Product(torch.autograd.Function):
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, K) -> the same in FP8, contiguous, and the scale of each row, (rows, 1) in float32: x is about their product.
+    """(rows, K) -> the same in FP8, contiguous, and what to multiply each row by, (rows, 1) in float32.
 
     A row of zeros stays zeros; one that is not finite gives NaN.
     """
@@ -91,12 +91,12 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def scaled_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, fast: bool
 ) -> torch.Tensor:
-    """x Wᵀ + bias in float32, of (..., K) and of W, (N, K), whose FP8 numbers are in ``weight`` as bytes, and whose rows
-    have the scales ``scale``, (N,).
+    """x Wᵀ + bias in float32: x (..., K); W (N, K), whose FP8 numbers are in ``weight`` as bytes, and whose rows have
+    the scales ``scale``, (N,).
 
-    The product itself has no scales: on Hopper that kernel is faster than the one with a scale for each row, the more so
-    with exact sums (pytorch/pytorch issue 147971), and what takes the result multiplies by them. Its sums are at most
-    448² K, which bfloat16 has room for, and it rounds large and small ones alike.
+    The product itself has no scales: on Hopper that kernel is faster than the one with a scale for each row, the more
+    so with exact sums (pytorch/pytorch issue 147971), and what takes the result multiplies by them. Its sums are at
+    most 448² K, which bfloat16 has room for, and it rounds large and small ones alike.
     """
     rows, row_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     one = torch.ones((), device=x.device)
@@ -110,8 +110,8 @@ def scaled_product(
 
 
 def quantise_base(model: nn.Module, device: torch.device) -> None:
-    """Puts a :class:`Float8Linear` on ``device`` in the place of each frozen linear module of the decoder layers, inside
-    LoRA's too, whose sides are multiples of 16. Not the output layer: an error there is an error of the logits.
+    """Puts a :class:`Float8Linear` on ``device`` in the place of each frozen linear module of the decoder layers, also
+    inside LoRA's, whose sides are multiples of 16. Not the output layer: an error there is an error of the logits.
 
     On a CPU it is slow, and right.
 
@@ -127,8 +127,8 @@ def quantise_base(model: nn.Module, device: torch.device) -> None:
                 count += 1
     if not count:
         raise InputError(
-            f"quantization fp8 takes linear modules whose sides are multiples of {FLOAT8_SIDES}, and the layers of this "
-            "model have none; choose quantization none"
+            f"quantization fp8 takes linear modules whose sides are multiples of {FLOAT8_SIDES}, and the layers of "
+            "this model have none; choose quantization none"
         )
 
 

@@ -29,8 +29,8 @@ GIB = 2**30
 # arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 
-# Bytes for each number of the widest operand or result of a product in FP8: compiled, FP8 itself and a result that is not
-# scaled yet (bfloat16 takes its place otherwise); else two float32 numbers (workloads/float8.py).
+# Bytes for each number of the widest operand or result of a product in FP8 (workloads/float8.py): compiled, what is
+# quantised; else two float32 results, one of them scaled.
 FLOAT8_COMPILED, FLOAT8_WORK = 1, 2 * FLOAT32
 
 # DeepSpeed under workloads/deepspeed.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to a
