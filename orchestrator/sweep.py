@@ -186,7 +186,8 @@ class Sweep:
 
     def check(self) -> None:
         """What can be known to be wrong at once, before anything is started."""
-        for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), "float32"):
+        precision = "bfloat16" if self.spec.precision == "auto" else self.spec.precision  # whatever auto will be
+        for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), precision):
             if self.spec.search != "none" and trial.training.steps:
                 Space.of(self.spec, trial)
         if self.spec.search != "none" and (self.options.force or self.options.force_trials):
