@@ -64,7 +64,8 @@ class SweepSpec:
     train_layers: str = "all"
     """Layers that train: all, 'last 4', 'every 2', or a list such as 0,5,11; full then trains nothing outside them."""
     quantization: Quantization = "none"
-    """nf4 keeps the frozen weights of the LoRA methods in 4 bits (QLoRA; needs a GPU). References stay as they are."""
+    """Of the frozen weights of the LoRA methods; references stay as they are. nf4: in 4 bits (QLoRA; needs a GPU). fp8:
+    multiplied in FP8, faster where layers are compiled (GPUs from compute capability 8.9 on; slow on CPUs)."""
     references: tuple[Positions, ...] = ("none", "yarn")
     """Untuned models to compare with, by their positions; none: no change. What tuning starts from joins by itself."""
     attention: Attention = "s2"

@@ -186,7 +186,8 @@ class Sweep:
 
     def check(self) -> None:
         """What can be known to be wrong at once, before anything is started."""
-        for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), "float32"):
+        precision = "bfloat16" if self.spec.precision == "auto" else self.spec.precision  # whatever auto will be
+        for trial in self.spec.trials(Identities(model="", tokenizer="", data=""), precision):
             if self.spec.search != "none" and trial.training.steps:
                 Space.of(self.spec, trial)
         if self.spec.search != "none" and (self.options.force or self.options.force_trials):
@@ -283,6 +284,11 @@ class Sweep:
         self.trials = self.spec.trials(self.identities, precision)
         self.concurrency = self.cluster.concurrency(self.options)
         self.estimator = Estimator(self.shape, self.original_length, self.cluster, self.options, self.prices)
+        if self.spec.quantization == "fp8" and not self.estimator.device.multiplies_float8:
+            raise InputError(
+                "--quantization fp8 needs GPUs that multiply in FP8 (compute capability 8.9 or higher), and "
+                f"{self.estimator.device.name} does not; leave it out"
+            )
         self.storage.read_ahead([trial.fingerprint for trial in self.trials])
         self.planned = self.plan(self.trials)
         self.spending = Spending(self.name, self.trials, self.storage, self.options, self.stop)

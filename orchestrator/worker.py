@@ -158,8 +158,8 @@ def _fetch_checkpoint(folder: TrialFolder, first: bool, workers: int) -> None:
 
 
 def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:
-    """What the model scores before training, if the untuned trial that starts alike has shown it: a 4-bit base scores
-    otherwise."""
+    """What the model scores before training, if the untuned trial that starts alike has shown it: a quantised base
+    scores otherwise."""
     known = untuned.state == "finished" and trial.training.quantization == "none"
     return untuned.scores(trial.training.context_length) if known else None
 

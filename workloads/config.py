@@ -26,7 +26,7 @@ AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "varlen"
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]
-Quantization = Literal["none", "nf4"]
+Quantization = Literal["none", "nf4", "fp8"]
 Task = Literal["pretraining", "sft"]
 LongExamples = Literal["drop", "truncate"]
 EngineName = Literal["auto", "ddp", "zero2", "zero3"]
@@ -55,7 +55,8 @@ class TrainingConfig:
         train_layers: the decoder layers that train, see :func:`trained_layers`. It restricts LoRA matrices, norms of
             layers and ``full``; embeddings and the final norm of the LoRA methods follow the method alone, and
             ``full`` with a choice other than ``all`` trains nothing outside the chosen layers.
-        quantization: ``nf4`` keeps the frozen linear weights of a LoRA method in 4 bits (QLoRA): needs a GPU.
+        quantization: of the frozen linear weights of a LoRA method. ``nf4`` keeps them in 4 bits (QLoRA): needs a GPU.
+            ``fp8`` multiplies with them in FP8 (workloads/float8.py): faster on a GPU that has it, slow on a CPU.
         steps: optimiser steps.
         batch: sequences in an optimiser step, over all workers.
         learning_rate: peak, reached after ``warmup_steps`` of linear warm-up.
@@ -177,6 +178,11 @@ class TrainingConfig:
             raise InputError(
                 f"quantization is {self.quantization!r} with the method {self.method!r}: quantised weights cannot "
                 "train; choose a LoRA method, such as lora+, or quantization none"
+            )
+        if self.quantization == "fp8" and self.precision != "bfloat16":
+            raise InputError(
+                f"quantization is 'fp8' with the precision {self.precision!r}: products in FP8 give bfloat16; choose "
+                "precision bfloat16, or quantization none"
             )
 
 

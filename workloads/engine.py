@@ -94,7 +94,9 @@ class Engine:
         if self.num_workers == 1 or not self.parameters:
             return NextTokenLoss(model)
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(NextTokenLoss(model), device_ids=devices)
+        # Buffers (positions, half of what FP8 weights are) are the same on all workers and stay so: broadcast once, not
+        # in each step.
+        return DistributedDataParallel(NextTokenLoss(model), device_ids=devices, broadcast_buffers=False)
 
     def autocast(self) -> AbstractContextManager:
         """Computes in bfloat16 where the precision says so; float32 parameters stay as they are."""

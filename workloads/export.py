@@ -65,7 +65,8 @@ class Report:
             rounding of what was saved.
         largest_logit: the largest absolute logit of the trained model, for scale.
         same_prediction: share of the positions at which both give the same most likely next token.
-        quantised_base: whether the base was quantised in training; it is merged, and compared, dequantised.
+        quantised_base: whether the base was quantised to 4 bits in training; it is merged, and compared, dequantised.
+        float8_base: whether the base was in FP8 in training; it is merged, and compared, as it was before.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Report:
     largest_logit: float
     same_prediction: float
     quantised_base: bool
+    float8_base: bool = False
 
     def __str__(self) -> str:
         sentence = (
@@ -88,6 +90,11 @@ class Report:
             sentence += (
                 "; the base was quantised in training: what is merged and what is compared is that base dequantised, "
                 "with the rounding of its quantisation"
+            )
+        if self.float8_base:
+            sentence += (
+                "; the base was in FP8 in training, and so the perplexities were measured: what is merged and what is "
+                "compared is the base without that rounding"
             )
         return sentence
 
@@ -122,8 +129,8 @@ def export_trial(
     source = trained.base(base)
     step = trained.step(unfinished, checkpoint)
     tokenizer = source.tokenizer()
-    quantised = getattr(trained.training, "quantization", "none") != "none"
-    # A base is quantised on a GPU only; all else is done on the CPU, whose memory is the larger.
+    quantised = trained.training.quantization == "nf4"
+    # A base is quantised to 4 bits on a GPU only; all else is done on the CPU, whose memory is the larger.
     device = torch.device("cuda" if quantised and torch.cuda.is_available() else "cpu")
     model = trained.build(source, step, Engine(device, trained.training.precision))
     check_vocabulary(tokenizer, model, source.name)
@@ -157,6 +164,7 @@ def export_trial(
             largest_logit=expected.abs().max().item(),
             same_prediction=(found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
             quantised_base=quantization is not None,
+            float8_base=trained.training.quantization == "fp8",
         )
         card = model_card(trained, source, reloaded.config, what=what, step=step, rounding=str(report))
         (folder / "README.md").write_text(card)

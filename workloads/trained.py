@@ -166,14 +166,17 @@ class TrainedTrial:
     def build(self, source: ModelSource, step: int, engine: Engine | None = None) -> nn.Module:
         """The trial's model with the weights of ``step``, with its training's attention pattern.
 
-        It is on ``engine``'s device and computes in its precision; by default on the CPU, in training's precision.
+        It is on ``engine``'s device and computes in its precision; by default on the CPU, in training's precision. A
+        base that was in FP8 in training is as it was before: what trained fits it as well, and any machine computes it.
 
         Raises:
             InputError: the checkpoint's parameters are not those that this trial trains.
         """
         engine = engine or Engine(torch.device("cpu"), self.training.precision)
         precision = "float32" if engine.dtype == torch.float32 else "bfloat16"
-        model = build_model(source, replace(self.training, precision=precision), engine, ExecutionConfig())
+        quantization = "none" if self.training.quantization == "fp8" else self.training.quantization
+        training = replace(self.training, precision=precision, quantization=quantization)
+        model = build_model(source, training, engine, ExecutionConfig())
         if self.training.steps:
             self._restore(trainable_parameters(model), self.folder / "checkpoints" / f"step-{step:08d}")
         return model

@@ -36,6 +36,7 @@ from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import score_documents
+from workloads.float8 import quantise_base
 from workloads.models import ModelSource
 from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
@@ -61,7 +62,7 @@ def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, exe
 
 
 def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
-    """A loaded model as a trial trains it: its attention pattern, what trains, checkpointing, its device."""
+    """A loaded model as a trial trains it: its attention pattern, what trains, FP8, checkpointing, its device."""
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
     use_pattern(
         model,
@@ -79,6 +80,8 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
         lora_targets=config.lora_targets,
         train_layers=config.train_layers,
     )
+    if config.quantization == "fp8":
+        quantise_base(model, engine.device)
     keep_autocast_dtype(model)
     recompute_activations(model, execution.gradient_checkpointing)
     return engine.place(model)
@@ -109,7 +112,7 @@ def run(
         raise InputError(f"a batch of {config.batch} sequences does not divide among {engine.num_workers} workers")
     if config.quantization != "none" and execution.engine == "zero3":
         raise InputError(
-            f"quantization {config.quantization} with the engine zero3, which cannot share out 4-bit weights; "
+            f"quantization {config.quantization} with the engine zero3, which cannot share out quantised weights; "
             "choose the engine zero2 or ddp"
         )
     model = build_model(source, config, engine, execution)

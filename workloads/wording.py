@@ -30,6 +30,10 @@ ATTENTION = {
     "block-sparse": "block-sparse",
     "stride-sparse": "stride-sparse",
 }
+QUANTIZATION = {
+    "nf4": "quantised to 4 bits (nf4)",
+    "fp8": "in FP8 (e4m3, a scale for each row), as was what they multiplied; not in what is exported",
+}
 SCHEDULES = {
     "constant": "then constant",
     "cosine": "then to zero along half a cosine",
@@ -69,7 +73,7 @@ def _of_training(training: TrainingConfig) -> dict[str, str]:
     if training.train_layers != "all":
         rows["Layers that train"] = training.train_layers
     if training.quantization != "none":
-        rows["Frozen weights in training"] = f"quantised to 4 bits ({training.quantization})"
+        rows["Frozen weights in training"] = QUANTIZATION[training.quantization]
     rows |= {
         "Steps": f"{training.steps:,}",
         "Batch": f"{training.batch} sequence{'s' if training.batch > 1 else ''}",

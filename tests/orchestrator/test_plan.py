@@ -91,6 +91,22 @@ def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
     assert plan("--budget-usd", "1", "--price-per-hour", "0.05")[0] == 0
 
 
+def test_an_fp8_base_is_planned_for_gpus_that_have_it_and_for_cpus_in_bfloat16(plan, monkeypatch):
+    flags = ("--context-lengths", "1024", "--methods", "lora+", "--references", "--quantization", "fp8")
+    gpus = [("NVIDIA A100-SXM4-80GB", 79.2 * 2**30)]
+    monkeypatch.setattr("orchestrator.cluster.visible_gpus", lambda: gpus)
+    status, told = plan(*flags)
+    assert status == 2 and "--quantization fp8 needs GPUs that multiply in FP8" in told
+    assert "NVIDIA A100-SXM4-80GB does not; leave it out" in told
+    gpus[:] = [("NVIDIA H200", 139.8 * 2**30)]
+    status, told = plan(*flags)
+    assert status == 0 and "1 to run" in told
+    gpus.clear()
+    assert plan(*flags, "--precision", "bfloat16")[0] == 0
+    status, told = plan(*flags, "--precision", "float32")
+    assert status == 2 and "choose precision bfloat16" in told
+
+
 def test_an_unknown_cluster_is_named_with_the_known_ones(plan):
     status, told = plan("--cluster", "aws-p4")
     assert status == 2 and "aws-p4d" in told

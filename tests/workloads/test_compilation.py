@@ -143,6 +143,7 @@ LONG = dict(context_length=8192, group_size=2048, eval_span=8192, steps=1000, ba
         ({"task": "sft"}, {}, False),
         ({"document_mask": True}, {}, False),
         ({"quantization": "nf4"}, {}, False),
+        ({"quantization": "fp8"}, {}, True),
         ({}, {"engine": "zero2"}, True),
         ({}, {"engine": "zero3"}, False),
     ],

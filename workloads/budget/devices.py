@@ -16,7 +16,8 @@ class Device:
     Args:
         name: as ``torch.cuda.get_device_name`` gives it.
         memory: bytes that torch sees (``total_memory``: less than the label says).
-        bfloat16, float32: peak of dense matrix products, FLOP/s. Float32 is without TF32, which torch leaves off.
+        bfloat16, float32, float8: peak of dense matrix products, FLOP/s. Float32 is without TF32, which torch leaves
+            off; float8 is zero where there are no such units.
         bandwidth: peak of its memory, bytes/s read and written.
         linear_efficiency, attention_efficiency, bandwidth_efficiency: the share of these peaks that training reaches in
             products with weights, in attention, and in all that is neither (traffic.py).
@@ -37,6 +38,7 @@ class Device:
     efficiency_source: str
     link: float
     host_link: float
+    float8: float = 0.0
 
     def peak(self, precision: Precision) -> float:
         return self.bfloat16 if precision == "bfloat16" else self.float32
@@ -50,6 +52,17 @@ class Device:
         """It has units for products in bfloat16, as GPUs from compute capability 8.0 on; assumed of an unknown one."""
         return self.bfloat16 > self.float32 or not self.bfloat16
 
+    @property
+    def multiplies_float8(self) -> bool:
+        """It can multiply in FP8, as GPUs from compute capability 8.9 on and CPUs; assumed of an unknown one."""
+        return self.float8 > 0 or not self.bfloat16
+
+    @property
+    def float8_rate(self) -> float:
+        """FLOP/s that products in FP8 reach. Of GPUs an assumption, not yet measured: the same share of the peak as in
+        bfloat16."""
+        return self.float8 * (self.linear_efficiency if self.is_gpu else 1.0)
+
     @classmethod
     def named(cls, name: str) -> Device | None:
         """The device of this name, or None if it is not known."""
@@ -62,13 +75,15 @@ class Device:
         100 GFLOP/s a core is what 32 FLOPs a cycle at about 3 GHz give (AVX-512 or two AVX2 units, multiply and add);
         20 GB/s about what one core draws from caches and memory. The first two efficiencies fit docs/performance.md's
         speeds of builtin:tiny, within 4%. A processor that multiplies in bfloat16 (AMD EPYC with AVX-512 BF16) made its
-        steps 1.8 to 2.0 times as fast, at 1,024 and 2,048 tokens, LoRA+ and full: predicted within 7%.
+        steps 1.8 to 2.0 times as fast, at 1,024 and 2,048 tokens, LoRA+ and full: predicted within 7%. Products in FP8,
+        which it has no units for, ran at 31 to 40 GFLOP/s on one of its cores.
         """
         return cls(
             name="CPU",
             memory=memory,
             bfloat16=cores * (250e9 if multiplies_bfloat16 else 100e9),
             float32=cores * 100e9,
+            float8=cores * 35e9,
             bandwidth=cores * 20e9,
             linear_efficiency=0.99,
             attention_efficiency=0.35,
@@ -120,12 +135,14 @@ def _gpu(
     efficiency: dict,
     link: float,
     host: float,
+    float8: float = 0.0,
 ) -> Device:
     return Device(
         name=name,
         memory=int(gib * GIB),
         bfloat16=teraflops * 1e12,
         float32=float32 * 1e12,
+        float8=float8 * 1e12,
         bandwidth=gigabytes * 1e9,
         link=link,
         host_link=host,
@@ -138,24 +155,24 @@ def _gpu(
 DEVICES = {
     device.name: device
     for device in (
-        # H200 data sheet: 1,979 TFLOP/s with sparsity, 141 GB, 4.8 TB/s.
-        _gpu("NVIDIA H200", 139.8, 989.4, 67, 4_800, HOPPER, NVLINK * 1.5, 55e9),
-        # H100 data sheet: SXM 1,979, PCIe 1,513, NVL 1,671 TFLOP/s with sparsity; 80, 80 and 94 GB; 3.35, 2 and
-        # 3.9 TB/s.
-        _gpu("NVIDIA H100 80GB HBM3", 79.1, 989.4, 67, 3_350, HOPPER, NVLINK * 1.5, 55e9),
-        _gpu("NVIDIA H100 PCIe", 79.1, 756.4, 51, 2_000, HOPPER, PCIE * 2, 55e9),
-        _gpu("NVIDIA H100 NVL", 93.1, 835.5, 60, 3_900, HOPPER, PCIE * 2, 55e9),
+        # H200 data sheet: 1,979 TFLOP/s with sparsity, in FP8 3,958; 141 GB, 4.8 TB/s.
+        _gpu("NVIDIA H200", 139.8, 989.4, 67, 4_800, HOPPER, NVLINK * 1.5, 55e9, float8=1_979),
+        # H100 data sheet: SXM 1,979, PCIe 1,513, NVL 1,671 TFLOP/s with sparsity, in FP8 3,958, 3,026 and 3,341; 80, 80
+        # and 94 GB; 3.35, 2 and 3.9 TB/s.
+        _gpu("NVIDIA H100 80GB HBM3", 79.1, 989.4, 67, 3_350, HOPPER, NVLINK * 1.5, 55e9, float8=1_979),
+        _gpu("NVIDIA H100 PCIe", 79.1, 756.4, 51, 2_000, HOPPER, PCIE * 2, 55e9, float8=1_513),
+        _gpu("NVIDIA H100 NVL", 93.1, 835.5, 60, 3_900, HOPPER, PCIE * 2, 55e9, float8=1_671),
         # A100 data sheet: 312 TFLOP/s, 19.5 in float32; 1,555 GB/s with 40 GB, with 80 GB 2,039 (SXM) and 1,935 (PCIe).
         _gpu("NVIDIA A100-SXM4-40GB", 39.4, 312, 19.5, 1_555, AMPERE, NVLINK, PCIE_HOST),
         _gpu("NVIDIA A100-SXM4-80GB", 79.2, 312, 19.5, 2_039, AMPERE, NVLINK, PCIE_HOST),
         _gpu("NVIDIA A100-PCIE-40GB", 39.4, 312, 19.5, 1_555, AMPERE, PCIE, PCIE_HOST),
         _gpu("NVIDIA A100 80GB PCIe", 79.2, 312, 19.5, 1_935, AMPERE, PCIE, PCIE_HOST),
-        # L40S data sheet: 733 TFLOP/s with sparsity, 48 GB, 864 GB/s.
-        _gpu("NVIDIA L40S", 44.4, 366, 91.6, 864, ASSUMED, PCIE, PCIE_HOST),
+        # L40S data sheet: 733 TFLOP/s with sparsity, in FP8 1,466; 48 GB, 864 GB/s.
+        _gpu("NVIDIA L40S", 44.4, 366, 91.6, 864, ASSUMED, PCIE, PCIE_HOST, float8=733),
         # A10G data sheet (the A10 of AWS' g5 instances): 70 TFLOP/s, 35 in float32, 24 GB, 600 GB/s.
         _gpu("NVIDIA A10G", 22.0, 70, 35, 600, ASSUMED, PCIE, PCIE_HOST),
-        # L4 data sheet: 242 TFLOP/s with sparsity, 24 GB, 300 GB/s.
-        _gpu("NVIDIA L4", 22.0, 121, 30.3, 300, ASSUMED, PCIE, PCIE_HOST),
+        # L4 data sheet: 242 TFLOP/s with sparsity, in FP8 485; 24 GB, 300 GB/s.
+        _gpu("NVIDIA L4", 22.0, 121, 30.3, 300, ASSUMED, PCIE, PCIE_HOST, float8=242.5),
         # T4 and V100 data sheets. Their tensor cores know float16 (65 and 125 TFLOP/s) but no bfloat16, which runs at
         # no more than float32's rate; 320 and 900 GB/s.
         _gpu("Tesla T4", 14.6, 8.1, 8.1, 320, ASSUMED, PCIE / 2, PCIE_HOST / 2),

@@ -116,7 +116,8 @@ def _in_blocks(tokens: int, size: int, head: int) -> int:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flops:
     """FLOPs of some tokens, attention counted causally. ``linear`` is every matrix product with a weight, LoRA's and
-    the output layer's among them; ``recomputed`` is what gradient checkpointing does again."""
+    the output layer's among them; ``float8`` is how many of these are in FP8; ``recomputed`` is what gradient
+    checkpointing does again."""
 
     forward_linear: float
     forward_attention: float
@@ -124,6 +125,7 @@ class Flops:
     backward_attention: float = 0.0
     recomputed_linear: float = 0.0
     recomputed_attention: float = 0.0
+    float8: float = 0.0
 
     @property
     def linear(self) -> float:
@@ -156,7 +158,12 @@ def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | Non
     lora = what_trains(shape, training).lora_parameters if training else 0
     weights = shape.num_layers * shape.layer_weights + shape.embedding_parameters + lora
     pairs = shape.num_layers * attended_pairs("full", None, shape.num_heads, tokens)
-    return Flops(forward_linear=2.0 * tokens * weights, forward_attention=4.0 * shape.head_dim * pairs)
+    float8 = shape.num_layers * sum(map(_float8_weights, shape.linears)) if training and _in_float8(training) else 0
+    return Flops(
+        forward_linear=2.0 * tokens * weights,
+        forward_attention=4.0 * shape.head_dim * pairs,
+        float8=2.0 * tokens * float8,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -172,7 +179,7 @@ def training_flops(
     """
     trains = what_trains(shape, training, gradient_checkpointing)
     tokens = training.context_length
-    linear, attention = _Passes(), _Passes()
+    linear, attention, float8 = _Passes(), _Passes(), _Passes()
     for layer, count in trains.kinds:
         pairs = attended_pairs(training.attention, training.group_size, shape.num_heads, tokens, layer)
         again = layer in trains.checkpointed
@@ -183,6 +190,10 @@ def training_flops(
             linear.forward += count * _forward_weights(trains, layer, each)
             linear.backward += count * _backward_weights(trains, layer, each)
             linear.recomputed += count * again * _forward_weights(trains, layer, each)
+            if _in_float8(training):
+                weights = count * _float8_weights(each)
+                float8.forward += weights * (1 + again)
+                float8.backward += weights * trains.needs_gradient(layer, each.reads)
         linear.recomputed -= count * again * _not_recomputed(trains, layer)
     head = shape.embedding_parameters
     linear.forward += head
@@ -195,7 +206,16 @@ def training_flops(
         backward_attention=a_pair * attention.backward * (BACKWARD_BY_FORWARD + RECOMPUTED_SCORES),
         recomputed_linear=a_weight * linear.recomputed,
         recomputed_attention=a_pair * attention.recomputed,
+        float8=a_weight * (float8.forward + float8.backward),
     )
+
+
+def _in_float8(training: TrainingConfig) -> bool:
+    return training.quantization == "fp8"
+
+
+def _float8_weights(linear: Linear) -> int:
+    return linear.weights * linear.float8
 
 
 @dataclass

@@ -88,7 +88,7 @@ def layers_compile(
         return True
     # Each length is compiled anew, and so may be where documents end.
     same_each_step = training.task == "pretraining" and not training.document_mask
-    if not able or not same_each_step or training.quantization != "none" or execution.engine == "zero3":
+    if not able or not same_each_step or training.quantization == "nf4" or execution.engine == "zero3":
         return False
     return training.steps * training.batch / workers * training_flops(shape, training).total >= COMPILING_PAYS_FROM
 

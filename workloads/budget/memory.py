@@ -29,6 +29,10 @@ GIB = 2**30
 # arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 
+# Bytes for each number of the widest operand or result of a product in FP8 (workloads/float8.py): compiled, what is
+# quantised; else two float32 results, one of them scaled.
+FLOAT8_COMPILED, FLOAT8_WORK = 1, 2 * FLOAT32
+
 # DeepSpeed under workloads/deepspeed.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to a
 # billion stay (stage3_max_live_parameters).
 ZERO_BUCKET = 50_000_000 * FLOAT32
@@ -188,7 +192,7 @@ class _Moments:
 
     def frozen_bytes(self) -> int:
         frozen, shape = self.trains.frozen, self.shape
-        if self.training.quantization == "none":
+        if self.training.quantization != "nf4":  # in FP8 a weight has two copies of a byte each
             return frozen * self.widths.frozen
         quantized = shape.num_layers * shape.layer_weights
         return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
@@ -284,7 +288,7 @@ class _Moments:
             casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * again,
             activations=self.tokens * a_token,
             logits=self.logits,
-            workspace=self.tokens * kept.backward_work(layer) + self.dequantized(),
+            workspace=self.tokens * kept.backward_work(layer) + self.for_products(self.tokens, kept.compiled),
         )
 
     def update(self, fixed: Memory) -> Memory:
@@ -308,14 +312,20 @@ class _Moments:
             fixed,
             "evaluation",
             logits=logits,
-            workspace=tokens * layer + self.dequantized(),
+            workspace=tokens * layer + self.for_products(tokens, compiled=False),
         )
 
-    def dequantized(self) -> int:
-        """A 4-bit weight is made whole for each product."""
-        if self.training.quantization == "none":
-            return 0
-        return max(linear.weights for linear in self.shape.linears) * self.widths.compute
+    def for_products(self, tokens: int, compiled: bool) -> int:
+        """What a product with a frozen weight takes by itself: a 4-bit weight is made whole; what FP8 multiplies has a
+        copy, and the result, where layers are not compiled, is scaled in float32."""
+        match self.training.quantization:
+            case "none":
+                return 0
+            case "nf4":
+                return max(linear.weights for linear in self.shape.linears) * self.widths.compute
+            case "fp8":
+                widest = max(max(linear.inputs, linear.outputs) for linear in self.shape.linears if linear.float8)
+                return tokens * widest * (FLOAT8_COMPILED if compiled else FLOAT8_WORK)
 
     @staticmethod
     def add(fixed: Memory, moment: str, **parts: float) -> Memory:

@@ -20,6 +20,7 @@ Reads = Literal["attention norm", "attention", "mlp norm", "activation"]
 ATTENTION: tuple[Reads, ...] = ("attention norm", "attention")
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
+FLOAT8_SIDES = 16  # what products in FP8 want both sides of a weight to be multiples of (torch._scaled_mm)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", *GEMMA)
 
 
@@ -40,6 +41,11 @@ class Linear:
     @property
     def parameters(self) -> int:
         return self.weights + self.bias * self.outputs
+
+    @property
+    def float8(self) -> bool:
+        """Whether ``quantization`` fp8 takes it."""
+        return self.inputs % FLOAT8_SIDES == 0 and self.outputs % FLOAT8_SIDES == 0
 
     def lora_parameters(self, rank: int) -> int:
         return rank * (self.inputs + self.outputs)

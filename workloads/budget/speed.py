@@ -27,7 +27,8 @@ HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
 def device_seconds(flops: Flops, moved: float, device: Device, training: TrainingConfig) -> float:
     """``moved``: bytes read and written beside matrix products and attention."""
     peak = device.peak(training.precision)
-    linear = flops.linear / (peak * device.linear_efficiency)
+    linear = (flops.linear - flops.float8) / (peak * device.linear_efficiency)
+    linear += flops.float8 / (device.float8_rate or peak * device.linear_efficiency)
     attention = flops.attention / (peak * device.attention_efficiency)
     return linear + attention + moved / (device.bandwidth * device.bandwidth_efficiency)
 

@@ -38,6 +38,12 @@ UPDATE_BYTES = (1 + 2 + 7) * FLOAT32
 # and 9,665 at 32,768, within 2%. A stock model all in bfloat16, compiled, did 14,621; that is predicted too fast.
 COMPILED = 0.36
 
+# Of products in FP8, beside what those in bfloat16 read and write. Compiled, what is quantised is read and written once
+# more (2 + 1 bytes), once for all that read it, and results are scaled where they are read: an assumption until it is
+# measured. Else, by operation: absolute values, the largest, what they scale, and the cast; two scales and a cast.
+FLOAT8_COMPILED = 3
+FLOAT8_OPERAND, FLOAT8_RESULT = (2 + 2) + 2 + (2 + 4) + (4 + 1), (2 + 4) + (4 + 4) + (4 + 2)
+
 # Kernels of a layer, forward and backward; more for each RMSNorm, for each module with LoRA matrices, and for heads in
 # shifted groups.
 LAYER_KERNELS, NORM_KERNELS, LORA_KERNELS, SHIFTED_KERNELS = 89, 23, 11, 50
@@ -105,7 +111,18 @@ class Traffic:
                 moved += CAST * linear.inputs
             if linear.name in self.trains.adapted(layer):
                 moved += self._lora(linear)
-        return moved * (COMPILED if self.loop.compiled else 1)
+        return moved * (COMPILED if self.loop.compiled else 1) + self._float8(layer)
+
+    def _float8(self, layer: int) -> float:
+        if self.trains.config.quantization != "fp8":
+            return 0.0
+        linears = [linear for linear in self.shape.linears if linear.float8]
+        backward = [linear for linear in linears if self.trains.needs_gradient(layer, linear.reads)]
+        if self.loop.compiled:
+            read = {linear.reads: linear.inputs for linear in linears}
+            return FLOAT8_COMPILED * (sum(read.values()) + sum(linear.outputs for linear in backward))
+        forward = sum(FLOAT8_OPERAND * linear.inputs + FLOAT8_RESULT * linear.outputs for linear in linears)
+        return forward + sum(FLOAT8_OPERAND * linear.outputs + FLOAT8_RESULT * linear.inputs for linear in backward)
 
     def _norm(self, width: int, given: int, trained: bool) -> float:
         if self.shape.norm_biases:

@@ -1,0 +1,213 @@
+"""The same trial trained twice, in two ways that should give the same: ``python -m benchmarks.loss_parity``.
+
+    python -m benchmarks.loss_parity --model SmolLM2-135M --data papers            # FP8 base against bfloat16
+    python -m benchmarks.loss_parity --model ... --data ... --ways not-compiled bfloat16   # what compiling changes
+
+Same seed, same data in the same order, through the product's own loop (``workloads.training.run``). How far two ways of
+computing in bfloat16 are apart (the second line) is what the distance of FP8 is to be held against. On a GPU the layers
+are compiled, but for ``not-compiled``; on a CPU nothing is. With SmolLM2-135M, 300 steps of two sequences of 8,192
+tokens are 4.9 million tokens: about a minute for each way on an H200.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.timing import in_words, machine, write_json
+from dashboards.drawing import INK, MUTED, new_figure, style
+from workloads.command import quiet_transformers, run_command
+from workloads.config import ExecutionConfig, Method, TrainingConfig
+from workloads.data import Corpus, PackedCorpus, prepare
+from workloads.engine import make_engine
+from workloads.models import ModelSource
+from workloads.training import run
+
+Way = Literal["bfloat16", "fp8", "not-compiled"]
+EVERY = 50  # steps of which the mean loss is printed
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What came of a way.
+
+    Args:
+        losses: of each step.
+        perplexities: held out, at the trained length, by step: before the first and after the last.
+        seconds: of the whole run, with loading and evaluations; tokens_per_second: the median of its steps.
+    """
+
+    way: Way
+    losses: list[float] = field(default_factory=list)
+    perplexities: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the second way is from the first: of each step ``second / first - 1``, its absolute value for ``median``
+    and ``largest``; and the same of the last perplexity."""
+
+    differences: list[float]
+    median: float
+    largest: float
+    mean: float
+    perplexity: float
+
+    @classmethod
+    def of(cls, first: Curve, second: Curve) -> Parity:
+        differences = [b / a - 1 for a, b in zip(first.losses, second.losses, strict=True)]
+        last = max(first.perplexities)
+        return cls(
+            differences=differences,
+            median=statistics.median(map(abs, differences)),
+            largest=max(map(abs, differences)),
+            mean=statistics.fmean(differences),
+            perplexity=second.perplexities[last] / first.perplexities[last] - 1,
+        )
+
+
+def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: PackedCorpus, device: torch.device) -> Curve:
+    """A whole trial in this way."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    gc.collect()  # the model before is gone
+    compiled = device.type == "cuda" and way != "not-compiled"
+    execution = ExecutionConfig(
+        compile_layers="on" if compiled else "off", checkpoint_every=training.steps, checkpoint_minutes=math.inf
+    )
+    curve, speeds, began = Curve(way), [], time.monotonic()
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "step":
+            curve.losses.append(fields["loss"])
+            speeds.append(fields["tokens_per_second"])
+        if event == "eval" and fields["context_length"] == training.context_length:
+            curve.perplexities[fields["step"]] = fields["perplexity"]
+
+    engine = make_engine(execution, device, training.precision)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        run(source, training, execution, corpus, Path(checkpoints), engine, emit)
+    return Curve(way, curve.losses, curve.perplexities, time.monotonic() - began, statistics.median(speeds))
+
+
+def table(first: Curve, second: Curve, parity: Parity) -> str:
+    """Mean losses of each so many steps, perplexities, and the differences."""
+    lines = [f"| steps | {first.way} | {second.way} | difference |", "|---|---|---|---|"]
+    for start in range(0, len(first.losses), EVERY):
+        a, b = (statistics.fmean(curve.losses[start : start + EVERY]) for curve in (first, second))
+        lines.append(
+            f"| {start + 1} to {min(start + EVERY, len(first.losses))} | {a:.4f} | {b:.4f} | {b / a - 1:+.3%} |"
+        )
+    for step, a in sorted(first.perplexities.items()):
+        b = second.perplexities[step]
+        lines.append(f"| held-out perplexity at {step} | {a:.4f} | {b:.4f} | {b / a - 1:+.3%} |")
+    lines.append(
+        f"\nof each step's loss: median {parity.median:.3%}, largest {parity.largest:.3%}, mean with its sign "
+        f"{parity.mean:+.4%}"
+    )
+    for curve in (first, second):
+        lines.append(f"{curve.way}: {curve.tokens_per_second:,.0f} tokens/s, {curve.seconds:.0f} s in all")
+    return "\n".join(lines)
+
+
+def draw(first: Curve, second: Curve, parity: Parity, title: str, path: Path) -> None:
+    """Writes a PNG: both losses over the steps, and below how far they are apart."""
+    steps = range(1, len(first.losses) + 1)
+    with style():
+        figure = new_figure(640, 400)
+        figure.set_facecolor("white")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+        above.plot(steps, first.losses, color="#98a3ae", linewidth=2.4, label=first.way)
+        above.plot(steps, second.losses, color="#1a4a8a", linewidth=0.9, label=second.way)
+        above.set_ylabel("training loss, nats a token")
+        above.legend(frameon=False)
+        below.axhline(0, color=MUTED, linewidth=0.8)
+        below.plot(steps, [100 * each for each in parity.differences], color="#1a4a8a", linewidth=0.9)
+        below.set_ylabel("difference, %")
+        below.set_xlabel("step")
+        figure.suptitle(title, size=11, weight="bold", color=INK)
+        figure.savefig(path, dpi=160)
+
+
+def compare(
+    ways: Sequence[Way], training: TrainingConfig, source: ModelSource, corpus: PackedCorpus, device: torch.device
+) -> tuple[Curve, Curve, Parity]:
+    """Both ways; ``training`` is that of bfloat16."""
+    first, second = (
+        train(way, replace(training, quantization="fp8" if way == "fp8" else "none"), source, corpus, device)
+        for way in ways
+    )
+    return first, second, Parity.of(first, second)
+
+
+def main(
+    model: str,
+    data: str,
+    ways: tuple[Way, Way] = ("bfloat16", "fp8"),
+    steps: int = 300,
+    context_length: int = 8192,
+    batch: int = 2,
+    group_size: float = 0.25,
+    method: Method = "lora+",
+    learning_rate: float = 5e-4,
+    eval_documents: int = 16,
+    seed: int = 0,
+    json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("loss_parity.json"),
+    picture: Path = Path("loss_parity.png"),
+) -> None:
+    """Trains the same trial in two ways and prints how far apart their losses are.
+
+    Args:
+        model: a folder, a Hugging Face id, or builtin:tiny.
+        data: a folder of text, or what else a sweep takes.
+        ways: the first is what the second is held against.
+        group_size: of S²-Attn, as a share of the context.
+        json_file: losses and figures.
+        picture: a PNG of both.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    quiet_transformers()
+    source = ModelSource.parse(model)
+    training = TrainingConfig(
+        context_length=context_length,
+        method=method,
+        group_size=int(group_size * context_length),
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        precision="bfloat16",
+        seed=seed,
+        eval_every=steps,
+        eval_documents=eval_documents,
+        eval_span=context_length,
+    )
+    facts = machine(device)
+    print(in_words(facts), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = prepare(Corpus.parse(data), source.tokenizer, source.tokenizer_identity, folder)
+        corpus.check(context_length, batch)
+        first, second, parity = compare(ways, training, source, corpus, device)
+    what = f"{Path(model).name}, {method}, {context_length:,} tokens, batch {batch}, {facts['device']}"
+    print(f"{what}\n\n{table(first, second, parity)}")
+    content = {"machine": facts, "model": model, "data": data, "training": training.not_at_default()}
+    write_json(json_file, content | {"curves": [asdict(first), asdict(second)], "parity": asdict(parity)})
+    draw(first, second, parity, what, picture)
+    print(f"{json_file}, {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, "benchmarks.loss_parity"))

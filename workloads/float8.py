@@ -1,0 +1,148 @@
+"""A frozen base whose matrix products are in FP8: twice the rate of bfloat16 on a GPU that has it.
+
+Weights are quantised once to e4m3 (Micikevicius et al., arXiv 2209.05433) with a scale for each row; what they multiply
+is quantised in each product with a scale for each token. A frozen weight W needs two products: y = x Wᵀ, and in the
+backward pass dx = dy W. Hopper's FP8 units sum along the last dimension of both operands, so that the second needs W
+stored the other way round, which has scales of its own: two copies of a byte each, as much memory as in bfloat16.
+
+e4m3 for gradients as well: where a scale is one token's, its range of 2^18 is enough, and e5m2 would double the
+rounding (DeepSeek-V3, arXiv 2412.19437, section 3.3.2, does the same).
+
+It is faster only where layers are compiled: the scales and casts are then parts of the kernels beside the products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from workloads.adaptation import decoder_layers
+from workloads.budget.shape import FLOAT8_SIDES
+from workloads.errors import InputError
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max  # 448
+# A token of zeros has this as its largest number: 448 over it is still finite.
+NOT_ZERO = 1e-30
+
+# Whether sums stay in Hopper's matrix unit, which cuts them to 13 bits behind the point, for all of K; else they move
+# to float32 each 128 terms. Simulated (no GPU): sums of terms of either sign come out 0.13% (K = 4,096) and 0.28%
+# (11,008) off, where quantisation alone makes 3.7%; where terms lean to one sign, 1.5% and 5% too small; with the move
+# 0.01%. So, as Transformer Engine and torchao do by default: yes forward; no for gradients, whose errors add up from
+# layer to layer. It makes a product 1.1 to 1.2 times as fast, others say (pytorch/ao issue 2377): see
+# benchmarks/float8_products.py.
+FAST_FORWARD, FAST_BACKWARD = True, False
+
+
+class Float8Linear(nn.Module):
+    """A frozen linear module: (..., in) -> (..., out), in bfloat16, with gradients for its input alone.
+
+    ``weight`` counts, and is moved, as any frozen parameter, but holds bytes: neither NCCL nor Gloo has to know FP8.
+    The transposed copy and the scales are buffers, so that a model has as many parameters as without FP8.
+    """
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        """
+        Args:
+            linear: frozen, both sides multiples of 16. It is quantised on ``device``, and stays there.
+        """
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().to(device)
+        quantised, scale = quantise_rows(weight)
+        transposed, transposed_scale = quantise_rows(weight.t().contiguous())
+        self.weight = nn.Parameter(quantised.view(torch.uint8), requires_grad=False)
+        self.register_buffer("scale", scale.flatten(), persistent=False)  # (out,)
+        self.register_buffer("transposed", transposed.view(torch.uint8), persistent=False)  # (in, out)
+        self.register_buffer("transposed_scale", transposed_scale.flatten(), persistent=False)  # (in,)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        operands = (self.weight, self.scale, self.transposed, self.transposed_scale)
+        return _Float8Product.apply(x, *operands, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Float8Product(torch.autograd.Function):
+    """Keeps the weight alone for the backward pass: nothing of the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, transposed, transposed_scale, bias):
+        ctx.save_for_backward(transposed, transposed_scale)
+        ctx.input_dtype = x.dtype
+        return scaled_product(x, weight, scale, bias, fast=FAST_FORWARD).to(torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_input = scaled_product(gradient, *ctx.saved_tensors, fast=FAST_BACKWARD).to(ctx.input_dtype)
+        return of_input, None, None, None, None, None
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, K) -> the same in FP8, contiguous, and what to multiply each row by, (rows, 1) in float32.
+
+    A row of zeros stays zeros; one that is not finite gives NaN.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=NOT_ZERO)
+    return (x * (LARGEST / largest)).to(FLOAT8).contiguous(), largest / LARGEST
+
+
+def scaled_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, fast: bool
+) -> torch.Tensor:
+    """x Wᵀ + bias in float32: x (..., K); W (N, K), whose FP8 numbers are in ``weight`` as bytes, and whose rows have
+    the scales ``scale``, (N,).
+
+    The product itself has no scales: on Hopper that kernel is faster than the one with a scale for each row, the more
+    so with exact sums (pytorch/pytorch issue 147971), and what takes the result multiplies by them. Its sums are at
+    most 448² K, which bfloat16 has room for, and it rounds large and small ones alike.
+    """
+    rows, row_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+    one = torch.ones((), device=x.device)
+    sums = torch._scaled_mm(
+        rows, weight.view(FLOAT8).t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+    product = sums * row_scale * scale
+    if bias is not None:
+        product = product + bias
+    return product.view(*x.shape[:-1], -1)
+
+
+def quantise_base(model: nn.Module, device: torch.device) -> None:
+    """Puts a :class:`Float8Linear` on ``device`` in the place of each frozen linear module of the decoder layers, also
+    inside LoRA's, whose sides are multiples of 16. Not the output layer: an error there is an error of the logits.
+
+    On a CPU it is slow, and right.
+
+    Raises:
+        InputError: the device has no FP8, or no module has such sides.
+    """
+    refuse_without_float8(device)
+    count = 0
+    for parent in list(decoder_layers(model)[1].modules()):
+        for name, child in list(parent.named_children()):
+            if _can_be_float8(child):
+                setattr(parent, name, Float8Linear(child, device))
+                count += 1
+    if not count:
+        raise InputError(
+            f"quantization fp8 takes linear modules whose sides are multiples of {FLOAT8_SIDES}, and the layers of "
+            "this model have none; choose quantization none"
+        )
+
+
+def refuse_without_float8(device: torch.device) -> None:
+    """Raises InputError if products in FP8 do not run there."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise InputError(
+            f"quantization fp8 needs a GPU that multiplies in FP8 (compute capability 8.9 or higher), but "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; choose quantization none or nf4"
+        )
+
+
+def _can_be_float8(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear) or module.weight.requires_grad:
+        return False
+    return module.in_features % FLOAT8_SIDES == 0 and module.out_features % FLOAT8_SIDES == 0
