@@ -86,7 +86,8 @@ class Engine:
         """The module whose forward pass to call in training: a :class:`NextTokenLoss`, or what stands around it.
 
         Without an optimizer nothing is trained, and only ``model`` itself is of use afterwards. Weights that a
-        checkpoint holds are in the model by now; the optimiser's state comes after, :meth:`load_optimizer_state`.
+        checkpoint holds are in the model by now; the optimiser's state comes after, :meth:`load_optimizer_state`. It is
+        a fused one (:func:`workloads.optimization.build_optimizer`): others cannot clip, nor leave an update out.
         """
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.parameters = trainable_parameters(model)

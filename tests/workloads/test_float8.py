@@ -293,13 +293,14 @@ def test_a_trial_learns_as_in_bfloat16_resumes_bit_equal_and_exports_over_the_or
 def two_steps_of_a_worker(device):
     model = llama(device=this_device(device))
     engine = Engine(this_device(device), "bfloat16")
-    training_model = engine.prepare(model, torch.optim.SGD(trainable_parameters(model).values(), lr=1e-2))
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-3, fused=True)
+    training_model = engine.prepare(model, optimizer)
     for _ in range(2):
         tokens = tokens_of(engine.device)[engine.rank :: engine.num_workers]
         with engine.autocast():
             loss = training_model(tokens, torch.full(tokens.shape, 1 / 126, device=engine.device))
         engine.backward(loss)
-        loss_value, _ = engine.update(loss.detach())
+        loss_value, _ = engine.update(loss.detach()).read()
     return loss_value
 
 
