@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workloads.cache import user_cache
 from workloads.errors import InputError
 from workloads.once import make_once
 
@@ -35,8 +35,7 @@ def converted(file: Path, digest: str) -> Path:
         InputError: it is no GGUF file, transformers cannot read its architecture, or its tokens are not those that its
             tokenizer gives.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return make_once(cache / "longspan" / "models" / digest, lambda partial: _convert(file, partial))
+    return make_once(user_cache() / "models" / digest, lambda partial: _convert(file, partial))
 
 
 def _convert(file: Path, folder: Path) -> None:

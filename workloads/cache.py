@@ -1,0 +1,39 @@
+"""What is kept on disk between processes, outside of any sweep: where, and when it can be trusted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """This user's cache on this node: ``$XDG_CACHE_HOME/longspan``, by default ``~/.cache/longspan``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longspan"
+
+
+def private_folder(folder: Path) -> Path | None:
+    """The folder, made if it is not there and with symbolic links resolved, if nobody but this user can change what is
+    in it; None if others can, or it cannot be made.
+
+    It belongs to the user and is closed to all others, and no folder above it lets others put another one in its place
+    (root may, and in a folder with the sticky bit, such as /tmp, only the owner).
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = folder.resolve()
+        return folder if _is_private(folder) else None
+    except OSError:
+        return None
+
+
+def _is_private(folder: Path) -> bool:
+    me, found = os.getuid(), folder.stat()
+    if found.st_uid != me or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return False
+    for parent in folder.parents:
+        found = parent.stat()
+        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        if found.st_uid not in (me, 0) or others_write:
+            return False
+    return True
