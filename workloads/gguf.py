@@ -8,7 +8,6 @@ twenty seconds for 100 MB, the folder one. It lies in ``$XDG_CACHE_HOME/longspan
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +19,6 @@ from workloads.once import make_once
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-
-def content_hash(file: Path) -> str:
-    """SHA-256 of the file: what the model is, wherever it lies."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def converted(file: Path, digest: str) -> Path:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from workloads.adapters import is_adapter
 from workloads.config import Positions
 from workloads.errors import InputError
-from workloads.gguf import content_hash, converted
+from workloads.gguf import converted
+from workloads.hashes import content_hash
 
 if TYPE_CHECKING:
     import torch
@@ -241,6 +242,5 @@ def _content_hash(folder: Path, patterns: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(content_hash(path)))
     return f"sha256:{digest.hexdigest()}"

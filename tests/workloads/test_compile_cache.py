@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from workloads import compile_cache
+from workloads import cache, compile_cache
 from workloads.cache import private_folder
 from workloads.compile_cache import VARIABLE, keep_compiled
 
@@ -76,12 +76,22 @@ def test_the_storage_of_the_sweep_comes_first_then_the_users_own_cache(tmp_path)
     ("folder", "mode"),
     [("compiled", 0o770), ("compiled", 0o755), ("compiled", 0o707), ("", 0o775), ("", 0o777)],
 )
-def test_where_others_could_write_nothing_is_taken_from(folder, mode, tmp_path):
+def test_where_others_could_write_nothing_is_taken_from(folder, mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_is_of_this_user_alone", lambda group: False)
     storage = tmp_path / "storage"
     (storage / "compiled").mkdir(mode=0o700, parents=True)
     assert private_folder(storage / "compiled")
     (storage / folder).chmod(mode)
     assert chosen(storage / "compiled").is_relative_to(tmp_path / "user")
+
+
+def test_a_group_of_the_user_alone_may_write_above_it(tmp_path, monkeypatch):
+    """As with umask 002, where every user has a group of his own."""
+    for folder in (tmp_path / "storage", tmp_path / "storage" / "cache"):
+        folder.mkdir()
+        folder.chmod(0o775)
+    monkeypatch.setattr(cache, "_is_of_this_user_alone", lambda group: group == os.stat(tmp_path / "storage").st_gid)
+    assert private_folder(tmp_path / "storage" / "cache" / "compiled")
 
 
 def test_a_folder_of_somebody_else_is_not_private(tmp_path, monkeypatch):
