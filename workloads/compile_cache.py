@@ -23,6 +23,7 @@ from workloads.cache import private_folder, user_cache
 
 # torch reads it when it first compiles, and keeps Triton's cache below it unless TRITON_CACHE_DIR says otherwise.
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TORCHS_DEFAULT = str(Path(tempfile.gettempdir(), "torchinductor_"))  # and the user's name
 SOURCE = Path(__file__).parent
 # Whose operators and kernels the compiler takes as they are: their code is not in its keys.
 PACKAGES = ("torch", "triton", "flash-attn", "liger-kernel", "bitsandbytes")
@@ -34,7 +35,8 @@ def keep_compiled(shared: Path | None = None) -> None:
 
     To be called before anything is compiled. A folder that the user has named himself (TORCHINDUCTOR_CACHE_DIR) stays.
     """
-    if VARIABLE in os.environ:
+    # Torch names its own default there when its compiler is imported; the definition of an operator is enough for that.
+    if not os.environ.get(VARIABLE, TORCHS_DEFAULT).startswith(TORCHS_DEFAULT):
         return
     folders = (private_folder(each) for each in (shared, user_cache() / "compiled") if each)
     folder = next(filter(None, folders), None)

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 COMPILES = """
 import json, os, sys
 from pathlib import Path
-from workloads.compile_cache import keep_compiled
-keep_compiled(Path(sys.argv[1]))
 import torch
 from torch._dynamo.utils import counters
 from workloads.attention.grouped import grouped_attention
+from workloads.compile_cache import keep_compiled
+keep_compiled(Path(sys.argv[1]))
 
 query, key, value = torch.arange(3 * 256.0).view(3, 1, 2, 16, 8).sin().requires_grad_().unbind()
 compiled = torch.compile(lambda *heads: grouped_attention(*heads, 8, 1, 0.3, "cpu")[0], dynamic=False)
