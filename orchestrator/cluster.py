@@ -11,6 +11,7 @@ from pathlib import Path
 from clusters.prices import find_cluster
 from orchestrator.provenance import cpu_name
 from orchestrator.spec import RunOptions
+from workloads.allocator import allocator_variables
 from workloads.budget import Device
 from workloads.config import Precision
 from workloads.errors import InputError
@@ -209,7 +210,10 @@ def join_or_start(options: RunOptions) -> Cluster:
     """
     address = options.address or os.environ.get("RAY_ADDRESS")
     local = address in (None, "local")
-    environment = ENVIRONMENT | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(options.hang_timeout)}
+    # Of a cluster that is joined: what is set here counts, not on its nodes.
+    environment = (
+        ENVIRONMENT | allocator_variables() | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(options.hang_timeout)}
+    )
     for name, value in (environment | (LOCAL_ENVIRONMENT if local else {})).items():
         os.environ.setdefault(name, value)
     import ray

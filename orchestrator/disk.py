@@ -29,7 +29,7 @@ class DiskUsage:
     trials: dict[str, TrialUsage]
     data: dict[str, int]
     mlflow: int
-    rest: int  # sweeps: reports, plans, rungs
+    rest: int  # sweeps: reports, plans, rungs; and what was compiled
 
     @property
     def total(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusters.prices import ANY, price_per_gpu_hour, read_prices
+from workloads.allocator import allocator_settings
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ def describe_machine(device: torch.device, workers: int, prices: Mapping[str, fl
             "compute_capability": f"{properties.major}.{properties.minor}",
             "driver": nvidia_driver(),
             "cuda": torch.version.cuda,
+            "allocator": allocator_settings(),
         }
     else:
         described |= {"device": "cpu", "devices": workers * torch.get_num_threads(), "device_name": cpu_name()}

@@ -6,6 +6,7 @@
                             plan-and-truth.json, code-*.diff; command.json (who runs it), cancel.json (a request)
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
+    cache/compiled/         what torch's compiler has compiled; may be removed at any time
 
 Any process may die at any time: files that are read again are written under another name and renamed.
 
@@ -37,6 +38,7 @@ from orchestrator.object_store import MANIFEST, LocalStore, ObjectStore, patient
 from orchestrator.segments import SegmentedJournal
 from orchestrator.spec import TrialSpec
 from orchestrator.writer import LocalWriter, Uploader, stored_checkpoints
+from workloads.cache import user_cache
 from workloads.errors import InputError
 from workloads.once import make_once
 
@@ -219,8 +221,7 @@ class Storage:
         if "://" not in location:
             return cls(Path(location).expanduser().resolve())
         store = ObjectStore.at(location)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(cache / "longspan" / "storage" / hashlib.sha256(store.url.encode()).hexdigest()[:16], store)
+        return cls(user_cache() / "storage" / hashlib.sha256(store.url.encode()).hexdigest()[:16], store)
 
     @property
     def location(self) -> str:
@@ -365,6 +366,11 @@ class Storage:
     @property
     def data(self) -> Path:
         return self.root / "data"
+
+    @property
+    def compiled(self) -> Path | None:
+        """Where workers keep what they compile, for all nodes; None in an object store, from which no code is run."""
+        return None if self.store else self.root / "cache" / "compiled"
 
     @property
     def mlflow(self) -> Path:

@@ -30,6 +30,7 @@ from orchestrator.object_store import StoreAway
 from orchestrator.provenance import describe_machine
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import Storage, TrialFolder
+from workloads.compile_cache import keep_compiled
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engine import make_engine
@@ -59,6 +60,7 @@ def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: t
             f"{folder.path} is not visible on node {socket.gethostname()}; give --storage a folder that every node "
             "sees, or an object store"
         )
+    keep_compiled(storage.compiled)
     judge = cancellation = None
 
     def emit(event: str, **fields: Any) -> None:

@@ -59,9 +59,10 @@ class ZeroEngine(Engine):
             False  # DeepSpeed's update waits for its norm, and an update after one that failed would be taken
         )
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Stage 3 leaves it in host memory, until :meth:`prepare` shares it out: whole, it may not fit the device."""
-        return model if self.stage == 3 else super().place(model)
+    @property
+    def home(self) -> torch.device:
+        """Stage 3 has it in host memory, until :meth:`prepare` shares it out: whole, it may not fit the device."""
+        return torch.device("cpu") if self.stage == 3 else super().home
 
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | None = None, max_grad_norm: float | None = None

@@ -76,9 +76,14 @@ class Engine:
         self.num_workers = dist.get_world_size() if together else 1
         self.runs_ahead = device.type == "cuda"
 
+    @property
+    def home(self) -> torch.device:
+        """Where :meth:`prepare` wants a model, and its weights are best loaded to: this worker's device."""
+        return self.device
+
     def place(self, model: nn.Module) -> nn.Module:
-        """The model where :meth:`prepare` wants it: on this worker's device."""
-        return model.to(self.device)
+        """All of the model at :attr:`home`."""
+        return model.to(self.home)
 
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | None = None, max_grad_norm: float | None = None

@@ -8,24 +8,17 @@ twenty seconds for 100 MB, the folder one. It lies in ``$XDG_CACHE_HOME/longspan
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workloads.cache import user_cache
 from workloads.errors import InputError
 from workloads.once import make_once
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-
-def content_hash(file: Path) -> str:
-    """SHA-256 of the file: what the model is, wherever it lies."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def converted(file: Path, digest: str) -> Path:
@@ -35,8 +28,7 @@ def converted(file: Path, digest: str) -> Path:
         InputError: it is no GGUF file, transformers cannot read its architecture, or its tokens are not those that its
             tokenizer gives.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return make_once(cache / "longspan" / "models" / digest, lambda partial: _convert(file, partial))
+    return make_once(user_cache() / "models" / digest, lambda partial: _convert(file, partial))
 
 
 def _convert(file: Path, folder: Path) -> None:

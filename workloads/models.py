@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from workloads.adapters import is_adapter
 from workloads.config import Positions
 from workloads.errors import InputError
-from workloads.gguf import content_hash, converted
+from workloads.gguf import converted
+from workloads.hashes import content_hash
 
 if TYPE_CHECKING:
     import torch
@@ -156,9 +157,18 @@ class ModelSource:
             raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
 
     def load(
-        self, context_length: int, positions: Positions, dtype: torch.dtype, quantized: dict[str, Any] | None = None
+        self,
+        context_length: int,
+        positions: Positions,
+        dtype: torch.dtype,
+        quantized: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
     ) -> PreTrainedModel:
-        """The model, its positions extended to ``context_length``, weights in ``dtype``, on the CPU.
+        """The model, its positions extended to ``context_length``, weights in ``dtype``, on ``device``.
+
+        Each weight goes there as it is read: host memory never holds more than a few of them. The files are mapped
+        into memory, so that what several processes of a node load is read from its disk once, as long as its page cache
+        has room for it.
 
         With ``quantized`` (from :func:`workloads.quantization.nf4_loading`) its linear weights are quantised and it is
         on the device that this names.
@@ -185,7 +195,7 @@ class ModelSource:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **(quantized or {}),
+                **{"device_map": {"": device}, **(quantized or {})},
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error
@@ -232,6 +242,5 @@ def _content_hash(folder: Path, patterns: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(content_hash(path)))
     return f"sha256:{digest.hexdigest()}"

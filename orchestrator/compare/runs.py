@@ -45,7 +45,8 @@ class Run:
             "workers": started.get("workers"),
         }
         code, machine = ("git_commit", "git_diff", "python"), (
-            *("hardware", "devices", "device_memory_gib", "driver", "cuda", "host", "platform", "cpus", "memory_gib"),
+            *("hardware", "devices", "device_memory_gib", "driver", "cuda", "allocator", "host", "platform"),
+            *("cpus", "memory_gib"),
         )  # fmt: skip
         return {
             "model and data": {

@@ -6,9 +6,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.workloads.models import small_llama
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
 from workloads.positions import original_context_length
+from workloads.training import build_model
 
 
 def test_a_local_copy_is_the_same_model_wherever_it_lies(tmp_path):
@@ -76,3 +80,48 @@ def test_pickled_weights_are_never_loaded(tmp_path):
         source.load(512, "none", torch.float32)
     with pytest.raises(InputError, match="safetensors"):
         ModelSource.parse(str(tmp_path / "model"))
+
+
+@pytest.fixture
+def half_precision(tmp_path):
+    """A model in float16, so that what is loaded is cast, with tied embeddings."""
+    small_llama(tie_word_embeddings=True).half().save_pretrained(tmp_path / "half")
+    return ModelSource.parse(str(tmp_path / "half"))
+
+
+def test_weights_go_to_the_engines_device_as_they_are_read(half_precision):
+    """Not to host memory first: `place` finds all of them there."""
+    arrived = []
+
+    class Watched(Engine):
+        def place(self, model):
+            arrived.extend(tensor.device for tensor in (*model.parameters(), *model.buffers()))
+            return model
+
+    training = TrainingConfig(
+        context_length=64, method="full", group_size=16, steps=1, batch=1, precision="bfloat16", eval_span=64
+    )
+    build_model(half_precision, training, Watched(torch.device("meta"), "bfloat16"), ExecutionConfig())
+    assert arrived and {device.type for device in arrived} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora+", "full"])
+def test_a_model_loaded_to_a_gpu_equals_one_that_is_moved_there(half_precision, method):
+    class ByHostMemory(Engine):
+        home = torch.device("cpu")
+
+    training = TrainingConfig(
+        context_length=64, method=method, group_size=16, steps=1, batch=1, precision="bfloat16", eval_span=64
+    )
+    gpu = torch.device("cuda", 0)
+    straight, moved = (
+        build_model(half_precision, training, engine(gpu, "bfloat16"), ExecutionConfig())
+        for engine in (Engine, ByHostMemory)
+    )
+    assert {tensor.device for tensor in (*straight.parameters(), *straight.buffers())} == {gpu}
+    ours, theirs = (dict((*model.named_parameters(), *model.named_buffers())) for model in (straight, moved))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor.cpu(), theirs[name].cpu()), name
+    assert straight.get_input_embeddings().weight is straight.get_output_embeddings().weight

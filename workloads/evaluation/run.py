@@ -125,7 +125,7 @@ def load_subject(options: Options, console: Console) -> Subject:
             use_pattern(model.get_base_model(), AttentionPattern(name="full"))
             about["base"] = model.peft_config["default"].base_model_name_or_path
         else:
-            model = source.load(longest, positions, engine.dtype)
+            model = source.load(longest, positions, engine.dtype, device=engine.device)
             use_pattern(model, AttentionPattern(name="full"))
         model = model.to(engine.device)
     original = original_context_length(model.config)

@@ -1,0 +1,57 @@
+"""Segments grow unless the user has said otherwise, and torch hears of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from workloads import allocator
+from workloads.allocator import VARIABLES, allocator_settings, allocator_variables, set_allocator
+
+# Torch is there before the setting, as in a process that imports it with everything else.
+LATE = "import torch; from workloads.allocator import set_allocator; set_allocator(); "
+
+
+def told_torch(say: str, **environment: str) -> str:
+    """What a process that prints ``say`` says."""
+    clear = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{LATE}print({say})"],
+        cwd=Path(__file__).parents[2], env=clear | environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
+def test_torch_takes_up_what_is_set_after_its_import():
+    assert told_torch("torch._C._accelerator_getAllocatorSettings()") == "expandable_segments:True"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("environment", "grow"), [({}, True), ({VARIABLES[1]: "expandable_segments:False"}, False)])
+def test_segments_grow_on_a_gpu_unless_the_user_says_no(environment, grow):
+    said = told_torch(
+        "torch.zeros(1, device='cuda') is None or torch.cuda.memory._snapshot()['allocator_settings']"
+        "['expandable_segments']",
+        **environment,
+    )
+    assert said == str(grow)
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_what_the_user_has_set_stays_and_is_handed_on(name, monkeypatch):
+    for each in VARIABLES:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    set_allocator()
+    assert {each: os.environ.get(each) for each in VARIABLES if each != name} == dict.fromkeys({*VARIABLES} - {name})
+    assert allocator_variables() == {name: "max_split_size_mb:512"}
+    assert allocator_settings() == "max_split_size_mb:512"
+
+
+def test_on_wsl_torch_keeps_its_default(monkeypatch):
+    monkeypatch.setattr(allocator.platform, "release", lambda: "5.15.90.1-microsoft-standard-WSL2")
+    assert allocator_variables({}) == {}
