@@ -8,6 +8,7 @@
 ``memory``       memory of one worker, by parts, at the worst moment of a step; a checkpoint's size
 ``devices``      devices by name: memory, peaks, bandwidth, efficiencies
 ``speed``        seconds of steps, evaluations and trials; calibration; model FLOPs utilisation
+``offloading``   which layers keep their activations in host memory, and when these come and go
 ``fitting``      the fewest layers that recompute; the change that costs least and makes a trial fit
 """
 
@@ -17,6 +18,7 @@ from workloads.budget.fitting import (
     fewest_recomputed,
     in_numbers,
     less_memory,
+    most_offloaded,
     needed,
     smallest_change_that_fits,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "less_memory",
     "memory",
     "model_flops_utilisation",
+    "most_offloaded",
     "needed",
     "paper_flops",
     "smallest_change_that_fits",
