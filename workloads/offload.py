@@ -34,9 +34,7 @@ from workloads.recompute import layers_with_backward
 SMALLEST = 2**20  # bytes: what is smaller stays, a copy of it would cost more than its memory is worth
 
 
-def offload_activations(
-    model: nn.Module, count: int, device: torch.device, smallest: int = SMALLEST
-) -> list[nn.Module]:
+def offload_activations(model: nn.Module, count: int, device: torch.device) -> list[nn.Module]:
     """Has ``count`` of the layers that have a backward pass, spread evenly, keep their activations in host memory, in
     training; at most all but the last. Returns them.
 
@@ -48,7 +46,6 @@ def offload_activations(
     Args:
         model: as :func:`workloads.adaptation.adapt` returns it.
         device: where it trains.
-        smallest: bytes; what takes less stays.
 
     Raises:
         InputError: the model has fewer layers.
@@ -62,7 +59,7 @@ def offload_activations(
     layers = layers_with_backward(model)
     plan = offloaded_layers(range(len(layers)), count)
     copies = _Copies(device)
-    away = {each.layer: _Away(copies, device, smallest) for each in plan}
+    away = {each.layer: _Away(copies, device) for each in plan}
     for index, layer in enumerate(layers):
         layer._offloading = _Place(
             away=away.get(index),
@@ -145,8 +142,8 @@ class _Saved(NamedTuple):
 class _Away:
     """The activations of one layer: in host memory, or on their way."""
 
-    def __init__(self, copies: _Copies, device: torch.device, smallest: int) -> None:
-        self.copies, self.device, self.smallest = copies, device, smallest
+    def __init__(self, copies: _Copies, device: torch.device) -> None:
+        self.copies, self.device = copies, device
         self.buffers: list[torch.Tensor] = []  # of every step: the first for what a layer saves first, and so on
         self.staying: set[int] = set()
         self.stored: dict[int, _Stored] = {}  # by the address that it has on the device while it leaves
@@ -166,7 +163,7 @@ class _Away:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         plain &= tensor.device.type == self.device.type
-        if not plain or tensor.untyped_storage().nbytes() < self.smallest or _address(tensor) in self.staying:
+        if not plain or tensor.untyped_storage().nbytes() < SMALLEST or _address(tensor) in self.staying:
             # Detached, since an operation that saved its own result would never be freed.
             return tensor.detach() if tensor.grad_fn is not None else tensor
         address = _address(tensor)
@@ -308,6 +305,6 @@ def _unpin(address: int, pages: mmap.mmap) -> None:
 
 def _no_memory(num_bytes: int, why: str) -> MemoryError:
     return MemoryError(
-        f"{num_bytes / 2**30:.2f} GiB of pinned host memory for activations cannot be had ({why}); offload fewer layers "
-        "(--offload-activations), or none"
+        f"{num_bytes / 2**30:.2f} GiB of pinned host memory for activations cannot be had ({why}); offload fewer "
+        "layers (--offload-activations), or none"
     )

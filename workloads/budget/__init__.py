@@ -12,7 +12,7 @@
 ``fitting``      the fewest layers that recompute; the change that costs least and makes a trial fit
 """
 
-from workloads.budget.devices import Device
+from workloads.budget.devices import Device, host_memory
 from workloads.budget.fitting import (
     Fit,
     fewest_recomputed,
@@ -47,6 +47,7 @@ __all__ = [
     "evaluation_seconds",
     "fewest_recomputed",
     "forward_flops",
+    "host_memory",
     "in_numbers",
     "less_memory",
     "memory",

@@ -232,9 +232,7 @@ class _Moments:
     def kept_casts_up_to(self) -> list[int]:
         without = {*self.trains.checkpointed, *self.trains.away}
         layers = range(self.shape.num_layers)
-        return list(
-            itertools.accumulate(self.layer_casts(range(i, i + 1)) if i not in without else 0 for i in layers)
-        )
+        return list(itertools.accumulate(self.layer_casts(range(i, i + 1)) if i not in without else 0 for i in layers))
 
     def layers(self, up_to: int) -> float:
         """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input; of an offloaded one,
@@ -275,7 +273,9 @@ class _Moments:
 
     def leaving(self, fixed: Memory, layer: int) -> Memory:
         """The end of a layer's forward pass, with what may still be on its way to the host."""
-        on_its_way = sum(self.whole(each.layer) for each in self.trains.offloaded if each.layer <= layer < each.released)
+        on_its_way = sum(
+            self.whole(each.layer) for each in self.trains.offloaded if each.layer <= layer < each.released
+        )
         return self.add(
             fixed,
             "offload",

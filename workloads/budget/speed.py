@@ -3,9 +3,9 @@
 A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus the bytes
 that all else moves (traffic.py) over the memory's rate; at least as long as the host needs to launch its kernels; plus
 what workers and host memory exchange. Nothing else overlaps, but for the copies of offloaded activations, which are
-taken to cost no time: a plan offloads no more layers than the forward pass hides (fitting.py). A rate is a device's peak
-times a stated share of it (devices.py). Where another trial has been timed on the same hardware, :func:`calibrated` sets
-the shares by it.
+taken to cost no time: a plan offloads no more layers than the forward pass hides (fitting.py). A rate is a device's
+peak times a stated share of it (devices.py). Where another trial has been timed on the same hardware,
+:func:`calibrated` sets the shares by it.
 """
 
 from __future__ import annotations
