@@ -34,9 +34,21 @@ from workloads.recompute import layers_with_backward
 SMALLEST = 2**20  # bytes: what is smaller stays, a copy of it would cost more than its memory is worth
 
 
-def offload_activations(model: nn.Module, count: int, device: torch.device) -> list[nn.Module]:
+def layers_to_offload(model: nn.Module, count: int) -> list[nn.Module]:
+    """The layers whose activations :func:`offload_activations` moves.
+
+    Raises:
+        InputError: the model has fewer than ``count`` layers.
+    """
+    num_layers = len(decoder_layers(model)[1])
+    if count > num_layers:
+        raise InputError(f"offload_activations is {count}, but the model has {num_layers} layers")
+    return [each.layer for each in offloaded_layers(layers_with_backward(model), count)]
+
+
+def offload_activations(model: nn.Module, count: int, device: torch.device) -> None:
     """Has ``count`` of the layers that have a backward pass, spread evenly, keep their activations in host memory, in
-    training; at most all but the last. Returns them.
+    training; at most all but the last.
 
     Parameters and buffers stay where they are, and so does what all layers share: what they are called with by keyword
     (rotary positions, masks). A tensor that is saved several times, or in several views, is copied once. The result is
@@ -44,31 +56,26 @@ def offload_activations(model: nn.Module, count: int, device: torch.device) -> l
     on a CPU they are ordinary memory, and copies are done when they are begun.
 
     Args:
-        model: as :func:`workloads.adaptation.adapt` returns it.
+        model: as :func:`workloads.adaptation.adapt` returns it; layers that recompute do so already.
         device: where it trains.
 
     Raises:
-        InputError: the model has fewer layers.
         MemoryError: in the first step: the host's memory cannot be had.
     """
     if count == 0:
-        return []
-    num_layers = len(decoder_layers(model)[1])
-    if count > num_layers:
-        raise InputError(f"offload_activations is {count}, but the model has {num_layers} layers")
+        return
     layers = layers_with_backward(model)
-    plan = offloaded_layers(range(len(layers)), count)
+    plan = offloaded_layers(layers, count)
     copies = _Copies(device)
     away = {each.layer: _Away(copies, device) for each in plan}
-    for index, layer in enumerate(layers):
+    for layer in layers:
         layer._offloading = _Place(
-            away=away.get(index),
-            forget=[*away.values()] if index == 0 else [],
-            release=[away[each.layer] for each in plan if each.released == index],
-            fetch=[away[each.layer] for each in plan if each.fetched == index],
+            away=away.get(layer),
+            forget=[*away.values()] if layer is layers[0] else [],
+            release=[away[each.layer] for each in plan if each.released is layer],
+            fetch=[away[each.layer] for each in plan if each.fetched is layer],
         )
         layer.__class__ = _offloading(type(layer))
-    return [layers[index] for index in away]
 
 
 class _Offloading:
@@ -292,7 +299,7 @@ def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
     if int(status) != 0:
-        raise _no_memory(num_bytes, f"cudaHostRegister: {status}")
+        raise _no_memory(num_bytes, f"cudaHostRegister: {torch.cuda.cudart().cudaGetErrorString(status)}")
     weakref.finalize(memory.untyped_storage(), _unpin, memory.data_ptr(), pages).atexit = False
     return memory
 

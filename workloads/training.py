@@ -37,7 +37,7 @@ from workloads.evaluation.answers import score_answers, to_device
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import score_documents
 from workloads.models import ModelSource
-from workloads.offload import offload_activations
+from workloads.offload import layers_to_offload, offload_activations
 from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
 from workloads.quantization import nf4_loading
@@ -81,8 +81,9 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
         train_layers=config.train_layers,
     )
     keep_autocast_dtype(model)
-    offloaded = offload_activations(model, execution.layers_offloaded, engine.device)
+    offloaded = layers_to_offload(model, execution.layers_offloaded)
     recompute_activations(model, execution.gradient_checkpointing, besides=offloaded)
+    offload_activations(model, execution.layers_offloaded, engine.device)
     return engine.place(model)
 
 

@@ -38,7 +38,7 @@ from workloads.budget import (
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
-from workloads.offload import offload_activations
+from workloads.offload import layers_to_offload, offload_activations
 from workloads.optimization import build_optimizer
 from workloads.recompute import recompute_activations
 
@@ -55,8 +55,9 @@ def whatever_its_size(monkeypatch):
 def offloading(method="lora+", count=2, recomputed=0, compiled=False, **settings):
     """(a trial's model, its configuration, the layers that are offloaded)."""
     model, training = trial(method, **settings)
-    away = offload_activations(model, count, CPU)
+    away = layers_to_offload(model, count)
     recompute_activations(model, recomputed, besides=away)
+    offload_activations(model, count, CPU)
     if compiled:
         torch._dynamo.reset()
         for layer in decoder_layers(model)[1]:

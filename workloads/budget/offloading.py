@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Layer = TypeVar("Layer")  # a layer's index, or the layer itself
 
 # The copy back begins with the backward pass of the layer so many after the offloaded one: it has the time of two
 # backward passes (2 x 120 ms for Llama-2-7B at 98,304 tokens on an H200, where a layer's 9 GB take 166 ms), and what
@@ -17,8 +20,8 @@ FETCHED_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Offloaded:
-    """A layer whose activations go to host memory; layers are told by their index.
+class Offloaded(Generic[Layer]):
+    """A layer whose activations go to host memory.
 
     Args:
         layer: which.
@@ -26,12 +29,12 @@ class Offloaded:
         fetched: with the backward pass of this one its copies begin to come back.
     """
 
-    layer: int
-    released: int
-    fetched: int
+    layer: Layer
+    released: Layer
+    fetched: Layer
 
 
-def offloaded_layers(layers: Sequence[int], count: int) -> tuple[Offloaded, ...]:
+def offloaded_layers(layers: Sequence[Layer], count: int) -> tuple[Offloaded[Layer], ...]:
     """``count`` of ``layers``, spread evenly; all but the last at most, whose backward pass comes at once.
 
     Each is released when the next begins, the last of them when the last layer does: the copies of one have the forward

@@ -278,7 +278,7 @@ class Training:
         return range(0 if self.embeddings else self._first, self.shape.num_layers)
 
     @cached_property
-    def offloaded(self) -> tuple[Offloaded, ...]:
+    def offloaded(self) -> tuple[Offloaded[int], ...]:
         """The layers that keep their activations in host memory (workloads/offload.py)."""
         return offloaded_layers(self.backward, self.offloading)
 
