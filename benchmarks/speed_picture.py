@@ -94,4 +94,5 @@ def draw_bar(axes: Any, y: float, way: Way, value: float, users: float | None) -
 def title(case: Case) -> str:
     what = f"S², groups of {case.group_size:,}" if case.group_size else "full attention"
     trains = "\nall weights train" if case.method == "full" else "\nFP8 base" if case.quantization == "fp8" else ""
-    return f"{case.context_length:,} tokens\n{what}{trains}"
+    offloads = "\nnothing offloaded" if case.offload_activations == 0 else ""
+    return f"{case.context_length:,} tokens\n{what}{trains}{offloads}"

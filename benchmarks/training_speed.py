@@ -36,8 +36,8 @@ from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
 from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
 from workloads.attention import backend_of
-from workloads.budget import Device, ModelShape, model_flops_utilisation, smallest_change_that_fits
-from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.budget import Device, ModelShape, host_memory, model_flops_utilisation, smallest_change_that_fits
+from workloads.config import ExecutionConfig
 from workloads.training import Trial
 
 MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
@@ -78,7 +78,7 @@ def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: boo
     try:
         with tempfile.TemporaryDirectory() as folder:
             if case.way == "longspan":
-                step, settings = longspans_step(case.training, config, device, Path(folder))
+                step, settings = longspans_step(case, config, device, Path(folder))
             else:
                 step, settings = baselines_step(case, config, device), {}
             if device.type == "cuda":
@@ -120,20 +120,26 @@ def measure_7b(name: str, profiled: bool) -> Row:
 
 
 def longspans_step(
-    training: TrainingConfig, config: LlamaConfig, device: torch.device, folder: Path
+    case: Case, config: LlamaConfig, device: torch.device, folder: Path
 ) -> tuple[Callable[[], None], dict[str, Any]]:
     """One training step of longspan itself as a function, and the settings that it runs with."""
-    execution = planned_execution(training, config, device)
-    trial, model = start_trial(copy.deepcopy(config), training, execution, device, folder)  # a pattern is written there
+    execution = planned_execution(case, config, device)
+    config = copy.deepcopy(config)  # a pattern is written there
+    trial, model = start_trial(config, case.training, execution, device, folder)
     return lambda: trial.train_step(model), resolved_settings(trial)
 
 
-def planned_execution(training: TrainingConfig, config: LlamaConfig, device: torch.device) -> ExecutionConfig:
+def planned_execution(case: Case, config: LlamaConfig, device: torch.device) -> ExecutionConfig:
     """longspan's defaults, changed as its plan would so that the trial fits the device. Layers are compiled on a GPU,
     which longspan does by itself in a trial that is longer than these few steps."""
     known = Device.named(machine(device)["device"])
-    asked = ExecutionConfig(compile_layers="on" if device.type == "cuda" else "auto")
-    fit = smallest_change_that_fits(ModelShape.of(config), training, asked, 1, known) if known else None
+    asked = ExecutionConfig(
+        compile_layers="on" if device.type == "cuda" else "auto", offload_activations=case.offload_activations
+    )
+    if known is None:
+        return dataclasses.replace(asked, offload_activations=asked.layers_offloaded)
+    known = dataclasses.replace(known, host_memory=host_memory())
+    fit = smallest_change_that_fits(ModelShape.of(config), case.training, asked, 1, known)
     return fit.execution if fit else asked
 
 

@@ -12,7 +12,7 @@ from clusters.prices import find_cluster
 from orchestrator.provenance import cpu_name
 from orchestrator.spec import RunOptions
 from workloads.allocator import allocator_variables
-from workloads.budget import Device
+from workloads.budget import Device, host_memory
 from workloads.config import Precision
 from workloads.errors import InputError
 
@@ -99,8 +99,7 @@ class Cluster:
         """Without Ray: what it would find here."""
         gpus = visible_gpus()
         name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls((Node(usable_cpus(), len(gpus), host, name, memory, multiplies_bfloat16()),))
+        return cls((Node(usable_cpus(), len(gpus), host_memory(), name, memory, multiplies_bfloat16()),))
 
     @property
     def precision(self) -> Precision:
@@ -163,7 +162,8 @@ class Cluster:
                     linear_efficiency=1, attention_efficiency=1, bandwidth_efficiency=1, launch=0,
                     efficiency_source="", link=1, host_link=1,
                 )  # fmt: skip
-            return dataclasses.replace(known, memory=memory)
+            hosts = [node.memory / max(1, self._slots_of(node, options)) for node in self.nodes if node.gpus]
+            return dataclasses.replace(known, memory=memory, host_memory=int(min(hosts)))
         # The operating system lets processes share a machine's memory as they need it.
         memory = min(node.memory for node in self.nodes)
         return Device.cpu(max(1, int(options.cpus_per_worker)), int(memory), self.precision == "bfloat16")

@@ -120,12 +120,19 @@ class Estimator:
     def _place(self, training: TrainingConfig, fit: bool) -> Placed:
         options = self.options
         workers = options.workers if training.steps else 1
-        asked = execution = in_numbers(self.shape, training, options.execution())
+        asked = in_numbers(self.shape, training, options.execution())
+        execution = replace(asked, offload_activations=asked.layers_offloaded)
         # With --fit, recompute is one of the changes that are weighed against each other.
         if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
-            every = in_numbers(self.shape, training, replace(asked, gradient_checkpointing="all"))
+            every = in_numbers(self.shape, training, replace(execution, gradient_checkpointing="all"))
             execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
         needs = needed(self.shape, training, execution, workers, self.device)
+        if execution.layers_offloaded and 0 < self.device.host_memory < needs.host:
+            has = (
+                f"{needs.host / GIB:.1f} GiB of {self.device.host_memory / GIB:.1f} GiB of host memory for each worker"
+            )
+            refusal = f"needs {has}; --offload-activations auto takes as many layers as fit"
+            return Placed(workers, execution, needs, refusal=refusal)
         if needs.total <= self.device.memory:
             return Placed(workers, execution, needs)
         has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"

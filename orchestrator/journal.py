@@ -7,7 +7,8 @@ Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: th
 
     launched   sweep, resources (workers, and the cpus and gpus of each): Tune has started the trial's driver
     started    a worker has begun: what it runs on (orchestrator.provenance.describe_machine), git_commit, git_diff,
-               execution (the settings of ExecutionConfig; gradient_checkpointing is the number of layers)
+               execution (the settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers
+               of layers)
     finished   the trial is complete
     stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
                orchestrator/early_stopping.py; unfinished, and can go on from its checkpoint

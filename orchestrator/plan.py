@@ -209,11 +209,13 @@ def _cells(planned: Planned) -> list[str]:
 
 
 def _recompute(estimate: Estimate) -> str:
-    """How many of the layers that have a backward pass recompute their activations in it."""
+    """How many of the layers that have a backward pass recompute their activations in it, or have them in host
+    memory."""
     if not estimate.layers:
         return "-"
-    layers = estimate.execution.gradient_checkpointing
-    return f"{layers} of {estimate.layers}" if layers else "none"
+    layers, offloaded = estimate.execution.gradient_checkpointing, estimate.execution.layers_offloaded
+    recompute = f"{layers} of {estimate.layers}" if layers else "none"
+    return f"{recompute}, {offloaded} offloaded" if offloaded else recompute
 
 
 def _number(value: float | None, form: str) -> str:
@@ -278,6 +280,8 @@ def as_json(planned: list[Planned], total: Totals) -> dict[str, Any]:
                 "memory_bytes": p.estimate.memory.total,
                 "allocated_bytes": p.estimate.memory.allocated,
                 "recomputed_layers": p.estimate.execution.gradient_checkpointing,
+                "offloaded_layers": p.estimate.execution.layers_offloaded,
+                "host_bytes": p.estimate.memory.host,
                 "tokens_per_second": p.estimate.tokens_per_second,
                 "seconds": p.estimate.seconds,
                 "usd": p.estimate.usd,

@@ -404,6 +404,11 @@ class RunOptions:
     gradient_checkpointing: Literal["auto", "all", "none"] | int = "auto"
     """How many decoder layers recompute their activations in the backward pass: less memory, more time. auto: on a GPU
     the fewest with which the trial fits, else none."""
+    # Not auto before it has run on a GPU.
+    offload_activations: Literal["auto", "none"] | int = "none"
+    """How many decoder layers keep their activations in pinned host memory until the backward pass, instead of
+    recomputing them. auto: where layers would have to recompute, as many as the host's memory and the copies' time
+    allow; none with a --gradient-checkpointing of your own."""
     attention_backend: AttentionBackend = "auto"
     """What computes the attention pattern: auto takes the fastest that the worker has."""
     compile_layers: CompileLayers = "auto"
@@ -478,10 +483,13 @@ class RunOptions:
 
     def execution(self) -> ExecutionConfig:
         """How a trial's workers run it, with ``auto`` checkpointing as none (:mod:`orchestrator.estimate` chooses)."""
-        layers = self.gradient_checkpointing
+        layers, offloaded = self.gradient_checkpointing, self.offload_activations
+        if layers != "auto" and offloaded == "auto":
+            offloaded = 0
         return ExecutionConfig(
             micro_batch=self.micro_batch,
             gradient_checkpointing=0 if layers in ("auto", "none") else layers,
+            offload_activations=0 if offloaded == "none" else offloaded,
             checkpoint_every=self.checkpoint_every,
             checkpoint_minutes=self.checkpoint_minutes,
             keep_last=self.keep_last,

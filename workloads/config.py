@@ -32,6 +32,7 @@ LongExamples = Literal["drop", "truncate"]
 EngineName = Literal["auto", "ddp", "zero2", "zero3"]
 CompileLayers = Literal["auto", "on", "off"]
 GradientCheckpointing = int | Literal["all"]
+OffloadActivations = int | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +195,9 @@ class ExecutionConfig:
         micro_batch: sequences in one forward and backward on one worker; None takes the worker's whole share.
         gradient_checkpointing: how many decoder layers recompute their activations in the backward pass to save memory,
             counted from the first that has one; a number or ``all`` (workloads/recompute.py).
+        offload_activations: how many decoder layers keep their activations in pinned host memory until the backward
+            pass, spread evenly (workloads/offload.py); the others recompute theirs, or keep them. ``auto``: as many as
+            a plan chooses (workloads/budget/fitting.py), none where nothing is planned.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         checkpoint_minutes: a checkpoint is also written when the last one is this old.
         keep_last: so many of the newest checkpoints stay; with one there is none to fall back to if it is damaged.
@@ -212,6 +216,7 @@ class ExecutionConfig:
 
     micro_batch: int | None = None
     gradient_checkpointing: GradientCheckpointing = 0
+    offload_activations: OffloadActivations = 0
     checkpoint_every: int = 100
     checkpoint_minutes: float = 10.0
     keep_last: int = 2
@@ -234,6 +239,14 @@ class ExecutionConfig:
         layers = self.gradient_checkpointing
         if layers != "all" and not (isinstance(layers, int) and layers >= 0):
             raise InputError(f"gradient_checkpointing is {layers!r}; expected a number of decoder layers, or all")
+        offloaded = self.offload_activations
+        if offloaded != "auto" and (isinstance(offloaded, bool) or not (isinstance(offloaded, int) and offloaded >= 0)):
+            raise InputError(f"offload_activations is {offloaded!r}; expected a number of decoder layers, or auto")
+        if self.layers_offloaded and self.engine.startswith("zero"):
+            raise InputError(
+                f"offload_activations is {offloaded} with the engine {self.engine!r}, which moves tensors by itself; "
+                "choose the engine ddp, or offload_activations 0"
+            )
         if not self.checkpoint_minutes > 0:
             raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; expected a positive number")
         for field in ("keep_last", "keep_every"):
@@ -241,6 +254,11 @@ class ExecutionConfig:
                 raise InputError(f"{field} is {value}; expected at least 1")
         if self.offload and not self.engine.startswith("zero"):
             raise InputError(f"offload is on with the engine {self.engine!r}; choose zero2 or zero3, which can offload")
+
+    @property
+    def layers_offloaded(self) -> int:
+        """``offload_activations`` as a number: an ``auto`` that no plan has settled is none."""
+        return 0 if self.offload_activations == "auto" else self.offload_activations
 
 
 def group_size_in_tokens(group_size: int | float, context_length: int) -> int:

@@ -6,6 +6,7 @@ How many is chosen before a trial runs (workloads/budget/fitting.py): memory tha
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from workloads.config import GradientCheckpointing
 from workloads.errors import InputError
 
 
-def recompute_activations(model: nn.Module, count: GradientCheckpointing) -> None:
+def recompute_activations(model: nn.Module, count: GradientCheckpointing, besides: Collection[nn.Module] = ()) -> None:
     """Has the first ``count`` of the layers that have a backward pass recompute their activations in it, in training.
 
     The first ones, since their turn in the backward pass comes last: what they compute again then takes the place of
@@ -31,6 +32,7 @@ def recompute_activations(model: nn.Module, count: GradientCheckpointing) -> Non
 
     Args:
         model: as :func:`workloads.adaptation.adapt` returns it; without a cache, which recompute would fill twice.
+        besides: layers that are left out, since they are offloaded.
 
     Raises:
         InputError: the model has fewer layers.
@@ -40,9 +42,15 @@ def recompute_activations(model: nn.Module, count: GradientCheckpointing) -> Non
     layers = decoder_layers(model)[1]
     if count != "all" and count > len(layers):
         raise InputError(f"gradient_checkpointing is {count}, but the model has {len(layers)} layers")
-    with_backward = list(layers)[_first_with_backward(model, layers) :]
-    for layer in with_backward if count == "all" else with_backward[:count]:
+    others = [layer for layer in layers_with_backward(model) if layer not in besides]
+    for layer in others if count == "all" else others[:count]:
         layer.__class__ = _recomputing(type(layer))
+
+
+def layers_with_backward(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in or before which something trains."""
+    layers = decoder_layers(model)[1]
+    return list(layers)[_first_with_backward(model, layers) :]
 
 
 class _Recomputing:

@@ -38,6 +38,7 @@ from workloads.evaluation.bootstrap import DocumentScores
 from workloads.evaluation.perplexity import score_documents
 from workloads.float8 import quantise_base
 from workloads.models import ModelSource
+from workloads.offload import layers_to_offload, offload_activations
 from workloads.optimization import build_optimizer, set_learning_rate
 from workloads.positions import original_context_length
 from workloads.quantization import nf4_loading
@@ -83,7 +84,9 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
     if config.quantization == "fp8":
         quantise_base(model, engine.device)
     keep_autocast_dtype(model)
-    recompute_activations(model, execution.gradient_checkpointing)
+    offloaded = layers_to_offload(model, execution.layers_offloaded)
+    recompute_activations(model, execution.gradient_checkpointing, besides=offloaded)
+    offload_activations(model, execution.layers_offloaded, engine.device)
     return engine.place(model)
 
 

@@ -82,6 +82,19 @@ def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(plan):
     assert "GiB 2 of 4" in plan("--methods", "lora", "--gradient-checkpointing", "2")[1]
 
 
+def test_layers_that_are_offloaded_are_shown_and_refused_beyond_the_hosts_memory(plan):
+    flags = ("--methods", "lora", "--offload-activations")
+    assert "GiB none, 2 offloaded" in plan(*flags, "2")[1]
+    assert "GiB 1 of 4, 2 offloaded" in plan(*flags, "2", "--gradient-checkpointing", "1")[1]
+    assert " offloaded" not in plan(*flags, "auto")[1] + plan(*flags, "none")[1]
+    status, told = plan(*flags, "5")
+    assert status == 2 and "offload_activations is 5, but the model has 4 layers" in told
+    # 64 sequences of 524,288 tokens at once, in 1,152 GiB of the host among 8 workers.
+    large = ("--cluster", "aws-p4d", "--context-lengths", "524288", "--batch", "64", "--references")
+    status, told = plan(*flags, "3", *large)
+    assert status == 2 and "GiB of host memory for each worker" in told
+
+
 def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
     assert plan("--budget-hours", "100")[0] == 0
     status, told = plan("--budget-hours", "0.001")

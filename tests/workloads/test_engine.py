@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.workloads.workers import run_workers, this_device
-from workloads import compilation, loss
+from workloads import compilation, loss, offload
 from workloads.checkpoint import load_checkpoint
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
@@ -164,7 +164,10 @@ def every_run(engine, model, corpus, folder, device):
     if engine != "zero3":
         compilation.BACKEND = "aot_eager"  # what the compiler captures, computed without its kernels
         runs["compiled"] = go("compiled", execution={"micro_batch": 2, "compile_layers": "on"})
-    if engine != "ddp":
+    if engine == "ddp":
+        offload.SMALLEST = 1  # byte
+        runs["activations"] = go("activations", execution={"micro_batch": 2, "offload_activations": 1})
+    else:
         runs["offload"] = go("offload", execution={"micro_batch": 2, "offload": True})
     for what in ("loss", "gradient"):
         runs[what] = train_poisoned(what, model, corpus, folder / what, device, engine)
@@ -176,12 +179,12 @@ def tensors_of(folder, step, kind=("model/", "optimizer/")):
     return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
 
-@pytest.mark.parametrize("how", ["plain", "micro_batch", "compiled", "offload"])
+@pytest.mark.parametrize("how", ["plain", "micro_batch", "compiled", "offload", "activations"])
 def test_two_workers_train_what_one_trains(alone, together, how):
     """Losses, the norm over all workers' gradients (some are clipped, some not), and perplexities; a worker's share of
     three sequences makes micro-batches of two and one."""
     if how not in together:
-        pytest.skip("DDP has nothing to offload, and ZeRO-3 compiles no layers")
+        pytest.skip("ZeRO alone offloads what it shares out, and no activations; ZeRO-3 compiles no layers")
     for what in ("loss", "grad_norm", "perplexity"):
         assert together[how][what] == pytest.approx(alone[what], **LOSSES[alone["device"]])
     assert min(alone["grad_norm"].values()) < 2 < max(alone["grad_norm"].values())

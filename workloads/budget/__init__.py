@@ -8,15 +8,17 @@
 ``memory``       memory of one worker, by parts, at the worst moment of a step; a checkpoint's size
 ``devices``      devices by name: memory, peaks, bandwidth, efficiencies
 ``speed``        seconds of steps, evaluations and trials; calibration; model FLOPs utilisation
+``offloading``   which layers keep their activations in host memory, and when these come and go
 ``fitting``      the fewest layers that recompute; the change that costs least and makes a trial fit
 """
 
-from workloads.budget.devices import Device
+from workloads.budget.devices import Device, host_memory
 from workloads.budget.fitting import (
     Fit,
     fewest_recomputed,
     in_numbers,
     less_memory,
+    most_offloaded,
     needed,
     smallest_change_that_fits,
 )
@@ -45,10 +47,12 @@ __all__ = [
     "evaluation_seconds",
     "fewest_recomputed",
     "forward_flops",
+    "host_memory",
     "in_numbers",
     "less_memory",
     "memory",
     "model_flops_utilisation",
+    "most_offloaded",
     "needed",
     "paper_flops",
     "smallest_change_that_fits",

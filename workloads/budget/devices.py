@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from workloads.config import Precision
 
@@ -24,6 +27,7 @@ class Device:
         launch: seconds that the host takes to launch one kernel.
         efficiency_source: where these come from.
         link, host_link: bytes/s to another device of the same machine, and to the host's memory.
+        host_memory: bytes of the host's memory that there are for each worker; 0: not known.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Device:
     link: float
     host_link: float
     float8: float = 0.0
+    host_memory: int = 0
 
     def peak(self, precision: Precision) -> float:
         return self.bfloat16 if precision == "bfloat16" else self.float32
@@ -93,6 +98,15 @@ class Device:
             link=5e9,
             host_link=5e9,
         )
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or of what its container may use of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroups 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 # A kernel of eager PyTorch with autograd, autocast and PEFT's modules: builtin:tiny's sweep on an H200, 800 to 1,000

@@ -1,4 +1,5 @@
-"""What makes a trial fit: the fewest layers that recompute; where that is not enough, the change that costs least."""
+"""What makes a trial fit: the fewest layers that recompute, with as many offloaded as that takes and nobody notices;
+where that is not enough, the change that costs least."""
 
 from __future__ import annotations
 
@@ -14,8 +15,14 @@ from workloads.budget.devices import Device
 from workloads.budget.loop import Loop
 from workloads.budget.memory import Memory, memory, micro_batch
 from workloads.budget.shape import ModelShape, what_trains
-from workloads.budget.speed import step_seconds
+from workloads.budget.speed import forward_seconds, step_seconds
 from workloads.config import ExecutionConfig, TrainingConfig
+
+# Of the host's memory, what activations may take: the rest is for the processes, the model being read, the page cache;
+# Ray ends workers at 95%. Of the forward pass's seconds, what the copies to the host may take: a rate is what was
+# measured alone. Ours to choose, not measured.
+HOST_SHARE = 0.6
+COPY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +54,60 @@ def in_numbers(shape: ModelShape, training: TrainingConfig, execution: Execution
     Raises:
         InputError: the model has fewer layers.
     """
-    checkpointed = what_trains(shape, training, execution.gradient_checkpointing).checkpointed
-    return dataclasses.replace(execution, gradient_checkpointing=len(checkpointed))
+    trains = what_trains(shape, training, execution.gradient_checkpointing, execution.layers_offloaded)
+    return dataclasses.replace(execution, gradient_checkpointing=len(trains.checkpointed))
 
 
 def fewest_recomputed(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> ExecutionConfig | None:
     """The execution with as many layers that recompute as it takes to fit the device, at least as many as it has; None
-    if all of them are not enough. A number that fits makes every larger one fit."""
+    if all of them are not enough.
+
+    Where ``offload_activations`` is ``auto``, of the numbers up to :func:`most_offloaded` the smallest with which the
+    fewest layers recompute: none where none would have to.
+    """
+    first = in_numbers(shape, training, execution).gradient_checkpointing
+    if execution.offload_activations != "auto":
+        return _fewest_recomputed(shape, training, execution, workers, device)
+    none = dataclasses.replace(execution, gradient_checkpointing=first, offload_activations=0)
+    best = _fewest_recomputed(shape, training, none, workers, device)
+    if best == none:
+        return best
+    for number in range(1, most_offloaded(shape, training, execution, workers, device) + 1):
+        offloading = dataclasses.replace(none, offload_activations=number)
+        found = _fewest_recomputed(shape, training, offloading, workers, device)
+        if found and (best is None or found.gradient_checkpointing < best.gradient_checkpointing):
+            best = found
+        if found == offloading:  # no layer has to recompute any more
+            break
+    return best
+
+
+def most_offloaded(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> int:
+    """How many layers may keep their activations in host memory: what :data:`HOST_SHARE` of it holds, and what is
+    copied there in :data:`COPY_SHARE` of the forward pass, so that it costs no time. None on what is not known to be a
+    GPU with a host, with ZeRO, and for ``sft``, where each length needs other buffers."""
+    known = device.is_gpu and device.peak(training.precision) and device.host_memory
+    if not known or execution.engine.startswith("zero") or training.task == "sft" or not training.steps:
+        return 0
+    layers = len(what_trains(shape, training).backward)
+    if layers < 2:
+        return 0
+    one = dataclasses.replace(execution, gradient_checkpointing=0, offload_activations=1)
+    a_layer = needed(shape, training, one, workers, device).host
+    by_memory = HOST_SHARE * device.host_memory / a_layer
+    seconds = forward_seconds(shape, training, execution, workers, device)
+    by_time = COPY_SHARE * seconds * device.host_link / a_layer
+    return int(min(by_memory, by_time, layers - 1))
+
+
+def _fewest_recomputed(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> ExecutionConfig | None:
+    """With as many layers offloaded as it says. A number that fits makes every larger one fit."""
 
     def with_layers(number: int) -> ExecutionConfig:
         return dataclasses.replace(execution, gradient_checkpointing=number)
@@ -64,7 +116,7 @@ def fewest_recomputed(
         return needed(shape, training, with_layers(number), workers, device).total <= device.memory
 
     first = in_numbers(shape, training, execution).gradient_checkpointing
-    most = len(what_trains(shape, training).backward)
+    most = len(what_trains(shape, training, "all", execution.layers_offloaded).checkpointed)
     if fits(first):
         return with_layers(first)
     if not fits(most):
@@ -76,7 +128,8 @@ def less_memory(execution: ExecutionConfig, share: int, layers: int) -> Executio
     """The next smaller memory plan of a trial that ran out of memory, whatever was predicted; None where there is none.
 
     Smaller pieces of the batch come first: they cost next to nothing in time. Then half of the layers that kept their
-    activations recompute them, then all, which costs about a third; then offload.
+    activations recompute them, then all, which costs about a third; then offload. Where activations are in host memory,
+    it may be that of the host that ran out: then all layers recompute, and none is offloaded.
 
     Args:
         share: sequences of the batch that each worker trains in a step.
@@ -84,6 +137,8 @@ def less_memory(execution: ExecutionConfig, share: int, layers: int) -> Executio
     """
     if (execution.micro_batch or share) > 1:
         return dataclasses.replace(execution, micro_batch=max(1, (execution.micro_batch or share) // 4))
+    if execution.layers_offloaded:
+        return dataclasses.replace(execution, gradient_checkpointing=layers, offload_activations=0)
     recompute = layers if execution.gradient_checkpointing == "all" else execution.gradient_checkpointing
     if recompute < layers:
         more = (recompute + layers + 1) // 2 if recompute < layers // 2 else layers
@@ -108,7 +163,8 @@ def smallest_change_that_fits(
         micro-batch             the same FLOPs in more passes; a long sequence alone fills a GPU
         ZeRO-2                  sends what DDP sends: gradients of what trains, and it back
         more workers            the same device-seconds, but for what they exchange
-        gradient checkpointing  one more forward pass of as few layers as it takes: of all, about a third more FLOPs
+        gradient checkpointing  one more forward pass of as few layers as it takes: of all, about a third more FLOPs;
+                                fewer with activations in host memory, where ``offload_activations`` is ``auto``
         ZeRO-3                  all weights over the link, twice in each pass
         offload                 over the much slower link to the host, and the update there
 
@@ -141,6 +197,8 @@ def _candidates(
     numbers = [n for n in range(workers, max(workers, max_workers) + 1) if n == workers or training.batch % n == 0]
     stages = ["zero2", "zero3"]
     engines = [*stages[stages.index(execution.engine) :]] if execution.engine in stages else [execution.engine, *stages]
+    if execution.layers_offloaded:
+        engines = [engine for engine in engines if not engine.startswith("zero")]
     if training.quantization != "none" or execution.compile_layers == "on":
         engines = [engine for engine in engines if engine != "zero3"]
     for number, engine, offload in itertools.product(numbers, engines, [False, True]):
@@ -185,6 +243,8 @@ def _changes(
     if execution.gradient_checkpointing != asked.gradient_checkpointing:
         recompute = execution.gradient_checkpointing
         yield "gradient checkpointing" + (f" of {recompute} of {layers} layers" if recompute < layers else "")
+    if execution.layers_offloaded != asked.layers_offloaded:
+        yield f"activations of {execution.layers_offloaded} of {layers} layers in host memory"
     if execution.engine != asked.engine:
         yield f"the engine {execution.engine}"
     if execution.offload != asked.offload:

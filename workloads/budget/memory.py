@@ -8,6 +8,8 @@ The moments of a step (workloads/training.py), each with what is alive then:
     last layer  the backward pass of the layer that comes first, all others still kept
     recompute   that of the last layer that recomputes its activations, where later ones have kept theirs
     first layer the one that comes last: all gradients are there
+    offload     the forward pass where the copies of an offloaded layer must have left the device but just may not have
+    fetch       the backward pass of a layer while an offloaded one comes back
     update      gradients, weights and optimiser state
     evaluation  no gradients; as many tokens as an evaluation forwards, at least a whole window
 """
@@ -15,7 +17,9 @@ The moments of a step (workloads/training.py), each with what is alive then:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 from workloads.budget.activations import FLOAT32, Activations
 from workloads.budget.loop import CHUNK_LOGITS, Loop
@@ -62,7 +66,7 @@ class Memory:
         logits: and the loss's float32 work on them.
         workspace: gradients between operations, ZeRO's buckets and gathered weights, masks.
         reserve: what torch does not count as allocated: CUDA context, NCCL, gaps between blocks.
-        host: bytes in the host's memory that ``offload`` puts there; not part of ``total``.
+        host: bytes in the host's memory that ``offload`` and ``offload_activations`` put there; not part of ``total``.
     """
 
     moment: str
@@ -140,7 +144,7 @@ class _Moments:
     ) -> None:
         self.shape, self.training, self.execution, self.workers = shape, training, execution, workers
         self.widths, self.chunked = loop.widths, loop.chunked_loss
-        self.trains = what_trains(shape, training, execution.gradient_checkpointing)
+        self.trains = what_trains(shape, training, execution.gradient_checkpointing, execution.layers_offloaded)
         self.rows = micro_batch(training, execution, workers)
         self.tokens = self.rows * training.context_length
         self.accumulates = training.batch > self.rows * workers
@@ -155,11 +159,15 @@ class _Moments:
         fixed = self.fixed()
         moments = [self.evaluation(fixed)]
         if self.trains.trainable and self.training.steps:
+            away = sum(self.whole(each.layer) for each in self.trains.offloaded)
+            fixed = dataclasses.replace(fixed, host=fixed.host + int(away))
             moments += [self.forward(fixed), self.loss(fixed), self.update(fixed)]
             moments.append(self.in_layer(fixed, "last layer", self.shape.num_layers - 1))
             if checkpointed := self.trains.checkpointed:
                 moments.append(self.in_layer(fixed, "recompute", checkpointed[-1]))
             moments.append(self.in_layer(fixed, "first layer", self.trains.backward[0]))
+            for each in self.trains.offloaded:
+                moments += [self.leaving(fixed, each.released - 1), self.in_layer(fixed, "fetch", each.fetched)]
         return moments
 
     def trained_bytes(self, share: float = 1.0) -> int:
@@ -220,16 +228,35 @@ class _Moments:
         return sum(map(self.trains.weights, layers)) * self.shape.layer_weights
 
     def kept_casts(self, up_to: int) -> int:
-        """What layers keep of these copies for the backward pass, up to one: those after the ones that recompute."""
-        return self.layer_casts(range(self.trains.checkpointed.stop, up_to + 1))
+        """What layers keep of these copies for the backward pass, up to one: neither those that recompute nor those
+        that are offloaded."""
+        return self.kept_casts_up_to[up_to]
+
+    @cached_property
+    def kept_casts_up_to(self) -> list[int]:
+        without = {*self.trains.checkpointed, *self.trains.away}
+        layers = range(self.shape.num_layers)
+        return list(itertools.accumulate(self.layer_casts(range(i, i + 1)) if i not in without else 0 for i in layers))
 
     def layers(self, up_to: int) -> float:
-        """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input."""
-        kept = 0.0
+        """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input; of an offloaded one,
+        nothing."""
+        return self.kept_up_to[up_to]
+
+    @cached_property
+    def kept_up_to(self) -> list[float]:
+        kept = [0.0] * self.shape.num_layers
         for alike in self.trains.alike:
+            if alike[0] in self.trains.away:
+                continue
             a_layer = self.kept.layer_input if alike[0] in self.trains.checkpointed else self.kept.layer(alike[0])
-            kept += a_layer * sum(layer <= up_to for layer in alike)
-        return kept
+            for layer in alike:
+                kept[layer] = a_layer
+        return list(itertools.accumulate(kept))
+
+    def whole(self, layer: int) -> float:
+        """Bytes of all that a layer keeps where it does not recompute it."""
+        return self.tokens * self.kept.layer(layer) + self.layer_casts(range(layer, layer + 1))
 
     def activations(self) -> float:
         head = self.kept.head()
@@ -248,10 +275,26 @@ class _Moments:
             logits=self.logits + before,
         )
 
+    def leaving(self, fixed: Memory, layer: int) -> Memory:
+        """The end of a layer's forward pass, with what may still be on its way to the host."""
+        on_its_way = sum(
+            self.whole(each.layer) for each in self.trains.offloaded if each.layer <= layer < each.released
+        )
+        return self.add(
+            fixed,
+            "offload",
+            gradients=self.gradients() * self.accumulates,
+            casts=self.casts(),
+            activations=self.tokens * self.layers(layer) + on_its_way,
+            logits=self.logits * self.accumulates,
+        )
+
     def loss(self, fixed: Memory) -> Memory:
         """In chunks, the gradient of an output layer that trains is summed up beside what there is of it."""
         if self.chunked:
-            logits = self.chunk(self.tokens) * (3 * FLOAT32 + self.widths.compute)
+            # Compiled, the cross-entropy has nothing in float32, and the gradient is all that it makes.
+            beside = self.widths.compute if self.kept.compiled else 3 * FLOAT32
+            logits = self.chunk(self.tokens) * (self.widths.compute + beside)
         else:
             logits = self.logits + self.tokens * self.shape.vocab_size * 3 * FLOAT32
         return self.add(
@@ -273,10 +316,13 @@ class _Moments:
     def in_layer(self, fixed: Memory, moment: str, layer: int) -> Memory:
         """The backward pass of a layer: what it and those before it keep, the gradients of those after it."""
         kept, trains = self.kept, self.trains
-        again = layer in trains.checkpointed
+        again, back = layer in trains.checkpointed, layer in trains.away
         a_token = self.layers(layer)
         if again:  # a float32 input is what its first norm keeps
             a_token += kept.layer(layer) - kept.layer_input * (kept.residual == FLOAT32 and not kept.compiled)
+        elif back:
+            a_token += kept.layer(layer)
+        coming = sum(self.whole(each.layer) for each in trains.offloaded if each.layer < layer <= each.fetched)
         gradients = self.gradients()
         if not self.accumulates and not self.stage:
             to_come = trains.embeddings * self.shape.embedding_parameters + self.trained_in(range(layer + 1))
@@ -285,8 +331,8 @@ class _Moments:
             fixed,
             moment,
             gradients=gradients,
-            casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * again,
-            activations=self.tokens * a_token,
+            casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * (again or back),
+            activations=self.tokens * a_token + coming,
             logits=self.logits,
             workspace=self.tokens * kept.backward_work(layer) + self.for_products(self.tokens, kept.compiled),
         )

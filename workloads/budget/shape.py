@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+from workloads.budget.offloading import Offloaded, offloaded_layers
 from workloads.config import GradientCheckpointing, TrainingConfig, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
 
@@ -198,15 +199,17 @@ class Training:
 
     Args:
         checkpointing: how many layers recompute their activations, as in ``ExecutionConfig``.
+        offloading: how many layers keep theirs in host memory.
 
     Raises:
-        InputError: the choice of layers, or the number of those that recompute, goes beyond the model, or a LoRA target
-            is none of its linear modules.
+        InputError: the choice of layers, or the number of those that recompute or are offloaded, goes beyond the model,
+            or a LoRA target is none of its linear modules.
     """
 
     shape: ModelShape
     config: TrainingConfig
     checkpointing: GradientCheckpointing = 0
+    offloading: int = 0
 
     def __post_init__(self) -> None:
         known = {linear.name for linear in self.shape.linears}
@@ -218,6 +221,10 @@ class Training:
         if self.checkpointing != "all" and self.checkpointing > self.shape.num_layers:
             raise InputError(
                 f"gradient_checkpointing is {self.checkpointing}, but the model has {self.shape.num_layers} layers"
+            )
+        if self.offloading > self.shape.num_layers:
+            raise InputError(
+                f"offload_activations is {self.offloading}, but the model has {self.shape.num_layers} layers"
             )
         _ = self.layers
 
@@ -277,9 +284,20 @@ class Training:
         return range(0 if self.embeddings else self._first, self.shape.num_layers)
 
     @cached_property
-    def checkpointed(self) -> range:
-        """The layers that recompute their activations (workloads/recompute.py): the first of those."""
-        return self.backward if self.checkpointing == "all" else self.backward[: self.checkpointing]
+    def offloaded(self) -> tuple[Offloaded[int], ...]:
+        """The layers that keep their activations in host memory (workloads/offload.py)."""
+        return offloaded_layers(self.backward, self.offloading)
+
+    @cached_property
+    def away(self) -> frozenset[int]:
+        """Their indices."""
+        return frozenset(each.layer for each in self.offloaded)
+
+    @cached_property
+    def checkpointed(self) -> tuple[int, ...]:
+        """The layers that recompute their activations (workloads/recompute.py): the first that are not offloaded."""
+        others = tuple(layer for layer in self.backward if layer not in self.away)
+        return others if self.checkpointing == "all" else others[: self.checkpointing]
 
     def needs_gradient(self, layer: int, what: Reads) -> bool:
         """Whether the gradient of what a layer's linear modules read is needed, for what trains before them."""
@@ -294,10 +312,12 @@ class Training:
 
     @cached_property
     def alike(self) -> list[list[int]]:
-        """All layers, those together that are alike: in what trains, in gradients, in recompute, and in being even."""
+        """All layers, those together that are alike: in what trains, in gradients, in where their activations are or
+        whether they recompute them, and in being even."""
         alike: dict[tuple, list[int]] = {}
         for layer in range(self.shape.num_layers):
-            kind = layer in self.layers, self.reaches_input(layer), layer in self.checkpointed, layer % 2
+            stored = layer in self.checkpointed, layer in self.away
+            kind = layer in self.layers, self.reaches_input(layer), stored, layer % 2
             alike.setdefault(kind, []).append(layer)
         return list(alike.values())
 
@@ -341,6 +361,8 @@ class Training:
 
 
 @lru_cache(maxsize=1024)
-def what_trains(shape: ModelShape, config: TrainingConfig, checkpointing: GradientCheckpointing = 0) -> Training:
+def what_trains(
+    shape: ModelShape, config: TrainingConfig, checkpointing: GradientCheckpointing = 0, offloading: int = 0
+) -> Training:
     """:class:`Training`, made once for all who ask."""
-    return Training(shape, config, checkpointing)
+    return Training(shape, config, checkpointing, offloading)

@@ -2,8 +2,10 @@
 
 A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus the bytes
 that all else moves (traffic.py) over the memory's rate; at least as long as the host needs to launch its kernels; plus
-what workers and host memory exchange. Nothing else overlaps. A rate is a device's peak times a stated share of it
-(devices.py). Where another trial has been timed on the same hardware, :func:`calibrated` sets the shares by it.
+what workers and host memory exchange. Nothing else overlaps, but for the copies of offloaded activations, which are
+taken to cost no time: a plan offloads no more layers than the forward pass hides (fitting.py). A rate is a device's
+peak times a stated share of it (devices.py). Where another trial has been timed on the same hardware,
+:func:`calibrated` sets the shares by it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from workloads.budget.devices import Device
 from workloads.budget.flops import Flops, forward_flops, training_flops
 from workloads.budget.loop import Loop
 from workloads.budget.memory import micro_batch
-from workloads.budget.shape import ModelShape, what_trains
+from workloads.budget.shape import ModelShape, Training, what_trains
 from workloads.budget.traffic import traffic
 from workloads.config import ExecutionConfig, TrainingConfig
 
@@ -66,11 +68,23 @@ def compute_seconds(
     sequences = training.batch / workers
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
     loop = loop or Loop.of(shape, training, execution, workers, device)
-    beside = traffic(shape, training, execution.gradient_checkpointing, loop)
+    recomputed = len(_trains(shape, training, execution).checkpointed)
+    beside = traffic(shape, training, recomputed, loop)
     moved = sequences * training.context_length * beside.training
     moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
-    flops = training_flops(shape, training, execution.gradient_checkpointing) * sequences
+    flops = training_flops(shape, training, recomputed) * sequences
     return max(device_seconds(flops, moved, device, training), passes * beside.kernels * device.launch)
+
+
+def forward_seconds(
+    shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
+) -> float:
+    """The forward pass of one micro-batch on one worker."""
+    rows = micro_batch(training, execution, workers)
+    beside = traffic(shape, training, 0, Loop.of(shape, training, execution, workers, device))
+    flops = training_flops(shape, training) * rows
+    forward = Flops(forward_linear=flops.forward_linear, forward_attention=flops.forward_attention)
+    return device_seconds(forward, rows * training.context_length * beside.forward(), device, training)
 
 
 def exchange_seconds(
@@ -82,7 +96,7 @@ def exchange_seconds(
     owners and the updated weights back; ZeRO-3 also gathers all weights, frozen ones too, for the forward and for the
     backward pass of each micro-batch.
     """
-    trains = what_trains(shape, training, execution.gradient_checkpointing)
+    trains = _trains(shape, training, execution)
     rows = micro_batch(training, execution, workers)
     passes = math.ceil(training.batch / workers / rows)
     trained = 4 * trains.trainable
@@ -98,6 +112,10 @@ def exchange_seconds(
         with_host = (2 * trained + (2 * passes * whole if execution.engine == "zero3" else 0)) / workers
     update = HOST_UPDATE_BYTES * trains.trainable / workers / HOST_MEMORY_RATE * execution.offload
     return between * (workers - 1) / workers / device.link + with_host / device.host_link + update
+
+
+def _trains(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> Training:
+    return what_trains(shape, training, execution.gradient_checkpointing, execution.layers_offloaded)
 
 
 def evaluation_seconds(
