@@ -292,9 +292,7 @@ class _Moments:
     def loss(self, fixed: Memory) -> Memory:
         """In chunks, the gradient of an output layer that trains is summed up beside what there is of it."""
         if self.chunked:
-            # Compiled, the cross-entropy has nothing in float32, and the gradient is all that it makes.
-            beside = self.widths.compute if self.kept.compiled else 3 * FLOAT32
-            logits = self.chunk(self.tokens) * (self.widths.compute + beside)
+            logits = self.chunk(self.tokens) * (3 * FLOAT32 + self.widths.compute)
         else:
             logits = self.logits + self.tokens * self.shape.vocab_size * 3 * FLOAT32
         return self.add(
