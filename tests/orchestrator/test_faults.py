@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from orchestrator.faults import HICCUP_PAUSES, classify, remedy
 from orchestrator.journal import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
 from tests.orchestrator.ray_nodes import processes_beside, worker_processes
-from tests.orchestrator.test_sweep import ONE_TRIAL, running_trial
+from tests.orchestrator.test_sweep import ONE_TRIAL, mlflow_runs, running_trial
 from workloads.checkpoint import newest_step
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
@@ -123,27 +124,40 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("who", "how"), [("rank 0", signal.SIGKILL), ("rank 1", signal.SIGSTOP), ("driver", signal.SIGKILL)]
+    "blows",
+    [[("rank 0", signal.SIGKILL, 4), ("driver", signal.SIGKILL, 7)], [("rank 1", signal.SIGSTOP, 5)]],
+    ids=["killed", "silent"],
 )
 def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothing(
-    who, how, undisturbed, tmp_path, text_folder
+    blows, undisturbed, tmp_path, text_folder
 ):
     """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever. The driver is
     the trial's own, Tune's process. What Ray keeps of its own is cut in half at the same time: nothing may depend on
     it."""
     command = SweepCommand(tmp_path / "runs", *TWO_WORKERS, "--data", str(text_folder), "--hang-timeout", "10")
     process = command.start()
-    record = wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
-    for file in (path for path in (command.storage / ".ray").rglob("*") if path.is_file()):
-        os.truncate(file, file.stat().st_size // 2)
-    ranks, (driver,) = worker_processes(record), processes_beside(record.started["pid"], "ImplicitFunc")
-    os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
-    killed_at = TrialRecord.of(record.journal).last_step
+    for attempt, (who, how, at_step) in enumerate(blows, start=1):
+        record = wait_for(partial(in_attempt, command.storage, attempt, at_step), process, f"step {at_step}")
+        for file in (path for path in (command.storage / ".ray").rglob("*") if path.is_file()):
+            os.truncate(file, file.stat().st_size // 2)
+        ranks, (driver,) = worker_processes(record), processes_beside(record.started["pid"], "ImplicitFunc")
+        os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
+        struck_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
-    assert record.state == "finished" and len(record.attempts) == 2 and record.resumed_at >= killed_at - 2
+    assert record.state == "finished" and len(record.attempts) == len(blows) + 1
+    assert record.resumed_at >= struck_at - 2
     assert_same(last_checkpoint(command), undisturbed)
+    client, (run,), _ = mlflow_runs(command.storage)
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, 11))
+
+
+def in_attempt(storage, attempt, at_step):
+    record = running_trial(storage, at_step)
+    return record if record and len(record.attempts) == attempt else None
 
 
 def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):

@@ -1,5 +1,6 @@
 """A sweep as a user runs it: real Ray, real trials of the built-in model, real MLflow, in a process of its own."""
 
+import importlib.util
 import json
 import os
 import re
@@ -114,11 +115,9 @@ def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text
     assert len(shared) == 5
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder, engine):
+def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder):
     """The workers and their engine are no part of a trial's identity, and change its losses by rounding alone."""
-    if engine == "zero3":
-        pytest.importorskip("deepspeed")
+    engine = "zero3" if importlib.util.find_spec("deepspeed") else "ddp"
     alone, _ = finished
     flags = [*SMALL, "--data", str(text_folder), "--methods", "lora+", "--references"]
     flags += ["--workers", "2", "--engine", engine]
@@ -142,23 +141,6 @@ def running_trial(storage, at_step):
         if record.state == "running" and record.last_step >= at_step:
             return record
     return None
-
-
-def test_a_killed_worker_costs_at_most_a_checkpoint_interval(tmp_path, text_folder):
-    command = SweepCommand(tmp_path / "runs", *ONE_TRIAL, "--steps", "12", "--data", str(text_folder))
-    process = command.start()
-    record = wait_for(lambda: running_trial(command.storage, 5), process, "step 5")
-    os.kill(record.started["pid"], signal.SIGKILL)
-    killed_at = TrialRecord.of(record.journal).last_step
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    record = TrialRecord.of(record.journal)
-    assert record.state == "finished" and sorted(record.steps) == list(range(1, 13))
-    assert record.resumed_at >= killed_at - 2
-    client, (run,), _ = mlflow_runs(command.storage)
-    assert run.info.status == "FINISHED"
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
-    assert sorted(steps) == list(range(1, 13))
 
 
 def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_folder):
