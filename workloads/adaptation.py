@@ -156,12 +156,12 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
     # Imported here: full fine-tuning does without PEFT, whose import takes about a second of each trial's start.
     from peft import LoraConfig, get_peft_model
 
-    from workloads.lora import scale_inside
+    from workloads.lora import spare_passes
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
     with without_deprecations():
         model = get_peft_model(model, config)
-    scale_inside(model)
+    spare_passes(model)
     return model
 
 

@@ -270,12 +270,12 @@ def test_without_autocast_nothing_is_cast():
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
 
 
-@pytest.mark.parametrize(("alpha", "tolerance"), [(16, 0), (12, 1e-12)])
-def test_lora_computes_what_pefts_own_layers_do(alpha, tolerance):
-    """To the bit where alpha / rank is a power of two; and its layers stay PEFT's, to merge and to switch off."""
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")])
+def test_lora_computes_what_pefts_own_layers_do(targets):
+    """And its layers stay PEFT's, to merge and to switch off."""
     tokens, results = torch.arange(16)[None], []
     for peft_as_it_is in (True, False):
-        model = adapt(small_llama().double(), "lora", lora_alpha=alpha)
+        model = adapt(small_llama().double(), "lora", lora_alpha=12, lora_targets=targets)
         layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         generator = torch.Generator().manual_seed(0)
         for layer in layers:
@@ -286,8 +286,24 @@ def test_lora_computes_what_pefts_own_layers_do(alpha, tolerance):
         logits, gradients, _ = what_runs_through(model, tokens)
         with model.disable_adapter():
             without = model(tokens).logits
-        results.append(
-            {"logits": logits, **gradients, "without": without, "merged": model.merge_and_unload()(tokens)[0]}
-        )
+        merged = model.merge_and_unload()(tokens).logits
+        results.append({"logits": logits, **gradients, "without": without, "merged": merged})
     for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_layers_that_share_an_input_read_it_once_and_keep_nothing():
+    """Of q, k and v together A is one product forwards; and an input that comes twice is computed twice."""
+    model = adapt(small_llama(), "lora")
+    attention = decoder_layers(model)[1][0].self_attn
+    x = torch.randn(2, 5, attention.q_proj.in_features)
+    given = []
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.lora_A["default"].register_forward_hook(lambda *_: given.append("alone"))
+        expected = projection.base_layer(x)
+        torch.testing.assert_close(projection(x), expected)  # B is zero
+        torch.testing.assert_close(projection(x.clone()), expected)
+    assert not given
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection(x)
+    assert attention.q_proj.shared.input is None and not attention.q_proj.shared.waiting
