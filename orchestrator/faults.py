@@ -17,9 +17,11 @@ the command: the next one tries again, since the user may have mended the cause.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import errno
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,6 +84,17 @@ def classify(error: BaseException) -> Kind:
         if _http_status(cause) in (408, 429) or (_http_status(cause) or 0) >= 500:
             return "hiccup"
     return "configuration" if any(isinstance(cause, InputError) for cause in chain) else "error"
+
+
+def notice_the_end() -> threading.Event:
+    """Set when this process begins to end. An error in another of its threads may then be the end's and not the
+    trial's: torch takes the operators that Python defines away from under a step that is still running.
+
+    Of what runs at a process's end the last registered comes first: this is to be called once all is imported.
+    """
+    ending = threading.Event()
+    atexit.register(ending.set)
+    return ending
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from orchestrator import leases
 from orchestrator.cancel import Cancellation, cancelled_before_its_start
 from orchestrator.credentials import receive_token
 from orchestrator.early_stopping import EarlyStopping, Judge, Rungs
-from orchestrator.faults import classify
+from orchestrator.faults import classify, notice_the_end
 from orchestrator.journal import TrialRecord
 from orchestrator.leases import LeaseLost
 from orchestrator.object_store import StoreAway
@@ -46,12 +47,14 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
     receive_token()
-    storage = Storage.at(config["storage"])
+    storage, ending = Storage.at(config["storage"]), notice_the_end()
     for trial in map(TrialSpec.from_dict, config["trials"]):
-        _train(trial, storage, config, device)
+        _train(trial, storage, config, device, ending)
 
 
-def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: torch.device) -> None:
+def _train(
+    trial: TrialSpec, storage: Storage, config: dict[str, Any], device: torch.device, ending: threading.Event
+) -> None:
     context = ray.train.get_context()
     workers, first = context.get_world_size(), context.get_world_rank() == 0
     folder = storage.trial(trial.fingerprint)
@@ -128,8 +131,8 @@ def _train(trial: TrialSpec, storage: Storage, config: dict[str, Any], device: t
             raise
         except Exception as error:
             kind = classify(error)
-            if kind == "lost":
-                raise  # Ray Train starts the workers again
+            if kind == "lost" or ending.is_set():
+                raise  # Ray Train starts the workers again, if it is to go on
             reason = f"{type(error).__name__}: {error}"
             (writer if first else folder.journal).append("failed", kind=kind, reason=reason, attempt=config["attempt"])
             if workers > 1:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from orchestrator.faults import HICCUP_PAUSES, classify, remedy
 from orchestrator.journal import TrialRecord
-from tests.orchestrator.conftest import SweepCommand, wait_for
+from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
 from tests.orchestrator.ray_nodes import processes_beside, worker_processes
 from tests.orchestrator.test_sweep import ONE_TRIAL, mlflow_runs, running_trial
 from workloads.checkpoint import newest_step
@@ -158,6 +158,33 @@ def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothin
 def in_attempt(storage, attempt, at_step):
     record = running_trial(storage, at_step)
     return record if record and len(record.attempts) == attempt else None
+
+
+def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_its_own():
+    """Ctrl-C, and Ray ends a worker in the middle of a step: torch takes its operators away before the step is over.
+    What ends last, and leaves the step its time, is registered first."""
+    code = """
+    import atexit, threading, time
+    atexit.register(time.sleep, 2)
+    import torch
+    from orchestrator.faults import notice_the_end
+    from workloads.attention.grouped import grouped_attention
+
+    def train():
+        x = torch.randn(1, 2, 64, 16)
+        try:
+            begun.set()
+            while True:
+                grouped_attention(x, x, x, 16, 2, 1.0, "cpu")
+        except Exception:
+            print("error", ending.is_set(), flush=True)
+
+    ending, begun = notice_the_end(), threading.Event()
+    threading.Thread(target=train, daemon=True).start()
+    begun.wait()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "error True\n", done.stderr
 
 
 def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):
