@@ -21,6 +21,7 @@ from torch import nn
 from workloads.adaptation import decoder_layers
 from workloads.budget import ModelShape, loop
 from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.recompute import recomputes
 
 if TYPE_CHECKING:
     from workloads.engine import Engine
@@ -62,7 +63,16 @@ def compile_layers(model: nn.Module, fall_back: bool = False) -> None:
     settings.optimize_ddp = False
     settings.suppress_errors = fall_back
     for layer in layers:
-        layer.compile(dynamic=False, backend=BACKEND)
+        layer.compile(dynamic=False, backend=_keeping_inputs if recomputes(layer) else BACKEND)
+
+
+def _keeping_inputs(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """The backend, told to keep for the backward pass what a layer is given, and to compute all else again there."""
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._functorch import config
+
+    with config.patch(activation_memory_budget=0):
+        return lookup_backend(BACKEND)(graph, inputs)
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,9 @@ def recompute_activations(model: nn.Module, count: GradientCheckpointing, beside
     gradient (reentrant checkpointing needs it), and so gives every layer a backward pass. And in some versions it goes
     inside of what torch.compile makes of a layer, where most of what recompute should save was kept all the same: by
     all of a small Llama's layers 100 kB where the layers were not compiled, 340 kB where they were (transformers 5.23,
-    torch 2.13). Here a layer is compiled, or not, inside of what recomputes it.
+    torch 2.13). Here the compiler itself is told to keep a layer's inputs alone (:func:`recomputes`,
+    workloads/compilation.py): what it computes again is then part of the backward pass, and only what that needs, not
+    the layer's last product nor any sum after it.
 
     Args:
         model: as :func:`workloads.adaptation.adapt` returns it; without a cache, which recompute would fill twice.
@@ -53,13 +56,18 @@ def layers_with_backward(model: nn.Module) -> list[nn.Module]:
     return list(layers)[_first_with_backward(model, layers) :]
 
 
-class _Recomputing:
-    """In front of a module's class: what a call computes is forgotten, and computed again in the backward pass."""
+def recomputes(layer: nn.Module) -> bool:
+    """Whether :func:`recompute_activations` has chosen it."""
+    return isinstance(layer, _Recomputing)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
-            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
-        return super().__call__(*args, **kwargs)
+
+class _Recomputing:
+    """In front of a module's class: what it computes is forgotten, and computed again in the backward pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and not torch.compiler.is_compiling():
+            return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 @cache  # one class for all layers that are alike, so that torch.compile serves them with the same code

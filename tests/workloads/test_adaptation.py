@@ -270,14 +270,21 @@ def test_without_autocast_nothing_is_cast():
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected_gradients.items())
 
 
-@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")])
-def test_lora_computes_what_pefts_own_layers_do(targets):
-    """And its layers stay PEFT's, to merge and to switch off."""
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "gate_proj", "down_proj")])
+def test_lora_computes_what_pefts_own_layers_do(targets, family):
+    """With biases (Qwen2), with projections in one (Phi-3), and beside layers that LoRA does not adapt. And its layers
+    stay PEFT's, to merge and to switch off."""
+    if family == "phi3":
+        targets = targets and ("qkv_proj", "down_proj")
     tokens, results = torch.arange(16)[None], []
     for peft_as_it_is in (True, False):
-        model = adapt(small_llama().double(), "lora", lora_alpha=12, lora_targets=targets)
+        model = adapt(small_model(family).double(), "lora", lora_alpha=12, lora_targets=targets)
         layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
         for layer in layers:
             if peft_as_it_is:
                 layer.__class__ = LoraLinear
@@ -306,4 +313,4 @@ def test_layers_that_share_an_input_read_it_once_and_keep_nothing():
     assert not given
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection(x)
-    assert attention.q_proj.shared.input is None and not attention.q_proj.shared.waiting
+    assert attention.q_proj.together.input is None and not attention.q_proj.together.waiting
