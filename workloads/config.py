@@ -22,7 +22,7 @@ RESULT_VERSION = 1
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
 Attention = Literal["s2", "full", "s2-layers", "short", "shifted", "dilated", "block-sparse", "stride-sparse"]
-AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "varlen", "flex"]
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"]
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]

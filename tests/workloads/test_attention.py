@@ -350,7 +350,7 @@ def test_on_a_cpu_every_pattern_is_computed_by_sdpa(name):
         with pytest.raises(InputError, match=rf"{backend}.*CUDA device.*sdpa would work"):
             choose_backend(backend, pattern, cpu, torch.bfloat16)
     with pytest.raises(InputError, match="expected one of auto, sdpa"):
-        choose_backend("flash4", pattern, cpu, torch.bfloat16)
+        choose_backend("flash5", pattern, cpu, torch.bfloat16)
 
 
 def test_a_query_whose_keys_are_all_masked_attends_to_itself():
@@ -378,7 +378,7 @@ def test_bfloat16_on_the_gpu_equals_the_definition_within_rounding(backend, name
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cudnn", "sdpa"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash4", "sdpa"])
 def test_on_the_gpu_no_layout_in_memory_changes_a_result(backend):
     """cuDNN's plans are cached by the layouts of query, key and value alone."""
     pattern = make_pattern("s2", 64)
@@ -400,9 +400,9 @@ def test_on_the_gpu_no_layout_in_memory_changes_a_result(backend):
 @pytest.mark.gpu
 def test_on_the_gpu_the_fast_kernels_are_chosen_and_what_is_missing_is_named():
     gpu = torch.device("cuda")
-    assert grouped.kernel_for(True, gpu, torch.bfloat16, 128) == "cudnn"
-    assert grouped.kernel_for(False, gpu, torch.bfloat16, 128) == "flash"
-    assert grouped.kernel_for(True, gpu, torch.float32, 128) is None
+    assert grouped.kernel_for("cudnn", gpu, torch.bfloat16, 128) == "cudnn"
+    assert grouped.kernel_for("flash", gpu, torch.bfloat16, 128) == "flash"
+    assert grouped.kernel_for("cudnn", gpu, torch.float32, 128) is None
     assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.bfloat16) == "cudnn"
     assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.float32) == "sdpa"
     assert choose_backend("auto", make_pattern("dilated", 8), gpu, torch.bfloat16) == "flex"

@@ -244,7 +244,7 @@ def test_generation_under_the_pattern_is_refused_rather_than_wrong():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash2", "flash3", "varlen", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"])
 def test_a_model_in_bfloat16_on_the_gpu_with_every_backend(backend):
     """Under autocast with float32 weights, as in training; documents, right padding, evaluation first."""
     model = small_model(hidden_size=128, head_dim=32).cuda()

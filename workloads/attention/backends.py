@@ -2,6 +2,7 @@
 
 ``sdpa``     PyTorch's own choice of kernel, on any device: groups without a mask, other patterns with one
 ``cudnn``    the same with cuDNN's kernels first
+``flash4``   FlashAttention-4, the package flash-attn-4
 ``flash3``   FlashAttention-3, the package flash-attn-3
 ``flash2``   FlashAttention-2, the package flash-attn
 ``varlen``   torch's own FlashAttention-2, variable-length
@@ -31,7 +32,7 @@ from workloads.errors import InputError
 BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
 VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
 # Of those that can serve, the first is taken. Document boundaries cost variable-length kernels nothing.
-PREFERRED = ("cudnn", "flash3", "flash2", "varlen", "sdpa")
+PREFERRED = ("cudnn", "flash4", "flash3", "flash2", "varlen", "sdpa")
 PREFERRED_WITH_DOCUMENTS = ("flash3", "flash2", "varlen", "flex", "sdpa")
 PREFERRED_WITHOUT_GROUPS = ("flex", "sdpa")
 
@@ -74,7 +75,7 @@ def attention(
     if backend in VARLEN_KERNELS:
         return varlen_attention(VARLEN_KERNELS[backend], query, key, value, pattern, **settings)
     if pattern.name in GROUPED:
-        return attention_in_groups(query, key, value, pattern, prefer_cudnn=backend == "cudnn", **settings)
+        return attention_in_groups(query, key, value, pattern, preferred=backend, **settings)
     return masked_attention(query, key, value, pattern, **settings)
 
 
@@ -176,11 +177,16 @@ def missing(
         present = torch.backends.cuda.is_flash_attention_available()
         return None if present else "FlashAttention, which this torch is built without"
     if backend == "flash2":
-        return None if _importable("flash_attn") else "the package flash-attn, which is not installed"
-    if major != 9:
-        return f"a Hopper GPU, compute capability 9.0 (this is {major}.{minor})"
+        present = _importable("flash_attn.flash_attn_interface")  # flash-attn-4 has the folder flash_attn too
+        return None if present else "the package flash-attn, which is not installed"
     if dropout:
         return f"a model without dropout in its attention (this has {dropout:g})"
+    if backend == "flash4":
+        if major not in (9, 10):
+            return f"a Hopper or Blackwell GPU, compute capability 9.0 or 10.0 (this is {major}.{minor})"
+        return None if _importable("flash_attn.cute") else "the package flash-attn-4, which is not installed"
+    if major != 9:
+        return f"a Hopper GPU, compute capability 9.0 (this is {major}.{minor})"
     return None if _importable("flash_attn_interface") else "the package flash-attn-3, which is not installed"
 
 

@@ -6,7 +6,8 @@ each make a gradient of full size, filled with zeros, and add them up. Everythin
 head_dim) in memory, as transformers lays it out: what goes in and comes out is a transposed view, and neither the
 projections before nor the one after it copies. ``torch.compile`` takes the operator as it is, without a graph break.
 
-``cudnn``   cuDNN's, about twice as fast as the next on a Hopper GPU
+``cudnn``   cuDNN's, on a Hopper GPU about twice as fast as FlashAttention-2
+``flash4``  FlashAttention-4, the package flash-attn-4, whose kernels write into the views themselves
 ``flash``   torch's own FlashAttention-2
 ``cpu``     torch's on a CPU, float64 included
 
@@ -26,14 +27,14 @@ import torch
 from workloads.attention.groups import head_shifts, shared_heads
 
 aten = torch.ops.aten
-KernelName = Literal["cudnn", "flash", "cpu"]
+KernelName = Literal["cudnn", "flash4", "flash", "cpu"]
 # A kernel may read its statistics in vectors: each call's begin at a multiple of so many numbers.
 ALIGNMENT = 64
 
 
 @torch.compiler.assume_constant_result
-def kernel_for(prefer_cudnn: bool, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelName | None:
-    """The kernel that serves here, None if none does."""
+def kernel_for(preferred: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelName | None:
+    """The kernel that serves here: ``cudnn`` or ``flash4`` if it is preferred and can, None if none can."""
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or torch.version.hip:
@@ -42,10 +43,10 @@ def kernel_for(prefer_cudnn: bool, device: torch.device, dtype: torch.dtype, hea
     if capability < (8, 0):
         return None
     # As torch's own choice has it (sdp_utils.cpp): cuDNN's backward pass adds up in no fixed order, and is made for
-    # large heads on Hopper alone.
+    # large heads on Hopper alone. That of FlashAttention-4 is as unordered.
     largest = 256 if capability == (9, 0) and torch.backends.cudnn.version() >= 91000 else 128
-    if prefer_cudnn and head_dim <= largest and not torch.are_deterministic_algorithms_enabled():
-        return "cudnn"
+    if preferred in ("cudnn", "flash4") and head_dim <= largest and not torch.are_deterministic_algorithms_enabled():
+        return preferred
     return "flash" if head_dim <= 256 and torch.backends.cuda.is_flash_attention_available() else None
 
 
@@ -80,11 +81,14 @@ def grouped_attention(
     query, key, value = _laid_out(query), _laid_out(key), _laid_out(value)
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
     statistics = query.new_zeros(calls[-1].statistics.stop, dtype=_statistics_dtype(query))
-    output = _empty(query) if len(calls) > 1 else None
+    writes = kernel == "flash4"
+    output = _empty(query) if len(calls) > 1 or writes else None
     for call in calls:
-        piece, log_sum_exp = call.kernel(kernel).forward(
-            call.of(query, call.heads), call.of(key, call.shared), call.of(value, call.shared), scale
-        )
+        inputs = call.of(query, call.heads), call.of(key, call.shared), call.of(value, call.shared), scale
+        if writes and call.size > 1:
+            _flash4_forward(*inputs, call.of(output, call.heads), statistics[call.statistics])
+            continue
+        piece, log_sum_exp = call.kernel(kernel).forward(*inputs)
         statistics[call.statistics].view(log_sum_exp.shape).copy_(log_sum_exp)
         if output is None:
             return _joined(piece, query.shape[0]), statistics
@@ -109,9 +113,10 @@ def grouped_attention_backward(
     # cuDNN's plans are cached by the layouts of query, key and value alone: those of the others must follow from them.
     gradient, query, key, value, output = (_laid_out(x) for x in (gradient, query, key, value, output))
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
-    gradients = tuple(_empty(x) for x in (query, key, value)) if len(calls) > 1 else None
+    writes = kernel == "flash4"
+    gradients = tuple(_empty(x) for x in (query, key, value)) if len(calls) > 1 or writes else None
     for call in calls:
-        pieces = call.kernel(kernel).backward(
+        inputs = (
             call.of(gradient, call.heads),
             call.of(query, call.heads),
             call.of(key, call.shared),
@@ -120,6 +125,11 @@ def grouped_attention_backward(
             statistics[call.statistics],
             scale,
         )
+        if writes and call.size > 1 and not call.adds:
+            wholes = zip(gradients, (call.heads, call.shared, call.shared), strict=True)
+            _flash4_backward(*inputs, *(call.of(whole, heads) for whole, heads in wholes))
+            continue
+        pieces = call.kernel(kernel).backward(*inputs)
         if gradients is None:
             return tuple(_joined(piece, query.shape[0]) for piece in pieces)
         _copy(call.of(gradients[0], call.heads), pieces[0])
@@ -313,6 +323,34 @@ def _flash_backward(gradient, query, key, value, output, log_sum_exp, scale):
     )  # fmt: skip
 
 
+def _flash4_forward(query, key, value, scale, output=None, log_sum_exp=None):
+    """Where ``output`` and the log-sum-exp, flat, are given it writes there."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    query, key, value, output = (x if x is None else x.transpose(1, 2) for x in (query, key, value, output))
+    if log_sum_exp is not None:
+        log_sum_exp = log_sum_exp.view(query.shape[0], query.shape[2], query.shape[1])
+    output, log_sum_exp, *_ = _flash_attn_fwd(
+        query, key, value, softmax_scale=scale, causal=True, return_lse=True, out=output, lse=log_sum_exp
+    )
+    return output.transpose(1, 2), log_sum_exp
+
+
+def _flash4_backward(gradient, query, key, value, output, log_sum_exp, scale, *targets):
+    """Where targets are given, gradients of query, key and value are written there."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    log_sum_exp = log_sum_exp.view(query.shape[:3])
+    gradient, query, key, value, output, *targets = (
+        x.transpose(1, 2) for x in (gradient, query, key, value, output, *targets)
+    )
+    dq, dk, dv = targets or (None, None, None)
+    gradients = _flash_attn_bwd(
+        query, key, value, output, gradient, log_sum_exp, scale, True, dq=dq, dk=dk, dv=dv
+    )  # fmt: skip
+    return tuple(x.transpose(1, 2) for x in gradients[:3])
+
+
 def _cpu_forward(query, key, value, scale):
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
 
@@ -336,6 +374,7 @@ def _one_token_backward(gradient, query, key, value, output, log_sum_exp, scale)
 
 _KERNELS = {
     "cudnn": _Kernel(_cudnn_forward, _cudnn_backward),
+    "flash4": _Kernel(_flash4_forward, _flash4_backward),
     "flash": _Kernel(_flash_forward, _flash_backward),
     "cpu": _Kernel(_cpu_forward, _cpu_backward),
 }

@@ -71,12 +71,12 @@ def attention_in_groups(
     document_ids: torch.Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
-    prefer_cudnn: bool = False,
+    preferred: str = "flash",
 ) -> torch.Tensor:
     """Any pattern that is made of groups; arguments as in :func:`workloads.attention.backends.attention`.
 
     Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one. With
-    ``prefer_cudnn`` cuDNN's kernels are taken where they can be, otherwise torch's own.
+    ``preferred`` the kernels of ``cudnn`` or ``flash4`` are taken where they can be, otherwise torch's own.
     """
     heads, key_value_heads = query.shape[1], key.shape[1]
     if key.shape != value.shape or query.shape[2] != key.shape[2] or heads % key_value_heads:
@@ -89,11 +89,11 @@ def attention_in_groups(
     ids = None if document_ids is None else document_ids[:, None, :, None]
     kernel = None
     if ids is None and not dropout:
-        kernel = kernel_for(prefer_cudnn, query.device, query.dtype, head_dim)
+        kernel = kernel_for(preferred, query.device, query.dtype, head_dim)
     if kernel is not None:
         compute = partial(_by_operator, group_size, head_dim**-0.5 if scale is None else scale, kernel)
     else:
-        attend = partial(_attend, scale=scale, dropout=dropout, prefer_cudnn=prefer_cudnn)
+        attend = partial(_attend, scale=scale, dropout=dropout, prefer_cudnn=preferred == "cudnn")
         compute = partial(_by_autograd, group_size, attend)
 
     first_shifted = heads if num_tokens <= group_size else first_shifted_head(pattern, heads, layer)

@@ -95,6 +95,6 @@ def layers_compile(
 
 def _has_operator(training: TrainingConfig, execution: ExecutionConfig, gpu: Device | None) -> bool:
     """As workloads/attention/shifted.py chooses; ``gpu`` None: on a CPU."""
-    if training.document_mask or execution.attention_backend not in ("auto", "sdpa", "cudnn"):
+    if training.document_mask or execution.attention_backend not in ("auto", "sdpa", "cudnn", "flash4"):
         return False
     return gpu is None or (training.precision == "bfloat16" and gpu.multiplies_bfloat16)
