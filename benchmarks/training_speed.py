@@ -40,6 +40,8 @@ from workloads.budget import Device, ModelShape, host_memory, model_flops_utilis
 from workloads.config import ExecutionConfig
 from workloads.training import Trial
 
+# Of the machine that the table is of. Its container does not tell its limit.
+HOST_MEMORY = 128 * GIB
 MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
 COUNTING = (
     "tokens/s: tokens of a step over its median time, forward, backward and optimiser, by device events. MFU: the "
@@ -138,7 +140,7 @@ def planned_execution(case: Case, config: LlamaConfig, device: torch.device) -> 
     )
     if known is None:
         return dataclasses.replace(asked, offload_activations=asked.layers_offloaded)
-    known = dataclasses.replace(known, host_memory=host_memory())
+    known = dataclasses.replace(known, host_memory=min(host_memory(), HOST_MEMORY))
     fit = smallest_change_that_fits(ModelShape.of(config), case.training, asked, 1, known)
     return fit.execution if fit else asked
 
