@@ -404,8 +404,7 @@ class RunOptions:
     gradient_checkpointing: Literal["auto", "all", "none"] | int = "auto"
     """How many decoder layers recompute their activations in the backward pass: less memory, more time. auto: on a GPU
     the fewest with which the trial fits, else none."""
-    # Not auto before it has run on a GPU.
-    offload_activations: Literal["auto", "none"] | int = "none"
+    offload_activations: Literal["auto", "none"] | int = "auto"
     """How many decoder layers keep their activations in pinned host memory until the backward pass, instead of
     recomputing them. auto: where layers would have to recompute, as many as the host's memory and the copies' time
     allow; none with a --gradient-checkpointing of your own."""

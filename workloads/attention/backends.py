@@ -32,7 +32,7 @@ from workloads.errors import InputError
 BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
 VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
 # Of those that can serve, the first is taken. Document boundaries cost variable-length kernels nothing.
-PREFERRED = ("cudnn", "flash4", "flash3", "flash2", "varlen", "sdpa")
+PREFERRED = ("cudnn", "flash3", "flash2", "varlen", "sdpa")
 PREFERRED_WITH_DOCUMENTS = ("flash3", "flash2", "varlen", "flex", "sdpa")
 PREFERRED_WITHOUT_GROUPS = ("flex", "sdpa")
 
@@ -157,8 +157,8 @@ def missing(
     if device.type != "cuda":
         return f"a CUDA device (this is {device.type})"
     if backend == "flex":
-        if not _importable("triton"):
-            return "the package triton, which is not installed"
+        if lacking := _lacking("triton", "triton"):
+            return lacking
         if head_dim < 16:
             return f"a head dimension of at least 16 (this is {head_dim})"
         return f"a model without dropout in its attention (this has {dropout:g})" if dropout else None
@@ -177,23 +177,27 @@ def missing(
         present = torch.backends.cuda.is_flash_attention_available()
         return None if present else "FlashAttention, which this torch is built without"
     if backend == "flash2":
-        present = _importable("flash_attn.flash_attn_interface")  # flash-attn-4 has the folder flash_attn too
-        return None if present else "the package flash-attn, which is not installed"
+        return _lacking("flash-attn", "flash_attn.flash_attn_interface")  # flash-attn-4 has the folder flash_attn too
     if dropout:
         return f"a model without dropout in its attention (this has {dropout:g})"
     if backend == "flash4":
         if major not in (9, 10):
             return f"a Hopper or Blackwell GPU, compute capability 9.0 or 10.0 (this is {major}.{minor})"
-        return None if _importable("flash_attn.cute") else "the package flash-attn-4, which is not installed"
+        return _lacking("flash-attn-4", "flash_attn.cute")
     if major != 9:
         return f"a Hopper GPU, compute capability 9.0 (this is {major}.{minor})"
-    return None if _importable("flash_attn_interface") else "the package flash-attn-3, which is not installed"
+    return _lacking("flash-attn-3", "flash_attn_interface")
 
 
 @cache
-def _importable(module: str) -> bool:
+def _lacking(package: str, module: str) -> str | None:
+    """What is wrong with a package, None if its module can be imported."""
     try:
         importlib.import_module(module)
-    except (ImportError, OSError):  # not there, or built for another torch
-        return False
-    return True
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            return f"the package {package}, which is not installed"
+        return f"the package {package}, which lacks {error.name} itself"
+    except (ImportError, OSError) as error:  # built for another torch
+        return f"the package {package}, which cannot be imported ({error})"
+    return None

@@ -116,7 +116,7 @@ LAUNCH = 20e-6
 # Large products alone were timed on one H200 at 691 to 802 TFLOP/s, up to 0.81 of the peak. The other two fit whole
 # training steps there (torch 2.11, transformers 5.17, PEFT 0.21, all in bfloat16; Llama-2-7B, LoRA+, batch 1): 7,869,
 # 5,651, 4,052 and 3,126 tokens/s at 8k, 32k, 64k and 98k with checkpointing, and 10,898 at 8k without and with cuDNN's
-# attention, within 2%. Not fitted: 9,835 without cuDNN's, predicted 9% too fast; SmolLM2-135M at 32k, 95,000 (LoRA+)
+# attention, within 2.5%. Not fitted: 9,835 without cuDNN's, predicted 9% too fast; SmolLM2-135M at 32k, 95,000 (LoRA+)
 # and 103,000 (full), predicted within 5%.
 HOPPER = dict(
     linear_efficiency=0.80,

@@ -30,18 +30,22 @@ FORWARD = 1 / 3
 CAST = 2 * (2 + FLOAT32)
 # Autocast's copy of a trained weight, its gradient's cast, and the sum with what earlier micro-batches left.
 WEIGHT_COPIES, GRADIENT_SUM = CAST, 3 * FLOAT32
-# The gradient's norm, its clipping, and AdamW: weight, gradient and two moments read, all but the gradient written.
-UPDATE_BYTES = (1 + 2 + 7) * FLOAT32
+# The gradient's norm, and AdamW, which clips as it reads: weight, gradient and two moments read, all but the gradient
+# written.
+UPDATE_BYTES = (1 + 7) * FLOAT32
 
 # What of a layer's bytes is left where it is compiled, and operations between products are fused: fitted to this
-# package on one H200 (Llama-2-7B, LoRA+), 18,700 and 15,908 tokens/s at 8,192 tokens with S² and full attention, 16,012
-# and 9,665 at 32,768, within 2%. A stock model all in bfloat16, compiled, did 14,621; that is predicted too fast.
+# package on H200s (Llama-2-7B, LoRA+), 19,310 and 16,295 tokens/s at 8,192 tokens with S² and full attention, 16,316
+# and 9,708 at 32,768, within 2%; 14,230 and 13,295 at 98,304 with layers offloaded and recomputed are predicted 2% and
+# 3% too slow, full fine-tuning (12,588 at 8,192) 11%. A stock model all in bfloat16, compiled, did 14,621; that is
+# predicted too fast.
 COMPILED = 0.36
 
-# Of products in FP8, beside what those in bfloat16 read and write. Compiled, what is quantised is read and written once
-# more (2 + 1 bytes), once for all that read it, and results are scaled where they are read: an assumption until it is
-# measured. Else, by operation: absolute values, the largest, what they scale, and the cast; two scales and a cast.
-FLOAT8_COMPILED = 3
+# Of products in FP8, beside what those in bfloat16 read and write. Compiled, what is quantised is written once more, a
+# byte, by the kernel that makes it, once for all that read it, and results are scaled where they are read: 27,796
+# tokens/s at 8,192 tokens with S² on an H200, predicted 3% too slow. Else, by operation: absolute values, the largest,
+# what they scale, and the cast; two scales and a cast.
+FLOAT8_COMPILED = 1
 FLOAT8_OPERAND, FLOAT8_RESULT = (2 + 2) + 2 + (2 + 4) + (4 + 1), (2 + 4) + (4 + 4) + (4 + 2)
 
 # Kernels of a layer, forward and backward; more for each RMSNorm, for each module with LoRA matrices, and for heads in
