@@ -18,7 +18,7 @@ COLOURS: dict[Way, tuple[str, str]] = {
     "longspan": ("#1a4a8a", "white"),
 }
 LIMIT = "#c24a1c"
-BAR, GAP = 15, 14
+BAR, GAP, LINE = 15, 14, 13
 LEFT, RIGHT, TOP, BOTTOM, WIDTH = 150, 24, 66, 50, 640
 
 
@@ -34,7 +34,7 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    inner = sum(BAR * len(found) for _, found in groups) + GAP * (len(groups) - 1)
+    inner = sum(space(case, found) for case, found in groups) + GAP * (len(groups) - 1)
     height = TOP + inner + BOTTOM
     with style():
         figure = new_figure(WIDTH, height)
@@ -47,9 +47,10 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
         axes.set_xlabel("tokens/s, whole training steps, one sequence each")
         top = 0.0
         for case, found in groups:
-            bottom = top + BAR * len(found)
+            bottom = top + space(case, found)
+            first = (top + bottom - BAR * len(found)) / 2
             for index, (way, value) in enumerate(found):
-                draw_bar(axes, top + BAR * (index + 0.5), way, value, dict(found).get("user's way"))
+                draw_bar(axes, first + BAR * (index + 0.5), way, value, dict(found).get("user's way"))
             if case.limit:
                 axes.plot([case.limit] * 2, [top, bottom], color=LIMIT, linewidth=2.2, solid_capstyle="butt")
             note = title(case)
@@ -89,6 +90,11 @@ def draw_bar(axes: Any, y: float, way: Way, value: float, users: float | None) -
         f"{value:,.0f}{times}", (value, y), (-5, 0), textcoords="offset points", ha="right", va="center", color=ink,
         size=8.6, weight="bold" if way == "longspan" else "normal",
     )  # fmt: skip
+
+
+def space(case: Case, found: list[tuple[Way, float]]) -> float:
+    """Points that a case's bars take, or the lines of its title."""
+    return max(BAR * len(found), LINE * len(title(case).splitlines()))
 
 
 def title(case: Case) -> str:

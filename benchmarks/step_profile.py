@@ -2,6 +2,7 @@
 
 A kernel is told by its name, and where that does not say enough by the operator that launched it: what is given
 something as wide as the vocabulary belongs to the output layer or the loss. What a compiler fused counts as a whole.
+What runs beside the stream that computes (copies of offloaded activations) counts where that one waits for it, as idle.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def of_trace(events: Sequence[dict[str, Any]], vocab_size: int, milliseconds: fl
         if event.get("cat") == "cpu_op" and "External id" in event.get("args", {})
     }
     on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    streams = Counter(event.get("tid") for event in on_device)
+    computing = max(streams, key=streams.get, default=None)
+    on_device = [event for event in on_device if event.get("tid") == computing]
     parts, kernels = Counter(dict.fromkeys(PARTS, 0.0)), Counter()
     for event in on_device:
         shapes = given.get(event.get("args", {}).get("External id"), [])

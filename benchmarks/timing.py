@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 GIB = 2**30
-PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "liger-kernel", "unsloth")
+PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel", "unsloth")
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, warmup: int, repeats: int) -> list[float]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # What a result or its speed depends on.
 PACKAGES = (
     "longspan", "torch", "transformers", "peft", "ray", "mlflow", "datasets", "numpy", "tokenizers", "safetensors",
-    "deepspeed", "flash-attn", "liger-kernel", "bitsandbytes", "optuna",
+    "deepspeed", "flash-attn", "flash-attn-4", "liger-kernel", "bitsandbytes", "optuna",
 )  # fmt: skip
 # longspan's own folder: a commit and a diff are of what lies in it and nothing else.
 SOURCE = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 TORCHS_DEFAULT = str(Path(tempfile.gettempdir(), "torchinductor_"))  # and the user's name
 SOURCE = Path(__file__).parent
 # Whose operators and kernels the compiler takes as they are: their code is not in its keys.
-PACKAGES = ("torch", "triton", "flash-attn", "liger-kernel", "bitsandbytes")
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "liger-kernel", "bitsandbytes")
 
 
 def keep_compiled(shared: Path | None = None) -> None:
