@@ -274,7 +274,7 @@ def test_a_model_in_bfloat16_on_the_gpu_with_every_backend(backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["full", "s2"])
-@pytest.mark.parametrize("backend", ["cudnn", "sdpa"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash4", "sdpa"])
 def test_compiled_layers_on_the_gpu(backend, name):
     """By inductor, in bfloat16 under autocast; a length that is no multiple of the group."""
     tokens = random_tokens(1, 300).cuda()
@@ -283,7 +283,10 @@ def test_compiled_layers_on_the_gpu(backend, name):
         torch.compiler.reset()
         model = small_model(hidden_size=256, head_dim=64, max_position_embeddings=512).cuda().train()
         pattern = AttentionPattern(name=name, group_size=None if name == "full" else 64)
-        use_pattern(model, pattern, backend, dtype=torch.bfloat16)
+        try:
+            use_pattern(model, pattern, backend, dtype=torch.bfloat16)
+        except InputError as reason:
+            pytest.skip(str(reason))
         if compiled:
             for layer in model.model.layers:
                 layer.compile(fullgraph=True)

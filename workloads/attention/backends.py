@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from workloads.attention.flex import flexible_attention
+from workloads.attention.grouped import flash4_writes_into_views
 from workloads.attention.groups import GROUPED
 from workloads.attention.patterns import AttentionPattern, dense_mask
 from workloads.attention.shifted import attention_in_groups
@@ -31,8 +32,9 @@ from workloads.errors import InputError
 
 BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
 VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
-# Of those that can serve, the first is taken. Document boundaries cost variable-length kernels nothing.
-PREFERRED = ("cudnn", "flash3", "flash2", "varlen", "sdpa")
+# Of those that can serve, the first is taken; FlashAttention-4 on Hopper alone, where it was measured against cuDNN
+# (docs/performance.md). Document boundaries cost variable-length kernels nothing.
+PREFERRED = ("flash4", "cudnn", "flash3", "flash2", "varlen", "sdpa")
 PREFERRED_WITH_DOCUMENTS = ("flash3", "flash2", "varlen", "flex", "sdpa")
 PREFERRED_WITHOUT_GROUPS = ("flex", "sdpa")
 
@@ -133,7 +135,7 @@ def choose_backend(
     if requested == "auto":
         order = PREFERRED_WITH_DOCUMENTS if documents else PREFERRED
         order = order if pattern.name in GROUPED else PREFERRED_WITHOUT_GROUPS
-        return next(backend for backend in order if missing(backend, *facts) is None)
+        return next(b for b in order if missing(b, *facts) is None and (b != "flash4" or _is_hopper(device)))
     if requested not in BACKENDS:
         raise InputError(f"attention backend {requested!r} is unknown; expected one of auto, {', '.join(BACKENDS)}")
     reason = missing(requested, *facts)
@@ -183,10 +185,16 @@ def missing(
     if backend == "flash4":
         if major not in (9, 10):
             return f"a Hopper or Blackwell GPU, compute capability 9.0 or 10.0 (this is {major}.{minor})"
-        return _lacking("flash-attn-4", "flash_attn.cute")
+        if lacking := _lacking("flash-attn-4", "flash_attn.cute.interface"):
+            return lacking
+        return None if flash4_writes_into_views() else "another version of flash-attn-4 (4.0.0b36 is known to serve)"
     if major != 9:
         return f"a Hopper GPU, compute capability 9.0 (this is {major}.{minor})"
     return _lacking("flash-attn-3", "flash_attn_interface")
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

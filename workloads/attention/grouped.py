@@ -17,6 +17,9 @@ All take fewer key/value heads than query heads as they are. None has masks or d
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -323,14 +326,28 @@ def _flash_backward(gradient, query, key, value, output, log_sum_exp, scale):
     )  # fmt: skip
 
 
+@cache
+def _flash4():
+    """The module whose functions, unlike the package's public ones, write where they are told to."""
+    # Each of its kernels, when it is compiled, warns of an argument that it has no use for here.
+    warnings.filterwarnings("ignore", message="Argument aux_data")
+    return importlib.import_module("flash_attn.cute.interface")
+
+
+def flash4_writes_into_views() -> bool:
+    """Whether the installed version's functions take the arguments with which they are called here: they are not
+    public, and may change."""
+    called = {"_flash_attn_fwd": {"out", "lse", "return_lse"}, "_flash_attn_bwd": {"dq", "dk", "dv"}}
+    functions = {name: getattr(_flash4(), name, None) for name in called}
+    return all(f and called[name] <= inspect.signature(f).parameters.keys() for name, f in functions.items())
+
+
 def _flash4_forward(query, key, value, scale, output=None, log_sum_exp=None):
     """Where ``output`` and the log-sum-exp, flat, are given it writes there."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
     query, key, value, output = (x if x is None else x.transpose(1, 2) for x in (query, key, value, output))
     if log_sum_exp is not None:
         log_sum_exp = log_sum_exp.view(query.shape[0], query.shape[2], query.shape[1])
-    output, log_sum_exp, *_ = _flash_attn_fwd(
+    output, log_sum_exp, *_ = _flash4()._flash_attn_fwd(
         query, key, value, softmax_scale=scale, causal=True, return_lse=True, out=output, lse=log_sum_exp
     )
     return output.transpose(1, 2), log_sum_exp
@@ -338,14 +355,12 @@ def _flash4_forward(query, key, value, scale, output=None, log_sum_exp=None):
 
 def _flash4_backward(gradient, query, key, value, output, log_sum_exp, scale, *targets):
     """Where targets are given, gradients of query, key and value are written there."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-
     log_sum_exp = log_sum_exp.view(query.shape[:3])
     gradient, query, key, value, output, *targets = (
         x.transpose(1, 2) for x in (gradient, query, key, value, output, *targets)
     )
     dq, dk, dv = targets or (None, None, None)
-    gradients = _flash_attn_bwd(
+    gradients = _flash4()._flash_attn_bwd(
         query, key, value, output, gradient, log_sum_exp, scale, True, dq=dq, dk=dk, dv=dv
     )  # fmt: skip
     return tuple(x.transpose(1, 2) for x in gradients[:3])
