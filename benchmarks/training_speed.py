@@ -62,6 +62,7 @@ class Row:
         mfu: None where the device's peak is not known.
         settings: the execution settings that are not longspan's defaults, and what else it resolved by itself.
         profile: see step_profile.py.
+        reason: what torch said when memory ran out.
     """
 
     case: str
@@ -73,16 +74,18 @@ class Row:
     mfu: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
+    reason: str | None = None
 
 
 def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: bool = False) -> Row:
     """A case, in this process."""
+    settings: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             if case.way == "longspan":
                 step, settings = longspans_step(case, config, device, Path(folder))
             else:
-                step, settings = baselines_step(case, config, device), {}
+                step = baselines_step(case, config, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             seconds = seconds_of(step, device, case.warmup, case.steps)
@@ -91,8 +94,9 @@ def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: boo
                 peaks["peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
                 peaks["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
             parts = profile_or_none(step, config.vocab_size) if profiled else None
-    except torch.OutOfMemoryError:
-        return Row(case=case.name, outcome=OUT_OF_MEMORY)
+    except torch.OutOfMemoryError as error:
+        # torch tells there what it holds itself and what other processes do.
+        return Row(case=case.name, outcome=OUT_OF_MEMORY, settings=settings, reason=str(error))
     speed = case.context_length / statistics.median(seconds)
     known = Device.named(machine(device)["device"])
     return Row(
@@ -200,7 +204,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
     """Machine and rows of a JSON file. Rows of cases that there are no more are left out."""
     content = json.loads(path.read_text())
     names = [each.name for each in dataclasses.fields(Row)]
-    rows = {case: Row(**{name: row[name] for name in names}) for case, row in content["rows"].items() if case in CASES}
+    rows = {case: Row(**{name: row[name] for name in names if name in row}) for case, row in content["rows"].items() if case in CASES}
     return content["machine"], rows
 
 
@@ -261,6 +265,8 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
                 row = Row(case=name, outcome=str(failure))
             results.add(row)
             print(line(case, row, results.rows), flush=True)
+            if row.reason:
+                print(row.reason, flush=True)
             if row.profile:
                 print(step_profile.table(row.profile["parts"]), flush=True)
     finally:

@@ -159,6 +159,7 @@ def test_what_ran_out_of_memory_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(training_speed, "longspans_step", out_of_memory)  # no CPU can be made to run out in a test
     row = measure(tiny("8k-s2"), CONFIG, CPU)
     assert line(CASES["8k-s2"], row, {}).endswith("| out of memory |")
+    assert row.reason == "CUDA out of memory"
 
 
 def test_a_second_call_goes_on_where_the_first_ended(rows, tmp_path):
