@@ -203,9 +203,9 @@ class Results:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
     """Machine and rows of a JSON file. Rows of cases that there are no more are left out."""
     content = json.loads(path.read_text())
-    names = [each.name for each in dataclasses.fields(Row)]
-    rows = {case: Row(**{name: row[name] for name in names if name in row}) for case, row in content["rows"].items() if case in CASES}
-    return content["machine"], rows
+    names = {each.name for each in dataclasses.fields(Row)}
+    rows = {case: Row(**{name: row[name] for name in names & row.keys()}) for case, row in content["rows"].items()}
+    return content["machine"], {case: row for case, row in rows.items() if case in CASES}
 
 
 HEADER = (

@@ -9,6 +9,10 @@ e4m3 for gradients as well: where a scale is one token's, its range of 2^18 is e
 rounding (DeepSeek-V3, arXiv 2412.19437, section 3.3.2, does the same).
 
 It is faster only where layers are compiled: the scales and casts are then parts of the kernels beside the products.
+
+The last decoder layer stays as it is: nothing comes after it to dampen its error. Of SmolLM2-135M, over 8,192 tokens of
+books, all layers in FP8 make the loss 0.0289 nats worse, all but the last 0.0191, all but the last two 0.0187; the last
+alone 0.0092, of the others that were tried (0, 1, 25 to 28) none more than 0.0022. Products were simulated in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from torch import nn
 
 from workloads.adaptation import decoder_layers
-from workloads.budget.shape import FLOAT8_SIDES
+from workloads.budget.shape import FLOAT8_SIDES, NOT_FLOAT8
 from workloads.errors import InputError
 
 FLOAT8 = torch.float8_e4m3fn
@@ -111,8 +115,9 @@ def scaled_product(
 
 
 def quantise_base(model: nn.Module, device: torch.device) -> None:
-    """Puts a :class:`Float8Linear` on ``device`` in the place of each frozen linear module of the decoder layers, also
-    inside LoRA's, whose sides are multiples of 16. Not the output layer: an error there is an error of the logits.
+    """Puts a :class:`Float8Linear` on ``device`` in the place of each frozen linear module, also inside LoRA's, of all
+    decoder layers but the last, if its sides are multiples of 16. Not the output layer: an error there is one of the
+    logits.
 
     On a CPU it is slow, and right.
 
@@ -121,15 +126,15 @@ def quantise_base(model: nn.Module, device: torch.device) -> None:
     """
     refuse_without_float8(device)
     count = 0
-    for parent in list(decoder_layers(model)[1].modules()):
+    for parent in list(decoder_layers(model)[1][:-NOT_FLOAT8].modules()):
         for name, child in list(parent.named_children()):
             if _can_be_float8(child):
                 setattr(parent, name, Float8Linear(child, device))
                 count += 1
     if not count:
         raise InputError(
-            f"quantization fp8 takes linear modules whose sides are multiples of {FLOAT8_SIDES}, and the layers of "
-            "this model have none; choose quantization none"
+            f"quantization fp8 takes linear modules whose sides are multiples of {FLOAT8_SIDES}, in all layers but the "
+            "last, and this model has none; choose quantization none"
         )
 
 

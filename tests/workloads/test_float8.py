@@ -129,15 +129,15 @@ def test_a_weight_takes_two_bytes_and_counts_once():
 # The model
 
 
-def test_frozen_linear_modules_of_layers_are_in_fp8_and_nothing_else():
+def test_frozen_linear_modules_of_all_layers_but_the_last_are_in_fp8_and_nothing_else():
     model, plain = llama(), llama("none")
     in_fp8 = {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
     frozen = {
         name
         for name, module in plain.named_modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and "lm_head" not in name
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and ".layers.0." in name
     }
-    assert in_fp8 == frozen and len(frozen) == 2 * 7
+    assert in_fp8 == frozen and len(frozen) == 7
     assert count_parameters(model) == count_parameters(plain)
     assert trainable_parameters(model).keys() == trainable_parameters(plain).keys()
 
@@ -146,7 +146,7 @@ def test_sides_that_are_no_multiples_of_16_stay_as_they_are():
     named = llama(intermediate_size=72).named_modules()
     kept = [name for name, module in named if isinstance(module, nn.Linear) and ".mlp." in name]
     assert len(kept) == 2 * 3
-    with pytest.raises(InputError, match="multiples of 16, and the layers of this model have none"):
+    with pytest.raises(InputError, match="multiples of 16, in all layers but the last, and this model has none"):
         llama(hidden_size=24, intermediate_size=40, num_attention_heads=2)
 
 
@@ -192,8 +192,7 @@ def test_a_compiled_layer_is_one_graph_that_quantises_what_modules_share_once():
         fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=min_cut_rematerialization_partition
     )
     expected, model = loss_and_gradients(llama(), tokens_of()), llama()
-    for layer in decoder_layers(model)[1]:
-        layer.compile(backend=backend, fullgraph=True, dynamic=False)
+    decoder_layers(model)[1][0].compile(backend=backend, fullgraph=True, dynamic=False)  # of the two that in FP8
     torch._dynamo.reset()
     loss, gradients = loss_and_gradients(model, tokens_of())
     torch._dynamo.reset()
@@ -369,7 +368,8 @@ def test_flops_and_bytes_are_what_a_pass_takes(method):
 
 
 def test_a_7b_has_the_memory_of_bfloat16_and_products_at_twice_its_rate():
-    """Without what quantising reads and writes: 25.9 of 26.5 GFLOP a token; the rest is LoRA and the output layer."""
+    """Without what quantising reads and writes: 25.1 of 26.5 GFLOP a token; the rest is the last layer, LoRA
+    and the output layer."""
     shape, h200 = ModelShape.of(LlamaConfig(intermediate_size=11008)), Device.named("NVIDIA H200")
     flops, weights, seconds = {}, {}, {}
     for quantization in ("none", "fp8"):
@@ -379,6 +379,6 @@ def test_a_7b_has_the_memory_of_bfloat16_and_products_at_twice_its_rate():
         weights[quantization] = memory(shape, training, execution).weights
         seconds[quantization] = device_seconds(flops[quantization], 0, h200, training)
     assert weights["fp8"] == weights["none"] and flops["fp8"].linear == flops["none"].linear
-    assert flops["fp8"].float8 == 4 * 8192 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert flops["fp8"].float8 == 4 * 8192 * 31 * (4 * 4096**2 + 3 * 4096 * 11008)
     gained = flops["fp8"].float8 / (0.8 * h200.bfloat16) / 2
     assert seconds["none"] - seconds["fp8"] == pytest.approx(gained, rel=1e-3)

@@ -155,14 +155,15 @@ class Flops:
 def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | None = None) -> Flops:
     """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
     ``training`` adds to the model (LoRA)."""
-    lora = what_trains(shape, training).lora_parameters if training else 0
+    trains = what_trains(shape, training) if training else None
+    lora = trains.lora_parameters if trains else 0
     weights = shape.num_layers * shape.layer_weights + shape.embedding_parameters + lora
     pairs = shape.num_layers * attended_pairs("full", None, shape.num_heads, tokens)
-    float8 = shape.num_layers * sum(map(_float8_weights, shape.linears)) if training and _in_float8(training) else 0
+    float8 = sum(map(trains.in_float8, range(shape.num_layers))) if trains else 0
     return Flops(
         forward_linear=2.0 * tokens * weights,
         forward_attention=4.0 * shape.head_dim * pairs,
-        float8=2.0 * tokens * float8,
+        float8=2.0 * tokens * float8 * sum(map(_float8_weights, shape.linears)),
     )
 
 
@@ -190,7 +191,7 @@ def training_flops(
             linear.forward += count * _forward_weights(trains, layer, each)
             linear.backward += count * _backward_weights(trains, layer, each)
             linear.recomputed += count * again * _forward_weights(trains, layer, each)
-            if _in_float8(training):
+            if trains.in_float8(layer):
                 weights = count * _float8_weights(each)
                 float8.forward += weights * (1 + again)
                 float8.backward += weights * trains.needs_gradient(layer, each.reads)
@@ -208,10 +209,6 @@ def training_flops(
         recomputed_attention=a_pair * attention.recomputed,
         float8=a_weight * (float8.forward + float8.backward),
     )
-
-
-def _in_float8(training: TrainingConfig) -> bool:
-    return training.quantization == "fp8"
 
 
 def _float8_weights(linear: Linear) -> int:

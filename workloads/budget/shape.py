@@ -22,6 +22,7 @@ ATTENTION: tuple[Reads, ...] = ("attention norm", "attention")
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 FLOAT8_SIDES = 16  # what products in FP8 want both sides of a weight to be multiples of (torch._scaled_mm)
+NOT_FLOAT8 = 1  # the last decoder layers, which stay as they are: see workloads/float8.py
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", *GEMMA)
 
 
@@ -45,7 +46,7 @@ class Linear:
 
     @property
     def float8(self) -> bool:
-        """Whether ``quantization`` fp8 takes it."""
+        """Whether products in FP8 can take it."""
         return self.inputs % FLOAT8_SIDES == 0 and self.outputs % FLOAT8_SIDES == 0
 
     def lora_parameters(self, rank: int) -> int:
@@ -260,6 +261,10 @@ class Training:
         """Whether the linear weights of a layer train themselves."""
         return layer in self.layers and self.config.method == "full"
 
+    def in_float8(self, layer: int) -> bool:
+        """Whether the frozen linear modules of a layer multiply in FP8."""
+        return self.config.quantization == "fp8" and layer < self.shape.num_layers - NOT_FLOAT8
+
     def adapted(self, layer: int) -> frozenset[str]:
         """The linear modules of a layer that have LoRA matrices."""
         return self._targets if self.lora and layer in self.layers else frozenset()
@@ -313,11 +318,11 @@ class Training:
     @cached_property
     def alike(self) -> list[list[int]]:
         """All layers, those together that are alike: in what trains, in gradients, in where their activations are or
-        whether they recompute them, and in being even."""
+        whether they recompute them, in FP8, and in being even."""
         alike: dict[tuple, list[int]] = {}
         for layer in range(self.shape.num_layers):
             stored = layer in self.checkpointed, layer in self.away
-            kind = layer in self.layers, self.reaches_input(layer), stored, layer % 2
+            kind = layer in self.layers, self.reaches_input(layer), stored, self.in_float8(layer), layer % 2
             alike.setdefault(kind, []).append(layer)
         return list(alike.values())
 

@@ -118,7 +118,7 @@ class Traffic:
         return moved * (COMPILED if self.loop.compiled else 1) + self._float8(layer)
 
     def _float8(self, layer: int) -> float:
-        if self.trains.config.quantization != "fp8":
+        if not self.trains.in_float8(layer):
             return 0.0
         linears = [linear for linear in self.shape.linears if linear.float8]
         backward = [linear for linear in linears if self.trains.needs_gradient(layer, linear.reads)]
