@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # (of the bar, of the text on it): they differ in lightness, which no colour vision deficiency and no grey print takes.
 COLOURS: dict[Way, tuple[str, str]] = {
-    "user's way": ("#d5dae0", INK),
+    "user's way": ("#e3e7eb", INK),
+    "Liger": ("#c3cad2", INK),
     "published S²": ("#98a3ae", INK),
     "longspan": ("#1a4a8a", "white"),
 }
@@ -58,12 +59,14 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
             top = bottom + GAP
         heading = f"Training Llama-2-7B on one {machine['device']}"
         figure.text(12 / WIDTH, 1 - 20 / height, heading, size=12, weight="bold")
-        labels = ("user's way, full attention", "published S²", "longspan, times the user's way")
-        handles = [Patch(color=colour, label=label) for label, (colour, _) in zip(labels, COLOURS.values())]
+        labels: dict[Way, str] = {"Liger": "with Liger", "longspan": "longspan, times the user's way"}
+        drawn = {way for _, found in groups for way, _ in found}
+        handles = [Patch(color=COLOURS[way][0], label=labels.get(way, way)) for way in COLOURS if way in drawn]
         handles.append(Line2D([], [], color=LIMIT, linewidth=2.2, label="limit of the machine"))
         where = (8 / WIDTH, 1 - 26 / height)
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=4, frameon=False, handlelength=1.2)
-        said = f"torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=5, frameon=False, handlelength=1.2)
+        said = f"user's way, Liger: full attention · torch {machine['torch']}, transformers {machine['transformers']}, "
+        said += f"peft {machine['peft']}"
         figure.text(1 - RIGHT / WIDTH, 8 / height, said, color=MUTED, size=8, ha="right")
         figure.savefig(path, dpi=160)
 
