@@ -159,8 +159,8 @@ class Cluster:
             if known is None:
                 known = Device(
                     name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, bandwidth=1,
-                    linear_efficiency=1, attention_efficiency=1, bandwidth_efficiency=1, launch=0,
-                    efficiency_source="", link=1, host_link=1,
+                    linear_efficiency=1, attention_efficiency=1, bandwidth_efficiency=1, streaming_efficiency=1,
+                    launch=0, efficiency_source="", link=1, host_link=1,
                 )  # fmt: skip
             hosts = [node.memory / max(1, self._slots_of(node, options)) for node in self.nodes if node.gpus]
             return dataclasses.replace(known, memory=memory, host_memory=int(min(hosts)))

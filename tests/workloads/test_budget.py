@@ -456,23 +456,25 @@ def test_speeds_measured_on_an_h200(context_length, checkpointing):
     assert context_length / seconds == pytest.approx(MEASURED_SPEED[context_length, checkpointing], rel=0.025)
 
 
-# benchmarks.training_speed on one H200: tokens/s and GiB by (context, group size, layers that recompute, offloaded).
+# benchmarks.training_speed on one H200: tokens/s and GiB by (method, context, group size, layers that recompute, and
+# that are offloaded).
 COMPILED_MEASURED = {
-    (8192, 2048, 0, 0): (19_310, 39.50),
-    (8192, None, 0, 0): (16_295, 39.50),
-    (32768, 8192, 0, 0): (16_316, 116.16),
-    (32768, None, 0, 0): (9_708, 116.16),
-    (98304, 8192, 23, 0): (13_295, 123.93),
-    (98304, 8192, 14, 8): (14_230, 126.49),
+    ("lora+", 8192, 2048, 0, 0): (19_310, 39.50),
+    ("lora+", 8192, None, 0, 0): (16_295, 39.50),
+    ("lora+", 32768, 8192, 0, 0): (16_316, 116.16),
+    ("lora+", 32768, None, 0, 0): (9_708, 116.16),
+    ("lora+", 98304, 8192, 23, 0): (13_295, 123.93),
+    ("lora+", 98304, 8192, 14, 8): (14_230, 126.49),
+    ("full", 8192, 2048, 0, 0): (12_588, 121.9),
 }
 
 
-@pytest.mark.parametrize(("context_length", "group_size", "recomputed", "offloaded"), COMPILED_MEASURED)
-def test_compiled_layers_measured_on_an_h200(context_length, group_size, recomputed, offloaded):
+@pytest.mark.parametrize(("method", "context_length", "group_size", "recomputed", "offloaded"), COMPILED_MEASURED)
+def test_compiled_layers_measured_on_an_h200(method, context_length, group_size, recomputed, offloaded):
     """One number is fitted to the speeds, none to the memory."""
-    training = config(context_length, "lora+", group_size, precision="bfloat16")
+    training = config(context_length, method, group_size, precision="bfloat16")
     execution = ExecutionConfig(compile_layers="on", gradient_checkpointing=recomputed, offload_activations=offloaded)
-    speed, peak = COMPILED_MEASURED[context_length, group_size, recomputed, offloaded]
+    speed, peak = COMPILED_MEASURED[method, context_length, group_size, recomputed, offloaded]
     assert context_length / step_seconds(LLAMA2_7B, training, execution, 1, H200) == pytest.approx(speed, rel=0.035)
     loop = Loop.of(LLAMA2_7B, training, execution, 1, H200)
     assert memory(LLAMA2_7B, training, execution, 1, loop=loop).allocated / GIB == pytest.approx(peak, rel=0.015)
@@ -558,7 +560,7 @@ A100 = dataclasses.replace(Device.named("NVIDIA A100-SXM4-80GB"), link=float("in
 def test_hours_that_the_paper_reports_on_a100s(method, fitted, within):
     """LoRA with full attention, LoRA+ with S²-Attn; compute alone is compared. With the shares that an H200 has
     nothing is fitted to them."""
-    shares = ("linear_efficiency", "attention_efficiency", "bandwidth_efficiency")
+    shares = ("linear_efficiency", "attention_efficiency", "bandwidth_efficiency", "streaming_efficiency")
     device = A100 if fitted else dataclasses.replace(A100, **{name: getattr(H200, name) for name in shares})
     for context_length, hours in zip((8192, 16384, 32768, 65536), PAPER_HOURS[method]):
         group_size = context_length // 4 if method == "lora+" else None

@@ -1,11 +1,11 @@
 """Seconds: of a step, of an evaluation, of a trial; and model FLOPs utilisation.
 
 A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus the bytes
-that all else moves (traffic.py) over the memory's rate; at least as long as the host needs to launch its kernels; plus
-what workers and host memory exchange. Nothing else overlaps, but for the copies of offloaded activations, which are
-taken to cost no time: a plan offloads no more layers than the forward pass hides (fitting.py). A rate is a device's
-peak times a stated share of it (devices.py). Where another trial has been timed on the same hardware,
-:func:`calibrated` sets the shares by it.
+that all else moves (traffic.py) over the memory's rate, another share of it for tokens than for weights; at least as
+long as the host needs to launch its kernels; plus what workers and host memory exchange. Nothing else overlaps, but for
+the copies of offloaded activations, which are taken to cost no time: a plan offloads no more layers than the forward
+pass hides (fitting.py). A rate is a device's peak times a stated share of it (devices.py). Where another trial has been
+timed on the same hardware, :func:`calibrated` sets the shares by it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from workloads.config import ExecutionConfig, TrainingConfig
 HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
 
 
-def device_seconds(flops: Flops, moved: float, device: Device, training: TrainingConfig) -> float:
-    """``moved``: bytes read and written beside matrix products and attention."""
+def device_seconds(
+    flops: Flops, moved: float, device: Device, training: TrainingConfig, streamed: float = 0.0
+) -> float:
+    """
+    Args:
+        moved: bytes of tokens read and written beside matrix products and attention.
+        streamed: bytes of weights, of their gradients and moments.
+    """
     peak = device.peak(training.precision)
     linear = (flops.linear - flops.float8) / (peak * device.linear_efficiency)
     linear += flops.float8 / (device.float8_rate or peak * device.linear_efficiency)
     attention = flops.attention / (peak * device.attention_efficiency)
-    return linear + attention + moved / (device.bandwidth * device.bandwidth_efficiency)
+    beside = moved / device.bandwidth_efficiency + streamed / device.streaming_efficiency
+    return linear + attention + beside / device.bandwidth
 
 
 def step_seconds(
@@ -71,9 +78,9 @@ def compute_seconds(
     recomputed = len(_trains(shape, training, execution).checkpointed)
     beside = traffic(shape, training, recomputed, loop)
     moved = sequences * training.context_length * beside.training
-    moved += passes * beside.micro_batch() + beside.update() * (not execution.offload)
+    streamed = passes * beside.micro_batch() + beside.update() * (not execution.offload)
     flops = training_flops(shape, training, recomputed) * sequences
-    return max(device_seconds(flops, moved, device, training), passes * beside.kernels * device.launch)
+    return max(device_seconds(flops, moved, device, training, streamed), passes * beside.kernels * device.launch)
 
 
 def forward_seconds(
@@ -186,6 +193,7 @@ def calibrated(
         linear_efficiency=device.linear_efficiency * factor,
         attention_efficiency=device.attention_efficiency * factor,
         bandwidth_efficiency=device.bandwidth_efficiency * factor,
+        streaming_efficiency=device.streaming_efficiency * factor,
         launch=device.launch / factor,
         efficiency_source=f"measured: {tokens_per_second:,.0f} tokens/s at {training.context_length:,} tokens",
     )

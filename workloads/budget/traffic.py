@@ -37,8 +37,7 @@ UPDATE_BYTES = (1 + 7) * FLOAT32
 # What of a layer's bytes is left where it is compiled, and operations between products are fused: fitted to this
 # package on H200s (Llama-2-7B, LoRA+), 19,310 and 16,295 tokens/s at 8,192 tokens with S² and full attention, 16,316
 # and 9,708 at 32,768, within 2%; 14,230 and 13,295 at 98,304 with layers offloaded and recomputed are predicted 2% and
-# 3% too slow, full fine-tuning (12,588 at 8,192) 11%. A stock model all in bfloat16, compiled, did 14,621; that is
-# predicted too fast.
+# 3% too slow. A stock model all in bfloat16, compiled, did 14,621; that is predicted too fast.
 COMPILED = 0.36
 
 # Of products in FP8, beside what those in bfloat16 read and write. Compiled, what is quantised is written once more, a
