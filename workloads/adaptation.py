@@ -156,13 +156,9 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
     # Imported here: full fine-tuning does without PEFT, whose import takes about a second of each trial's start.
     from peft import LoraConfig, get_peft_model
 
-    from workloads.lora import spare_passes
-
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
     with without_deprecations():
-        model = get_peft_model(model, config)
-    spare_passes(model)
-    return model
+        return get_peft_model(model, config)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

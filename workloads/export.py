@@ -238,8 +238,11 @@ def merge(model: nn.Module) -> PreTrainedModel:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    from workloads.lora import compute_apart
+
     if not isinstance(model, PeftModel):
         return model
+    compute_apart(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             weight = module.get_base_layer().weight

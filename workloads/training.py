@@ -83,6 +83,10 @@ def set_up(model: nn.Module, config: TrainingConfig, engine: Engine, execution: 
     )
     if config.quantization == "fp8":
         quantise_base(model, engine.device)
+    if config.method.startswith("lora"):
+        from workloads.lora import spare_passes  # it imports PEFT, which takes a second that others can do without
+
+        spare_passes(model)
     keep_autocast_dtype(model)
     offloaded = layers_to_offload(model, execution.layers_offloaded)
     recompute_activations(model, execution.gradient_checkpointing, besides=offloaded)

@@ -21,6 +21,7 @@ from workloads.adaptation import (
 from workloads.attention.families import SUPPORTED
 from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
+from workloads.lora import spare_passes
 from workloads.optimization import build_optimizer, set_learning_rate
 
 LORA_METHODS = ("lora", "lora+norm", "lora+embed", "lora+")
@@ -250,6 +251,7 @@ def what_runs_through(model, tokens):
 def test_under_autocast_all_that_runs_through_a_model_is_bfloat16(family, method):
     """Also where embeddings and norms are float32. Where they are not, nothing is rounded otherwise."""
     model, tokens = adapt(small_model(family).bfloat16(), method), torch.arange(16)[None]
+    spare_passes(model)
     with torch.autocast("cpu", torch.bfloat16):
         expected, expected_gradients, _ = what_runs_through(model, tokens)
         keep_autocast_dtype(model)
@@ -263,6 +265,7 @@ def test_under_autocast_all_that_runs_through_a_model_is_bfloat16(family, method
 
 def test_without_autocast_nothing_is_cast():
     model, tokens = adapt(small_llama(), "lora+"), torch.arange(16)[None]
+    spare_passes(model)
     expected, expected_gradients, _ = what_runs_through(model, tokens)
     keep_autocast_dtype(model)
     logits, gradients, given = what_runs_through(model, tokens)
@@ -280,14 +283,14 @@ def test_lora_computes_what_pefts_own_layers_do(targets, family):
     tokens, results = torch.arange(16)[None], []
     for peft_as_it_is in (True, False):
         model = adapt(small_model(family).double(), "lora", lora_alpha=12, lora_targets=targets)
+        if not peft_as_it_is:
+            spare_passes(model)
         layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
         for layer in layers:
-            if peft_as_it_is:
-                layer.__class__ = LoraLinear
             for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
                 matrix.weight.data = torch.randn(matrix.weight.shape, generator=generator, dtype=torch.float64)
         logits, gradients, _ = what_runs_through(model, tokens)
@@ -299,9 +302,26 @@ def test_lora_computes_what_pefts_own_layers_do(targets, family):
         torch.testing.assert_close(results[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
+def test_gradients_are_those_of_autocast_also_where_what_it_is_given_is_float32():
+    """The base is bfloat16, what runs through float32 (without ``keep_autocast_dtype``), the backward pass outside of
+    autocast."""
+    tokens, results = torch.arange(16)[None], []
+    for spared in (False, True):
+        model = adapt(small_llama().bfloat16(), "lora+")
+        if spared:
+            spare_passes(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens).logits.float().square().mean()
+        loss.backward()
+        results.append({name: parameter.grad for name, parameter in trainable_parameters(model).items()})
+    for name, expected in results[0].items():
+        assert (results[1][name] - expected).norm() <= 0.02 * expected.norm(), name
+
+
 def test_layers_that_share_an_input_read_it_once_and_keep_nothing():
     """Of q, k and v together A is one product forwards; and an input that comes twice is computed twice."""
     model = adapt(small_llama(), "lora")
+    spare_passes(model)
     attention = decoder_layers(model)[1][0].self_attn
     x = torch.randn(2, 5, attention.q_proj.in_features)
     given = []

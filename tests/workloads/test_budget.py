@@ -46,6 +46,7 @@ from workloads.budget.traffic import traffic
 from workloads.config import Attention, ExecutionConfig, TrainingConfig
 from workloads.engine import Engine
 from workloads.errors import InputError
+from workloads.lora import spare_passes
 from workloads.models import ModelSource
 from workloads.optimization import build_optimizer
 from workloads.recompute import recompute_activations
@@ -156,6 +157,7 @@ def test_linear_flops_of_a_step_are_what_torch_counts(family, checkpointing):
         use_pattern(model, AttentionPattern())
         shape = ModelShape.of(model.config)
         model = adapt(model, method, train_layers=train_layers)
+        spare_passes(model)
         model.config.use_cache = False
         recompute_activations(model, checkpointing)
         with flop_counter() as forward:

@@ -135,7 +135,7 @@ def choose_backend(
     if requested == "auto":
         order = PREFERRED_WITH_DOCUMENTS if documents else PREFERRED
         order = order if pattern.name in GROUPED else PREFERRED_WITHOUT_GROUPS
-        return next(b for b in order if missing(b, *facts) is None and (b != "flash4" or _is_hopper(device)))
+        return next(b for b in order if (b != "flash4" or _is_hopper(device)) and missing(b, *facts) is None)
     if requested not in BACKENDS:
         raise InputError(f"attention backend {requested!r} is unknown; expected one of auto, {', '.join(BACKENDS)}")
     reason = missing(requested, *facts)
@@ -194,7 +194,7 @@ def missing(
 
 
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
@@ -206,6 +206,6 @@ def _lacking(package: str, module: str) -> str | None:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             return f"the package {package}, which is not installed"
         return f"the package {package}, which lacks {error.name} itself"
-    except (ImportError, OSError) as error:  # built for another torch
+    except Exception as error:  # built for another torch, or with a dependency of another version
         return f"the package {package}, which cannot be imported ({error})"
     return None

@@ -89,9 +89,13 @@ def forward_seconds(
     """The forward pass of one micro-batch on one worker."""
     rows = micro_batch(training, execution, workers)
     beside = traffic(shape, training, 0, Loop.of(shape, training, execution, workers, device))
-    flops = training_flops(shape, training) * rows
-    forward = Flops(forward_linear=flops.forward_linear, forward_attention=flops.forward_attention)
-    return device_seconds(forward, rows * training.context_length * beside.forward(), device, training)
+    flops = training_flops(shape, training)
+    forward = Flops(
+        forward_linear=flops.forward_linear,
+        forward_attention=flops.forward_attention,
+        float8=forward_flops(shape, training.context_length, training).float8,
+    )
+    return device_seconds(forward * rows, rows * training.context_length * beside.forward(), device, training)
 
 
 def exchange_seconds(
