@@ -473,7 +473,7 @@ COMPILED_MEASURED = {
 
 @pytest.mark.parametrize(("method", "context_length", "group_size", "recomputed", "offloaded"), COMPILED_MEASURED)
 def test_compiled_layers_measured_on_an_h200(method, context_length, group_size, recomputed, offloaded):
-    """One number is fitted to the speeds, none to the memory."""
+    """One number is fitted to the speeds, and one chosen with full fine-tuning in view; none to the memory."""
     training = config(context_length, method, group_size, precision="bfloat16")
     execution = ExecutionConfig(compile_layers="on", gradient_checkpointing=recomputed, offload_activations=offloaded)
     speed, peak = COMPILED_MEASURED[method, context_length, group_size, recomputed, offloaded]

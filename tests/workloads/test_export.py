@@ -33,6 +33,7 @@ from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.export import ExportMismatch, export_trial, make_stock, merge, save_merged
+from workloads.lora import spare_passes
 from workloads.model_card import model_card
 from workloads.models import ModelSource
 from workloads.trained import TrainedTrial
@@ -540,3 +541,16 @@ def test_the_command_says_how_near_the_export_is_and_ends_a_mistake_in_one_line(
     assert run_command(export.main, "workloads.export", [trial, str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and "not empty" in told
+
+
+def test_where_lora_adapts_some_of_what_computes_together_the_merged_model_is_plain():
+    model, tokens = adapt(small_llama(), "lora", lora_targets=("q_proj", "v_proj")), torch.arange(16)[None]
+    spare_passes(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    expected = model(tokens).logits
+    merged = merge(model)
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    attention = merged.model.layers[0].self_attn
+    assert {type(each) for each in (attention.q_proj, attention.k_proj, attention.v_proj)} == {torch.nn.Linear}

@@ -122,8 +122,9 @@ LAUNCH = 20e-6
 # attention, within 2.5%. Not fitted: 9,835 without cuDNN's, predicted 9% too fast; SmolLM2-135M at 32k, 95,000 (LoRA+)
 # and 103,000 (full), predicted within 5%.
 #
-# Streaming: copies of whole tensors were timed at 3.7 to 4.3 of 4.8 TB/s. Full fine-tuning of the 7B, compiled, 12,588
-# and 12,623 tokens/s at 8k with S², is then predicted within 1%; nothing is fitted to it.
+# Streaming: copies of whole tensors were timed at 3.7 to 4.3 of 4.8 TB/s. Of these 0.77 to
+# 0.90 the share was chosen with full fine-tuning of the 7B in view, which it predicts within 1%: compiled, 8k with S²,
+# 12,588 and 12,623 tokens/s.
 STREAMING = 0.80
 HOPPER = dict(
     linear_efficiency=0.80,
