@@ -185,6 +185,8 @@ def missing(
     if backend == "flash4":
         if major not in (9, 10):
             return f"a Hopper or Blackwell GPU, compute capability 9.0 or 10.0 (this is {major}.{minor})"
+        if head_dim > 128:  # what has run
+            return f"a head dimension up to 128 (this is {head_dim})"
         if lacking := _lacking("flash-attn-4", "flash_attn.cute.interface"):
             return lacking
         return None if flash4_writes_into_views() else "another version of flash-attn-4 (4.0.0b36 is known to serve)"
