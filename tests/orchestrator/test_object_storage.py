@@ -59,11 +59,12 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     record = wait_for(
         lambda: (r := only_record(bucket)) and r.saved_step >= 4 and r, process, "the checkpoint of step 4"
     )
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
     worker = record.started["pid"]
+    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)  # Ray would end it too, but so late that it might finish the trial before
+    process.communicate()
     deadline = time.monotonic() + 60
-    while not is_gone(worker):  # Ray's processes end with the command, a little later
+    while not is_gone(worker):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     shutil.rmtree(tmp_path / "one")
