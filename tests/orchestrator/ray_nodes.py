@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -91,14 +92,7 @@ except ConnectionError:
 
     def kill(self, node: subprocess.Popen) -> None:
         """The machine is gone, with everything that ran on it."""
-        workers = descendants(node.pid)
-        os.killpg(node.pid, signal.SIGKILL)
-        for pid in workers:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        node.wait()
+        kill_with_descendants(node)
 
     def drain(self, node_id: str, seconds: int) -> None:
         """The notice that a cloud gives of a spot node."""
@@ -139,6 +133,16 @@ def title_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:  # it has just ended
         return ""
+
+
+def kill_with_descendants(process: subprocess.Popen) -> None:
+    """``process`` leads its own group; what it started may have groups of their own."""
+    below = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def descendants(pid: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,13 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.orchestrator.ray_nodes import free_port, kill_with_descendants
 from tests.orchestrator.test_sweep import SMALL, mlflow_runs
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +52,7 @@ def cluster(tmp_path_factory):
                 break
         yield address, environment
     finally:
-        # `ray start --block` ends what it started, and nothing else on the host.
-        head.send_signal(signal.SIGTERM)
-        head.wait(timeout=60)
+        kill_with_descendants(head)  # asked to end, it takes half a minute
         subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
