@@ -1,14 +1,15 @@
 """What an error means for a trial: final, tried again, or tried again in less memory.
 
-    kind            for example                                      what follows
-    configuration   a rank larger than the layer                     final
-    not_finite      NaN or infinity in the loss or a gradient         final
-    disk_full       no space left for a checkpoint                   final; the checkpoint before is whole
-    error           anything else that Python raises                 final: it would come again
-    out_of_memory   the device's, the host's, or Ray's own limit     once more with the next smaller memory plan
-    hiccup          a hub or storage that does not answer            again after a pause, which grows
-    lost            a worker, its node, or a peer that went silent   again at once, ``max_failures`` times
-    preempted       a node that is about to be taken away            again at once, ``max_preemptions`` times
+    kind                for example                                      what follows
+    configuration       a rank larger than the layer                     final
+    not_finite          NaN or infinity in the loss or a gradient        final
+    disk_full           no space left for a checkpoint                   final; the checkpoint before is whole
+    error               anything else that Python raises                 final: it would come again
+    out_of_memory       the device's                                     once more with the next smaller memory plan
+    out_of_host_memory  what cannot be pinned; Ray's own limit           once more, with no activations there
+    hiccup              a hub or storage that does not answer            again after a pause, which grows
+    lost                a worker, its node, or a peer that went silent   again at once, ``max_failures`` times
+    preempted           a node that is about to be taken away            again at once, ``max_preemptions`` times
 
 A lost worker or node is Ray Train's to replace (and a lost driver Ray Tune's); the rest is decided here, by the driver
 of the trial (:mod:`orchestrator.trial`), from what the worker wrote into the journal. "Final" is final for this run of
@@ -32,7 +33,8 @@ from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 
 Kind = Literal[
-    "configuration", "not_finite", "disk_full", "error", "out_of_memory", "hiccup", "lost", "preempted"
+    "configuration", "not_finite", "disk_full", "error", "out_of_memory", "out_of_host_memory", "hiccup", "lost",
+    "preempted",
 ]  # fmt: skip
 
 # Pauses before each further try after a hiccup, in seconds: two and a half minutes in all, which outlasts the restart
@@ -71,7 +73,9 @@ def classify(error: BaseException) -> Kind:
         text = str(cause)
         if name == "NonFiniteLoss":
             return "not_finite"
-        if isinstance(cause, MemoryError) or name == "OutOfMemoryError" or OUT_OF_MEMORY.search(text):
+        if isinstance(cause, MemoryError):
+            return "out_of_host_memory"
+        if name == "OutOfMemoryError" or OUT_OF_MEMORY.search(text):
             return "out_of_memory"
         if number in DISK_FULL or "No space left on device" in text:
             return "disk_full"
@@ -131,8 +135,10 @@ def remedy(kind: Kind, execution: ExecutionConfig, share: int, layers: int, earl
     if kind == "hiccup" and (tried := earlier.count("hiccup")) < len(HICCUP_PAUSES):
         pause = HICCUP_PAUSES[tried]
         return Remedy(execution, pause, f"tried again after {pause} s")
-    if kind == "out_of_memory" and kind not in earlier and (smaller := less_memory(execution, share, layers)):
-        return Remedy(smaller, 0, "tried again with " + _difference(execution, smaller))
+    if kind in ("out_of_memory", "out_of_host_memory") and kind not in earlier:
+        smaller = less_memory(execution, share, layers, of_host=kind == "out_of_host_memory")
+        if smaller:
+            return Remedy(smaller, 0, "tried again with " + _difference(execution, smaller))
     return None
 
 

@@ -59,7 +59,7 @@ def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
         # Ray's own guard of the host's memory ends workers, and says so in these words.
-        kind = "out_of_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
+        kind = "out_of_host_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != config["attempt"]:

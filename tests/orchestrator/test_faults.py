@@ -41,7 +41,7 @@ def raised_from(error, cause):
         (InputError("lora_rank is 512; expected at most 64"), "configuration"),
         (NonFiniteLoss("step 3"), "not_finite"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
-        (MemoryError(), "out_of_memory"),
+        (MemoryError(), "out_of_host_memory"),
         (raised_from(OSError("checkpoint of 5 bytes"), OSError(errno.ENOSPC, "No space left")), "disk_full"),
         (raised_from(InputError("model x could not be loaded"), ConnectionResetError()), "hiccup"),
         (OSError(errno.ESTALE, "Stale file handle"), "hiccup"),
@@ -90,7 +90,7 @@ def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
     while plan := remedy("out_of_memory", execution, 8, 32, []):
         execution = plan.execution
         pieces.append((execution.micro_batch, execution.gradient_checkpointing, execution.offload))
-    assert pieces == [(2, 0, False), (1, 0, False), (1, 16, False), (1, 32, False), (1, 32, True)]
+    assert pieces == [(2, 0, False), (1, 0, False), *((1, n, False) for n in (16, 24, 28, 32)), (1, 32, True)]
     for before, words in ((0, "gradient checkpointing 16"), (13, "gradient checkpointing 23"), (31, "32")):
         again = remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
         assert again.words.endswith(words)
@@ -98,6 +98,11 @@ def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
     assert remedy("out_of_memory", whole, 1, 32, []) is None
     assert remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
     assert remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
+    with_host = ExecutionConfig(gradient_checkpointing=14, offload_activations=8)
+    assert remedy("out_of_memory", with_host, 1, 32, []).words == "tried again with gradient checkpointing 19"
+    given_up = remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
+    assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
+    assert remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
     pauses = [remedy("hiccup", execution, 8, 32, ["hiccup"] * tried).pause for tried in range(len(HICCUP_PAUSES))]
     assert pauses == sorted(pauses) and sum(pauses) > 120
     assert remedy("hiccup", execution, 8, 32, ["hiccup"] * len(HICCUP_PAUSES)) is None

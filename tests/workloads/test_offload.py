@@ -315,9 +315,19 @@ def test_what_fits_with_some_that_recompute_fits_with_more(name):
         assert fits == sorted(fits)
 
 
-def test_out_of_memory_gives_up_the_hosts_too():
-    again = less_memory(ExecutionConfig(offload_activations=8, gradient_checkpointing=14), 1, 32)
-    assert (again.offload_activations, again.gradient_checkpointing) == (0, 32)
+def test_out_of_memory_gives_up_what_ran_out():
+    """Each plan is one that training takes, and needs less of the device by its own prediction, or none of the host."""
+    plans = [ExecutionConfig(offload_activations=8, gradient_checkpointing=14)]
+    while again := less_memory(plans[-1], 1, 32):
+        plans.append(again)
+    device = Device.named("NVIDIA H200")
+    needs = [needed(LLAMA2_7B, on_gpu(98304), each, 1, device).total for each in plans]
+    assert needs == sorted(needs, reverse=True) and needs[1] < 0.7 * needs[0]
+    assert [(each.gradient_checkpointing, each.layers_offloaded) for each in plans] == [
+        (14, 8), (19, 8), (23, 8), (24, 8), (32, 0)
+    ]  # fmt: skip
+    (of_host,) = {less_memory(plan, 1, 32, of_host=True) for plan in plans[:-1]}
+    assert (of_host.gradient_checkpointing, of_host.offload_activations) == (32, 0)
 
 
 def test_what_cannot_be_offloaded_is_refused():

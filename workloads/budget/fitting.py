@@ -124,25 +124,30 @@ def _fewest_recomputed(
     return with_layers(bisect.bisect_left(range(most), True, lo=first + 1, key=fits))
 
 
-def less_memory(execution: ExecutionConfig, share: int, layers: int) -> ExecutionConfig | None:
+def less_memory(
+    execution: ExecutionConfig, share: int, layers: int, *, of_host: bool = False
+) -> ExecutionConfig | None:
     """The next smaller memory plan of a trial that ran out of memory, whatever was predicted; None where there is none.
 
     Smaller pieces of the batch come first: they cost next to nothing in time. Then half of the layers that kept their
-    activations recompute them, then all, which costs about a third; then offload. Where activations are in host memory,
-    it may be that of the host that ran out: then all layers recompute, and none is offloaded.
+    activations on the device, at least four, recompute them: it is tried only once, and should do. Then offload. Where
+    it was the host's memory that ran out and activations are there, none is any longer, and all layers recompute.
 
     Args:
         share: sequences of the batch that each worker trains in a step.
         layers: those that have a backward pass.
+        of_host: it was the host's memory, not the device's.
     """
     if (execution.micro_batch or share) > 1:
         return dataclasses.replace(execution, micro_batch=max(1, (execution.micro_batch or share) // 4))
-    if execution.layers_offloaded:
-        return dataclasses.replace(execution, gradient_checkpointing=layers, offload_activations=0)
     recompute = layers if execution.gradient_checkpointing == "all" else execution.gradient_checkpointing
-    if recompute < layers:
-        more = (recompute + layers + 1) // 2 if recompute < layers // 2 else layers
-        return dataclasses.replace(execution, gradient_checkpointing=more)
+    offloaded = execution.layers_offloaded
+    kept = layers - recompute - offloaded
+    if kept > 0 and not (of_host and offloaded):
+        more = min(kept, max(4, (kept + 1) // 2))
+        return dataclasses.replace(execution, gradient_checkpointing=recompute + more)
+    if offloaded:
+        return dataclasses.replace(execution, gradient_checkpointing=layers, offload_activations=0)
     if execution.engine.startswith("zero") and not execution.offload:
         return dataclasses.replace(execution, offload=True)
     return None
