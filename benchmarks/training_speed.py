@@ -36,7 +36,14 @@ from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
 from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
 from workloads.attention import backend_of
-from workloads.budget import Device, ModelShape, host_memory, model_flops_utilisation, smallest_change_that_fits
+from workloads.budget import (
+    Device,
+    ModelShape,
+    host_memory,
+    less_memory,
+    model_flops_utilisation,
+    smallest_change_that_fits,
+)
 from workloads.config import ExecutionConfig
 from workloads.training import Trial
 
@@ -62,7 +69,8 @@ class Row:
         mfu: None where the device's peak is not known.
         settings: the execution settings that are not longspan's defaults, and what else it resolved by itself.
         profile: see step_profile.py.
-        reason: what torch said when memory ran out.
+        reason: what torch said when memory ran out; of a row that is measured, at the first try: ``settings`` are
+            then those of the next smaller memory plan.
     """
 
     case: str
@@ -77,13 +85,15 @@ class Row:
     reason: str | None = None
 
 
-def measure(case: Case, config: LlamaConfig, device: torch.device, profiled: bool = False) -> Row:
-    """A case, in this process."""
+def measure(
+    case: Case, config: LlamaConfig, device: torch.device, profiled: bool = False, smaller: bool = False
+) -> Row:
+    """A case, in this process. ``smaller``: longspan takes the next smaller memory plan than it would."""
     settings: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
             if case.way == "longspan":
-                step, settings = longspans_step(case, config, device, Path(folder))
+                step, settings = longspans_step(case, config, device, Path(folder), smaller)
             else:
                 step = baselines_step(case, config, device)
             if device.type == "cuda":
@@ -120,16 +130,18 @@ def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.S
         return None
 
 
-def measure_7b(name: str, profiled: bool) -> Row:
+def measure_7b(name: str, profiled: bool, smaller: bool = False) -> Row:
     """A case of the table; what each worker process calls."""
-    return measure(CASES[name], MODELS["7B"], torch.device("cuda", 0), profiled)
+    return measure(CASES[name], MODELS["7B"], torch.device("cuda", 0), profiled, smaller)
 
 
 def longspans_step(
-    case: Case, config: LlamaConfig, device: torch.device, folder: Path
+    case: Case, config: LlamaConfig, device: torch.device, folder: Path, smaller: bool = False
 ) -> tuple[Callable[[], None], dict[str, Any]]:
     """One training step of longspan itself as a function, and the settings that it runs with."""
     execution = planned_execution(case, config, device)
+    if smaller:  # as a sweep does (orchestrator/faults.py)
+        execution = less_memory(execution, case.training.batch, config.num_hidden_layers) or execution
     config = copy.deepcopy(config)  # a pattern is written there
     trial, model = start_trial(config, case.training, execution, device, folder)
     return lambda: trial.train_step(model), resolved_settings(trial)
@@ -228,6 +240,7 @@ def line(case: Case, row: Row, rows: dict[str, Row]) -> str:
     said += [shown(row.mfu, ".1%"), shown(row.peak_gib, ".1f")]
     said += [shown(1e3 * statistics.median(row.seconds)) if row.seconds else "-", f"{case.warmup} + {case.steps}"]
     settings = ", ".join(f"{name} {value}" for name, value in row.settings.items()) or "-"
+    settings += "; at the second try" if row.reason else ""
     said.append(settings if row.outcome == MEASURED else row.outcome)
     return "| " + " | ".join(said) + " |"
 
@@ -261,11 +274,16 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
             worker, waiting = waiting, Worker(measure_7b) if index + 1 < len(names) else None
             try:
                 row = worker.call(name, profile and name in PROFILED, seconds=left)
+                if row.outcome == OUT_OF_MEMORY and case.way == "longspan":
+                    print(f"{name}: out of memory, once more with less, as in a sweep\n{row.reason}", flush=True)
+                    left = until - time.monotonic()
+                    again = Worker(measure_7b).call(name, profile and name in PROFILED, True, seconds=left)
+                    row = dataclasses.replace(again, reason=row.reason)
             except Failed as failure:
                 row = Row(case=name, outcome=str(failure))
             results.add(row)
             print(line(case, row, results.rows), flush=True)
-            if row.reason:
+            if row.outcome == OUT_OF_MEMORY:
                 print(row.reason, flush=True)
             if row.profile:
                 print(step_profile.table(row.profile["parts"]), flush=True)

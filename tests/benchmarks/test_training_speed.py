@@ -162,6 +162,13 @@ def test_what_ran_out_of_memory_is_a_row_that_says_so(monkeypatch):
     assert row.reason == "CUDA out of memory"
 
 
+def test_tried_again_a_case_takes_less_memory(rows):
+    row = measure(tiny("8k-s2"), CONFIG, CPU, smaller=True)
+    assert row.outcome == "measured"
+    assert (rows["8k-s2"].settings.get("gradient_checkpointing", 0), row.settings["gradient_checkpointing"]) == (0, 2)
+    assert line(CASES["8k-s2"], dataclasses.replace(row, reason="CUDA out of memory"), {}).endswith("second try |")
+
+
 def test_a_second_call_goes_on_where_the_first_ended(rows, tmp_path):
     path, facts = tmp_path / "speed.json", {"device": "NVIDIA H200", "torch": "2.11"}
     first = Results(path, facts)
