@@ -272,12 +272,13 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
                 continue
             print(f"{name}: about {case.seconds:.0f} s", flush=True)
             worker, waiting = waiting, Worker(measure_7b) if index + 1 < len(names) else None
+            profiled = profile and name in PROFILED
             try:
-                row = worker.call(name, profile and name in PROFILED, seconds=left)
+                row = worker.call(name, profiled, seconds=left)
                 if row.outcome == OUT_OF_MEMORY and case.way == "longspan":
                     print(f"{name}: out of memory, once more with less, as in a sweep\n{row.reason}", flush=True)
                     left = until - time.monotonic()
-                    again = Worker(measure_7b).call(name, profile and name in PROFILED, True, seconds=left)
+                    again = Worker(measure_7b).call(name, profiled, True, seconds=left)
                     row = dataclasses.replace(again, reason=row.reason)
             except Failed as failure:
                 row = Row(case=name, outcome=str(failure))
