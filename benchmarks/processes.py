@@ -5,6 +5,7 @@ Starting Python with torch and transformers takes about ten seconds, so the next
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -36,8 +37,17 @@ class Worker:
         Raises:
             Failed: with the reason in one line; a traceback went to stderr.
         """
-        try:
+        self.begin(*arguments)
+        return self.result(seconds)
+
+    def begin(self, *arguments: Any) -> None:
+        """Has the process call the function; a process that has died by then is told of by :meth:`result`."""
+        with contextlib.suppress(ConnectionError):
             self._connection.send(arguments)
+
+    def result(self, seconds: float) -> Any:
+        """What the function returned, as :meth:`call`."""
+        try:
             if not self._connection.poll(seconds):
                 self._process.kill()
                 raise Failed(f"stopped after {seconds:.0f} s, when the time was over")
