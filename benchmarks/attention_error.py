@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
+import tyro
 
 from workloads.attention import AttentionPattern, attention, choose_backend, dense_mask
 from workloads.attention.backends import BACKENDS
@@ -93,17 +94,22 @@ def row(backend: AttentionBackend, name: Attention) -> str:
     return f"| {backend} | {name} | " + " | ".join(f"{error:.4f}" for error in worst) + " |"
 
 
-def main() -> None:
+def main(backends: tuple[AttentionBackend, ...] = BACKENDS) -> None:
+    """Prints the table.
+
+    Args:
+        backends: the rows.
+    """
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.attention_error needs a CUDA device; torch finds none here")
     began = time.perf_counter()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bfloat16 against float64, worst of {len(CASES)}")
     print("\n| backend | pattern | output | dQ | dK | dV |\n|---|---|---|---|---|---|")
-    for backend in BACKENDS:
+    for backend in backends:
         for name in get_args(Attention):
             print(row(backend, name), flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from benchmarks.live import LiveTensors
 from workloads.adaptation import trainable_parameters
-from workloads.allocator import set_allocator
 from workloads.budget import Device, Loop, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.engine import make_engine
@@ -210,7 +209,6 @@ def main(json_file: Path = Path("memory.json")) -> None:
     Args:
         json_file: where the same goes as JSON.
     """
-    set_allocator()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.memory needs a CUDA device; torch finds none here")
     device = torch.device("cuda", 0)

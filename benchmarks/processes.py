@@ -11,8 +11,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from workloads.allocator import set_allocator
-
 # What a process that has told its result may still take to end: it gives back tens of gigabytes.
 LAST_SECONDS = 5.0
 
@@ -74,7 +72,6 @@ def _serve(function: Callable[..., Any], connection: Any) -> None:
         arguments = connection.recv()
     except EOFError:  # not needed after all
         return
-    set_allocator()
     try:
         answer = function(*arguments), None
     except Exception as error:

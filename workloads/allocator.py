@@ -31,7 +31,7 @@ def allocator_variables(environment: Mapping[str, str] = os.environ) -> dict[str
 
 
 def set_allocator() -> None:
-    """Sets them in this process, before it first uses a GPU: torch reads them then."""
+    """Sets them in this process, and so for those that it starts, before it first uses a GPU: torch reads them then."""
     os.environ.update(allocator_variables())
 
 

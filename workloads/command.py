@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import tyro
 
-from workloads.allocator import set_allocator
 from workloads.errors import InputError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -20,7 +19,6 @@ def run_command(main: Callable[..., None], module: str, arguments: list[str] | N
 
     An InputError is one line on stderr and status 2, as it is for an unknown flag.
     """
-    set_allocator()
     try:
         tyro.cli(main, prog=f"python -m {module}", args=arguments)
     except InputError as error:

@@ -7,7 +7,6 @@ import sys
 import tyro
 from rich.console import Console
 
-from workloads.allocator import set_allocator
 from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from workloads.errors import InputError
 from workloads.evaluation.options import Options
@@ -27,7 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
             description="Evaluate a model at several lengths, always with full attention.",
             args=arguments,
         )
-        set_allocator()
         from workloads.evaluation.run import evaluate  # torch and transformers, which --help does without
 
         for file in evaluate(options, console):

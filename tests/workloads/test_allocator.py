@@ -11,8 +11,8 @@ import torch
 from workloads import allocator
 from workloads.allocator import VARIABLES, allocator_settings, allocator_variables, set_allocator
 
-# Torch is there before the setting, as in a process that imports it with everything else.
-LATE = "import torch; from workloads.allocator import set_allocator; set_allocator(); "
+# Torch is there before the setting, as in a user's own program.
+LATE = "import torch; import workloads; "
 
 
 def told_torch(say: str, **environment: str) -> str:
@@ -23,6 +23,16 @@ def told_torch(say: str, **environment: str) -> str:
         cwd=Path(__file__).parents[2], env=clear | environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.strip()
+
+
+@pytest.mark.parametrize("package", ["workloads", "benchmarks"])
+def test_it_is_set_before_torch_is_imported(package):
+    """Once transformers has imported bitsandbytes, which looks at the GPU, it would be too late."""
+    clear = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    code = f"import os, sys, {package}; print(os.environ['{VARIABLES[0]}'], 'torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=clear, capture_output=True, text=True)
+    assert done.stdout.split() == ["expandable_segments:True", "False"], done.stderr
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
