@@ -6,6 +6,7 @@
     published S²   the same, with the attention of LongLoRA's own recipe (arXiv 2309.12307, algorithm 1): half of the
                    heads rolled by half a group, cut into groups, one FlashAttention-2 call, rolled back
     Liger          the user's way (full attention) with ``apply_liger_kernel_to_llama``
+    Unsloth        full attention, as its documents tell (unsloth_way.py)
 
 None of them is longspan's code path, and they train what it trains; trainable embeddings and norms are bfloat16 here,
 as such a script has them, and float32 in longspan.
@@ -56,8 +57,12 @@ def users_model(
     return model.train()
 
 
-def users_step(model: nn.Module, context_length: int) -> Callable[[], None]:
-    """A function that takes one training step on one sequence of random tokens, without waiting for the device."""
+def users_step(model: nn.Module, context_length: int, autocast: bool = False) -> Callable[[], None]:
+    """A function that takes one training step on one sequence of random tokens, without waiting for the device.
+
+    Args:
+        autocast: forward passes in bfloat16's, which transformers' Trainer puts around them with ``bf16``.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)
     device = parameters[0].device
@@ -65,7 +70,9 @@ def users_step(model: nn.Module, context_length: int) -> Callable[[], None]:
 
     def step() -> None:
         tokens = torch.randint(model.config.vocab_size, (1, context_length), generator=generator).to(device)
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -13,7 +13,7 @@ from benchmarks.memory import MODELS
 from workloads.budget import ModelShape, training_flops
 from workloads.config import Method, OffloadActivations, Quantization, TrainingConfig
 
-Way = Literal["longspan", "user's way", "published S²", "Liger"]
+Way = Literal["longspan", "user's way", "published S²", "Liger", "Unsloth"]
 
 # Rate of large matrix products measured on one H200 (8192x4096x4096: 802 TFLOP/s, 16384x11008x4096: 789).
 PRODUCTS_RATE = 790e12
@@ -36,7 +36,7 @@ LIMITS = {
 }
 
 # Seconds to start on a GPU: random weights, CUDA, and what longspan compiles. Estimates.
-START_SECONDS = {"longspan": 30.0, "user's way": 12.0, "published S²": 12.0, "Liger": 15.0}
+START_SECONDS = {"longspan": 30.0, "user's way": 12.0, "published S²": 12.0, "Liger": 15.0, "Unsloth": 75.0}
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ CASES = {
         Case("8k-liger", "Liger", 8_192, None, 1, 5, expected=8_700),
         Case("32k-liger", "Liger", 32_768, None, 1, 3, expected=6_000),
         Case("98k-liger", "Liger", 98_304, None, 1, 2, expected=3_200),
+        Case("8k-unsloth", "Unsloth", 8_192, None, 2, 5, expected=11_400),
+        Case("32k-unsloth", "Unsloth", 32_768, None, 2, 3, expected=7_200),
+        Case("98k-unsloth", "Unsloth", 98_304, None, 1, 2, expected=3_600),
     )
 }
 PROFILED = ("8k-s2", "98k-s2")

@@ -2,11 +2,11 @@
 
     python -m benchmarks.loss_parity --model SmolLM2-135M --data papers            # FP8 base against bfloat16
     python -m benchmarks.loss_parity --model ... --data ... --ways not-compiled bfloat16   # what compiling changes
+    python -m benchmarks.loss_parity --model ... --data ... --seeds 0 1                    # and what another seed does
 
 Same seed, same data in the same order, through the product's own loop (``workloads.training.run``). How far two ways of
-computing in bfloat16 are apart (the second line) is what the distance of FP8 is to be held against. On a GPU the layers
-are compiled, but for ``not-compiled``; on a CPU nothing is. With SmolLM2-135M, 300 steps of two sequences of 8,192
-tokens are 4.9 million tokens: about a minute for each way on an H200.
+computing in bfloat16 are apart (the second line), and two seeds (the third), is what the distance of FP8 is to be held
+against. On a GPU the layers are compiled, but for ``not-compiled``; on a CPU nothing is.
 """
 
 from __future__ import annotations
@@ -124,8 +124,20 @@ def table(first: Curve, second: Curve, parity: Parity) -> str:
     return "\n".join(lines)
 
 
-def draw(first: Curve, second: Curve, parity: Parity, title: str, path: Path) -> None:
-    """Writes a PNG: both losses over the steps, and below how far they are apart."""
+def over_seeds(pairs: dict[int, tuple[Curve, Curve, Parity]]) -> str:
+    """Where there are several: how far apart the ways end, and how far apart the seeds do."""
+    last = {seed: [way.perplexities[max(way.perplexities)] for way in pair[:2]] for seed, pair in pairs.items()}
+    lines = [f"{pair[index].way}: " for pair in list(pairs.values())[:1] for index in (0, 1)]
+    for index in (0, 1):
+        ends = [each[index] for each in last.values()]
+        lines[index] += ", ".join(f"{each:.4f}" for each in ends) + f" ({max(ends) / min(ends) - 1:.3%} apart)"
+    mean = statistics.fmean(pair[2].mean for pair in pairs.values())
+    return "last held-out perplexities by seed\n" + "\n".join(lines) + f"\nmean difference of the losses {mean:+.4%}"
+
+
+def draw(pairs: Sequence[tuple[Curve, Curve, Parity]], title: str, path: Path) -> None:
+    """Writes a PNG: both losses over the steps, of the first seed, and below how far they are apart, of each."""
+    first, second, _ = pairs[0]
     steps = range(1, len(first.losses) + 1)
     with style():
         figure = new_figure(640, 400)
@@ -136,7 +148,8 @@ def draw(first: Curve, second: Curve, parity: Parity, title: str, path: Path) ->
         above.set_ylabel("training loss, nats a token")
         above.legend(frameon=False)
         below.axhline(0, color=MUTED, linewidth=0.8)
-        below.plot(steps, [100 * each for each in parity.differences], color="#1a4a8a", linewidth=0.9)
+        for (*_, parity), colour in zip(reversed(pairs), ["#c3cad2"] * (len(pairs) - 1) + ["#1a4a8a"]):
+            below.plot(steps, [100 * each for each in parity.differences], color=colour, linewidth=0.9)
         below.set_ylabel("difference, %")
         below.set_xlabel("step")
         figure.suptitle(title, size=11, weight="bold", color=INK)
@@ -165,7 +178,7 @@ def main(
     method: Method = "lora+",
     learning_rate: float = 5e-4,
     eval_documents: int = 16,
-    seed: int = 0,
+    seeds: tuple[int, ...] = (0,),
     json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("loss_parity.json"),
     picture: Path = Path("loss_parity.png"),
 ) -> None:
@@ -176,6 +189,7 @@ def main(
         data: a folder of text, or what else a sweep takes.
         ways: the first is what the second is held against.
         group_size: of S²-Attn, as a share of the context.
+        seeds: with each the trial is trained in both ways.
         json_file: losses and figures.
         picture: a PNG of both.
     """
@@ -190,7 +204,6 @@ def main(
         batch=batch,
         learning_rate=learning_rate,
         precision="bfloat16",
-        seed=seed,
         eval_every=steps,
         eval_documents=eval_documents,
         eval_span=context_length,
@@ -200,12 +213,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare(Corpus.parse(data), source.tokenizer, source.tokenizer_identity, folder)
         corpus.check(context_length, batch)
-        first, second, parity = compare(ways, training, source, corpus, device)
-    what = f"{Path(model).name}, {method}, {context_length:,} tokens, batch {batch}, {facts['device']}"
-    print(f"{what}\n\n{table(first, second, parity)}")
-    content = {"machine": facts, "model": model, "data": data, "training": training.not_at_default()}
-    write_json(json_file, content | {"curves": [asdict(first), asdict(second)], "parity": asdict(parity)})
-    draw(first, second, parity, what, picture)
+        what = f"{Path(model).name}, {method}, {context_length:,} tokens, batch {batch}, {facts['device']}"
+        content = {"machine": facts, "model": model, "data": data, "training": training.not_at_default(), "seeds": {}}
+        pairs = {}
+        for seed in seeds:
+            pairs[seed] = first, second, parity = compare(ways, replace(training, seed=seed), source, corpus, device)
+            print(f"{what}, seed {seed}\n\n{table(first, second, parity)}\n", flush=True)
+            content["seeds"][seed] = {"curves": [asdict(first), asdict(second)], "parity": asdict(parity)}
+            write_json(json_file, content)
+            draw(list(pairs.values()), what, picture)
+    if len(pairs) > 1:
+        print(over_seeds(pairs))
     print(f"{json_file}, {picture}")
 
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 # (of the bar, of the text on it): they differ in lightness, which no colour vision deficiency and no grey print takes.
 COLOURS: dict[Way, tuple[str, str]] = {
     "user's way": ("#e3e7eb", INK),
-    "Liger": ("#c3cad2", INK),
-    "published S²": ("#98a3ae", INK),
+    "Liger": ("#cbd2d9", INK),
+    "Unsloth": ("#b1bac4", INK),
+    "published S²": ("#8f9ba8", INK),
     "longspan": ("#1a4a8a", "white"),
 }
 LIMIT = "#c24a1c"
@@ -64,9 +65,9 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
         handles = [Patch(color=COLOURS[way][0], label=labels.get(way, way)) for way in COLOURS if way in drawn]
         handles.append(Line2D([], [], color=LIMIT, linewidth=2.2, label="limit of the machine"))
         where = (8 / WIDTH, 1 - 26 / height)
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=5, frameon=False, handlelength=1.2)
-        said = f"user's way, Liger: full attention · torch {machine['torch']}, transformers {machine['transformers']}, "
-        said += f"peft {machine['peft']}"
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=6, frameon=False, handlelength=1.2)
+        said = f"user's way, Liger, Unsloth: full attention · torch {machine['torch']}, "
+        said += f"transformers {machine['transformers']}, peft {machine['peft']}"
         figure.text(1 - RIGHT / WIDTH, 8 / height, said, color=MUTED, size=8, ha="right")
         figure.savefig(path, dpi=160)
 

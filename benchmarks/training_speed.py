@@ -30,7 +30,7 @@ import torch
 import tyro
 from transformers import LlamaConfig
 
-from benchmarks import baselines, step_profile
+from benchmarks import baselines, step_profile, unsloth_way
 from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Way, baseline
 from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
@@ -50,6 +50,7 @@ from workloads.training import Trial
 # Of the machine that the table is of. Its container does not tell its limit.
 HOST_MEMORY = 128 * GIB
 MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
+SPARE = 10.0  # seconds in which a process that a case has started itself is ended and cleaned up after
 COUNTING = (
     "tokens/s: tokens of a step over its median time, forward, backward and optimiser, by device events. MFU: the "
     "model's own FLOPs (attention causal, nothing computed twice, no weight gradient of frozen weights) over the "
@@ -107,18 +108,8 @@ def measure(
     except torch.OutOfMemoryError as error:
         # torch tells there what it holds itself and what other processes do.
         return Row(case=case.name, outcome=OUT_OF_MEMORY, settings=settings, reason=str(error))
-    speed = case.context_length / statistics.median(seconds)
-    known = Device.named(machine(device)["device"])
-    return Row(
-        case=case.name,
-        outcome=MEASURED,
-        seconds=seconds,
-        tokens_per_second=speed,
-        mfu=model_flops_utilisation(ModelShape.of(config), case.training, speed, known) if known else None,
-        settings=settings,
-        profile=dataclasses.asdict(parts) if parts else None,
-        **peaks,
-    )
+    profile = dataclasses.asdict(parts) if parts else None
+    return row_of(case, config, device, seconds, outcome=MEASURED, settings=settings, profile=profile, **peaks)
 
 
 def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.StepProfile | None:
@@ -130,9 +121,23 @@ def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.S
         return None
 
 
-def measure_7b(name: str, profiled: bool, smaller: bool = False) -> Row:
-    """A case of the table; what each worker process calls."""
-    return measure(CASES[name], MODELS["7B"], torch.device("cuda", 0), profiled, smaller)
+def measure_7b(name: str, seconds: float, profiled: bool, smaller: bool = False) -> Row:
+    """A case of the table, in at most so many seconds; what each worker process calls."""
+    case, device = CASES[name], torch.device("cuda", 0)
+    if case.way == "Unsloth":
+        told = unsloth_way.measure_apart(case.context_length, case.warmup, case.steps, seconds)
+        return row_of(case, MODELS["7B"], device, **told)
+    return measure(case, MODELS["7B"], device, profiled, smaller)
+
+
+def row_of(case: Case, config: LlamaConfig, device: torch.device, seconds: list[float] = (), **fields: Any) -> Row:
+    """With what follows from the seconds of each step: speed and MFU."""
+    if not seconds:
+        return Row(case=case.name, **fields)
+    speed = case.context_length / statistics.median(seconds)
+    known = Device.named(machine(device)["device"])
+    mfu = model_flops_utilisation(ModelShape.of(config), case.training, speed, known) if known else None
+    return Row(case=case.name, seconds=seconds, tokens_per_second=speed, mfu=mfu, **fields)
 
 
 def longspans_step(
@@ -202,8 +207,11 @@ class Results:
         write_json(self.path, {"machine": self.facts, "model": "Llama-2-7B", "counting": COUNTING, "rows": rows})
 
     def missing(self, profile: bool) -> list[str]:
-        """Cases that no call has come to the end of; not Liger's where it is not installed."""
-        possible = [name for name, case in CASES.items() if case.way != "Liger" or self.facts.get("liger-kernel")]
+        """Cases that no call has come to the end of; not Liger's or Unsloth's where it is not installed."""
+        packages = {"Liger": "liger-kernel", "Unsloth": "unsloth"}
+        possible = [
+            name for name, case in CASES.items() if case.way not in packages or self.facts.get(packages[case.way])
+        ]
         return [name for name in possible if not self.has(name, profile and name in PROFILED)]
 
     def has(self, name: str, profiled: bool) -> bool:
@@ -274,11 +282,11 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
             worker, waiting = waiting, Worker(measure_7b) if index + 1 < len(names) else None
             profiled = profile and name in PROFILED
             try:
-                row = worker.call(name, profiled, seconds=left)
+                row = worker.call(name, left - SPARE, profiled, seconds=left)
                 if row.outcome == OUT_OF_MEMORY and case.way == "longspan":
                     print(f"{name}: out of memory, once more with less, as in a sweep\n{row.reason}", flush=True)
                     left = until - time.monotonic()
-                    again = Worker(measure_7b).call(name, profiled, True, seconds=left)
+                    again = Worker(measure_7b).call(name, left - SPARE, profiled, True, seconds=left)
                     row = dataclasses.replace(again, reason=row.reason)
             except Failed as failure:
                 row = Row(case=name, outcome=str(failure))
@@ -324,8 +332,6 @@ def main(
     print(in_words(facts), flush=True)
     run(list(cases) or results.missing(profile), results, profile, began + 60 * minutes)
     print(f"\n{in_words(facts)}\nLlama-2-7B's shape, random weights. {COUNTING}\n\n{table(results.rows)}")
-    unsloth = "is not installed here" if facts["unsloth"] is None else "loads checkpoints only, not random weights"
-    print(f"\nUnsloth {unsloth}: not measured.")
     if missing := results.missing(profile):
         print(f"\nMissing: {', '.join(missing)}. The same command goes on with them.")
     print(f"{time.monotonic() - began:.0f} s; {json_file}")

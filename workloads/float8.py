@@ -10,6 +10,11 @@ rounding (DeepSeek-V3, arXiv 2412.19437, section 3.3.2, does the same).
 
 It is faster only where layers are compiled: the scales and casts are then parts of the kernels beside the products.
 
+Three bits are few, so that it counts where a row's numbers fall between the powers of two: of 16 scales within a factor
+of two each row of a weight gets the one that errs least. Over four texts (SmolLM2-135M, all layers but the last, 2,048
+or 4,096 tokens each) the divergence from the unquantised model is 0.0194, 0.0162, 0.0216 and 0.0156 nats, where it was
+0.0221, 0.0194, 0.0244 and 0.0165 with each row's largest number as 448.
+
 The last decoder layer stays as it is: nothing comes after it to dampen its error. Of SmolLM2-135M, over 8,192 tokens of
 books, all layers in FP8 make the loss 0.0289 nats worse, all but the last 0.0191, all but the last two 0.0187; the last
 alone 0.0092, of the others that were tried (0, 1, 25 to 28) none more than 0.0022. Products were simulated in float32.
@@ -28,6 +33,9 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
 # A token of zeros has this as its largest number: 448 over it is still finite.
 NOT_ZERO = 1e-30
+
+# Scales that are tried for each row of a weight.
+CANDIDATES = 16
 
 # Whether sums stay in Hopper's matrix unit, which cuts them to 13 bits behind the point, for all of K; else they move
 # to float32 each 128 terms. Simulated (no GPU): sums of terms of either sign come out 0.13% (K = 4,096) and 0.28%
@@ -52,8 +60,8 @@ class Float8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().to(device)
-        quantised, scale = quantise_rows(weight)
-        transposed, transposed_scale = quantise_rows(weight.t().contiguous())
+        quantised, scale = quantise_weight(weight)
+        transposed, transposed_scale = quantise_weight(weight.t())
         self.weight = nn.Parameter(quantised.view(torch.uint8), requires_grad=False)
         self.register_buffer("scale", scale.flatten(), persistent=False)  # (out,)
         self.register_buffer("transposed", transposed.view(torch.uint8), persistent=False)  # (in, out)
@@ -90,6 +98,20 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     largest = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=NOT_ZERO)
     return (x * (LARGEST / largest)).to(FLOAT8).contiguous(), largest / LARGEST
+
+
+def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`quantise_rows`, each row with the one of several scales whose squared error is the least."""
+    weight = weight.float()
+    smallest = weight.abs().amax(dim=-1, keepdim=True).clamp(min=NOT_ZERO) / LARGEST
+    best, least = smallest, torch.full_like(smallest, torch.inf)
+    # Between any two powers of two FP8's numbers lie alike, but for the smallest: what a larger scale gives, one within
+    # a factor of two gives as well.
+    for number in range(CANDIDATES):
+        scale = smallest * 2 ** (number / CANDIDATES)
+        error = ((weight / scale).to(FLOAT8).float() * scale - weight).square_().sum(dim=-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return (weight / best).to(FLOAT8).contiguous(), best
 
 
 def scaled_product(

@@ -23,7 +23,7 @@ def test_the_same_trial_is_trained_in_both_ways_and_drawn(texts, tmp_path, capsy
     sizes = dict(steps=3, context_length=64, batch=2, eval_documents=1, learning_rate=1e-3)
     files = dict(json_file=tmp_path / "parity.json", picture=tmp_path / "parity.png")
     loss_parity.main("builtin:tiny", str(texts), **sizes, **files)
-    found = json.loads(files["json_file"].read_text())
+    found = json.loads(files["json_file"].read_text())["seeds"]["0"]
     first, second = found["curves"]
     assert (first["way"], second["way"]) == ("bfloat16", "fp8")
     assert len(first["losses"]) == 3 and first["losses"] != second["losses"]
@@ -33,8 +33,11 @@ def test_the_same_trial_is_trained_in_both_ways_and_drawn(texts, tmp_path, capsy
     assert files["picture"].read_bytes().startswith(b"\x89PNG")
     assert "| 1 to 3 |" in capsys.readouterr().out
     # The order of data and what LoRA begins with are the same: two runs in one way do not differ.
-    loss_parity.main("builtin:tiny", str(texts), ways=("bfloat16", "not-compiled"), **sizes, **files)
-    assert json.loads(files["json_file"].read_text())["parity"]["largest"] == 0.0
+    loss_parity.main("builtin:tiny", str(texts), ways=("bfloat16", "not-compiled"), seeds=(0, 1), **sizes, **files)
+    found = json.loads(files["json_file"].read_text())["seeds"]
+    assert [found[seed]["parity"]["largest"] for seed in ("0", "1")] == [0.0, 0.0]
+    ends = [found[seed]["curves"][0]["perplexities"]["3"] for seed in ("0", "1")]
+    assert f"({max(ends) / min(ends) - 1:.3%} apart)" in capsys.readouterr().out
 
 
 def test_the_differences_are_relative_to_the_first():

@@ -1,6 +1,7 @@
 """The table of training speeds, on a CPU with tiny shapes; its baselines against what they are said to be."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,7 +18,8 @@ from benchmarks.cases import ALL_WEIGHTS, CASES, PRODUCTS_RATE, baseline
 from benchmarks.memory import MODELS
 from benchmarks.speed_picture import draw
 from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, OPTIMISER, PRODUCTS, of_trace
-from benchmarks.training_speed import Results, Row, line, measure, read, table
+from benchmarks.training_speed import Results, Row, line, measure, read, row_of, table
+from benchmarks.unsloth_way import measure_apart
 from workloads.adaptation import adapt, trainable_parameters
 from workloads.attention import AttentionPattern, dense_mask
 from workloads.budget import ModelShape, training_flops
@@ -162,6 +164,13 @@ def test_what_ran_out_of_memory_is_a_row_that_says_so(monkeypatch):
     assert row.reason == "CUDA out of memory"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="for a machine without Unsloth")
+def test_a_process_of_its_own_that_fails_is_a_row_that_says_why():
+    row = row_of(CASES["8k-unsloth"], CONFIG, CPU, **measure_apart(64, 1, 1, seconds=60))
+    assert row.outcome == "its process ended with 1: ModuleNotFoundError: No module named 'unsloth'"
+    assert line(CASES["8k-unsloth"], row, {}).endswith(f"| {row.outcome} |")
+
+
 def test_tried_again_a_case_takes_less_memory(rows):
     row = measure(tiny("8k-s2"), CONFIG, CPU, smaller=True)
     assert row.outcome == "measured"
@@ -179,9 +188,10 @@ def test_a_second_call_goes_on_where_the_first_ended(rows, tmp_path):
     assert again.rows == first.rows
     assert {"8k-s2", "8k-full", "8k-user"} - set(again.missing(profile=False)) == {"8k-s2", "8k-full"}
     assert "8k-s2" in again.missing(profile=True)  # it has no profile yet
-    assert not any(CASES[name].way == "Liger" for name in again.missing(profile=False))  # it is not installed
-    with_liger = Results(tmp_path / "other.json", facts | {"liger-kernel": "0.6"})
-    assert set(with_liger.missing(profile=False)) == set(CASES)
+    ways = {CASES[name].way for name in again.missing(profile=False)}
+    assert ways == {"longspan", "user's way", "published S²"}  # the others are not installed
+    with_all = Results(tmp_path / "other.json", facts | {"liger-kernel": "0.6", "unsloth": "2026.10"})
+    assert set(with_all.missing(profile=False)) == set(CASES)
     with pytest.raises(SystemExit, match="torch differ from here"):
         Results(path, facts | {"torch": "2.12"})
 

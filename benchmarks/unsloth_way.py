@@ -1,0 +1,120 @@
+"""The same training step as Unsloth takes it: ``python -m benchmarks.unsloth_way``, which ``benchmarks.training_speed``
+starts.
+
+A process of its own, since Unsloth wants to be imported before transformers, of which it replaces parts. It loads
+checkpoints alone, so that one of random weights is made and removed again: 13 GB for Llama-2-7B. As its documents tell:
+``FastLanguageModel``, its own gradient checkpointing, bfloat16 under autocast; its statistics and the hub are off.
+Embeddings and norms train too (``modules_to_save``), in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+TRAINED = ("embed_tokens", "input_layernorm", "post_attention_layernorm", "model.norm")
+
+
+def measure_apart(context_length: int, warmup: int, steps: int, seconds: float) -> dict[str, Any]:
+    """In a process of its own: ``outcome`` and, if measured, ``seconds`` of each step, ``peak_gib``, ``reserved_gib``.
+
+    Args:
+        seconds: after which it is ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [str(each) for each in (context_length, warmup, steps, folder)]
+        # Unsloth keeps files in the folder that it runs in.
+        environment = {**os.environ, **OFFLINE, "UNSLOTH_COMPILE_LOCATION": f"{folder}/compiled"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.unsloth_way", *arguments],
+                cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"outcome": f"stopped after {seconds:.0f} s, when the time was over"}
+        answer = Path(folder) / "answer.json"
+        if answer.exists():
+            return json.loads(answer.read_text())
+    print(done.stderr, file=sys.stderr)
+    last = done.stderr.strip().splitlines()[-1:] or ["nothing was said"]
+    return {"outcome": f"its process ended with {done.returncode}: {last[0]}"}
+
+
+def make_checkpoint(folder: Path) -> None:
+    """A folder with random bfloat16 weights of Llama-2-7B's shape and a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from benchmarks.memory import MODELS
+
+    config = MODELS["7B"]
+    config.max_position_embeddings = 131_072
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    named = ["<unk>", "<s>", "</s>", "<pad>"]
+    words = {word: i for i, word in enumerate(named + [f"w{i}" for i in range(len(named), config.vocab_size)])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), named))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+
+
+def measure(context_length: int, warmup: int, steps: int, folder: Path) -> dict[str, Any]:
+    """In this process, which has imported Unsloth before transformers."""
+    from unsloth import FastLanguageModel  # isort: skip
+    import torch
+
+    from benchmarks.baselines import users_step
+    from benchmarks.timing import GIB, seconds_of
+
+    make_checkpoint(folder)
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder),
+            max_seq_length=context_length,
+            dtype=torch.bfloat16,
+            load_in_4bit=False,
+            local_files_only=True,
+            use_exact_model_name=True,
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=8,
+            lora_alpha=16,
+            lora_dropout=0,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            modules_to_save=list(TRAINED),
+            use_gradient_checkpointing="unsloth",
+        )
+        FastLanguageModel.for_training(model)
+        step = users_step(model, context_length, autocast=True)
+        device = torch.device("cuda", 0)
+        seconds_of(step, device, warmup, 0)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_of(step, device, 0, steps)
+    except torch.OutOfMemoryError as error:
+        return {"outcome": "out of memory", "reason": str(error)}
+    return {
+        "outcome": "measured",
+        "seconds": seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+    }
+
+
+if __name__ == "__main__":
+    length, warmup, steps, folder = sys.argv[1:]
+    answer = measure(int(length), int(warmup), int(steps), Path(folder))
+    Path(folder, "answer.json").write_text(json.dumps(answer))
