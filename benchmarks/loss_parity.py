@@ -27,12 +27,14 @@ import tyro
 
 from benchmarks.timing import in_words, machine, write_json
 from dashboards.drawing import INK, MUTED, new_figure, style
+from workloads.adaptation import trainable_parameters
+from workloads.checkpoint import load_newest
 from workloads.command import quiet_transformers, run_command
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
 from workloads.engine import make_engine
 from workloads.models import ModelSource
-from workloads.training import run
+from workloads.training import Trial, build_model, run
 
 Way = Literal["bfloat16", "fp8", "not-compiled"]
 EVERY = 50  # steps of which the mean loss is printed
@@ -45,12 +47,14 @@ class Curve:
     Args:
         losses: of each step.
         perplexities: held out, at the trained length, by step: before the first and after the last.
+        exported: the last one of what the trial exports: what it has trained, over the base as it was, in bfloat16.
         seconds: of the whole run, with loading and evaluations; tokens_per_second: the median of its steps.
     """
 
     way: Way
     losses: list[float] = field(default_factory=list)
     perplexities: dict[int, float] = field(default_factory=dict)
+    exported: float = 0.0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
 
@@ -58,13 +62,14 @@ class Curve:
 @dataclass(frozen=True)
 class Parity:
     """How far the second way is from the first: of each step ``second / first - 1``, its absolute value for ``median``
-    and ``largest``; and the same of the last perplexity."""
+    and ``largest``; and the same of the last perplexity, and of that of what is exported."""
 
     differences: list[float]
     median: float
     largest: float
     mean: float
     perplexity: float
+    exported: float
 
     @classmethod
     def of(cls, first: Curve, second: Curve) -> Parity:
@@ -76,6 +81,7 @@ class Parity:
             largest=max(map(abs, differences)),
             mean=statistics.fmean(differences),
             perplexity=second.perplexities[last] / first.perplexities[last] - 1,
+            exported=second.exported / first.exported - 1,
         )
 
 
@@ -101,7 +107,15 @@ def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: Packe
     engine = make_engine(execution, device, training.precision)
     with tempfile.TemporaryDirectory() as checkpoints:
         run(source, training, execution, corpus, Path(checkpoints), engine, emit)
-    return Curve(way, curve.losses, curve.perplexities, time.monotonic() - began, statistics.median(speeds))
+        seconds = time.monotonic() - began
+        trained, _ = load_newest(Path(checkpoints))
+    plain = replace(training, quantization="none")
+    trial = Trial(build_model(source, plain, engine, execution), plain, execution, corpus, Path(), engine, emit)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(trial.model).items():
+            parameter.copy_(trained[f"model/{name}"])
+    exported = trial.score(training.context_length).perplexity
+    return replace(curve, exported=exported, seconds=seconds, tokens_per_second=statistics.median(speeds))
 
 
 def table(first: Curve, second: Curve, parity: Parity) -> str:
@@ -115,6 +129,7 @@ def table(first: Curve, second: Curve, parity: Parity) -> str:
     for step, a in sorted(first.perplexities.items()):
         b = second.perplexities[step]
         lines.append(f"| held-out perplexity at {step} | {a:.4f} | {b:.4f} | {b / a - 1:+.3%} |")
+    lines.append(f"| of what is exported | {first.exported:.4f} | {second.exported:.4f} | {parity.exported:+.3%} |")
     lines.append(
         f"\nof each step's loss: median {parity.median:.3%}, largest {parity.largest:.3%}, mean with its sign "
         f"{parity.mean:+.4%}"
@@ -124,15 +139,15 @@ def table(first: Curve, second: Curve, parity: Parity) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(pairs: dict[int, tuple[Curve, Curve, Parity]]) -> str:
+def over_seeds(pairs: Sequence[tuple[Curve, Curve, Parity]]) -> str:
     """Where there are several: how far apart the ways end, and how far apart the seeds do."""
-    last = {seed: [way.perplexities[max(way.perplexities)] for way in pair[:2]] for seed, pair in pairs.items()}
-    lines = [f"{pair[index].way}: " for pair in list(pairs.values())[:1] for index in (0, 1)]
-    for index in (0, 1):
-        ends = [each[index] for each in last.values()]
-        lines[index] += ", ".join(f"{each:.4f}" for each in ends) + f" ({max(ends) / min(ends) - 1:.3%} apart)"
-    mean = statistics.fmean(pair[2].mean for pair in pairs.values())
-    return "last held-out perplexities by seed\n" + "\n".join(lines) + f"\nmean difference of the losses {mean:+.4%}"
+    lines = ["held-out perplexity of what is exported, by seed"]
+    for curves in zip(*((first, second) for first, second, _ in pairs)):
+        ends = [curve.exported for curve in curves]
+        apart = max(ends) / min(ends) - 1
+        lines.append(f"{curves[0].way}: {', '.join(f'{end:.4f}' for end in ends)} ({apart:.3%} apart)")
+    mean = statistics.fmean(parity.mean for *_, parity in pairs)
+    return "\n".join([*lines, f"losses differ by {mean:+.4%} in the mean"])
 
 
 def draw(pairs: Sequence[tuple[Curve, Curve, Parity]], title: str, path: Path) -> None:
@@ -223,7 +238,7 @@ def main(
             write_json(json_file, content)
             draw(list(pairs.values()), what, picture)
     if len(pairs) > 1:
-        print(over_seeds(pairs))
+        print(over_seeds(list(pairs.values())))
     print(f"{json_file}, {picture}")
 
 

@@ -36,7 +36,7 @@ from workloads.budget import Device, ModelShape, host_memory, smallest_change_th
 from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
 WARMUP, STEPS = 3, 10
-SECONDS = 240.0  # in which a measurement must be done: NCCL, compiling, and 13 steps of 2 to 5 s
+SECONDS = 200.0  # in which a measurement must be done: NCCL, compiling, and 13 steps of 2 to 5 s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,20 +150,21 @@ def point(config: LlamaConfig, training: TrainingConfig, engine: EngineName, on_
 
 def table(points: Sequence[Point]) -> str:
     """Each point beside one worker alone, which comes first."""
-    alone = points[0].tokens_per_second
-    lines = ["| workers | engine | tokens/s | x one | ms a step | peak GiB | settings |", "|---|" + "---|" * 6]
-    for each in points:
-        if each.failure:
-            lines.append(f"| {each.workers} | {each.engine} | {each.failure} | | | | |")
-            continue
-        times = f"{each.tokens_per_second / alone:.2f}" if alone else "-"
-        peak = f"{each.peak_gib:.1f}" if each.peak_gib else "-"
-        settings = ", ".join(f"{name} {value}" for name, value in each.settings.items()) or "-"
-        lines.append(
-            f"| {each.workers} | {each.engine} | {each.tokens_per_second:,.0f} | {times} | "
-            f"{1e3 * statistics.median(each.seconds):,.0f} | {peak} | {settings} |"
-        )
-    return "\n".join(lines)
+    head = ["| workers | engine | tokens/s | x one | ms a step | peak GiB | settings |", "|---|" + "---|" * 6]
+    return "\n".join([*head, *(line(each, points[0]) for each in points)])
+
+
+def line(point: Point, alone: Point) -> str:
+    if point.failure:
+        return f"| {point.workers} | {point.engine} | {point.failure} | | | | |"
+    times = f"{point.tokens_per_second / alone.tokens_per_second:.2f}" if alone.tokens_per_second else "-"
+    peak = f"{point.peak_gib:.1f}" if point.peak_gib else "-"
+    settings = ", ".join(f"{name} {value}" for name, value in point.settings.items()) or "-"
+    milliseconds = f"{1e3 * statistics.median(point.seconds):,.0f}"
+    return (
+        f"| {point.workers} | {point.engine} | {point.tokens_per_second:,.0f} | {times} | {milliseconds} | {peak} | "
+        f"{settings} |"
+    )
 
 
 def main(
@@ -189,7 +190,7 @@ def main(
     for workers, engine in itertools.chain([(1, "ddp")], ((count, engine) for engine in engines)):
         training = configuration(context_length, group_size, workers, on_gpu=True)
         points.append(point(MODELS["7B"], training, engine, on_gpu=True))
-        print(table(points[-1:]).splitlines()[-1], flush=True)
+        print(line(points[-1], points[0]), flush=True)
         write_json(json_file, {"machine": facts, "model": "Llama-2-7B", "points": [asdict(each) for each in points]})
     print(f"\nLlama-2-7B's shape, LoRA+, S², {context_length:,} tokens a worker\n\n{table(points)}\n{json_file}")
 

@@ -30,23 +30,25 @@ def test_the_same_trial_is_trained_in_both_ways_and_drawn(texts, tmp_path, capsy
     assert second["losses"] == pytest.approx(first["losses"], rel=0.1)
     assert found["parity"]["differences"][0] == pytest.approx(second["losses"][0] / first["losses"][0] - 1)
     assert first["perplexities"].keys() == {"0", "3"}
+    assert first["exported"] == pytest.approx(first["perplexities"]["3"], rel=1e-6)  # the same model, loaded anew
+    assert second["exported"] != second["perplexities"]["3"]
     assert files["picture"].read_bytes().startswith(b"\x89PNG")
     assert "| 1 to 3 |" in capsys.readouterr().out
     # The order of data and what LoRA begins with are the same: two runs in one way do not differ.
     loss_parity.main("builtin:tiny", str(texts), ways=("bfloat16", "not-compiled"), seeds=(0, 1), **sizes, **files)
     found = json.loads(files["json_file"].read_text())["seeds"]
     assert [found[seed]["parity"]["largest"] for seed in ("0", "1")] == [0.0, 0.0]
-    ends = [found[seed]["curves"][0]["perplexities"]["3"] for seed in ("0", "1")]
+    ends = [found[seed]["curves"][0]["exported"] for seed in ("0", "1")]
     assert f"({max(ends) / min(ends) - 1:.3%} apart)" in capsys.readouterr().out
 
 
 def test_the_differences_are_relative_to_the_first():
-    first = Curve("bfloat16", [2.0, 4.0, 4.0], {0: 9.0, 3: 8.0}, 1.0, 10.0)
-    second = Curve("fp8", [2.2, 4.0, 3.8], {0: 9.0, 3: 8.4}, 1.0, 20.0)
+    first = Curve("bfloat16", [2.0, 4.0, 4.0], {0: 9.0, 3: 8.0}, 8.0, 1.0, 10.0)
+    second = Curve("fp8", [2.2, 4.0, 3.8], {0: 9.0, 3: 8.4}, 8.2, 1.0, 20.0)
     parity = Parity.of(first, second)
     assert parity.differences == pytest.approx([0.1, 0.0, -0.05])
     assert (parity.median, parity.largest) == pytest.approx((0.05, 0.1))
-    assert (parity.mean, parity.perplexity) == pytest.approx((0.05 / 3, 0.05))
+    assert (parity.mean, parity.perplexity, parity.exported) == pytest.approx((0.05 / 3, 0.05, 0.025))
     assert "| held-out perplexity at 3 | 8.0000 | 8.4000 | +5.000% |" in table(first, second, parity)
 
 
