@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,14 +130,14 @@ def measure_7b(name: str, seconds: float, profiled: bool, smaller: bool = False)
     return measure(case, MODELS["7B"], device, profiled, smaller)
 
 
-def row_of(case: Case, config: LlamaConfig, device: torch.device, seconds: list[float] = (), **fields: Any) -> Row:
+def row_of(case: Case, config: LlamaConfig, device: torch.device, seconds: Sequence[float] = (), **fields: Any) -> Row:
     """With what follows from the seconds of each step: speed and MFU."""
     if not seconds:
         return Row(case=case.name, **fields)
     speed = case.context_length / statistics.median(seconds)
     known = Device.named(machine(device)["device"])
     mfu = model_flops_utilisation(ModelShape.of(config), case.training, speed, known) if known else None
-    return Row(case=case.name, seconds=seconds, tokens_per_second=speed, mfu=mfu, **fields)
+    return Row(case=case.name, seconds=list(seconds), tokens_per_second=speed, mfu=mfu, **fields)
 
 
 def longspans_step(

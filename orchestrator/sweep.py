@@ -70,7 +70,7 @@ from workloads.data import (
     prepare_examples,
 )
 from workloads.errors import InputError
-from workloads.models import ModelSource
+from workloads.models import ModelSource, check_vocabulary
 from workloads.positions import extend, original_context_length
 
 # How often a preparation that takes long says what it is at.
@@ -234,6 +234,7 @@ class Sweep:
         config = self.source.config()
         self.original_length = original_context_length(config)
         self.shape = ModelShape.of(config)
+        check_vocabulary(self.source.tokenizer(), self.shape.vocab_size, self.spec.model)
         self.check_adaptation(config)
         all_positions = {self.spec.positions, *self.spec.references}
         for length, positions in itertools.product(self.spec.context_lengths, all_positions):

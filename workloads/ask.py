@@ -21,8 +21,8 @@ from workloads.adapters import is_adapter, load_adapter
 from workloads.command import quiet_transformers, run_command
 from workloads.engine import Engine
 from workloads.errors import InputError
-from workloads.export import cast_parameters, check_vocabulary, make_stock
-from workloads.models import ModelSource
+from workloads.export import cast_parameters, make_stock
+from workloads.models import ModelSource, check_vocabulary, load_whole
 from workloads.positions import reach
 from workloads.trained import TrainedTrial
 
@@ -56,8 +56,6 @@ def load_model(
     Raises:
         InputError: there is no such model or device, or the tokenizer does not match.
     """
-    from transformers import AutoModelForCausalLM
-
     if (Path(name) / "trial.json").is_file():
         return _load_trial(TrainedTrial.open(Path(name)), device, say, checkpoint)
     if checkpoint != "last":
@@ -68,19 +66,12 @@ def load_model(
     # In float32 torch's attention for grouped-query models makes a matrix of (tokens, tokens) for every head: 25 GiB at
     # 27,000 tokens and 9 heads, measured, where its kernels for 16 bits make none.
     dtype = "auto" if placement == "cpu" else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype, "device_map": placement, "attn_implementation": "sdpa"}
-    folder = Path(source.pretrained)
-    try:
-        if is_adapter(folder):
-            model = load_adapter(folder, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.pretrained, revision=source.revision, use_safetensors=True, **options
-            )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {name} cannot be loaded ({reason})") from error
-    check_vocabulary(tokenizer, model, name)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": placement}
+    if is_adapter(Path(source.pretrained)):
+        model = load_adapter(Path(source.pretrained), **options)
+    else:
+        model = load_whole(f"model {name}", source.pretrained, revision=source.revision, **options)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     return model.eval(), tokenizer
 
 
@@ -96,7 +87,7 @@ def _load_trial(
     make_stock(model)
     cast_parameters(model, compute_dtype(precision))  # what trained is float32, and there is no autocast here
     tokenizer = source.tokenizer()
-    check_vocabulary(tokenizer, model, source.name)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], source.name)
     return model.eval(), tokenizer
 
 

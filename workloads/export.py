@@ -23,13 +23,14 @@ import tyro
 from torch import nn
 
 from workloads.adaptation import compute_dtype
-from workloads.adapters import base_of_adapter
+from workloads.adapters import base_of_adapter, note_base
 from workloads.attention.interface import CONFIG_FIELD
 from workloads.command import quiet_transformers, run_command
 from workloads.config import Precision
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.model_card import model_card
+from workloads.models import check_vocabulary
 from workloads.positions import reach
 from workloads.trained import TrainedTrial
 
@@ -133,7 +134,7 @@ def export_trial(
     # A base is quantised to 4 bits on a GPU only; all else is done on the CPU, whose memory is the larger.
     device = torch.device("cuda" if quantised and torch.cuda.is_available() else "cpu")
     model = trained.build(source, step, Engine(device, trained.training.precision))
-    check_vocabulary(tokenizer, model, source.name)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], source.name)
     quantization = make_stock(model)
     cast_parameters(model.to("cpu"), torch.float32)
 
@@ -148,6 +149,7 @@ def export_trial(
             save_merged(model, tokenizer, folder, dtype)
         else:
             save_adapter(model, tokenizer, folder, dtype, base_revision=source.revision)
+            note_base(folder, trained.model_identity)
         cast_parameters(model, torch.float32)
         rounded = _logits(model, tokens)
         del model
@@ -268,7 +270,7 @@ def make_stock(model: nn.Module) -> Any | None:
             parameter.requires_grad_(name in trainable)
     for setting in ("quantization_config", CONFIG_FIELD):
         vars(base.config).pop(setting, None)
-    base.set_attn_implementation("sdpa")
+    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")  # transformers' Gemma 2 has eager alone
     base.config.use_cache = True
     generation = base.generation_config
     generation.use_cache = True
@@ -286,17 +288,6 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, only_trainable: bool =
     for parameter in model.parameters():
         if parameter.requires_grad or not only_trainable:
             parameter.data = parameter.data.to(dtype)
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
-    """Raises InputError if the tokenizer has tokens that the model has no embedding for."""
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if highest >= embeddings:
-        raise InputError(
-            f"the tokenizer of {name} does not match the model: it has a token with id {highest}, and the model has "
-            f"{embeddings} embeddings. Give a base with the tokenizer that it was trained with"
-        )
 
 
 def _reload(folder: Path, what: What, base_dtype: torch.dtype, quantization: Any | None) -> nn.Module:

@@ -177,35 +177,57 @@ class ModelSource:
             InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
                 or they are damaged or not all there.
         """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-
         from workloads.positions import extend
 
         self.refuse_adapter()
         config = self.config()
         extend(config, context_length, positions)
         config.use_cache = False
-        try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                self.pretrained,
-                revision=self.revision,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **{"device_map": {"": device}, **(quantized or {})},
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"model {self.name} could not be loaded from its safetensors: {error}") from error
-        # What transformers would fill with random numbers.
-        if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
-            raise InputError(
-                f"model {self.name}: {len(absent)} of its weights are not in its safetensors or have another shape, "
-                f"{absent[0]} among them; the folder is not complete, or its config.json is another model's"
-            )
-        return model
+        options = {"device_map": {"": device}, **(quantized or {})}
+        return load_whole(
+            f"model {self.name}", self.pretrained, revision=self.revision, config=config, dtype=dtype, **options
+        )
+
+
+def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
+    """What transformers' ``from_pretrained`` makes of a folder or hub id, with every weight from its safetensors.
+
+    Args:
+        what: it is, for an error.
+        options: of ``from_pretrained``.
+
+    Raises:
+        InputError: its weights are not safetensors (a pickle is never loaded), or they are damaged or not all there.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            pretrained, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} could not be loaded from its safetensors: {reason}") from error
+    # What transformers would fill with random numbers.
+    if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
+        raise InputError(
+            f"{what}: {len(absent)} of its weights are not in its safetensors or have another shape, {absent[0]} among "
+            "them; the folder is not complete, or its config.json is another model's"
+        )
+    return model
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
+    """Raises InputError if the tokenizer has tokens that the model has no embedding for: on a GPU such a token ends in
+    an assertion that says nothing."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= embeddings:
+        raise InputError(
+            f"the tokenizer of {name} does not match the model: it has a token with id {highest}, and the model has "
+            f"{embeddings} embeddings. Give a model with the tokenizer that it was trained with, or save it with its "
+            "embeddings resized to the tokenizer (resize_token_embeddings)"
+        )
 
 
 def refuse_sliding_windows(config: Any) -> None:

@@ -105,6 +105,20 @@ def test_what_the_model_cannot_take_is_found_before_its_weights_are_loaded(chang
         sweep.prepare()
 
 
+def test_a_tokenizer_with_tokens_that_the_model_has_no_embeddings_for(tmp_path, text_folder):
+    source, folder = ModelSource.parse("builtin:tiny"), tmp_path / "model"  # 258 tokens, 264 embeddings
+    shutil.copytree(source.location, folder)
+    tokenizer = source.tokenizer()
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(7)])
+    tokenizer.save_pretrained(folder)
+    spec = SweepSpec(context_lengths=(1024,), model=str(folder), data=str(text_folder))
+    sweep = Sweep("bad", spec, RunOptions(storage=str(tmp_path / "runs")), make_console())
+    sweep.check()
+    with pytest.raises(InputError, match=rf"tokenizer of {folder} does not match.* id 264, .* 264 embeddings.*resize"):
+        sweep.prepare()
+    assert not (tmp_path / "runs" / "data").exists()  # nothing was tokenised
+
+
 def test_an_adapter_is_no_base_model(tmp_path, text_folder, capsys):
     adapter = tmp_path / "adapter"
     shutil.copytree(ModelSource.parse("builtin:tiny").location, adapter)

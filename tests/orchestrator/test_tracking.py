@@ -66,6 +66,7 @@ def write_some_steps(journal, first=1, last=3):
 def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
     write_some_steps(journal)
+    journal.append("model", parameters=1, trainable_parameters=1, attention_backend="cudnn")
     journal.append("finished")
     tracker = connect(storage)
     tracker.follow([trial], "first", PROVENANCE)
@@ -82,6 +83,7 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     assert (tags["hardware"], tags["package.torch"]) == ("1 x NVIDIA H200", "2")
     assert (tags["driver"], tags["cuda"], tags["usd_per_device_hour"]) == ("580.65.06", "13.0", "7.912")
     assert (tags["execution.engine"], tags["execution.offload"]) == ("zero2", "True")
+    assert tags["attention_backend"] == "cudnn"
     assert run.data.params["lora_rank"] == "8"
 
 

@@ -1,5 +1,8 @@
 """Asking a model about a long document: what it answers, what it is given, and what does not fit."""
 
+import io
+import sys
+
 import pytest
 import torch
 
@@ -23,16 +26,36 @@ def tokens_of(tiny, document, **overrides):
     return prompt_tokens(model.config, tokenizer, document, QUESTION, **{**values, **overrides})
 
 
-def test_the_answer_is_the_most_likely_continuation_and_streams(tiny, capsys):
+class Screen(io.StringIO):
+    """A stdout that notes when something is written to it."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def write(self, text):
+        self.events += ["written"] if text else []
+        return super().write(text)
+
+
+def test_the_answer_is_the_most_likely_continuation_and_streams(tiny, monkeypatch):
     model, tokenizer = tiny
-    answer = ask(model, tokenizer, DOCUMENT, QUESTION, max_new_tokens=12)
+    events = []
+    screen = Screen(events)
+    note_call = model.register_forward_hook(lambda *_: events.append("computed"))
+    with note_call, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", screen)
+        answer = ask(model, tokenizer, DOCUMENT, QUESTION, max_new_tokens=12)
     tokens = torch.tensor([tokens_of(tiny, DOCUMENT)])
     for _ in range(12):  # the definition: no cache, the whole sequence each time
         with torch.inference_mode():
             tokens = torch.cat([tokens, model(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     expected = tokenizer.decode(tokens[0, -12:], skip_special_tokens=True)
     assert answer.text == expected and answer.answer_tokens == 12
-    assert capsys.readouterr().out == expected + "\n"
+    assert screen.getvalue() == expected + "\n"
+    last = max(place for place, event in enumerate(events) if event == "computed")
+    assert events.count("computed") == 12
+    assert events[:last].count("written") > 1  # words are shown while later ones are not there yet
     assert answer.prefill_seconds > 0 and answer.answer_seconds > 0
 
 

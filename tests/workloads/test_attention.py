@@ -15,6 +15,7 @@ from benchmarks.attention_error import CASES, max_errors
 from workloads.attention import (
     AttentionPattern,
     attention,
+    backends,
     choose_backend,
     dense_mask,
     grouped,
@@ -353,6 +354,23 @@ def test_on_a_cpu_every_pattern_is_computed_by_sdpa(name):
         choose_backend("flash5", pattern, cpu, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("documents", "order"),
+    [
+        (False, ["flash4", "cudnn", "flash2", "varlen", "flash3", "sdpa"]),
+        (True, ["flash2", "varlen", "flash3", "flex", "sdpa"]),
+    ],
+)
+def test_auto_takes_flash3_which_has_not_run_after_what_has(documents, order, monkeypatch):
+    able = list(BACKENDS)
+    monkeypatch.setattr(backends, "missing", lambda backend, *facts: None if backend in able else "what is not here")
+    monkeypatch.setattr(backends, "_is_hopper", lambda device: True)
+    for backend in order:
+        gpu = torch.device("cuda")
+        assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.bfloat16, documents=documents) == backend
+        able.remove(backend)
+
+
 def test_a_query_whose_keys_are_all_masked_attends_to_itself():
     """Padding on the left: the dense path."""
     inputs = random_inputs(1, 2, 2, 12)
@@ -411,7 +429,7 @@ def test_on_the_gpu_the_fast_kernels_are_chosen_and_what_is_missing_is_named():
     assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.float32) == "sdpa"
     assert choose_backend("auto", make_pattern("dilated", 8), gpu, torch.bfloat16) == "flex"
     assert choose_backend("auto", make_pattern("s2", 8), gpu, torch.bfloat16, documents=True) in (
-        "flash3", "flash2", "varlen",
+        "flash2", "varlen",
     )  # fmt: skip
     with pytest.raises(InputError, match="made of groups"):
         choose_backend("cudnn", make_pattern("dilated", 8), gpu, torch.bfloat16)

@@ -13,9 +13,11 @@ import torch
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from workloads.ask import load_model
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
 from workloads.engine import Engine
+from workloads.errors import InputError
 from workloads.evaluate import main
 from workloads.export import export_trial
 from workloads.models import ModelSource
@@ -205,19 +207,26 @@ def broken(folder: Path, kind: str) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("truncated", "could not be loaded from its safetensors"),
-        ("foreign", "18 of its weights are not in its safetensors or have another shape"),
-        ("misshapen", "12 of its weights are not in its safetensors or have another shape"),
-        ("tokenizer", "its tokenizer has 300 tokens, but the model has embeddings for 264"),
-    ],
-)
+BROKEN = [
+    ("truncated", "could not be loaded from its safetensors"),
+    ("foreign", "18 of its weights are not in its safetensors or have another shape"),
+    ("misshapen", "12 of its weights are not in its safetensors or have another shape"),
+    ("tokenizer", "it has a token with id 299, and the model has 264 embeddings"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), BROKEN)
 def test_a_broken_model_is_one_clear_error(kind, message, tmp_path, capsys):
     assert main([broken(tmp_path / "model", kind), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().out
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("kind", "message"), BROKEN)
+def test_a_broken_model_is_not_asked(kind, message, tmp_path):
+    with pytest.raises(InputError, match=message) as refused:
+        load_model(broken(tmp_path / "model", kind), "cpu")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

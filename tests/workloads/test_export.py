@@ -404,6 +404,53 @@ def test_a_quantised_base_is_dequantised_and_merged_without_being_quantised_agai
     assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
 
 
+def another_base(kind, trained, folder):
+    """What was exported, in ``folder / "adapter"``, when it is not what it was or its base is another."""
+    export_trial(trained.folder, folder / "adapter", what="adapter", dtype="float32")
+    base = folder / "base"
+    shutil.copytree(trained.base.location, base)
+    if kind == "other weights":
+        llama(initializer_range=0.2).save_pretrained(base)
+    elif kind == "another shape":
+        llama(intermediate_size=64).save_pretrained(base)
+        (folder / "adapter" / "base.json").unlink()  # as if it came from elsewhere
+    elif kind == "half of its base":
+        tensors = load_file(base / "model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}
+        save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter" / "base.json").unlink()
+    elif kind in ("norm", "lora"):  # without those of one layer
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not ("layers.1" in name and kind in name)}
+        save_file(kept, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return str(folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("other weights", "was trained from another base than .*: from sha256:.*, and this is sha256:.*Write into"),
+        ("another shape", "6 of its weights are not in its safetensors or have another shape.*write there where it is"),
+        ("half of its base", "9 of its weights are not in its safetensors or have another shape.*write there where"),
+        ("norm", r"layers\.1\.input_layernorm.*damaged, or another base's"),
+        ("lora", "missing adapter keys.*damaged, or another base's"),
+    ],
+)
+def test_an_adapter_on_another_base_or_a_damaged_one_is_refused(kind, message, train, tmp_path):
+    with pytest.raises(InputError, match=message) as refused:
+        load_model(another_base(kind, train("lora+", False, "yarn"), tmp_path), "cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_on_its_base_elsewhere_is_what_it_was(train, tmp_path):
+    trained = train("lora+", False, "yarn")
+    model, _ = load_model(another_base("the same", trained, tmp_path), "cpu")
+    torch.testing.assert_close(logits(model), trained.logits(), atol=1e-5, rtol=1e-5)
+
+
 def test_an_export_that_is_not_the_trained_model_fails_and_leaves_nothing(train, tmp_path, monkeypatch):
     def save_damaged(model, tokenizer, out, dtype):
         save_merged(model, tokenizer, out, dtype)

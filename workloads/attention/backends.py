@@ -33,9 +33,10 @@ from workloads.errors import InputError
 BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
 VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
 # Of those that can serve, the first is taken; FlashAttention-4 on Hopper alone, where it was measured against cuDNN
-# (docs/performance.md). Document boundaries cost variable-length kernels nothing.
-PREFERRED = ("flash4", "cudnn", "flash3", "flash2", "varlen", "sdpa")
-PREFERRED_WITH_DOCUMENTS = ("flash3", "flash2", "varlen", "flex", "sdpa")
+# (docs/performance.md). Document boundaries cost variable-length kernels nothing. FlashAttention-3 comes after the fast
+# ones that have run: it has not, so that it is taken only where none of them is there, or where it is asked for.
+PREFERRED = ("flash4", "cudnn", "flash2", "varlen", "flash3", "sdpa")
+PREFERRED_WITH_DOCUMENTS = ("flash2", "varlen", "flash3", "flex", "sdpa")
 PREFERRED_WITHOUT_GROUPS = ("flex", "sdpa")
 
 

@@ -25,9 +25,11 @@ def refuse_unsupported(config: Any) -> None:
     """Raises InputError, with the reason, if a model of this configuration cannot take an attention pattern."""
     kind = config.model_type
     if kind not in SUPPORTED:
+        # Gemma 3's layers differ in their rotary positions, which positions.py refuses when it is loaded.
+        usable = [name for family, name in SUPPORTED.items() if family != "gemma3_text"]
         raise InputError(
             f"a {kind} model is of no family that longspan's attention patterns are known to reach; choose a model of "
-            f"the families {', '.join(SUPPORTED.values())}"
+            f"the families {', '.join(usable)}"
         )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap:

@@ -42,7 +42,7 @@ from workloads.evaluation.passkey import passkey_tests
 from workloads.evaluation.perplexity import by_document, cut_windows, score_windows
 from workloads.evaluation.retrieval import Prompter, RetrievalResult, RetrievalTest, run_tests
 from workloads.evaluation.topics import generated_tests, longchat_tests
-from workloads.models import ModelSource
+from workloads.models import ModelSource, check_vocabulary
 from workloads.positions import extended_by_longspan, is_extended, original_context_length, reach
 from workloads.trained import TrainedTrial
 
@@ -121,7 +121,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         longest = max(options.lengths, default=reach(source.config()))
         positions = _positions(source.config(), longest, options, console)
         if is_adapter(Path(source.location)):
-            model = load_adapter(Path(source.location), dtype=engine.dtype, attn_implementation="sdpa")
+            model = load_adapter(Path(source.location), dtype=engine.dtype)
             use_pattern(model.get_base_model(), AttentionPattern(name="full"))
             about["base"] = model.peft_config["default"].base_model_name_or_path
         else:
@@ -136,12 +136,7 @@ def load_subject(options: Options, console: Console) -> Subject:
             + ("" if is_extended(model.config) else "; --positions yarn or linear would stretch them")
         )
     tokenizer = source.tokenizer()
-    vocabulary, embeddings = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
-    if vocabulary > embeddings:
-        raise InputError(
-            f"model {options.model}: its tokenizer has {vocabulary:,} tokens, but the model has embeddings for "
-            f"{embeddings:,}; the tokenizer is another model's, or the model was not resized to it"
-        )
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, options.model)
     about |= {
         "identity": source.identity,
         "positions": positions,
