@@ -13,6 +13,10 @@ from workloads.positions import original_context_length, reach
 from workloads.trained import TrainedTrial
 from workloads.wording import METHODS, POSITIONS, settings
 
+_IN_4_BITS = (
+    "\nIn training the base was in 4 bits (NF4 with double quantisation). Loaded so (`quantization_config`) the model "
+    "is the one that was trained and compared; loaded as above it differs by what NF4 rounds."
+)
 HUB = "hub:"  # how the identity of what came from the Hugging Face hub begins
 
 
@@ -40,7 +44,7 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
             *_table(_facts(trial, base, config, step), "", ""),
             *_perplexities(trial, step),
             "\n## How to load it\n",
-            *_loading(base, what),
+            *_loading(base, what, trial.training.quantization),
             "\n## Exactness\n",
             f"{rounding[0].upper()}{rounding[1:]}.\n",
         ]
@@ -89,7 +93,7 @@ def _data(trial: TrainedTrial) -> str:
     return trial.data if trial.data.startswith("builtin:") or _hub_id(trial.data_identity) else Path(trial.data).name
 
 
-def _loading(base: ModelSource, what: str) -> list[str]:
+def _loading(base: ModelSource, what: str, quantization: str) -> list[str]:
     if what == "merged":
         return [
             "```python",
@@ -114,6 +118,7 @@ def _loading(base: ModelSource, what: str) -> list[str]:
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
+        *([_IN_4_BITS] if quantization == "nf4" else []),
     ]
 
 

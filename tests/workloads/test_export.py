@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
 from tests.workloads.models import small_llama
-from workloads import export
+from workloads import export, quantization
 from workloads.adaptation import adapt
 from workloads.ask import load_model
 from workloads.attention import AttentionPattern, full_attention, use_pattern
@@ -40,6 +40,7 @@ from workloads.trained import TrainedTrial
 from workloads.training import Trial, build_model
 
 TINY = ModelSource.parse("builtin:tiny")
+CPU = torch.device("cpu")
 ORIGINAL, CONTEXT = 32, 64
 # Longer than the original context, so that wrong positions show.
 TOKENS = torch.randint(0, 256, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
@@ -69,8 +70,9 @@ class Trained:
     base: ModelSource
 
     def logits(self):
+        device = self.model.get_input_embeddings().weight.device
         with torch.inference_mode(), full_attention(self.model):
-            return self.model.eval()(input_ids=TOKENS).logits
+            return self.model.eval()(input_ids=TOKENS.to(device)).logits.cpu()
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +81,12 @@ def train(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     done = {}
 
-    def train(method="lora+", tied=False, positions="linear", precision="float32"):
-        key = (method, tied, positions, precision)
+    def train(method="lora+", tied=False, positions="linear", precision="float32", bits="none"):
+        key = (method, tied, positions, precision, bits)
         if key not in done:
             base = root / "-".join(map(str, ("base", *key)))
-            llama(tie_word_embeddings=tied).save_pretrained(base)
+            wide = {"hidden_size": 64, "intermediate_size": 128} if bits == "nf4" else {}  # blocks of 64 numbers
+            llama(tie_word_embeddings=tied, **wide).save_pretrained(base)
             TINY.tokenizer().save_pretrained(base)
             source = ModelSource.parse(str(base))
             trains = {} if method == "untuned" else {"steps": 3, "batch": 2, "learning_rate": 3e-2, "warmup_steps": 0}
@@ -94,6 +97,7 @@ def train(corpus, tmp_path_factory):
                 group_size=None if method == "untuned" else 16,
                 positions=positions,
                 precision=precision,
+                quantization=bits,
                 eval_every=2,
                 eval_documents=2,
                 eval_span=CONTEXT,
@@ -108,7 +112,8 @@ def train(corpus, tmp_path_factory):
                 training=config,
             )
             folder = Storage(root).add_trial(spec, source.location)
-            engine, execution = Engine(torch.device("cpu"), precision), ExecutionConfig(checkpoint_every=2)
+            device = torch.device("cuda", 0) if bits == "nf4" and torch.cuda.is_available() else CPU
+            engine, execution = Engine(device, precision), ExecutionConfig(checkpoint_every=2)
             model = build_model(source, config, engine, execution)
             Trial(model, config, execution, corpus, folder.checkpoints, engine, folder.journal.append).run()
             done[key] = Trained(folder.path, model, source)
@@ -380,6 +385,31 @@ def test_a_trial_can_be_asked_as_it_is(train, trial):
     assert said == ["this trial is not finished: step 2 of 3"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["merged", "adapter"])
+def test_a_trial_over_a_base_in_4_bits_exports_what_it_trained(what, train, tmp_path):
+    """The adapter on a base in 4 bits; the merged model over what these stand for."""
+    pytest.importorskip("bitsandbytes")
+    trained = train("lora+", precision="bfloat16", bits="nf4")
+    report = export_trial(trained.folder, tmp_path / "out", what=what, dtype="float32")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert report.difference < 1e-5 and "is that base dequantised" in str(report) and str(report)[1:] in card
+    assert ("NF4" in card) == (what == "adapter")
+    stretched, device = AutoConfig.from_pretrained(tmp_path / "out"), trained.model.device
+    in_4_bits = quantization.nf4_loading(device, torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        trained.base.location, config=stretched, dtype=torch.bfloat16, **in_4_bits
+    )
+    if what == "merged":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(device)
+    else:
+        model = PeftModel.from_pretrained(base, tmp_path / "out")
+    with torch.autocast(device.type, torch.bfloat16):
+        expected, found = trained.logits().float(), model.eval()(input_ids=TOKENS.to(device)).logits.float().cpu()
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu  # wherever bitsandbytes is installed
 def test_a_quantised_base_is_dequantised_and_merged_without_being_quantised_again(tmp_path):
     """QLoRA: the oracle merges by hand what bitsandbytes says the codes stand for."""
     pytest.importorskip("bitsandbytes")
