@@ -2,21 +2,17 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import float8_products, loss_parity
 from benchmarks.loss_parity import Curve, Parity, table
+from tests.texts import write_texts
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(" ".join(str(w) for w in generator.integers(10_000, size=200)))
-    return folder
+    return write_texts(tmp_path_factory.mktemp("text"), documents=20, lines=50)
 
 
 def test_the_same_trial_is_trained_in_both_ways_and_drawn(texts, tmp_path, capsys):

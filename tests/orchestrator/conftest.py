@@ -10,24 +10,19 @@ import time
 import uuid
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from orchestrator.object_store import ObjectStore
 from tests.orchestrator.s3_server import BUCKET, S3Server
+from tests.texts import write_texts
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> Path:
-    """Documents of a few kilobytes that are the same under every Python version."""
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    for number in range(30):
-        words = generator.integers(10_000, size=300)
-        (folder / f"{number}.txt").write_text("\n".join(f"value_{w} = {w} + {number}" for w in words))
-    return folder
+    """Documents of a few kilobytes."""
+    return write_texts(tmp_path_factory.mktemp("text"), documents=30, lines=300)
 
 
 @pytest.fixture(scope="module")

@@ -396,6 +396,25 @@ def test_bfloat16_on_the_gpu_equals_the_definition_within_rounding(backend, name
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_the_gpu_no_output_depends_on_a_later_input(backend, name):
+    """Exactly: what is masked has the weight zero, not a small one."""
+    pattern, tokens = make_pattern(name, 64), 200
+    if reason := missing(backend, pattern, torch.device("cuda"), torch.bfloat16):
+        pytest.skip(f"needs {reason}")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, tokens, 64, generator=generator).cuda().bfloat16() for heads in (4, 2, 2)]
+    inputs = [x.requires_grad_() for x in inputs]
+    output = attention(*inputs, pattern, layer=1, backend=backend)
+    for position in (0, 1, 31, 32, 63, 64, 95, 96, 127, 128, 150, 198):
+        gradients = torch.autograd.grad(output[:, :, position].sum(), inputs, retain_graph=True)
+        assert gradients[2].abs().max() > 0
+        for gradient in gradients:
+            assert gradient[:, :, position + 1 :].abs().max() == 0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", "flash4", "sdpa"])
 def test_on_the_gpu_no_layout_in_memory_changes_a_result(backend):
     """cuDNN's plans are cached by the layouts of query, key and value alone."""

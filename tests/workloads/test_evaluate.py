@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from tests.texts import write_texts
 from workloads.ask import load_model
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
@@ -29,12 +30,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    generator = np.random.default_rng(0)
-    for number in range(30):
-        words = generator.integers(10_000, size=200)
-        (folder / f"{number}.txt").write_text("\n".join(f"value_{w} = {w} + {number}" for w in words))
-    return folder
+    return write_texts(tmp_path_factory.mktemp("texts"), documents=30, lines=200)
 
 
 def evaluated(output, *arguments):

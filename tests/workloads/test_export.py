@@ -10,7 +10,6 @@ import warnings
 from dataclasses import dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from tests.texts import prepare_texts
 from tests.workloads.models import small_llama
 from workloads import export, quantization
 from workloads.adaptation import adapt
@@ -29,7 +29,6 @@ from workloads.attention import AttentionPattern, full_attention, use_pattern
 from workloads.checkpoint import load_newest, save_checkpoint
 from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.export import ExportMismatch, export_trial, make_stock, merge, save_merged
@@ -54,11 +53,7 @@ def llama(**overrides):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(" ".join(str(w) for w in generator.integers(10_000, size=100)))
-    return prepare(Corpus.parse(str(folder)), TINY.tokenizer, TINY.tokenizer_identity, tmp_path_factory.mktemp("data"))
+    return prepare_texts(tmp_path_factory.mktemp, documents=20, lines=25)
 
 
 @dataclass
@@ -142,6 +137,9 @@ CASES = [
     ("lora", True, "yarn"),
     ("lora+", False, "yarn"),
     ("lora+", True, "linear"),
+    ("lora", False, "ntk"),
+    ("lora+", True, "dynamic"),
+    ("lora+", False, "llama3"),
     ("full", False, "linear"),
     ("full", True, "yarn"),
 ]

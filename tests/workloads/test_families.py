@@ -2,7 +2,6 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -10,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from tests.texts import prepare_texts
 from tests.workloads.test_attention_models import small_model
 from workloads.attention import full_attention
 from workloads.attention.families import SUPPORTED
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.export import export_trial
@@ -35,11 +34,7 @@ REFUSED = "gemma3_text"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(" ".join(str(w) for w in generator.integers(10_000, size=100)))
-    return prepare(Corpus.parse(str(folder)), TINY.tokenizer, TINY.tokenizer_identity, tmp_path_factory.mktemp("data"))
+    return prepare_texts(tmp_path_factory.mktemp, documents=20, lines=25)
 
 
 def save_base(family, folder):

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.spec import Identities, TrialSpec
 from orchestrator.storage import Storage
+from tests.texts import prepare_texts
 from tests.workloads.models import small_llama
 from tests.workloads.test_budget import moved_in_a_pass
 from tests.workloads.workers import run_workers, this_device
@@ -24,7 +24,6 @@ from workloads.budget.speed import device_seconds, forward_seconds
 from workloads.budget.traffic import traffic
 from workloads.checkpoint import load_newest
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import Corpus, prepare
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.export import export_trial
@@ -271,12 +270,7 @@ def test_the_kernels_of_the_compiler_find_the_gradients_of_bfloat16():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    for number in range(20):
-        words = generator.integers(10_000, size=200)
-        (folder / f"{number}.txt").write_text("\n".join(f"value_{w} = {w} + {number}" for w in words))
-    return prepare(Corpus.parse(str(folder)), TINY.tokenizer, TINY.tokenizer_identity, tmp_path_factory.mktemp("data"))
+    return prepare_texts(tmp_path_factory.mktemp, documents=20, lines=200)
 
 
 def trial(training, corpus, storage, **asking):

@@ -7,16 +7,16 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.texts import prepare_texts
 from tests.workloads.models import plain_losses
 from workloads.attention import AttentionPattern, dense_mask, document_ids
 from workloads.checkpoint import load_newest, whole_steps
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.data import Corpus, PackedCorpus, prepare
+from workloads.data import PackedCorpus
 from workloads.engine import Engine
 from workloads.errors import InputError
 from workloads.models import ModelSource
@@ -27,14 +27,7 @@ SOURCE = ModelSource.parse("builtin:tiny")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Text that is the same under every Python version."""
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    for number in range(30):
-        words = generator.integers(10_000, size=1500)
-        (folder / f"{number}.txt").write_text("\n".join(f"value_{w} = {w} + {number}" for w in words))
-    root = tmp_path_factory.mktemp("data")
-    return prepare(Corpus.parse(str(folder)), SOURCE.tokenizer, SOURCE.tokenizer_identity, root)
+    return prepare_texts(tmp_path_factory.mktemp, documents=30, lines=1500)
 
 
 def config(method="lora+", **overrides):
