@@ -65,8 +65,8 @@ class SweepSpec:
     """Layers that train: all, 'last 4', 'every 2', or a list such as 0,5,11; full then trains nothing outside them."""
     quantization: Quantization = "none"
     """Of the frozen weights of the LoRA methods; references stay as they are. nf4: in 4 bits (QLoRA; needs a GPU). fp8:
-    multiplied in FP8, all layers but the last; faster where layers are compiled (GPUs from compute capability 8.9 on;
-    slow on CPUs)."""
+    multiplied in FP8, all layers but the last, attention's in the backward pass alone; faster where layers are compiled
+    (GPUs from compute capability 8.9 on; slow on CPUs)."""
     references: tuple[Positions, ...] = ("none", "yarn")
     """Untuned models to compare with, by their positions; none: no change. What tuning starts from joins by itself."""
     attention: Attention = "s2"

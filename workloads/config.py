@@ -57,8 +57,8 @@ class TrainingConfig:
             layers and ``full``; embeddings and the final norm of the LoRA methods follow the method alone, and
             ``full`` with a choice other than ``all`` trains nothing outside the chosen layers.
         quantization: of the frozen linear weights of a LoRA method. ``nf4`` keeps them in 4 bits (QLoRA): needs a GPU.
-            ``fp8`` multiplies with those of all layers but the last in FP8 (workloads/float8.py): faster on a GPU that
-            has it, slow on a CPU.
+            ``fp8`` multiplies with those of all layers but the last in FP8, with attention's in the backward pass alone
+            (workloads/float8.py): faster on a GPU that has it, slow on a CPU.
         steps: optimiser steps.
         batch: sequences in an optimiser step, over all workers.
         learning_rate: peak, reached after ``warmup_steps`` of linear warm-up.

@@ -163,7 +163,7 @@ def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | Non
     return Flops(
         forward_linear=2.0 * tokens * weights,
         forward_attention=4.0 * shape.head_dim * pairs,
-        float8=2.0 * tokens * float8 * sum(map(_float8_weights, shape.linears)),
+        float8=2.0 * tokens * float8 * sum(linear.weights * linear.float8_forwards for linear in shape.linears),
     )
 
 
@@ -192,9 +192,9 @@ def training_flops(
             linear.backward += count * _backward_weights(trains, layer, each)
             linear.recomputed += count * again * _forward_weights(trains, layer, each)
             if trains.in_float8(layer):
-                weights = count * _float8_weights(each)
-                float8.forward += weights * (1 + again)
-                float8.backward += weights * trains.needs_gradient(layer, each.reads)
+                weights = count * each.weights
+                float8.forward += weights * each.float8_forwards * (1 + again)
+                float8.backward += weights * each.float8 * trains.needs_gradient(layer, each.reads)
         linear.recomputed -= count * again * _not_recomputed(trains, layer)
     head = shape.embedding_parameters
     linear.forward += head
@@ -209,10 +209,6 @@ def training_flops(
         recomputed_attention=a_pair * attention.recomputed,
         float8=a_weight * (float8.forward + float8.backward),
     )
-
-
-def _float8_weights(linear: Linear) -> int:
-    return linear.weights * linear.float8
 
 
 @dataclass

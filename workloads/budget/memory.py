@@ -200,10 +200,16 @@ class _Moments:
 
     def frozen_bytes(self) -> int:
         frozen, shape = self.trains.frozen, self.shape
-        if self.training.quantization != "nf4":  # in FP8 a weight has two copies of a byte each
-            return frozen * self.widths.frozen
+        if self.training.quantization != "nf4":
+            return frozen * self.widths.frozen + self._float8_copies()
         quantized = shape.num_layers * shape.layer_weights
         return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
+
+    def _float8_copies(self) -> int:
+        """Beyond a weight's two bytes in bfloat16, of which FP8 makes two copies of a byte each: one for the backward
+        pass where the forward pass is in bfloat16."""
+        once = sum(linear.weights for linear in self.shape.linears if linear.float8 and not linear.float8_forwards)
+        return once * sum(map(self.trains.in_float8, range(self.shape.num_layers)))
 
     def gradients(self) -> int:
         """Of the weights themselves. ZeRO takes each away as it comes, and keeps its own: see :meth:`fixed`."""

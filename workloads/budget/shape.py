@@ -49,6 +49,11 @@ class Linear:
         """Whether products in FP8 can take it."""
         return self.inputs % FLOAT8_SIDES == 0 and self.outputs % FLOAT8_SIDES == 0
 
+    @property
+    def float8_forwards(self) -> bool:
+        """Whether it is in FP8 in the forward pass too: not attention's (workloads/float8.py)."""
+        return self.float8 and self.reads not in ATTENTION
+
     def lora_parameters(self, rank: int) -> int:
         return rank * (self.inputs + self.outputs)
 
@@ -262,7 +267,7 @@ class Training:
         return layer in self.layers and self.config.method == "full"
 
     def in_float8(self, layer: int) -> bool:
-        """Whether the frozen linear modules of a layer multiply in FP8."""
+        """Whether the frozen linear modules of a layer multiply in FP8, in the backward pass at least."""
         return self.config.quantization == "fp8" and layer < self.shape.num_layers - NOT_FLOAT8
 
     def adapted(self, layer: int) -> frozenset[str]:

@@ -119,13 +119,14 @@ class Traffic:
     def _float8(self, layer: int) -> float:
         if not self.trains.in_float8(layer):
             return 0.0
-        linears = [linear for linear in self.shape.linears if linear.float8]
-        backward = [linear for linear in linears if self.trains.needs_gradient(layer, linear.reads)]
+        able = [linear for linear in self.shape.linears if linear.float8]
+        forward = [linear for linear in able if linear.float8_forwards]
+        backward = [linear for linear in able if self.trains.needs_gradient(layer, linear.reads)]
         if self.loop.compiled:
-            read = {linear.reads: linear.inputs for linear in linears}
+            read = {linear.reads: linear.inputs for linear in forward}
             return FLOAT8_COMPILED * (sum(read.values()) + sum(linear.outputs for linear in backward))
-        forward = sum(FLOAT8_OPERAND * linear.inputs + FLOAT8_RESULT * linear.outputs for linear in linears)
-        return forward + sum(FLOAT8_OPERAND * linear.outputs + FLOAT8_RESULT * linear.inputs for linear in backward)
+        moved = sum(FLOAT8_OPERAND * linear.inputs + FLOAT8_RESULT * linear.outputs for linear in forward)
+        return moved + sum(FLOAT8_OPERAND * linear.outputs + FLOAT8_RESULT * linear.inputs for linear in backward)
 
     def _norm(self, width: int, given: int, trained: bool) -> float:
         if self.shape.norm_biases:
