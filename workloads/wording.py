@@ -32,8 +32,8 @@ ATTENTION = {
 }
 QUANTIZATION = {
     "nf4": "quantised to 4 bits (nf4)",
-    "fp8": "in FP8 (e4m3, a scale for each row), but for the last layer's, as was what they multiplied; not in what is "
-    "exported",
+    "fp8": "in FP8 (e4m3, a scale for each row), as was what they multiplied, but for the last layer's, and for "
+    "attention's in the forward pass; not in what is exported",
 }
 SCHEDULES = {
     "constant": "then constant",
