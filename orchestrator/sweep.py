@@ -7,18 +7,14 @@ from their last checkpoint.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.util
 import itertools
 import logging
-import math
-import shutil
 import signal
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +22,8 @@ from rich.console import Console
 
 from orchestrator import cancel
 from orchestrator.cli import parse
-from orchestrator.cluster import DRIVER_RESOURCES, Cluster, join_or_start
+from orchestrator.cluster import Cluster, join_or_start
 from orchestrator.conclusion import Conclusion, shown
-from orchestrator.credentials import share_token
 from orchestrator.early_stopping import EarlyStopping, Rungs
 from orchestrator.estimate import Estimate, Estimator
 from orchestrator.journal import TrialRecord
@@ -47,16 +42,14 @@ from orchestrator.plan import (
     totals_line,
 )
 from orchestrator.presence import Presence
-from orchestrator.progress import Row
 from orchestrator.provenance import Provenance, own_prices
-from orchestrator.scheduling import Drive, DriveQueue
+from orchestrator.running import Running
 from orchestrator.search import Search, Space
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
 from orchestrator.spending import Spending
 from orchestrator.storage import Storage, write_json
-from orchestrator.tracking import Tracker, TrackingThread, tracking_uri
-from orchestrator.trial import drive_trial
-from orchestrator.view import LiveView, make_console
+from orchestrator.tracking import Tracker, tracking_uri
+from orchestrator.view import make_console
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -177,7 +170,8 @@ class Sweep:
         self.refuse()
         self.put_aside()
         if any(p.trains for p in self.planned) or (self.search and self.search.to_come):
-            self.train()
+            self.said = self.totals()
+            Running(self).train()
         else:
             stopped = any(p.action == "stopped" for p in self.planned)
             ended = "finished, or was stopped early" if stopped else "finished"
@@ -429,146 +423,11 @@ class Sweep:
                 soft_wrap=True,
             )
 
-    def train(self) -> None:
-        """Runs every trial that is not finished, with Tune over Train."""
-        to_train = [p.trial for p in self.planned if p.trains]
-        self.said = self.totals()
-        # The largest first, so that none is left to run alone at the end.
-        to_train.sort(key=lambda trial: (self.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
-        tracking = TrackingThread(self.tracker, self.trials, self.name, self.provenance)
-        rows = [Row(p.trial, p.record, known=p.action == "known") for p in self.planned]
-        view = LiveView(self.name, rows, self.concurrency, self.console)
-        view.note = lambda: tracking.trouble or (self.storage.store and self.storage.store.trouble)
-        view.tokens_to_come = lambda: self.search.tokens_to_come if self.search else 0
-        tracking.start()
-        try:
-            with view, self.spending:
-                self.tune(self.drives(to_train, view))
-        except KeyboardInterrupt:
-            self.end_ray()
-            tracking.stop()
-            self.tracker.interrupted()
-            raise
-        tracking.stop()
-        if tracking.trouble:
-            self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
-        if self.spending.exhausted:
-            self.console.print(f"stopped: {self.spending.exhausted}; with a larger one the same command goes on")
-
     def stop(self, reason: str) -> None:
         """Ends all that runs, each trial with a checkpoint, and begins nothing more."""
         cancel.request(self.storage, f"sweeps/{self.name}", reason)
         for trial in list(self.trials):
             cancel.request(self.storage, self.storage.trial(trial.fingerprint).name, reason)
-
-    def work(self, trial: TrialSpec) -> float:
-        """How much of it there is, in whatever is known of all trials."""
-        estimates = self.estimates
-        if all(estimate.seconds is not None for estimate in estimates.values()):
-            return estimates[trial.fingerprint].hours
-        return trial.training.steps * trial.training.batch * trial.training.context_length
-
-    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[Drive]:
-        """What one drive after the other trains: first what there is, then what a search suggests while it goes on."""
-        for planned in self.planned:
-            self.enter_at_rungs(planned)
-        for trial in trials:
-            self.add_trial(trial)
-        # The untuned first: what they score is step 0 of the trials that start from them.
-        untuned = [trial for trial in trials if trial.training.method == "untuned"]
-        if untuned:
-            yield self.drive(untuned)
-        for trial in trials:
-            if trial not in untuned:
-                yield self.drive([trial])
-        while not self.is_cancelled() and (planned := self.next_of_search()):
-            self.enter_at_rungs(planned)
-            view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
-            if planned.trains:
-                self.add_trial(planned.trial)
-                yield self.drive([planned.trial], suggested=True)
-
-    def add_trial(self, trial: TrialSpec) -> None:
-        folder = self.storage.add_trial(trial, self.source.location)
-        cancel.withdraw(self.storage, folder.name)
-        if diff := self.provenance.keep_diff(folder.path):
-            self.storage.push(diff)
-
-    def is_cancelled(self) -> bool:
-        """Whether a person has asked for the end of the whole sweep."""
-        return cancel.requested(self.storage, f"sweeps/{self.name}") is not None
-
-    def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
-        each = [self.estimates[trial.fingerprint] for trial in trials]
-        seconds = sum(math.inf if estimate.seconds is None else estimate.seconds for estimate in each)
-        return Drive(self.run_config(trials), max(estimate.workers for estimate in each), seconds, suggested)
-
-    def enter_at_rungs(self, planned: Planned) -> None:
-        """Those that have finished before count at the rungs of early stopping too."""
-        if self.rungs and planned.action == "known":
-            self.rungs.enter(planned.trial, planned.record)
-
-    def tune(self, drives: Iterator[Drive]) -> None:
-        """Runs drives with Tune, as many at a time as there is room for."""
-        from ray import tune
-        from ray.tune.progress_reporter import TrialProgressCallback
-
-        from orchestrator.queue import TuneQueue
-
-        class Silent(TrialProgressCallback):
-            """Tune's own prints a line of a trial without any result, whatever its verbosity."""
-
-            def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-                pass
-
-        name = f"{self.name}-{uuid.uuid4().hex[:8]}"
-        tuner = tune.Tuner(
-            tune.with_resources(drive_trial, tune.PlacementGroupFactory([DRIVER_RESOURCES])),
-            tune_config=tune.TuneConfig(
-                search_alg=TuneQueue(DriveQueue(drives, self.cluster.slots_by_node(self.options))),
-                num_samples=-1,  # until the drives end
-                max_concurrent_trials=self.options.max_concurrent or self.cluster.slots(self.options),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=str(self.storage.ray_train),
-                # A driver raises nothing of its own; what Tune tries again is one whose process was lost.
-                failure_config=tune.FailureConfig(max_failures=self.options.max_failures),
-                callbacks=[Silent()],
-                verbose=0,
-            ),
-        )
-        keeper = None if self.cluster.own else share_token()
-        try:
-            tuner.fit()
-        finally:
-            del keeper
-            shutil.rmtree(self.storage.ray_train / name, ignore_errors=True)
-
-    def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
-        """What :func:`drive_trial` and its workers need to know to train these trials, one after the other."""
-        options = self.options
-        estimate = self.estimates[trials[0].fingerprint]
-        return {
-            "trials": [trial.to_dict() for trial in trials],
-            "sweep": self.name,
-            "storage": self.storage.location,
-            "model_location": self.source.location,
-            "model_revision": self.source.revision,
-            "drive": uuid.uuid4().hex,  # who trains them, whatever becomes of its processes
-            "corpus": self.packed.folder.name,
-            "execution": dataclasses.asdict(estimate.execution),
-            "layers": estimate.layers,
-            "resources": {"workers": estimate.workers, **self.cluster.worker_resources(options)},
-            "threads": options.cpus_per_worker,
-            "provenance": self.provenance.of_attempt(),
-            "prices": self.prices,
-            "max_failures": options.max_failures,
-            "max_preemptions": options.max_preemptions,
-            "hang_timeout": options.hang_timeout,
-            "early_stopping": dataclasses.asdict(self.rungs.settings) if self.rungs else None,
-        }
 
     def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
         """What every trial of the sweep is scored on, as at the shortest context."""
@@ -578,11 +437,6 @@ class Sweep:
         if training.task == "sft":
             return self.packed.validation_examples(training.context_length, training.eval_documents)
         return self.packed.validation_windows(training.context_length, training.eval_span, training.eval_documents)
-
-    def end_ray(self) -> None:
-        import ray
-
-        ray.shutdown()
 
     def explain_interruption(self) -> None:
         """What is kept of each trial, and how to go on."""

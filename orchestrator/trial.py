@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def drive_trial(config: dict[str, Any]) -> None:
-    """Tune's function: trains the trials of ``config`` (see :meth:`orchestrator.sweep.Sweep.run_config`) to their end.
+    """Tune's function: trains the trials of ``config`` (:meth:`orchestrator.running.Running.run_config`) to their end.
 
     A fault with a remedy (:mod:`orchestrator.faults`) is followed by another attempt. A trial that fails for good ends
     this function normally, with the reason in its journal: the other trials go on, and the sweep tells of it at its

@@ -42,7 +42,7 @@ from workloads.training import Asked, run
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Trains the trials of ``config``, one after the other: see :meth:`orchestrator.sweep.Sweep.run_config`."""
+    """Trains the trials of ``config``, one after the other: see :meth:`orchestrator.running.Running.run_config`."""
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))

@@ -42,7 +42,7 @@ COMPILED = 0.36
 
 # Of products in FP8, beside what those in bfloat16 read and write. Compiled, what is quantised is written once more, a
 # byte, by the kernel that makes it, once for all that read it, and results are scaled where they are read: 27,796
-# tokens/s at 8,192 tokens with S² on an H200, all layers in FP8, predicted 2% too slow. Else, by operation: absolute
+# tokens/s at 8,192 tokens with S² on an H200, all products in FP8, predicted 2% too slow. Else, by operation: absolute
 # values, the largest, what they scale, and the cast; two scales and a cast.
 FLOAT8_COMPILED = 1
 FLOAT8_OPERAND, FLOAT8_RESULT = (2 + 2) + 2 + (2 + 4) + (4 + 1), (2 + 4) + (4 + 4) + (4 + 2)
