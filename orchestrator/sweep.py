@@ -561,6 +561,7 @@ class Sweep:
             "execution": dataclasses.asdict(estimate.execution),
             "layers": estimate.layers,
             "resources": {"workers": estimate.workers, **self.cluster.worker_resources(options)},
+            "own_cluster": self.cluster.own,
             "threads": options.cpus_per_worker,
             "provenance": self.provenance.of_attempt(),
             "prices": self.prices,

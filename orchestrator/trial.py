@@ -112,13 +112,24 @@ def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrain
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    # An actor each, which takes 2 to 3 s of a core to start: the first hands out Ray's data sets, of which there are
+    # none; the second, which `_release_what_an_earlier_process_held` tells of, asks the dashboard, and our own cluster
+    # runs none.
+    useless = (DatasetsCallback, PlacementGroupCleanerCallback) if config["own_cluster"] else (DatasetsCallback,)
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list:
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, useless)]
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
     shutil.rmtree(ray_storage / name, ignore_errors=True)
     resources = config["resources"]
     alone = resources["workers"] == 1
-    return TorchTrainer(
+    return Trainer(
         _work,
         train_loop_config=config,
         torch_config=_no_process_group() if alone else TorchConfig(timeout_s=config["hang_timeout"]),
