@@ -76,7 +76,7 @@ class Running:
         for trial in trials:
             if trial not in untuned:
                 yield self.drive([trial])
-        while not self.is_cancelled() and (planned := self.sweep.next_of_search()):
+        while not self.sweep.is_cancelled() and (planned := self.sweep.next_of_search()):
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
@@ -89,10 +89,6 @@ class Running:
         cancel.withdraw(storage, folder.name)
         if diff := self.sweep.provenance.keep_diff(folder.path):
             storage.push(diff)
-
-    def is_cancelled(self) -> bool:
-        """Whether a person has asked for the end of the whole sweep."""
-        return cancel.requested(self.sweep.storage, f"sweeps/{self.sweep.name}") is not None
 
     def enter_at_rungs(self, planned: Planned) -> None:
         """Those that have finished before count at the rungs of early stopping too."""
@@ -119,6 +115,7 @@ class Running:
             "execution": dataclasses.asdict(estimate.execution),
             "layers": estimate.layers,
             "resources": {"workers": estimate.workers, **sweep.cluster.worker_resources(options)},
+            "own_cluster": sweep.cluster.own,
             "threads": options.cpus_per_worker,
             "provenance": sweep.provenance.of_attempt(),
             "prices": sweep.prices,

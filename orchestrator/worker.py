@@ -31,6 +31,7 @@ from orchestrator.object_store import StoreAway
 from orchestrator.provenance import describe_machine
 from orchestrator.spec import TrialSpec
 from orchestrator.storage import Storage, TrialFolder
+from workloads.allocator import keep_freed_memory
 from workloads.compile_cache import keep_compiled
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
@@ -46,6 +47,7 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
+        keep_freed_memory()
     receive_token()
     storage, ending = Storage.at(config["storage"]), notice_the_end()
     for trial in map(TrialSpec.from_dict, config["trials"]):

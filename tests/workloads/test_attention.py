@@ -380,6 +380,25 @@ def test_a_query_whose_keys_are_all_masked_attends_to_itself():
     torch.testing.assert_close(output[:, :, :5], inputs[2][:, :, :5])
 
 
+@pytest.mark.parametrize("at_once", [1, 2**21])
+@pytest.mark.parametrize(("heads", "key_value_heads", "tokens"), [(4, 2, 256), (9, 3, 300), (4, 4, 100), (8, 1, 40)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_bfloat16_on_a_cpu_equals_the_definition_within_rounding(
+    name, heads, key_value_heads, tokens, at_once, monkeypatch
+):
+    """Small groups have a backward pass of their own there."""
+    monkeypatch.setattr(grouped, "SCORES_AT_ONCE", at_once)
+    pattern = make_pattern(name, 64)
+    exact = random_inputs(2, heads, key_value_heads, tokens, transformers_layout=True, head_dim=32)
+    inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weights = random_inputs(2, heads, heads, tokens, seed=1, head_dim=32)[0].detach().bfloat16()
+    output, expected = attention(*inputs, pattern, layer=1), by_definition(*exact, pattern, layer=1)
+    found = [output.detach(), *torch.autograd.grad(output, inputs, weights)]
+    for a, b in zip(found, [expected.detach(), *torch.autograd.grad(expected, exact, weights.double())], strict=True):
+        assert (a.double() - b).norm() < 0.008 * b.norm()
+
+
 # ---- on a GPU
 
 

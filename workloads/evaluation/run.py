@@ -22,6 +22,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from workloads.adapters import is_adapter, load_adapter
+from workloads.allocator import keep_freed_memory
 from workloads.attention import AttentionPattern, use_pattern
 from workloads.config import Positions
 from workloads.data import Corpus
@@ -95,6 +96,8 @@ def load_subject(options: Options, console: Console) -> Subject:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; leave the flag out to compute on the CPU")
     gpu = torch.cuda.is_available() and options.device != "cpu"
+    if not gpu:
+        keep_freed_memory()
     precision = ("bfloat16" if gpu else "float32") if options.precision == "auto" else options.precision
     engine = Engine(torch.device("cuda" if gpu else "cpu"), precision)
     transformers_logging.disable_progress_bar()
