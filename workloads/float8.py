@@ -11,9 +11,9 @@ rounding (DeepSeek-V3, arXiv 2412.19437, section 3.3.2, does the same).
 It is faster only where layers are compiled: the scales and casts are then parts of the kernels beside the products.
 
 In the forward pass it is the MLP's products alone, two thirds of Llama-2-7B's. Those of attention's projections stay
-in bfloat16 there: what they get wrong changes what is attended to. 300 steps of SmolLM2-135M (docs/performance.md) have
-losses that are 0.54% and 0.69% above bfloat16's with all products in FP8 (two seeds), and 0.05% below with these left
-out; Llama-2-7B does 28,001 and 26,362 tokens/s.
+in bfloat16 there: what they get wrong changes what is attended to. With all products in FP8 300 steps of SmolLM2-135M
+have losses that are 0.5% above bfloat16's in the mean of five runs, with these left out 0.2% of three
+(docs/performance.md); Llama-2-7B does 28,001 and 26,362 tokens/s on an H200.
 
 Three bits are few, so that it counts where a row's numbers fall between the powers of two: of 16 scales within a factor
 of two each row of a weight gets the one that errs least. Over four texts (SmolLM2-135M, all layers but the last, 2,048
