@@ -6,6 +6,7 @@ trial that trains has a drive of its own.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -115,15 +116,23 @@ def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrain
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.controller import TrainController
 
-    # An actor each, which takes 2 to 3 s of a core to start: the first hands out Ray's data sets, of which there are
-    # none; the second, which `_release_what_an_earlier_process_held` tells of, asks the dashboard, and our own cluster
+    # An actor each, which takes 2 to 3 s of a core to start. The first hands out Ray's data sets, of which there are
+    # none. The second, which `_release_what_an_earlier_process_held` tells of, asks the dashboard, and our own cluster
     # runs none.
     useless = (DatasetsCallback, PlacementGroupCleanerCallback) if config["own_cluster"] else (DatasetsCallback,)
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list:
             return [each for each in super()._create_default_callbacks() if not isinstance(each, useless)]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+            """The controller, which starts and watches the workers, runs in this process, the driver's, which waits for
+            it anyway: as an actor of its own it took 3 s of a core for each trial."""
+            controller = TrainController(**arguments)
+            asyncio.run(controller.run())
+            return controller.get_result()
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
@@ -156,8 +165,7 @@ def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrain
 
 
 def _no_process_group() -> BackendConfig:
-    """For a worker that is alone. Unlike TorchConfig it does not make Train's controller import torch, which takes 2 to
-    3 s of a trial's start where both cores are busy."""
+    """For a worker that is alone, which TorchConfig would have join a group of its own."""
     from ray.train.backend import BackendConfig
 
     alone = BackendConfig()
@@ -166,7 +174,7 @@ def _no_process_group() -> BackendConfig:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What each worker runs. Train's controller unpickles it too, so that what needs torch is imported inside."""
+    """What each worker runs. The driver unpickles it too, so that what a worker alone needs is imported inside."""
     # 800,000 objects come with these imports, and stay: looking through them for garbage, again and again while they
     # come and once more when the process ends, took 2 of 6 s.
     gc.disable()

@@ -28,6 +28,8 @@ MALLOPT = {
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the free end of a heap stays
     -2: 64 * 2**20,  # M_TOP_PAD
 }
+# Where a user sets the same.
+MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def allocator_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -55,8 +57,11 @@ def keep_freed_memory() -> None:
     glibc hands large blocks back to the system when they are freed, and the system clears each page of the next ones
     anew: 7,000 to 10,000 pages a step of builtin:tiny at 1,024 tokens (LoRA+, bfloat16, one thread of an AMD EPYC),
     which takes 0.350 s with them and 0.332 without. Not for a process with a GPU, whose copies of a model in the host's
-    memory are to go once they are of no use. Where there is no glibc it does nothing.
+    memory are to go once they are of no use. Where there is no glibc it does nothing, nor where the user has set one of
+    its variables himself.
     """
+    if any(name in os.environ for name in MALLOC_VARIABLES):
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS has none, nor has musl; Windows cannot ask

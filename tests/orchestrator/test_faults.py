@@ -193,8 +193,10 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
 
 
 def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):
-    """The worker may not take more memory than it has: its allocator really fails."""
-    command = SweepCommand(tmp_path / "runs", *ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
+    """The worker may not take more memory than it has: its allocator, which hands back what is freed, really fails."""
+    small_blocks = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    flags = (*ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
+    command = SweepCommand(tmp_path / "runs", *flags, environment=small_blocks)
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 2), process, "step 2")
     pid = record.started["pid"]
