@@ -268,7 +268,7 @@ def test_the_sweep_that_stopped_a_trial_leaves_it_and_any_other_goes_on_with_it(
 
 FLAGS = (
     "--context-lengths", "512", "--methods", "lora", "full", "--references", "--steps", "8", "--batch", "2",
-    "--eval-every", "2", "--eval-documents", "2", "--warmup-steps", "1", "--learning-rate-lora", "3",
+    "--eval-every", "2", "--eval-documents", "2", "--warmup-steps", "1", "--learning-rate-lora", "0.3",
     "--max-concurrent", "1", "--name", "stops",
 )  # fmt: skip
 STOPPING = ("--early-stopping", "asha", "--reduction-factor", "2", "--min-trials", "2")
