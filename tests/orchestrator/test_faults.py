@@ -169,8 +169,8 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
     """Ctrl-C, and Ray ends a worker in the middle of a step: torch takes its operators away before the step is over.
     What ends last, and leaves the step its time, is registered first."""
     code = """
-    import atexit, threading, time
-    atexit.register(time.sleep, 2)
+    import atexit, threading
+    atexit.register(lambda: worker.join(60))
     import torch
     from orchestrator.faults import notice_the_end
     from workloads.attention.grouped import grouped_attention
@@ -185,7 +185,8 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
             print("error", ending.is_set(), flush=True)
 
     ending, begun = notice_the_end(), threading.Event()
-    threading.Thread(target=train, daemon=True).start()
+    worker = threading.Thread(target=train, daemon=True)
+    worker.start()
     begun.wait()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
