@@ -9,7 +9,7 @@ projections before nor the one after it copies. ``torch.compile`` takes the oper
 ``cudnn``   cuDNN's, on a Hopper GPU about twice as fast as FlashAttention-2
 ``flash4``  FlashAttention-4, the package flash-attn-4, whose kernels write into the views themselves
 ``flash``   torch's own FlashAttention-2
-``cpu``     torch's on a CPU, float64 included
+``cpu``     torch's on a CPU, float64 included; in bfloat16 small groups' backward pass is products of whole matrices
 
 All take fewer key/value heads than query heads as they are. None has masks or dropout: that is what
 :mod:`workloads.attention.shifted` has scaled dot-product attention for.
