@@ -419,7 +419,7 @@ def test_flops_and_bytes_are_what_a_pass_takes(method):
     assert training_flops(shape, training).float8 == counted.get_flop_counts()["Global"][torch.ops.aten._scaled_mm]
 
 
-def test_a_7b_has_the_memory_of_bfloat16_and_products_at_twice_its_rate():
+def test_a_7b_has_another_byte_for_attentions_weights_and_products_at_twice_bfloat16s_rate():
     """Without what quantising reads and writes: 20.9 of 26.5 GFLOP a token; the rest are attention's products of the
     forward pass, the last layer, LoRA and the output layer."""
     shape, h200 = ModelShape.of(LlamaConfig(intermediate_size=11008)), Device.named("NVIDIA H200")
