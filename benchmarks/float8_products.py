@@ -2,7 +2,7 @@
 
 Shapes of Llama-2-7B at 8,192 tokens, forward (x Wᵀ) and backward (dy W), random numbers that lean to one sign by a
 tenth of their size. For each way its time, and its error against the exact product of the same FP8 numbers (of 64
-tokens, in float64): what ``FAST_FORWARD`` and ``FAST_BACKWARD`` of workloads/float8.py choose between. Half a minute.
+tokens, in float64): what ``FAST_FORWARD`` and ``FAST_BACKWARD`` of workloads/adaptation/float8.py choose between. Half a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from benchmarks.timing import in_words, machine, seconds_of, write_json
-from workloads.float8 import FLOAT8, quantise_rows
+from workloads.adaptation.float8 import FLOAT8, quantise_rows
 
 TOKENS, CHECKED = 8_192, 64
 # (what, K, N)
@@ -31,7 +31,7 @@ LEAN = 0.1
 def products(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Each way as a function that gives x Wᵀ in bfloat16, of x (tokens, K) and W (N, K); without quantising x.
 
-    ``no scales`` is what workloads/float8.py takes; its result still lacks the scales.
+    ``no scales`` is what workloads/adaptation/float8.py takes; its result still lacks the scales.
     """
     (rows, row_scale), (columns, column_scale) = quantise_rows(x), quantise_rows(weight)
     one = torch.ones((), device=x.device)

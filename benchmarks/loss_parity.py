@@ -4,7 +4,7 @@
     python -m benchmarks.loss_parity --model ... --data ... --ways not-compiled bfloat16   # what compiling changes
     python -m benchmarks.loss_parity --model ... --data ... --seeds 0 1                    # and what another seed does
 
-Same seed, same data in the same order, through the product's own loop (``workloads.training.run``). How far two ways of
+Same seed, same data in the same order, through the product's own loop (``workloads.training.loop.run``). How far two ways of
 computing in bfloat16 are apart (the second line), and two seeds (the third), is what the distance of FP8 is to be held
 against. On a GPU the layers are compiled, but for ``not-compiled``; on a CPU nothing is.
 """
@@ -27,14 +27,14 @@ import tyro
 
 from benchmarks.timing import in_words, machine, write_json
 from dashboards.drawing import INK, MUTED, new_figure, style
-from workloads.adaptation import trainable_parameters
-from workloads.checkpoint import load_newest
+from workloads.adaptation.methods import trainable_parameters
 from workloads.command import quiet_transformers, run_command
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
-from workloads.engine import make_engine
-from workloads.models import ModelSource
-from workloads.training import Trial, build_model, run
+from workloads.engines.engine import make_engine
+from workloads.models.source import ModelSource
+from workloads.training.checkpoint import load_newest
+from workloads.training.loop import Trial, build_model, run
 
 Way = Literal["bfloat16", "fp8", "not-compiled"]
 EVERY = 50  # steps of which the mean loss is printed

@@ -22,12 +22,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from benchmarks.live import LiveTensors
-from workloads.adaptation import trainable_parameters
+from workloads.adaptation.methods import trainable_parameters
 from workloads.budget import Device, Loop, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
-from workloads.engine import make_engine
-from workloads.optimization import build_optimizer
-from workloads.training import Emit, Trial, set_up
+from workloads.engines.engine import make_engine
+from workloads.training.loop import Emit, Trial, set_up
+from workloads.training.optimization import build_optimizer
 
 GIB = 2**30
 # Llama-2-7B and Llama-3.2-1B, as their configurations tell.

@@ -30,19 +30,19 @@ import torch
 import tyro
 
 from orchestrator.cli import parse
-from orchestrator.cluster import Cluster
-from orchestrator.journal import TrialRecord
 from orchestrator.plan import plan
-from orchestrator.provenance import cpu_name
+from orchestrator.planning.cluster import Cluster
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.provenance import cpu_name
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.live_view import make_console
 from orchestrator.spec import Identities, SweepSpec, TrialSpec
-from orchestrator.storage import Storage
 from orchestrator.sweep import Sweep
-from orchestrator.view import make_console
 from workloads.config import ExecutionConfig
 from workloads.data import Corpus, prepare
-from workloads.engine import Engine
-from workloads.models import ModelSource
-from workloads.training import run
+from workloads.engines.engine import Engine
+from workloads.models.source import ModelSource
+from workloads.training.loop import run
 
 # Steps of the trials that a sweep is timed with, and of the loop that the journal is timed in.
 STEPS, LOOP_STEPS = 3, 200

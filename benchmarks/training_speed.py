@@ -45,7 +45,7 @@ from workloads.budget import (
     smallest_change_that_fits,
 )
 from workloads.config import ExecutionConfig
-from workloads.training import Trial
+from workloads.training.loop import Trial
 
 # Of the machine that the table is of. Its container does not tell its limit.
 HOST_MEMORY = 128 * GIB
@@ -145,7 +145,7 @@ def longspans_step(
 ) -> tuple[Callable[[], None], dict[str, Any]]:
     """One training step of longspan itself as a function, and the settings that it runs with."""
     execution = planned_execution(case, config, device)
-    if smaller:  # as a sweep does (orchestrator/faults.py)
+    if smaller:  # as a sweep does (orchestrator/running/faults.py)
         execution = less_memory(execution, case.training.batch, config.num_hidden_layers) or execution
     config = copy.deepcopy(config)  # a pattern is written there
     trial, model = start_trial(config, case.training, execution, device, folder)

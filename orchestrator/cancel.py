@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from orchestrator.journal import TrialRecord
-from orchestrator.storage import Storage, TrialFolder
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.storage import Storage, TrialFolder
 from workloads.command import run_command
 from workloads.errors import InputError
 
@@ -56,7 +56,7 @@ def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
 class Cancellation:
     """Looks for a request while a trial trains, in a thread of its own: a storage that is slow delays no step.
 
-    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.run`'s.
+    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s.
     """
 
     def __init__(self, storage: Storage, fingerprint: str) -> None:
@@ -100,7 +100,7 @@ def main(
         storage: The sweep's storage root.
     """
     # What a worker imports of this module does without what a command shows.
-    from orchestrator.overview import Overview
+    from orchestrator.reporting.overview import Overview
 
     opened = Storage.at(storage)
     overview = Overview(opened)

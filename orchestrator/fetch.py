@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from orchestrator.storage import Storage
+from orchestrator.records.storage import Storage
 from workloads.errors import InputError
 
 

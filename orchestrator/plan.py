@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from orchestrator.cluster import Cluster, join_or_start
-from orchestrator.estimate import GIB, Estimate, Estimator, makespan
-from orchestrator.journal import TrialRecord
-from orchestrator.progress import duration
+from orchestrator.planning.cluster import Cluster, join_or_start
+from orchestrator.planning.estimate import GIB, Estimate, Estimator, makespan
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.progress import duration
 from orchestrator.spec import RunOptions, TrialSpec
-from orchestrator.storage import Storage
 from workloads.command import EXIT_USER_ERROR
 from workloads.errors import InputError
 
@@ -238,8 +238,8 @@ def _gpu_name(cluster: Cluster) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     from orchestrator.cli import EXIT_FAILED_TRIALS, parse
+    from orchestrator.reporting.live_view import make_console
     from orchestrator.sweep import Sweep
-    from orchestrator.view import make_console
 
     console = make_console()
     try:

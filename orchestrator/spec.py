@@ -482,7 +482,7 @@ class RunOptions:
         self.execution()  # refuses what cannot go together
 
     def execution(self) -> ExecutionConfig:
-        """How a trial's workers run it, with ``auto`` checkpointing as none (:mod:`orchestrator.estimate` chooses)."""
+        """How a trial's workers run it, with ``auto`` checkpointing as none (:mod:`orchestrator.planning.estimate` chooses)."""
         layers, offloaded = self.gradient_checkpointing, self.offload_activations
         if layers != "auto" and offloaded == "auto":
             offloaded = 0

@@ -19,12 +19,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.disk import DiskUsage, disk_usage, in_words
-from orchestrator.gpus import Gpu, gpus
-from orchestrator.overview import Overview, SweepOverview, TrialOverview
-from orchestrator.progress import AT_WORK, duration
-from orchestrator.storage import Storage
-from orchestrator.view import numbers, trials_table
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.disk_usage import DiskUsage, disk_usage, in_words
+from orchestrator.reporting.gpus import Gpu, gpus
+from orchestrator.reporting.live_view import numbers, trials_table
+from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
+from orchestrator.reporting.progress import AT_WORK, duration
 from workloads.command import run_command
 from workloads.errors import InputError
 

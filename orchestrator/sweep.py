@@ -23,13 +23,6 @@ from rich.console import Console
 
 from orchestrator import cancel
 from orchestrator.cli import parse
-from orchestrator.cluster import Cluster, join_or_start
-from orchestrator.conclusion import Conclusion, shown
-from orchestrator.early_stopping import EarlyStopping, Rungs
-from orchestrator.estimate import Estimate, Estimator
-from orchestrator.journal import TrialRecord
-from orchestrator.notes import notes
-from orchestrator.overview import Overview
 from orchestrator.plan import (
     Planned,
     Totals,
@@ -42,15 +35,22 @@ from orchestrator.plan import (
     totals,
     totals_line,
 )
-from orchestrator.presence import Presence
-from orchestrator.provenance import Provenance, own_prices
-from orchestrator.running import Running
-from orchestrator.search import Search, Space
+from orchestrator.planning.cluster import Cluster, join_or_start
+from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.planning.estimate import Estimate, Estimator
+from orchestrator.planning.notes import notes
+from orchestrator.planning.search import Search, Space
+from orchestrator.planning.spending import Spending
+from orchestrator.records.heartbeat import Presence
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
+from orchestrator.records.provenance import Provenance, own_prices
+from orchestrator.records.storage import Storage, write_json
+from orchestrator.reporting.conclusion import Conclusion, shown
+from orchestrator.reporting.live_view import make_console
+from orchestrator.reporting.overview import Overview
+from orchestrator.running.sweep_runner import Running
 from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
-from orchestrator.spending import Spending
-from orchestrator.storage import Storage, write_json
-from orchestrator.tracking import Tracker, tracking_uri
-from orchestrator.view import make_console
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -64,8 +64,8 @@ from workloads.data import (
     prepare_examples,
 )
 from workloads.errors import InputError
-from workloads.models import ModelSource, check_vocabulary
-from workloads.positions import extend, original_context_length
+from workloads.models.positions import extend, original_context_length
+from workloads.models.source import ModelSource, check_vocabulary
 
 # How often a preparation that takes long says what it is at.
 PREPARING_NOTE_SECONDS = 15
@@ -245,7 +245,7 @@ class Sweep:
         sides = [min(each.inputs, each.outputs) for each in self.shape.linears if each.reads in ATTENTION]
         if spec.lora_targets is None and spec.train_layers == "all" and spec.lora_rank <= min(sides):
             return  # nothing can be refused: saves half a second of importing a model's code
-        from workloads.adaptation import check_adaptation
+        from workloads.adaptation.methods import check_adaptation
 
         for method in spec.methods:
             check_adaptation(

@@ -29,11 +29,11 @@ from typing import Any
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from orchestrator.journal import TrialRecord
+from orchestrator.records.journal import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
-from tests.orchestrator.ray_nodes import RayNodes, free_port, worker_processes
+from tests.orchestrator.records.test_mlflow_tracking import serve
 from tests.orchestrator.test_sweep import records, running_trial
-from tests.orchestrator.test_tracking import serve
+from tests.support.ray_nodes import RayNodes, free_port, worker_processes
 
 ONE_TRIAL = (
     "--context-lengths", "1024", "--batch", "2", "--eval-every", "50", "--eval-documents", "4", "--methods", "full",

@@ -49,7 +49,7 @@ def test_the_installed_package_starts_from_any_folder(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import orchestrator.sweep, workloads.models as models; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import orchestrator.sweep, workloads.models.source as models; "
         "print(models.__file__, models.ModelSource.parse('builtin:tiny').identity)"
     )
     done = subprocess.run(

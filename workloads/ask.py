@@ -16,14 +16,14 @@ import torch
 import tyro
 from transformers import TextStreamer
 
-from workloads.adaptation import compute_dtype
-from workloads.adapters import is_adapter, load_adapter
+from workloads.adaptation.methods import compute_dtype
 from workloads.command import quiet_transformers, run_command
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import cast_parameters, make_stock
-from workloads.models import ModelSource, check_vocabulary, load_whole
-from workloads.positions import reach
+from workloads.models.adapters import is_adapter, load_adapter
+from workloads.models.positions import reach
+from workloads.models.source import ModelSource, check_vocabulary, load_whole
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:

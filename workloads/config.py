@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from workloads.errors import InputError
 
 # RESULT_VERSION is raised by hand when this package is meant to give other numbers for the same configuration; it is
-# part of every trial's identity. Golden losses in tests/workloads/test_training.py say when that is so.
+# part of every trial's identity. Golden losses in tests/workloads/training/test_loop.py say when that is so.
 RESULT_VERSION = 2
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
@@ -49,7 +49,7 @@ class TrainingConfig:
             None with ``full``.
         document_mask: in training, attention stops at the boundaries of the documents in a sequence; positions go on.
         positions: ``linear`` (position interpolation), ``ntk`` (NTK-aware), ``dynamic`` (dynamic NTK), ``yarn``,
-            ``llama3`` or ``none``: see :mod:`workloads.positions`.
+            ``llama3`` or ``none``: see :mod:`workloads.models.positions`.
         lora_rank, lora_alpha: of all LoRA methods (paper: rank 8; the authors' code: alpha 16).
         lora_targets: the linear modules that LoRA adapts, by the last part of their names; None: the attention
             projections. In whatever order they are given, they are kept sorted.
@@ -58,14 +58,14 @@ class TrainingConfig:
             ``full`` with a choice other than ``all`` trains nothing outside the chosen layers.
         quantization: of the frozen linear weights of a LoRA method. ``nf4`` keeps them in 4 bits (QLoRA): needs a GPU.
             ``fp8`` multiplies with those of all layers but the last in FP8, with attention's in the backward pass alone
-            (workloads/float8.py): faster on a GPU that has it, slow on a CPU.
+            (workloads/adaptation/float8.py): faster on a GPU that has it, slow on a CPU.
         steps: optimiser steps.
         batch: sequences in an optimiser step, over all workers.
         learning_rate: peak, reached after ``warmup_steps`` of linear warm-up.
         learning_rate_embeddings, learning_rate_norms: peaks of their own for embeddings and norms that train;
             None: the same as ``learning_rate``.
         schedule: from the peak on ``constant``, or to zero at ``steps`` along half a ``cosine`` or a line (``linear``):
-            see :func:`workloads.optimization.learning_rate`.
+            see :func:`workloads.training.optimization.learning_rate`.
         beta1, beta2, weight_decay: AdamW's (paper: 0.9, 0.95, 0).
         max_grad_norm: gradients are clipped to this norm; None does not clip.
         precision: ``bfloat16`` keeps frozen weights in bfloat16 and computes in it; trainable parameters and the
@@ -195,9 +195,9 @@ class ExecutionConfig:
     Args:
         micro_batch: sequences in one forward and backward on one worker; None takes the worker's whole share.
         gradient_checkpointing: how many decoder layers recompute their activations in the backward pass to save memory,
-            counted from the first that has one; a number or ``all`` (workloads/recompute.py).
+            counted from the first that has one; a number or ``all`` (workloads/training/recompute.py).
         offload_activations: how many decoder layers keep their activations in pinned host memory until the backward
-            pass, spread evenly (workloads/offload.py); the others recompute theirs, or keep them. ``auto``: as many as
+            pass, spread evenly (workloads/training/offload.py); the others recompute theirs, or keep them. ``auto``: as many as
             a plan chooses (workloads/budget/fitting.py), none where nothing is planned.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         checkpoint_minutes: a checkpoint is also written when the last one is this old.
@@ -209,7 +209,7 @@ class ExecutionConfig:
         attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
             fastest that can serve.
         compile_layers: run decoder layers through torch.compile in training; ``auto`` where the trial is long enough to
-            pay for it (workloads/compilation.py).
+            pay for it (workloads/training/compilation.py).
         engine: how several workers train one model: ``ddp``; ``zero2`` or ``zero3`` (DeepSpeed); ``auto`` is ``ddp``
             where there are several.
         offload: keep in host memory what ZeRO shares out: gradients and optimiser state, with ``zero3`` the weights.

@@ -22,16 +22,16 @@ import torch
 import tyro
 from torch import nn
 
-from workloads.adaptation import compute_dtype
-from workloads.adapters import base_of_adapter, note_base
+from workloads.adaptation.methods import compute_dtype
 from workloads.attention.interface import CONFIG_FIELD
 from workloads.command import quiet_transformers, run_command
 from workloads.config import Precision
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.model_card import model_card
-from workloads.models import check_vocabulary
-from workloads.positions import reach
+from workloads.models.adapters import base_of_adapter, note_base
+from workloads.models.positions import reach
+from workloads.models.source import check_vocabulary
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def merge(model: nn.Module) -> PreTrainedModel:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from workloads.lora import compute_apart
+    from workloads.adaptation.lora_fusion import compute_apart
 
     if not isinstance(model, PeftModel):
         return model

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from workloads.models import ModelSource
-from workloads.positions import original_context_length, reach
+from workloads.models.positions import original_context_length, reach
+from workloads.models.source import ModelSource
 from workloads.trained import TrainedTrial
 from workloads.wording import METHODS, POSITIONS, settings
 

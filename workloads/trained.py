@@ -3,8 +3,8 @@
 The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 
     trial.json      model, data, identities, training (the fields of TrainingConfig), label, model_location
-    checkpoints/    step-00000100 and the like: see workloads.checkpoint
-    journal.jsonl   one JSON object a line: see workloads.training for the events
+    checkpoints/    step-00000100 and the like: see workloads.training.checkpoint
+    journal.jsonl   one JSON object a line: see workloads.training.loop for the events
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from workloads.adaptation import trainable_parameters
-from workloads.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
+from workloads.adaptation.methods import trainable_parameters
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.models import ModelSource
-from workloads.training import build_model
+from workloads.models.source import ModelSource
+from workloads.training.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
+from workloads.training.loop import build_model
 
 PARAMETER = "model/"  # what training.Trial.save puts before a parameter's name in a checkpoint
 

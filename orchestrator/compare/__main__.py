@@ -15,8 +15,8 @@ from rich.table import Table
 from orchestrator.compare.runs import find_run
 from orchestrator.compare.side_by_side import side_by_side
 from orchestrator.compare.words import dollars, hours
-from orchestrator.storage import Storage
-from orchestrator.view import make_console
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.live_view import make_console
 from workloads.errors import InputError
 
 EXIT_USER_ERROR = 2

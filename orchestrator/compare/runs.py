@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.journal import TrialRecord
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.storage import Storage, TrialFolder, read_json
 from orchestrator.spec import TrialSpec
-from orchestrator.storage import Storage, TrialFolder, read_json
 from workloads.errors import InputError
 
 EXPECTED = (

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import float8_products, loss_parity
 from benchmarks.loss_parity import Curve, Parity, table
-from tests.texts import write_texts
+from tests.support.texts import write_texts
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from benchmarks.speed_picture import draw
 from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, OPTIMISER, PRODUCTS, of_trace
 from benchmarks.training_speed import Results, Row, line, measure, read, row_of, table
 from benchmarks.unsloth_way import measure_apart
-from workloads.adaptation import adapt, trainable_parameters
+from workloads.adaptation.methods import adapt, trainable_parameters
 from workloads.attention import AttentionPattern, dense_mask
 from workloads.budget import ModelShape, training_flops
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dashboards import drawing, figures, report
 from dashboards.comparison import check
-from tests.dashboards.example import comparison
+from tests.support.comparison import comparison
 
 
 class Reader(HTMLParser):

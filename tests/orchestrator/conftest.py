@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.object_store import ObjectStore
-from tests.orchestrator.s3_server import BUCKET, S3Server
-from tests.texts import write_texts
+from orchestrator.records.object_store import ObjectStore
+from tests.support.s3_server import BUCKET, S3Server
+from tests.support.texts import write_texts
 
 ROOT = Path(__file__).parents[2]
 

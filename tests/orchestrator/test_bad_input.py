@@ -8,12 +8,12 @@ import sys
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from orchestrator.reporting.live_view import make_console
 from orchestrator.spec import RunOptions, SweepSpec
 from orchestrator.sweep import Sweep, main
-from orchestrator.view import make_console
 from tests.orchestrator.conftest import ROOT, SweepCommand
 from workloads.errors import InputError
-from workloads.models import ModelSource
+from workloads.models.source import ModelSource
 
 
 def errors_of(arguments, capsys):

@@ -9,9 +9,9 @@ import time
 from mlflow import MlflowClient
 
 from orchestrator import cancel
-from orchestrator.journal import Journal, TrialRecord
-from orchestrator.overview import Overview
-from orchestrator.storage import Storage
+from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.overview import Overview
 from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
 
 # Trials of equal work but for what trains, one at a time: lora+ or full first, lora last.

@@ -10,7 +10,7 @@ from tests.orchestrator.conftest import SweepCommand
 from tests.orchestrator.test_sweep import records
 from workloads.budget import ModelShape, memory
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.models import ModelSource
+from workloads.models.source import ModelSource
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.orchestrator.ray_nodes import free_port, kill_with_descendants
 from tests.orchestrator.test_sweep import SMALL, mlflow_runs
+from tests.support.ray_nodes import free_port, kill_with_descendants
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import time
 import pytest
 
 from orchestrator import plan as planning
-from orchestrator.cluster import Cluster, Node
-from orchestrator.journal import TrialRecord
 from orchestrator.plan import duration
+from orchestrator.planning.cluster import Cluster, Node
+from orchestrator.planning.spending import Spending
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.storage import Storage
 from orchestrator.spec import RunOptions
-from orchestrator.spending import Spending
-from orchestrator.storage import Storage
 from workloads.data import Corpus
 
 
@@ -20,7 +20,7 @@ from workloads.data import Corpus
 def plan(tmp_path, text_folder, capsys, monkeypatch):
     """(exit status, everything printed) of ``python -m orchestrator.plan`` with a folder of texts and these flags."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("orchestrator.view.LOG_WIDTH", 200)
+    monkeypatch.setattr("orchestrator.reporting.live_view.LOG_WIDTH", 200)
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
@@ -107,7 +107,7 @@ def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
 def test_an_fp8_base_is_planned_for_gpus_that_have_it_and_for_cpus_in_bfloat16(plan, monkeypatch):
     flags = ("--context-lengths", "1024", "--methods", "lora+", "--references", "--quantization", "fp8")
     gpus = [("NVIDIA A100-SXM4-80GB", 79.2 * 2**30)]
-    monkeypatch.setattr("orchestrator.cluster.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("orchestrator.planning.cluster.visible_gpus", lambda: gpus)
     status, told = plan(*flags)
     assert status == 2 and "--quantization fp8 needs GPUs that multiply in FP8" in told
     assert "NVIDIA A100-SXM4-80GB does not; leave it out" in told
@@ -141,7 +141,7 @@ def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 
 
 
 def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothing(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.cluster.cpu_name", lambda: "this one")
+    monkeypatch.setattr("orchestrator.planning.cluster.cpu_name", lambda: "this one")
     flags = ("--methods", "lora", "full", "--references", "--context-lengths", "2048", "--steps", "30")
     _, before = plan(*flags)
     trials = trials_of(plan, monkeypatch, flags)
@@ -193,7 +193,7 @@ def test_bfloat16_is_taken_where_every_machine_that_trains_is_fast_in_it():
 
 
 def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
-    monkeypatch.setattr("orchestrator.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
+    monkeypatch.setattr("orchestrator.planning.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
     status, told = plan("--methods", "lora")
     assert status == 0 and "time unknown" in told and "no speed is known of A GPU of tomorrow" in told
 
@@ -220,7 +220,7 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
     attempt(journals[0], "another", 100.0)
     attempt(journals[0], "mine", 0.5)
     reasons = []
-    monkeypatch.setattr("orchestrator.spending.POLL_S", 0.05)
+    monkeypatch.setattr("orchestrator.planning.spending.POLL_S", 0.05)
     options = RunOptions(budget_usd=10.0, budget_hours=1000.0)
     with Spending("mine", trials, storage, options, reasons.append) as spending:
         assert spending.so_far() == (pytest.approx(1.0), pytest.approx(3.0))  # two devices for half an hour

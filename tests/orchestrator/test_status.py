@@ -8,17 +8,18 @@ import time
 
 import pytest
 
-from orchestrator import cancel, leases, status
-from orchestrator.disk import disk_usage
-from orchestrator.gpus import gpus
-from orchestrator.leases import owner
-from orchestrator.overview import Overview
+from orchestrator import cancel, status
 from orchestrator.plan import plan
-from orchestrator.presence import Presence
+from orchestrator.records import leases
+from orchestrator.records.heartbeat import Presence
+from orchestrator.records.leases import owner
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.disk_usage import disk_usage
+from orchestrator.reporting.gpus import gpus
+from orchestrator.reporting.overview import Overview
 from orchestrator.spec import Identities, SweepSpec
-from orchestrator.storage import Storage
 from tests.orchestrator.conftest import ROOT
-from tests.orchestrator.test_journal import a_step, evaluation
+from tests.orchestrator.records.test_journal import a_step, evaluation
 from workloads.errors import InputError
 
 NOW = time.time()

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
-from orchestrator.storage import Storage
-from tests.texts import write_texts
+from tests.support.texts import write_texts
 from workloads.ask import load_model
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluate import main
 from workloads.export import export_trial
-from workloads.models import ModelSource
-from workloads.training import run
+from workloads.models.source import ModelSource
+from workloads.training.loop import run
 
 SOURCE = ModelSource.parse("builtin:tiny")
 PNG = b"\x89PNG\r\n\x1a\n"

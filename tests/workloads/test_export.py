@@ -18,25 +18,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
-from orchestrator.storage import Storage
-from tests.texts import prepare_texts
-from tests.workloads.models import small_llama
-from workloads import export, quantization
-from workloads.adaptation import adapt
+from tests.support.models import small_llama
+from tests.support.texts import prepare_texts
+from workloads import export
+from workloads.adaptation.lora_fusion import spare_passes
+from workloads.adaptation.methods import adapt
 from workloads.ask import load_model
 from workloads.attention import AttentionPattern, full_attention, use_pattern
-from workloads.checkpoint import load_newest, save_checkpoint
 from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import ExportMismatch, export_trial, make_stock, merge, save_merged
-from workloads.lora import spare_passes
 from workloads.model_card import model_card
-from workloads.models import ModelSource
+from workloads.models import quantization
+from workloads.models.source import ModelSource
 from workloads.trained import TrainedTrial
-from workloads.training import Trial, build_model
+from workloads.training.checkpoint import load_newest, save_checkpoint
+from workloads.training.loop import Trial, build_model
 
 TINY = ModelSource.parse("builtin:tiny")
 CPU = torch.device("cpu")

@@ -239,7 +239,7 @@ def _backward_weights(trains: Training, layer: int, linear: Linear) -> int:
 def _not_recomputed(trains: Training, layer: int) -> int:
     """Checkpointing stops before the last product of a layer that has a backward pass, since that does not need its
     result; a norm after it does (Gemma 2 and 3). In GPT-NeoX the MLP may have none while attention trains beside it.
-    With LoRA matrices a module computes its products before it keeps what it needs (workloads/lora.py)."""
+    With LoRA matrices a module computes its products before it keeps what it needs (workloads/adaptation/lora_fusion.py)."""
     if trains.shape.norms == 4:
         return 0
     after = 0

@@ -1,6 +1,6 @@
 """What memory and speed follow from and configurations do not say alone: how the training loop computes.
 
-It says of the loop (workloads/training.py) what is so. :data:`CHUNK_LOGITS` and :func:`layers_compile` are the loop's
+It says of the loop (workloads/training/loop.py) what is so. :data:`CHUNK_LOGITS` and :func:`layers_compile` are the loop's
 own; the rest changes with it.
 """
 

@@ -1,6 +1,6 @@
 """Memory of one worker, by parts, at the moment when it is largest.
 
-The moments of a step (workloads/training.py), each with what is alive then:
+The moments of a step (workloads/training/loop.py), each with what is alive then:
 
     forward     its end: what all layers kept, autocast's copies of weights that train, logits
     loss        its backward pass: also log-probabilities and two gradients of the logits, in float32; in chunks it
@@ -33,11 +33,11 @@ GIB = 2**30
 # arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 
-# Bytes for each number of the widest operand or result of a product in FP8 (workloads/float8.py): compiled, what is
+# Bytes for each number of the widest operand or result of a product in FP8 (workloads/adaptation/float8.py): compiled, what is
 # quantised; else two float32 results, one of them scaled.
 FLOAT8_COMPILED, FLOAT8_WORK = 1, 2 * FLOAT32
 
-# DeepSpeed under workloads/deepspeed.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to a
+# DeepSpeed under workloads/engines/zero.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to a
 # billion stay (stage3_max_live_parameters).
 ZERO_BUCKET = 50_000_000 * FLOAT32
 ZERO3_LIVE = 1_000_000_000
@@ -134,7 +134,7 @@ def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: i
 
 def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
     """About what one checkpoint takes on disk: each trained weight and its two moments, in float32; names, shapes and
-    the random state are some kilobytes more. A trial keeps two (workloads/checkpoint.py)."""
+    the random state are some kilobytes more. A trial keeps two (workloads/training/checkpoint.py)."""
     return 3 * FLOAT32 * what_trains(shape, training).trainable
 
 

@@ -1,6 +1,6 @@
 """Which layers keep their activations in host memory, and when these leave the device and come back.
 
-One rule for the plan (memory.py) and for training (workloads/offload.py). It speaks of the order in which layers are
+One rule for the plan (memory.py) and for training (workloads/training/offload.py). It speaks of the order in which layers are
 computed, not of time: by it the memory that a step takes is known before it runs, however fast the copies are. Where
 they are slower than planned, the device waits for them.
 """

@@ -1,7 +1,7 @@
 """A model's shape: what its FLOPs, memory and parameters follow from, read off a transformers configuration alone.
 
 Read off, not measured: no weight is loaded and torch is not imported. The families are those of
-:mod:`workloads.attention.families`; a test holds that the counts equal those of real models of each of them.
+:mod:`workloads.models.families`; a test holds that the counts equal those of real models of each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTENTION: tuple[Reads, ...] = ("attention norm", "attention")
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 FLOAT8_SIDES = 16  # what products in FP8 want both sides of a weight to be multiples of (torch._scaled_mm)
-NOT_FLOAT8 = 1  # the last decoder layers, which stay as they are: see workloads/float8.py
+NOT_FLOAT8 = 1  # the last decoder layers, which stay as they are: see workloads/adaptation/float8.py
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", *GEMMA)
 
 
@@ -51,7 +51,7 @@ class Linear:
 
     @property
     def float8_forwards(self) -> bool:
-        """Whether it is in FP8 in the forward pass too: not attention's (workloads/float8.py)."""
+        """Whether it is in FP8 in the forward pass too: not attention's (workloads/adaptation/float8.py)."""
         return self.float8 and self.reads not in ATTENTION
 
     def lora_parameters(self, rank: int) -> int:
@@ -295,7 +295,7 @@ class Training:
 
     @cached_property
     def offloaded(self) -> tuple[Offloaded[int], ...]:
-        """The layers that keep their activations in host memory (workloads/offload.py)."""
+        """The layers that keep their activations in host memory (workloads/training/offload.py)."""
         return offloaded_layers(self.backward, self.offloading)
 
     @cached_property
@@ -305,7 +305,7 @@ class Training:
 
     @cached_property
     def checkpointed(self) -> tuple[int, ...]:
-        """The layers that recompute their activations (workloads/recompute.py): the first that are not offloaded."""
+        """The layers that recompute their activations (workloads/training/recompute.py): the first that are not offloaded."""
         others = tuple(layer for layer in self.backward if layer not in self.away)
         return others if self.checkpointing == "all" else others[: self.checkpointing]
 

@@ -33,7 +33,7 @@ from workloads.data.documents import Split, name_hash
 from workloads.data.instructions import Instructions, empty_answer, encode_rows
 from workloads.data.packed import epoch_order, open_prepared, permutation
 from workloads.errors import InputError
-from workloads.once import make_once
+from workloads.files.once import make_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from workloads.data.corpus import Corpus
 from workloads.data.documents import Document, Split
 from workloads.data.packed import FORMAT_VERSION, PackedCorpus
 from workloads.errors import InputError
-from workloads.once import make_once
+from workloads.files.once import make_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

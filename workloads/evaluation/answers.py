@@ -10,9 +10,9 @@ from torch import nn
 
 from workloads.attention import full_attention
 from workloads.data import Batch, ValidationExample
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.loss import next_token_losses
+from workloads.training.loss import next_token_losses
 
 
 def score_answers(

@@ -53,7 +53,7 @@ class DocumentScores:
 
     @classmethod
     def of(cls, event: dict[str, Any]) -> DocumentScores:
-        """From the fields of an ``eval`` event (see ``workloads.training``)."""
+        """From the fields of an ``eval`` event (see ``workloads.training.loop``)."""
         return cls(np.array(event["nll"]), np.array(event["num_tokens"]))
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from workloads.attention import full_attention
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 
 
 @dataclass(frozen=True)

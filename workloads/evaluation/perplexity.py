@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from workloads.attention import full_attention
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.loss import next_token_losses
+from workloads.training.loss import next_token_losses
 
 
 class Windows(Protocol):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from workloads.attention import full_attention
-from workloads.engine import Engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 
 if TYPE_CHECKING:

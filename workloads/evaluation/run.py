@@ -21,12 +21,11 @@ from rich.progress import Progress
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from workloads.adapters import is_adapter, load_adapter
-from workloads.allocator import keep_freed_memory
 from workloads.attention import AttentionPattern, use_pattern
 from workloads.config import Positions
 from workloads.data import Corpus
-from workloads.engine import Engine
+from workloads.engines.allocator import keep_freed_memory
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation import pictures, tables
 from workloads.evaluation.bootstrap import (
@@ -43,8 +42,9 @@ from workloads.evaluation.passkey import passkey_tests
 from workloads.evaluation.perplexity import by_document, cut_windows, score_windows
 from workloads.evaluation.retrieval import Prompter, RetrievalResult, RetrievalTest, run_tests
 from workloads.evaluation.topics import generated_tests, longchat_tests
-from workloads.models import ModelSource, check_vocabulary
-from workloads.positions import extended_by_longspan, is_extended, original_context_length, reach
+from workloads.models.adapters import is_adapter, load_adapter
+from workloads.models.positions import extended_by_longspan, is_extended, original_context_length, reach
+from workloads.models.source import ModelSource, check_vocabulary
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:

@@ -1,0 +1,253 @@
+"""Early stopping: which trials are not worth the rest of their tokens, judged at rungs against their like alone.
+
+A rung is an evaluation at which the trials of one context length are compared, counted in tokens trained on. The
+trial's own worker 0 judges it there, between two steps, and asks it to end with a checkpoint: nothing is killed, and a
+sweep that wants the trial whole goes on from there. What a trial scored at a rung and what followed from it lies in the
+sweep's folder, one small file a trial and rung, and stands once it is written: whatever restarts, no trial is judged
+twice at a rung.
+
+``asha`` is asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) in its stopping form: a trial goes on if
+it is among the best 1/eta of those that have come to the rung so far, itself included, and is stopped otherwise. The
+paper's own form pauses every trial at a rung and promotes it once it is among them. Stopping was chosen since a sweep's
+trials are few and known and a start costs 20 to 40 s: a paused trial would be loaded anew for each promotion, and the
+last rungs would wait for the slowest. The price: the first at a rung are judged mildly, and a trial that early better
+ones have stopped stays stopped even if enough worse ones follow to put it among the best. The best score at a rung is
+never stopped, whatever the order.
+
+``median`` (after Golovin et al. 2017, Google Vizier): a trial is stopped at any evaluation from the first rung on where
+its best score since that rung is above the median of the others'. Vizier takes the median of the others' running
+averages; a perplexity falls so steeply that its average is far above anything a trial is at by then, and would stop
+nothing. So theirs, too, count with their best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.storage import Storage
+from orchestrator.spec import RunOptions, SweepSpec, TrialSpec
+from workloads.config import TrainingConfig
+from workloads.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """The rule of a sweep.
+
+    Args:
+        reduction_factor: ASHA's eta: 1/eta of the trials at a rung go on, and the next rung is eta times as far.
+        first_rung: a share of a trial's tokens (up to 1), or tokens, at which it is judged first.
+        min_trials: so many trials, the judged one included, must have come to a rung before any is stopped there.
+        within_method: a trial is compared with those of its method only.
+
+    Raises:
+        InputError: a value outside what these can be.
+    """
+
+    rule: Literal["asha", "median"]
+    reduction_factor: float = 3.0
+    first_rung: float = 1 / 9
+    min_trials: int = 3
+    within_method: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 < self.reduction_factor < math.inf:
+            raise InputError(f"--reduction-factor {self.reduction_factor:g}: expected more than 1, such as 3")
+        if not 0 < self.first_rung < math.inf:
+            raise InputError(f"--first-rung {self.first_rung:g}: expected a share of a trial such as 0.1, or tokens")
+        if self.min_trials < 2:
+            raise InputError(f"--min-trials {self.min_trials}: expected at least 2: a trial is compared with others")
+
+    @classmethod
+    def of(cls, options: RunOptions, spec: SweepSpec) -> EarlyStopping | None:
+        """What a sweep's flags ask for; None: no early stopping."""
+        if options.early_stopping == "none":
+            return None
+        within = {"context": False, "method": True, "auto": spec.search != "none"}[options.early_stopping_among]
+        factor = options.reduction_factor
+        return cls(
+            rule=options.early_stopping,
+            reduction_factor=factor,
+            first_rung=options.first_rung if options.first_rung is not None else factor**-2,
+            min_trials=options.min_trials,
+            within_method=within,
+        )
+
+    def rungs(self, training: TrainingConfig) -> list[int]:
+        """The steps at which a trial is judged, in increasing order: evaluations before the last.
+
+        ASHA's are the first evaluations at or after first_rung x eta^k tokens; the median rule's are all from the first
+        rung on. Where sequences are padded (sft) tokens count the padding, so that trials meet at the same steps.
+        """
+        steps, every = training.steps, training.eval_every
+        tokens_a_step = training.batch * training.context_length
+        level = self.first_rung * steps if self.first_rung <= 1 else self.first_rung / tokens_a_step
+        # Less a millionth, so that a third of 300 steps is step 100 in floating point too.
+        first = max(1, math.ceil(level / every - 1e-6)) * every
+        if self.rule == "median":
+            return list(range(first, steps, every))
+        rungs = []
+        while first < steps:
+            if first not in rungs:
+                rungs.append(first)
+            level *= self.reduction_factor
+            first = max(1, math.ceil(level / every - 1e-6)) * every
+        return rungs
+
+    def cutoff(self, score: float, others: list[float]) -> float | None:
+        """The worst score with which a trial goes on beside these others, or None where they are too few to judge."""
+        if len(others) + 1 < self.min_trials:
+            return None
+        if self.rule == "median":
+            return statistics.median(others)
+        scores = sorted([score, *others])
+        return scores[max(1, math.floor(len(scores) / self.reduction_factor)) - 1]
+
+    def reason(self, score: float, cutoff: float, num_others: int, tokens: int) -> str:
+        if self.rule == "median":
+            return (
+                f"its best perplexity by {tokens:,} tokens, {score:.3f}, is above {cutoff:.3f}, the median of "
+                f"{num_others} others"
+            )
+        best = max(1, math.floor((num_others + 1) / self.reduction_factor))
+        return (
+            f"perplexity {score:.3f} at {tokens:,} tokens is not among the best {best} of {num_others + 1} there "
+            f"(up to {cutoff:.3f})"
+        )
+
+
+class Rungs:
+    """``sweeps/<name>/rungs/<context length>/<tokens>/<fingerprint>.json``: what trials scored, and what followed.
+
+    The fields of a file: label, method, scored_on (trials with another were scored otherwise), step, tokens, scores (by
+    rule), stop; of a trial that was compared also rule, cutoff, compared_with (fingerprint: score), and of one that was
+    stopped reason.
+    """
+
+    def __init__(self, storage: Storage, sweep: str, settings: EarlyStopping) -> None:
+        self.storage, self.sweep, self.settings = storage, sweep, settings
+
+    def enter(self, trial: TrialSpec, record: TrialRecord) -> None:
+        """Writes down what a finished trial, which nothing judges any more, scored at its rungs."""
+        evaluated = curve_of(trial, record)
+        curve = {step: evaluated[step] for step in self.settings.rungs(trial.training) if step in evaluated}
+        for step in curve:
+            if self.storage.read(self.file(trial, step)) is None:
+                self.storage.write(self.file(trial, step), self.entry(trial, step, curve) | {"stop": False})
+
+    def forget(self, trial: TrialSpec) -> None:
+        """Removes what a trial that begins anew has scored at its rungs, and what followed."""
+        for step in self.settings.rungs(trial.training):
+            self.storage.remove(self.file(trial, step))
+
+    def judge(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
+        """What a rung says of a trial: as it was written down there before, else by comparing it now.
+
+        ``curve``: its perplexity by step, at this rung and those before.
+        """
+        entries = self.storage.read_folder(self.folder(trial, step))
+        if trial.fingerprint in entries:
+            return entries[trial.fingerprint]
+        settings = self.settings
+        mine = self.entry(trial, step, curve)
+        alike = ("scored_on", "method") if settings.within_method else ("scored_on",)
+        others = {
+            fingerprint: float(entry["scores"][settings.rule])
+            for fingerprint, entry in entries.items()
+            if all(entry[name] == mine[name] for name in alike)
+        }
+        score = mine["scores"][settings.rule]
+        cutoff = settings.cutoff(score, list(others.values()))
+        stop = cutoff is not None and score > cutoff
+        mine |= {"rule": settings.rule, "stop": stop, "cutoff": cutoff, "compared_with": others}
+        if stop:
+            mine["reason"] = settings.reason(score, cutoff, len(others), mine["tokens"])
+        self.storage.write(self.file(trial, step), mine)
+        return mine
+
+    def entry(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
+        return {
+            "label": trial.label,
+            "method": trial.training.method,
+            "scored_on": scored_on(trial),
+            "step": step,
+            "tokens": step * trial.training.batch * trial.training.context_length,
+            "scores": scores_at(curve, step),
+        }
+
+    def folder(self, trial: TrialSpec, step: int) -> str:
+        """A rung's folder, below the storage root."""
+        length = trial.training.context_length
+        return f"sweeps/{self.sweep}/rungs/{length}/{step * trial.training.batch * length}"
+
+    def file(self, trial: TrialSpec, step: int) -> str:
+        return f"{self.folder(trial, step)}/{trial.fingerprint}.json"
+
+
+class Judge:
+    """Follows one trial from inside its worker 0 and says at each rung whether it is to stop.
+
+    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s. Where it has said "stop",
+    ``verdict`` holds the fields of the journal's ``stopped``.
+    """
+
+    def __init__(self, rungs: Rungs, trial: TrialSpec, record: TrialRecord) -> None:
+        self.rungs, self.trial = rungs, trial
+        self.curve = curve_of(trial, record)
+        self.due = rungs.settings.rungs(trial.training)
+        self.judged: dict[int, float] = {}  # what it scored at its rungs, as written down there first
+        self.at: dict[str, int] = {}
+        self.verdict: dict[str, Any] | None = None
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "step":
+            self.at = {name: fields[name] for name in ("step", "tokens")}
+        elif event == "eval" and fields["context_length"] == self.trial.training.context_length:
+            self.curve[fields["step"]] = fields["perplexity"]
+
+    def asked(self) -> Literal["stop"] | None:
+        # A trial that was killed between a rung's checkpoint and its judgement makes up for it here, a step later.
+        while self.due and self.due[0] in self.curve:
+            step = self.due.pop(0)
+            entry = self.rungs.judge(self.trial, step, {**self.judged, step: self.curve[step]})
+            self.judged[step] = entry["scores"]["asha"]
+            if entry["stop"]:
+                self.verdict = {
+                    **self.at,
+                    "sweep": self.rungs.sweep,
+                    "reason": entry["reason"],
+                    "rule": entry["rule"],
+                    "rung": entry["tokens"],
+                    "score": entry["scores"][entry["rule"]],
+                    "cutoff": entry["cutoff"],
+                    "compared_with": entry["compared_with"],
+                }
+                return "stop"
+        return None
+
+
+def curve_of(trial: TrialSpec, record: TrialRecord) -> dict[int, float]:
+    """Perplexity at the trained length by step, as the journal has it."""
+    return {event["step"]: event["perplexity"] for event in record.curve(trial.training.context_length)}
+
+
+def scores_at(curve: dict[int, float], step: int) -> dict[str, float]:
+    """What a trial counts with at a rung under each rule, from its perplexity at the rungs: lower is better."""
+    so_far = [math.inf if math.isnan(curve[s]) else curve[s] for s in sorted(curve) if s <= step]
+    return {"asha": so_far[-1], "median": min(so_far)}
+
+
+def scored_on(trial: TrialSpec) -> str:
+    """Stands for what was scored and how: only scores of the same can be compared."""
+    training = trial.training
+    what = [
+        trial.identities.data, trial.identities.tokenizer, training.task, training.context_length,
+        training.eval_documents, training.eval_span,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

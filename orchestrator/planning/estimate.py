@@ -1,0 +1,249 @@
+"""What a trial will take, before it runs: workers, memory, speed, time, hours and money; and what makes it fit.
+
+Memory and FLOPs come from ``workloads.budget``. Speed is what trials on the same hardware have measured, scaled by
+their FLOPs, and the stated efficiency of the device where there is none. Prices are ``clusters.prices``'.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from clusters.prices import Price, price_per_gpu_hour
+from orchestrator.planning.cluster import Cluster
+from orchestrator.records.journal import TrialRecord
+from orchestrator.spec import RunOptions, TrialSpec
+from workloads.budget import (
+    Device,
+    Memory,
+    ModelShape,
+    calibrated,
+    checkpoint_bytes,
+    fewest_recomputed,
+    in_numbers,
+    needed,
+    smallest_change_that_fits,
+    step_seconds,
+    trial_seconds,
+    what_trains,
+)
+from workloads.config import ExecutionConfig, TrainingConfig
+
+GIB = 2**30
+# From a trial's launch until its model stands ready, where no trial of this storage has shown it: measured 9 to 10 s on
+# two CPU cores (docs/performance.md). A model from a hub has to be downloaded as well.
+START_UP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one trial. What is unknown is None: a device without an entry in workloads/budget/devices.py has no speed, one
+    that no instance type of clusters/prices.py has no price."""
+
+    workers: int
+    devices: float  # of all its workers together: GPUs, or threads of CPUs
+    execution: ExecutionConfig
+    memory: Memory
+    has: int  # bytes of the device for each worker
+    tokens_per_second: float | None
+    seconds: float | None  # until its end, start-up and evaluations included
+    usd: float | None
+    disk: int  # bytes of its checkpoints
+    layers: int  # that have a backward pass, and so could recompute their activations
+    changes: tuple[str, ...] = ()  # what --fit has changed
+    refusal: str | None = None  # why it cannot run as asked, and what would make it
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of all its devices together: GPU hours where there are GPUs, else CPU hours."""
+        return None if self.seconds is None else self.devices * self.seconds / 3600
+
+
+# What changes neither memory nor time: estimates are made for trials without it.
+LIKE_ANY_OTHER = dict(seed=0, learning_rate=1.0, schedule="constant", warmup_steps=0)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a trial runs, and whether it fits so."""
+
+    workers: int
+    execution: ExecutionConfig
+    memory: Memory
+    changes: tuple[str, ...] = ()
+    refusal: str | None = None
+
+
+class Estimator:
+    """Estimates the trials of one sweep on one cluster."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        original_length: int,
+        cluster: Cluster,
+        options: RunOptions,
+        prices: Mapping[str, float],
+    ) -> None:
+        self.shape, self.original_length = shape, original_length
+        self.cluster, self.options = cluster, options
+        self.device = cluster.device(options)
+        self.price: Price | None = price_per_gpu_hour(cluster.instance or self.device.name, prices)
+        self.start_up = START_UP_SECONDS
+        self.timed: list[tuple[TrialSpec, TrialRecord]] = []
+        self.untuned: set[str] = set()  # fingerprints: what these score is step 0 of the trials that start from them
+        # Many trials of a sweep differ by their seed or learning rate alone, and these are the same for all of them.
+        self._placed: dict[tuple[TrainingConfig, bool], Placed] = {}
+        self._as_fast_as: dict[TrainingConfig, Device] = {}
+
+    def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
+        """Takes in what trials of the same model on the same kind of device have measured."""
+        known = list(known)
+        self.untuned = {trial.fingerprint for trial, _ in known if trial.training.method == "untuned"}
+        hardware = self.cluster.hardware(self.options)
+        known = [(trial, record) for trial, record in known if hardware in record.started.get("hardware", "")]
+        self.timed = [(trial, record) for trial, record in known if record.tokens_per_second and trial.training.steps]
+        if starts := [record.start_up_seconds for _, record in known if record.start_up_seconds]:
+            self.start_up = statistics.median(starts)
+        self._as_fast_as.clear()
+
+    def of(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
+        """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
+        smallest change that makes it fit."""
+        alike = replace(trial.training, **LIKE_ANY_OTHER)
+        if (alike, fit) not in self._placed:
+            self._placed[alike, fit] = self._place(alike, fit)
+        return self._estimate(trial, alike, record, self._placed[alike, fit])
+
+    def _place(self, training: TrainingConfig, fit: bool) -> Placed:
+        options = self.options
+        workers = options.workers if training.steps else 1
+        asked = in_numbers(self.shape, training, options.execution())
+        execution = replace(asked, offload_activations=asked.layers_offloaded)
+        # With --fit, recompute is one of the changes that are weighed against each other.
+        if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
+            every = in_numbers(self.shape, training, replace(execution, gradient_checkpointing="all"))
+            execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
+        needs = needed(self.shape, training, execution, workers, self.device)
+        if execution.layers_offloaded and 0 < self.device.host_memory < needs.host:
+            has = (
+                f"{needs.host / GIB:.1f} GiB of {self.device.host_memory / GIB:.1f} GiB of host memory for each worker"
+            )
+            refusal = f"needs {has}; --offload-activations auto takes as many layers as fit"
+            return Placed(workers, execution, needs, refusal=refusal)
+        if needs.total <= self.device.memory:
+            return Placed(workers, execution, needs)
+        has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"
+        found = smallest_change_that_fits(
+            self.shape, training, asked, workers, self.device, self.cluster.most_workers(options)
+        )
+        if found is None:
+            refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
+        elif not fit:
+            refusal = f"needs {has} {self.device.name}; {_and(found.changes)} would make it fit (--fit)"
+        else:
+            return Placed(found.workers, found.execution, found.memory, found.changes)
+        return Placed(workers, execution, needs, refusal=refusal)
+
+    def _estimate(
+        self, trial: TrialSpec, training: TrainingConfig, record: TrialRecord | None, placed: Placed
+    ) -> Estimate:
+        workers, execution = placed.workers, placed.execution
+        if training not in self._as_fast_as:
+            self._as_fast_as[training] = self._timed_device(training)
+        device = self._as_fast_as[training]
+        devices = workers * (
+            self.options.gpus_per_worker if self.cluster.gpus else max(1, int(self.options.cpus_per_worker))
+        )
+        seconds = tokens_per_second = usd = None
+        if device.bfloat16:
+            if training.steps:
+                a_step = step_seconds(self.shape, training, execution, workers, device)
+                tokens_per_second = training.batch * training.context_length / a_step
+            seconds = 0.0
+            if record is None or record.state != "finished":
+                seconds = self.start_up + trial_seconds(
+                    self.shape, training, execution, workers, device,
+                    original_length=self.original_length, from_step=record.saved_step if record else 0,
+                    step_0_known=self._step_0_known(trial),
+                )  # fmt: skip
+            if self.price:
+                usd = seconds * devices / 3600 * self.price.usd_per_gpu_hour
+        return Estimate(
+            workers=workers,
+            devices=devices,
+            execution=execution,
+            memory=placed.memory,
+            has=self.device.memory,
+            tokens_per_second=tokens_per_second,
+            seconds=seconds,
+            usd=usd,
+            disk=checkpoints_on_disk(training, execution) * checkpoint_bytes(self.shape, training),
+            layers=len(what_trains(self.shape, training).backward),
+            changes=placed.changes,
+            refusal=placed.refusal,
+        )
+
+    def _step_0_known(self, trial: TrialSpec) -> bool:
+        training = trial.training
+        return bool(training.steps) and training.quantization == "none" and trial.untuned().fingerprint in self.untuned
+
+    def _timed_device(self, training: TrainingConfig) -> Device:
+        """The device, as fast as the timed trial that is most like this one was on it."""
+        if not self.timed:
+            return self.device
+
+        def unlikeness(timed: tuple[TrialSpec, TrialRecord]) -> tuple:
+            other = timed[0].training
+            ratio = max(other.context_length, training.context_length) / min(
+                other.context_length, training.context_length
+            )
+            return other.attention != training.attention, other.method != training.method, ratio
+
+        like, record = min(self.timed, key=unlikeness)
+        execution = ExecutionConfig(**record.started.get("execution", {}))
+        workers = record.started.get("workers", 1)
+        return calibrated(self.device, self.shape, like.training, execution, workers, record.tokens_per_second)
+
+    @property
+    def source(self) -> str:
+        """Where the speeds come from, in words."""
+        if not self.device.bfloat16:
+            return f"no speed is known of {self.device.name}: none of its trials has been timed here"
+        if self.timed:
+            return f"speeds as {len(self.timed)} trial{'s' * (len(self.timed) > 1)} here had on this hardware"
+        return f"speeds from {self.device.name}'s peak times an efficiency ({self.device.efficiency_source})"
+
+
+def checkpoints_on_disk(training: TrainingConfig, execution: ExecutionConfig) -> int:
+    """At most, of one trial: those that its rule keeps, and one that is being written."""
+    if not training.steps:
+        return 0
+    every = training.steps // execution.keep_every if execution.keep_every else 0
+    return execution.keep_last + execution.keep_best + every + 1
+
+
+def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | None = None) -> float:
+    """Seconds until all jobs (devices, seconds) are done on so many devices: the largest first, each begun as soon as
+    it fits."""
+    waiting = sorted(jobs, key=lambda job: job[0] * job[1], reverse=True)
+    running: list[tuple[float, int]] = []
+    now, free = 0.0, capacity
+    while waiting or running:
+        for job in list(waiting):
+            devices, seconds = job
+            if devices <= free and (at_once is None or len(running) < at_once):
+                waiting.remove(job)
+                free -= devices
+                heapq.heappush(running, (now + seconds, devices))
+        if not running:
+            return float("inf")  # one needs more than there is
+        now, devices = heapq.heappop(running)
+        free += devices
+    return now
+
+
+def _and(words: tuple[str, ...]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,278 @@
+"""Search beyond grids: settings of each method at each context length, at random or by Optuna's TPE.
+
+Each method has a study of its own at each context length, over its learning rate, LoRA's rank and the group size; the
+objective is the final perplexity at the trained length. What is suggested becomes a trial like any other, known by its
+fingerprint, and the sweep grows by it.
+
+``sweeps/<name>/search.jsonl`` is the whole state, with the trials' journals: each suggestion is written down there
+before its trial begins. Suggestion n of a study depends on the seed, on n and on what is known of the suggestions
+before it, and on nothing else: a search that was killed rebuilds its studies from disk and goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.storage import Storage
+from orchestrator.spec import SweepSpec, TrialSpec
+from workloads.config import group_size_in_tokens
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+# What a trial's label calls them.
+NAMES = {"learning_rate": "lr", "lora_rank": "r", "group_size": "g"}
+# How far below and above a method's own learning rate a search goes where no range is given.
+RATE_FACTOR = 10
+# Rates are rounded to so many digits, so that a trial can be told, and hit again, by what a person types.
+SIGNIFICANT_DIGITS = 3
+# TPE's first suggestions are random: a third of a study, at most Optuna's own ten.
+MOST_RANDOM = 10
+# A suggestion that the study has had is drawn again, so often by its sampler, then at random; by then nothing is left.
+SAMPLER_DRAWS, RANDOM_DRAWS = 10, 500
+# How the reason of a trial begins whose learning rate was too high: no fault, but a result.
+DIVERGED = "NonFiniteLoss"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a study searches: values by the fields of TrainingConfig that they set.
+
+    ``rates`` is the range of learning rates, uniform in their logarithm; ``choices`` are of ranks, and of group sizes
+    as they were given (shares or tokens).
+    """
+
+    rates: tuple[float, float]
+    choices: dict[str, tuple[int | float, ...]]
+
+    @classmethod
+    def of(cls, spec: SweepSpec, base: TrialSpec) -> Space:
+        """That of the method and context length of ``base``: what does not change its result is left out.
+
+        Raises:
+            InputError: a group size that the context length cannot have, or too few settings for the trials asked for.
+        """
+        training = base.training
+        own = training.learning_rate
+        rates = spec.search_learning_rate or (_rounded(own / RATE_FACTOR), _rounded(own * RATE_FACTOR))
+        choices = {}
+        if training.method != "full":
+            choices["lora_rank"] = spec.search_rank
+        if training.attention != "full":
+            by_tokens = {group_size_in_tokens(size, training.context_length): size for size in spec.search_group_size}
+            choices["group_size"] = tuple(by_tokens.values())
+        space = cls(rates, {name: tuple(dict.fromkeys(values)) for name, values in choices.items() if values})
+        if rates[0] == rates[1] and math.prod(map(len, space.choices.values())) < spec.search_trials:
+            raise InputError(
+                f"--search-trials {spec.search_trials}: there are fewer settings of {base.label} to choose from; lower "
+                "it, or widen --search-learning-rate, --search-rank or --search-group-size"
+            )
+        return space
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """In what its trials differ."""
+        rate = ("learning_rate",) if self.rates[0] < self.rates[1] else ()
+        return (*rate, *(name for name, values in self.choices.items() if len(values) > 1))
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+        choices = {name: CategoricalDistribution(values) for name, values in self.choices.items()}
+        return {"learning_rate": FloatDistribution(*self.rates, log=True), **choices}
+
+    def trial(self, base: TrialSpec, parameters: dict[str, Any]) -> TrialSpec:
+        """``base`` with other settings."""
+        values = dict(parameters)
+        if "group_size" in values:
+            values["group_size"] = group_size_in_tokens(values["group_size"], base.training.context_length)
+        training = dataclasses.replace(base.training, **values)
+        named = [f"{NAMES[name]} {_short(getattr(training, name))}" for name in self.varied]
+        return dataclasses.replace(base, training=training, distinction=" ".join(named))
+
+    def own(self, base: TrialSpec) -> dict[str, Any] | None:
+        """The parameters of ``base`` itself, or None where they lie outside."""
+        training = base.training
+        parameters: dict[str, Any] = {"learning_rate": training.learning_rate}
+        for name, values in self.choices.items():
+            of = {group_size_in_tokens(v, training.context_length) if name == "group_size" else v: v for v in values}
+            parameters[name] = of.get(getattr(training, name))
+        return parameters if self.holds(parameters) else None
+
+    def holds(self, parameters: dict[str, Any]) -> bool:
+        low, high = self.rates
+        return (
+            parameters.keys() == {"learning_rate", *self.choices}
+            and low <= parameters["learning_rate"] <= high
+            and all(parameters[name] in values for name, values in self.choices.items())
+        )
+
+    def rounded(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """With a learning rate that can be read, inside the range."""
+        low, high = self.rates
+        return parameters | {"learning_rate": min(max(_rounded(parameters["learning_rate"]), low), high)}
+
+
+class Study:
+    """The search for the best setting of one method at one context length.
+
+    ``suggested``: the parameters of what it has suggested, by the trials' fingerprints, in their order.
+    """
+
+    def __init__(self, spec: SweepSpec, base: TrialSpec, storage: Storage) -> None:
+        self.spec, self.base, self.storage = spec, base, storage
+        self.name = base.label
+        self.space = Space.of(spec, base)
+        self.suggested: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, TrialRecord] = {}
+        self.exhausted = False
+
+    @property
+    def to_come(self) -> int:
+        """How many suggestions are still to be made."""
+        return 0 if self.exhausted else max(0, self.spec.search_trials - len(self.suggested))
+
+    def take(self, line: dict[str, Any]) -> TrialSpec | None:
+        """A suggestion that was written down before, as a trial; None if it is another study's, or of a sweep that went
+        by the same name and was another."""
+        if line["study"] != self.name or not self.space.holds(line["parameters"]):
+            return None
+        trial = self.space.trial(self.base, line["parameters"])
+        if trial.fingerprint != line["fingerprint"] or trial.fingerprint in self.suggested:
+            return None
+        self.suggested[trial.fingerprint] = line["parameters"]
+        return trial
+
+    def suggest(self) -> dict[str, Any] | None:
+        """The next suggestion, one that the study has not had, as the line to write down; None if none is left."""
+        for parameters in self._candidates():
+            fingerprint = self.space.trial(self.base, parameters).fingerprint
+            if fingerprint not in self.suggested:
+                number = len(self.suggested)
+                return {"study": self.name, "number": number, "parameters": parameters, "fingerprint": fingerprint}
+        self.exhausted = True
+        return None
+
+    def _candidates(self) -> Iterator[dict[str, Any]]:
+        import optuna
+
+        own = self.space.own(self.base)
+        if own and not self.suggested:
+            yield own
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        distributions = self.space.distributions()
+        history = self._history(distributions) if self.spec.search == "optuna" else []
+        for draw in range(SAMPLER_DRAWS + RANDOM_DRAWS):
+            seed = _seed(self.base.training.seed, self.name, len(self.suggested), draw)
+            if self.spec.search == "optuna" and draw < SAMPLER_DRAWS:
+                first_random = min(MOST_RANDOM, max(1, self.spec.search_trials // 3))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    # A trial that runs counts as a bad one, so that two at the same time are not alike.
+                    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=first_random, constant_liar=True)
+            else:
+                sampler = optuna.samplers.RandomSampler(seed=seed)
+            study = optuna.create_study(sampler=sampler)
+            study.add_trials(history)
+            yield self.space.rounded(study.ask(distributions).params)
+
+    def _history(self, distributions: dict[str, BaseDistribution]) -> list[FrozenTrial]:
+        """What has become of each suggestion so far, as Optuna calls it."""
+        from optuna.trial import create_trial
+
+        return [
+            create_trial(params=parameters, distributions=distributions, **self._outcome(fingerprint))
+            for fingerprint, parameters in self.suggested.items()
+        ]
+
+    def _outcome(self, fingerprint: str) -> dict[str, Any]:
+        from optuna.trial import TrialState
+
+        record = self.records.setdefault(fingerprint, TrialRecord(self.storage.trial(fingerprint).journal))
+        record.follow()
+        curve = record.curve(self.base.training.context_length)
+        match record.state:
+            case "finished":
+                last = curve[-1]["perplexity"]
+                return {"state": TrialState.COMPLETE, "value": math.inf if math.isnan(last) else last}
+            case "stopped":
+                return {
+                    "state": TrialState.PRUNED,
+                    "intermediate_values": {curve[-1]["step"]: curve[-1]["perplexity"]},
+                }
+            case "failed" if record.reason.startswith(DIVERGED):
+                return {"state": TrialState.COMPLETE, "value": math.inf}
+            case "failed" | "cancelled":
+                return {"state": TrialState.FAIL}
+        return {"state": TrialState.RUNNING}
+
+
+class Search:
+    """All studies of a sweep, and the file that they are rebuilt from."""
+
+    def __init__(self, spec: SweepSpec, bases: list[TrialSpec], storage: Storage, journal: Journal) -> None:
+        """``bases``: a trial of each method at each context length, as the sweep would have it without a search."""
+        self.studies = [Study(spec, base, storage) for base in bases]
+        self.journal = journal
+        # What has been suggested, in that order.
+        self.trials = [t for line in journal.read()[0] for study in self.studies if (t := study.take(line))]
+
+    def begin(self) -> None:
+        """Makes the first suggestion of each study that has none."""
+        for study in self.studies:
+            if not study.suggested:
+                self._add(study)
+
+    def next(self) -> TrialSpec | None:
+        """Suggests a trial, of the study that is least far, and writes it down; None once all are made."""
+        while waiting := [study for study in self.studies if study.to_come]:
+            study = min(waiting, key=lambda s: (len(s.suggested), -s.base.training.context_length))
+            if trial := self._add(study):
+                return trial
+        return None
+
+    @property
+    def to_come(self) -> int:
+        """How many suggestions are still to be made."""
+        return sum(study.to_come for study in self.studies)
+
+    @property
+    def tokens_to_come(self) -> int:
+        """Tokens that the trials still to be suggested would train on."""
+        configs = [(study.to_come, study.base.training) for study in self.studies]
+        return sum(n * training.steps * training.batch * training.context_length for n, training in configs)
+
+    def _add(self, study: Study) -> TrialSpec | None:
+        line = study.suggest()
+        if line is None:
+            return None
+        self.journal.append("suggested", **line)
+        trial = study.take(line)
+        self.trials.append(trial)
+        return trial
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.{SIGNIFICANT_DIGITS - 1}e}")
+
+
+def _short(value: float) -> str:
+    """``3e-3`` for 0.003, ``3.12e-4`` for 0.000312; whole numbers as they are."""
+    if isinstance(value, int):
+        return str(value)
+    mantissa, exponent = f"{value:.5e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _seed(*what: Any) -> int:
+    """The same for the same arguments, in every process."""
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big")

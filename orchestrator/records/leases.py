@@ -1,0 +1,228 @@
+"""A trial is trained by one process at a time: the one that holds its lease.
+
+A lease is a row of objects, ``00000001.json``, ``00000002.json``, ..., each created only if absent: whoever creates the
+next one holds the lease, so that of several who try to take it over one does. The newest names its owner and counts
+its owner's heartbeats. Clocks of two machines are never compared: who waits looks whether the count goes on.
+
+    held by a process of this machine that is gone       taken over at once
+    held by an earlier start of the same attempt         taken over at once: Ray Train has ended it
+    its heartbeat has not changed for 30 s               taken over
+    otherwise                                            waited for
+
+An owner that finds a newer object than its own has lost the lease, and must not write any more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from orchestrator.records.object_store import LocalStore, ObjectStore, patiently
+
+logger = logging.getLogger(__name__)
+
+# A holder that shows no sign of life for so long is taken for dead; it shows one six times as often.
+LIMIT_S = 30.0
+POLL_S = 1.0
+
+
+class LeaseLost(RuntimeError):
+    """Another process has taken the lease over."""
+
+
+def owner(attempt: str, sweep: str) -> dict[str, Any]:
+    """This process, as a lease names it. ``attempt`` is what restarts of the same work have in common."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "process_start": process_start(pid),
+        "attempt": attempt,
+        "sweep": sweep,
+    }
+
+
+class Lease:
+    """The lease whose objects lie in ``store`` under ``folder``. A context: entered when it is held, left released."""
+
+    def __init__(
+        self,
+        store: ObjectStore | LocalStore,
+        folder: str,
+        owner: dict[str, Any],
+        limit_s: float = LIMIT_S,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self.store, self.folder, self.owner, self.limit_s, self.poll_s = store, folder, owner, limit_s, poll_s
+        self.generation = 0
+        self.lost: LeaseLost | None = None
+        self._beat_at = 0.0
+        self._beats = 0
+        self._beating = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Waits until the lease is free or its owner dead, and takes it.
+
+        Raises:
+            StoreAway: the store has not answered for minutes.
+        """
+        seen, since, looked = None, time.monotonic(), time.monotonic()
+        while True:
+            newest = patiently(self._newest)
+            content = patiently(lambda number=newest: self.store.read(self._name(number))) if newest else None
+            now = time.monotonic()
+            # While the store was away its holder could not show itself either.
+            if content != seen or now - looked > self.limit_s / 2:
+                seen, since = content, now
+            looked = now
+            if newest == 0 or self._is_free(content) or now - since > self.limit_s:
+                if self._create(newest + 1):
+                    break
+                continue
+            time.sleep(self.poll_s)
+        logger.info("holds lease %s, generation %d", self.folder, self.generation)
+        self._thread.start()
+
+    def check(self) -> None:
+        """To be called before anything is written that only the holder may write.
+
+        Raises:
+            LeaseLost: another process holds the lease now. A process that was stopped for a while, and could have lost
+                it without knowing, looks.
+        """
+        if self.lost:
+            raise self.lost
+        if time.monotonic() - self._beat_at > self.limit_s / 2:
+            self._beat()
+
+    def release(self) -> None:
+        """Lets others have the lease. One that was lost is left as it is."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if not self.lost:
+            try:
+                self._beat(released=True)
+            except LeaseLost:
+                pass
+            except Exception:  # it runs out by itself
+                logger.warning("lease %s could not be released", self.folder, exc_info=True)
+
+    def _is_free(self, content: bytes | None) -> bool:
+        try:
+            held = json.loads(content or b"")
+            return held["released"] or held["owner"]["attempt"] == self.owner["attempt"] or is_dead(held["owner"])
+        except (ValueError, KeyError, TypeError):
+            return False  # just being written; if nobody completes it, it runs out
+
+    def _create(self, generation: int) -> bool:
+        self._nonce = uuid.uuid4().hex
+        content, began = self._content(released=False), time.monotonic()
+        name = self._name(generation)
+        # A creation whose answer was lost on its way is found to be ours when it is tried again.
+        if not patiently(lambda: self.store.create(name, content) or self.store.read(name) == content):
+            return False
+        self.generation, self._beat_at = generation, began
+        # The newest always stays, so that numbers never begin again; the one before, in case a reader is at it.
+        older = [self._name(number) for number in patiently(self._generations) if number < generation - 1]
+        patiently(lambda: self.store.remove(older))
+        return True
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(self.limit_s / 6):
+            try:
+                self._beat()
+            except LeaseLost as error:
+                logger.error("%s", error)
+                return
+            except Exception as error:  # the store is away; `check` looks again before anything is written
+                logger.warning("lease %s could not be renewed: %s", self.folder, error)
+
+    def _beat(self, released: bool = False) -> None:
+        with self._beating:
+            if self.lost:
+                raise self.lost
+            began = time.monotonic()
+            if self._newest() != self.generation:
+                self.lost = LeaseLost(
+                    f"lease {self.folder} was taken over by another process, which did not see this one (pid "
+                    f"{os.getpid()} on {socket.gethostname()}) for {self.limit_s:.0f} s; this one writes nothing more"
+                )
+                raise self.lost
+            self._beats += 1
+            self.store.write(self._name(self.generation), self._content(released))
+            self._beat_at = began
+
+    def _content(self, released: bool) -> bytes:
+        return json.dumps(
+            {"owner": self.owner, "nonce": self._nonce, "beat": self._beats, "released": released}
+        ).encode()
+
+    def _newest(self) -> int:
+        return max(self._generations(), default=0)
+
+    def _generations(self) -> list[int]:
+        stems = [Path(name).stem for name in self.store.names(self.folder)]
+        return [int(stem) for stem in stems if stem.isdigit()]
+
+    def _name(self, generation: int) -> str:
+        return f"{self.folder}/{generation:08d}.json"
+
+
+def is_dead(owner: dict[str, Any]) -> bool:
+    """Whether an owner is known to be gone: a process of this machine (and container) that is no longer there. Of one
+    elsewhere nothing is known."""
+    return is_here(owner) and process_start(owner["pid"]) != owner["process_start"]
+
+
+def is_here(owner: dict[str, Any]) -> bool:
+    """Whether it is, or was, a process of this machine and container."""
+    return owner["machine"] is not None and owner["machine"] == _machine()
+
+
+def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | None:
+    """The owner of a lease as its newest object tells, or None where it was released, or the owner is known to be
+    gone. Of an owner elsewhere that has died nothing is known from one look."""
+    newest = max((name for name in store.names(folder) if Path(name).stem.isdigit()), default=None)
+    try:
+        content = json.loads(store.read(newest) or b"") if newest else {"released": True}
+        return None if content["released"] or is_dead(content["owner"]) else content["owner"]
+    except (ValueError, KeyError):
+        return None  # just being written
+
+
+def _machine() -> str | None:
+    """This machine since its start, and the container: where a process id means the same process. None if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def process_start(pid: int) -> str | None:
+    """When a process began, in clock ticks since the machine did, so that a reused process id is told from it. None
+    where there is no such process, or only what is left of one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, start = fields[0], fields[19]
+    return None if state in "ZX" else start

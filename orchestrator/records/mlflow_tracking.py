@@ -1,0 +1,382 @@
+"""MLflow: one run a trial, mirrored from the trial's journal; one run a sweep, which holds the comparison.
+
+The journals are the truth, MLflow is told: one thread of the sweep's process follows them and logs in batches, so that
+a slow or absent server delays nothing. What has been logged is remembered beside the journal, and what a resumed trial
+tells twice is logged once. A trial's run is found again by its fingerprint, from whatever sweep or machine.
+
+MLflow blocks for minutes on a server that does not answer and imports slowly: it is imported in here alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.provenance import Provenance
+from orchestrator.records.storage import Storage, TrialFolder, read_json, write_json
+from orchestrator.spec import TrialSpec
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+METRICS_A_CALL = 1000  # MLflow's own limit on a batch
+
+# A trial's state, as MLflow calls it; one that has not begun has no run.
+# One that was stopped early is killed, not finished: its last perplexity is of fewer tokens than that of the finished
+# ones beside it, which a filter on FINISHED should leave out. Its tag stopped_early has the reason.
+STATUS = {
+    "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
+    "cancelled": "KILLED", "failed": "FAILED",
+}  # fmt: skip
+
+# What a journal's line becomes. Every curve is also logged by tokens seen, under by_tokens/.
+STEP_METRICS = {
+    "loss": "train/loss",
+    "tokens": "train/tokens",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_second": "perf/tokens_per_second",
+    "peak_memory_gib": "perf/peak_memory_gib",
+    "mfu": "perf/mfu",  # on GPUs whose peak is known
+}
+
+
+def metrics_of(event: dict[str, Any], context_length: int, workers: int) -> dict[str, float]:
+    """MLflow's metrics for one line of a journal: by their names in MLflow."""
+    match event["event"]:
+        case "step":
+            metrics = {name: event[field] for field, name in STEP_METRICS.items() if field in event}
+            return metrics | {"perf/tokens_per_second_per_gpu": event["tokens_per_second"] / workers}
+        case "eval" if event["context_length"] == context_length:
+            return {"eval/perplexity": event["perplexity"]}
+        case "eval":
+            return {f"eval/perplexity_{event['context_length']}": event["perplexity"]}
+    return {}
+
+
+def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """(name, value, step) of what a comparison says of one context length: of each method by its best setting."""
+    length = context["context_length"]
+    for setting in context["settings"]:
+        method, step = setting["method"], setting["final"]["step"]
+        if setting["chosen"]:
+            yield f"final/perplexity_{length}/{method}", setting["final"]["perplexity"], step
+            if setting["hours"] is not None:
+                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{method}", setting["hours"], step
+            if setting["reached"]:
+                yield f"to_target/tokens_{length}/{method}", setting["reached"]["tokens"], step
+    for gap in context["gaps"]:
+        for point in gap["points"]:
+            yield f"gap_percent_{length}/{gap['method']} to {gap['baseline']}", point["percent"], point["step"]
+
+
+def attempt_tags(event: dict[str, Any]) -> dict[str, str]:
+    """What a ``started`` line says of code and machine, as tags of the trial's run."""
+    fields = (
+        *("hardware", "host", "platform", "python", "driver", "cuda", "git_commit", "git_diff", "device_memory_gib"),
+        *("usd_per_device_hour", "price_source"),
+    )
+    tags = {name: str(event[name]) for name in fields if event.get(name) is not None}
+    return tags | {f"package.{name}": version for name, version in event["packages"].items()}
+
+
+def tracking_uri(storage: Storage, given: str | None) -> str:
+    """The store to use: the one given, else MLFLOW_TRACKING_URI, else SQLite under the storage root."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.mlflow / 'mlflow.db'}"
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be shown and stored: a user's name and password in it are left out."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+class Tracker:
+    """The connection to one MLflow store and experiment."""
+
+    def __init__(self, uri: str, experiment: str, storage: Storage) -> None:
+        self.uri, self.experiment, self.storage = uri, experiment, storage
+        self.runs: dict[str, TrialRun] = {}
+
+    def connect(self) -> None:
+        """Reaches the store and finds or makes the experiment.
+
+        Raises:
+            InputError: it does not answer, or is no MLflow store.
+        """
+        # A sweep must not hang for MLflow's four minutes; later outages are waited out by trying again.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        self.storage.mlflow.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with FileLock(self.storage.mlflow / ".lock"):  # two sweeps at once would both create the tables
+                self.client = MlflowClient(self.uri)
+                found = self.client.get_experiment_by_name(self.experiment)
+                self.experiment_id = found.experiment_id if found else self._create_experiment()
+        except (MlflowException, OSError, ValueError) as error:
+            reason = without_password(str(error).splitlines()[0][:200])
+            raise InputError(
+                f"MLflow at {without_password(self.uri)} does not answer ({reason}); start the server, or "
+                "choose another with --tracking-uri or MLFLOW_TRACKING_URI (without either, a store under the storage "
+                "root is used)"
+            ) from error
+
+    def _create_experiment(self) -> str:
+        local = self.uri.startswith("sqlite:")
+        artifacts = (self.storage.mlflow / "artifacts").as_uri() if local else None
+        return self.client.create_experiment(self.experiment, artifact_location=artifacts)
+
+    def follow(self, trials: Iterable[TrialSpec], sweep: str, provenance: Provenance) -> None:
+        """Logs what the journals of these trials have that MLflow has not."""
+        for trial in trials:
+            run = self.runs.get(trial.fingerprint)
+            if run is None:
+                folder = self.storage.trial(trial.fingerprint)
+                if not folder.journal.exists():
+                    continue
+                run = self.runs[trial.fingerprint] = TrialRun(self, trial, folder, sweep, provenance)
+            run.follow()
+
+    def find_run(self, filter_string: str) -> str | None:
+        found = self.client.search_runs([self.experiment_id], filter_string, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def interrupted(self) -> None:
+        """Marks the runs of trials that stopped in the middle as killed; they go on in the same run."""
+        for run in self.runs.values():
+            if run.record.state in ("starting", "running"):
+                run.set_status("KILLED")
+
+    def log_sweep(self, name: str, comparison: dict[str, Any], trials: list[TrialSpec], artifacts: list[Path]) -> str:
+        """The sweep's own run: found again by its name, or made; holds the comparison, the report and its trials."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        run_id = self.find_run(f"tags.`longspan.kind` = 'sweep' and tags.`longspan.sweep` = '{name}'")
+        if run_id is None:
+            tags = {"longspan.kind": "sweep", "longspan.sweep": name}
+            run_id = self.client.create_run(self.experiment_id, run_name=f"sweep {name}", tags=tags).info.run_id
+        now = int(time.time() * 1000)
+        metrics, tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
+        for context in comparison["contexts"]:
+            for name, value, step in sweep_metrics(context):
+                metrics.append(Metric(name.replace("+", "_plus"), value, now, step))
+            if context["winner"]:
+                tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
+        tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
+        params = [Param("model", comparison["model"]["name"]), Param("data", comparison["data"]["name"])]
+        for trial in trials:
+            tags.append(RunTag(f"trial.{trial.label.replace('+', '_plus')}", self.run_id(trial) or ""))
+        self.client.log_batch(run_id, metrics=metrics, tags=tags, params=params)
+        for path in artifacts:
+            self.client.log_artifact(run_id, str(path))
+        self.client.set_terminated(run_id, "FINISHED")
+        return run_id
+
+    def run_id(self, trial: TrialSpec) -> str | None:
+        run = self.runs.get(trial.fingerprint)
+        return run.run_id if run else None
+
+
+class TrialRun:
+    """One trial's run in MLflow, and how far its journal has been logged."""
+
+    def __init__(self, tracker: Tracker, trial: TrialSpec, folder: TrialFolder, sweep: str, provenance: Provenance):
+        self.tracker, self.trial, self.folder = tracker, trial, folder
+        self.provenance = provenance
+        self.record = TrialRecord(folder.journal)
+        self.status = None
+        folder.path.mkdir(parents=True, exist_ok=True)  # in the mirror of an object store it may be absent
+        with FileLock(folder.path / ".mlflow.lock"):  # two sweeps that share the trial make one run
+            stores = read_json(folder.mlflow_state) or {}
+            state = stores.get(self._store_key)
+            self.run_id = state["run_id"] if state else self._find_or_create()
+            # The last step logged of each metric.
+            self.logged: dict[str, int] = state["logged"] if state else {}
+            self.kept: list[str] = state.get("artifacts", []) if state else []
+            self._save()
+        self._tag_with_sweep(sweep)
+
+    @property
+    def _store_key(self) -> str:
+        return f"{without_password(self.tracker.uri)} {self.tracker.experiment_id}"
+
+    def _find_or_create(self) -> str:
+        fingerprint = self.trial.fingerprint
+        found = self.tracker.find_run(f"tags.`longspan.fingerprint` = '{fingerprint}'")
+        times_put_aside = self.folder.times_put_aside
+        if found:
+            run = self.tracker.client.get_run(found)
+            if int(run.data.tags.get("longspan.times_put_aside", 0)) == times_put_aside:
+                return found
+            self._retire(run)
+        from mlflow.entities import Param
+
+        training = self.trial.training
+        run = self.tracker.client.create_run(
+            self.tracker.experiment_id,
+            run_name=self.trial.label,
+            tags={
+                "longspan.kind": "trial",
+                "longspan.fingerprint": fingerprint,
+                "method": training.method,
+                "context_length": str(training.context_length),
+                "attention": training.attention,
+                "positions": training.positions,
+                **({"longspan.times_put_aside": str(times_put_aside)} if times_put_aside else {}),
+                **self.provenance.tags(),
+            },
+        )
+        params = {
+            "model": self.trial.model,
+            "data": self.trial.data,
+            "model_identity": self.trial.identities.model,
+            "data_identity": self.trial.identities.data,
+            **{name: getattr(training, name) for name in training.__slots__},
+        }
+        self.tracker.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        return run.info.run_id
+
+    def _retire(self, run: Run) -> None:
+        """A trial that begins anew (--force) has a new run, since no point can be taken out of a curve. The earlier run
+        keeps its points, and is a trial's no longer."""
+        client, number = self.tracker.client, int(run.data.tags.get("longspan.times_put_aside", 0)) + 1
+        client.update_run(run.info.run_id, name=f"{self.trial.label} (earlier {number})")
+        if run.info.status == "RUNNING":  # its sweep was killed
+            client.set_terminated(run.info.run_id, "KILLED")
+        tags = {"longspan.kind": "earlier", "longspan.earlier_fingerprint": self.trial.fingerprint}
+        for name, value in tags.items():
+            client.set_tag(run.info.run_id, name, value)
+        client.delete_tag(run.info.run_id, "longspan.fingerprint")
+
+    def _tag_with_sweep(self, sweep: str) -> None:
+        tags = self.tracker.client.get_run(self.run_id).data.tags
+        sweeps = [name for name in tags.get("longspan.sweeps", "").split(", ") if name]
+        if sweep not in sweeps:
+            self.tracker.client.set_tag(self.run_id, "longspan.sweeps", ", ".join([*sweeps, sweep]))
+
+    def follow(self) -> None:
+        """Logs what the journal has beyond what is logged."""
+        from mlflow.entities import Metric, RunTag
+
+        events = self.record.follow()
+        workers = self.record.started.get("workers", 1)
+        metrics, logged = [], dict(self.logged)
+        for event in events:
+            timestamp = int(event["time"] * 1000)
+            for name, value in metrics_of(event, self.trial.training.context_length, workers).items():
+                if event["step"] <= logged.get(name, -1):
+                    continue  # told again after a restart
+                logged[name] = event["step"]
+                metrics.append(Metric(name, value, timestamp, event["step"]))
+                metrics.append(Metric(f"by_tokens/{name}", value, timestamp, event["tokens"]))
+        tags = []
+        for event in events:
+            if event["event"] == "started":
+                tags += [RunTag(name, value) for name, value in attempt_tags(event).items()]
+                # Tags, not parameters, which cannot change when a trial goes on in another way.
+                tags += [RunTag(f"execution.{name}", str(v)) for name, v in event.get("execution", {}).items()]
+            if event["event"] == "model" and "attention_backend" in event:
+                tags += [RunTag("attention_backend", event["attention_backend"])]
+            if event["event"] == "stopped":
+                tags += [RunTag("stopped_early", event["reason"][:5000])]
+            if event["event"] == "finished" and self.record.stopped:
+                tags += [RunTag("stopped_early", "no: it went on, and finished")]
+            if event["event"] == "cancelled":
+                tags += [RunTag("cancelled", f"at step {event['step']}, by {event['by']}")]
+            if event["event"] == "finished" and self.record.cancelled:
+                tags += [RunTag("cancelled", "no: it went on, and finished")]
+            if event["event"] == "failed":
+                tags += [RunTag("failure", event["reason"][:5000])]
+        for start in range(0, len(metrics), METRICS_A_CALL):
+            self.tracker.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_CALL])
+        if tags:
+            self.tracker.client.log_batch(self.run_id, tags=tags)
+        if any(event["event"] == "started" for event in events):
+            self._log_artifacts()
+        if metrics:
+            self.logged = logged
+            self._save()
+        self.set_status(STATUS.get(self.record.state))
+
+    def _log_artifacts(self) -> None:
+        """The resolved trial, and what its code differed in from the commit; each once."""
+        for path in [self.folder.path / "trial.json", *sorted(self.folder.path.glob("code-*.diff"))]:
+            if path.name not in self.kept and path.exists():
+                self.tracker.client.log_artifact(self.run_id, str(path))
+                self.kept.append(path.name)
+                self._save()
+
+    def rewind(self) -> None:
+        """Reads the journal again from its start at the next ``follow``; what is logged already is not repeated."""
+        self.record = TrialRecord(self.folder.journal)
+
+    def set_status(self, status: str | None) -> None:
+        if status is None or status == self.status:
+            return
+        if status == "RUNNING":
+            self.tracker.client.update_run(self.run_id, status=status)
+        else:
+            # When it ended, not when that is told: a later sweep that shares the trial tells it again.
+            interrupted = self.record.state in ("starting", "running")
+            ended = time.time() if interrupted else self.record.ended
+            self.tracker.client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
+        self.status = status
+
+    def _save(self) -> None:
+        stores = read_json(self.folder.mlflow_state) or {}
+        stores[self._store_key] = {"run_id": self.run_id, "logged": self.logged, "artifacts": self.kept}
+        write_json(self.folder.mlflow_state, stores)
+
+
+class TrackingThread:
+    """Follows the journals while trials run. A store that does not answer is tried again; nothing waits for it."""
+
+    def __init__(self, tracker: Tracker, trials: list[TrialSpec], sweep: str, provenance: Provenance) -> None:
+        self.arguments = (trials, sweep, provenance)
+        self.tracker = tracker
+        self.trouble: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and logs what is left."""
+        self._stop.set()
+        self._thread.join()
+        self._follow()
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            self._follow()
+
+    def _follow(self) -> None:
+        try:
+            self.tracker.follow(*self.arguments)
+            self.trouble = None
+        except Exception as error:  # whatever the client raises: the journals keep everything, and it is tried again
+            self.trouble = f"MLflow does not answer ({str(error).splitlines()[0][:120]}); nothing is lost, trying again"
+            logger.debug("MLflow", exc_info=True)
+            # What was read but not logged is read again.
+            for run in self.tracker.runs.values():
+                run.rewind()

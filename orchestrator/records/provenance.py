@@ -1,0 +1,256 @@
+"""Where a result comes from: the code's commit, what differs from it, the packages, the machine and its price."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clusters.prices import ANY, price_per_gpu_hour, read_prices
+from workloads.engines.allocator import allocator_settings
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.spec import RunOptions
+
+# What a result or its speed depends on.
+PACKAGES = (
+    "longspan", "torch", "transformers", "peft", "ray", "mlflow", "datasets", "numpy", "tokenizers", "safetensors",
+    "deepspeed", "flash-attn", "flash-attn-4", "liger-kernel", "bitsandbytes", "optuna",
+)  # fmt: skip
+# longspan's own folder: a commit and a diff are of what lies in it and nothing else.
+SOURCE = Path(__file__).parents[2]
+# A larger diff is cut: it is kept once for each trial, and MLflow's pages show a text of this size at once.
+MOST_DIFF_BYTES = 2**20
+
+# Files that are not shown though git tracks them: their names say that they hold credentials.
+_SECRET_FILES = (
+    *(".env*", ".netrc", "*.pem", "*.key", "*.p12", "*token", "*_token.*", "token.*"),
+    *("*secret*", "*credential*", "*password*"),
+)
+# In what is shown, values that look like credentials are replaced: tokens of well-known forms, a password in an
+# address, and what is assigned to a name that says so.
+_SECRETS = (
+    (re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[abp]-|AKIA|ASIA)[\w-]{12,}"), "[left out]"),
+    (re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"), "[left out]"),
+    (
+        re.compile(
+            r"(?i)(\b\w*(?:token|secret|passw(?:or)?d|api_?key|access_?key|private_?key)\w*[\"']?\s*[=:]\s*)"
+            r"(?:[\"'][^\"'\n]{6,}[\"']|[A-Za-z0-9/+_.-]*\d[A-Za-z0-9/+_.-]{7,})"
+        ),
+        r"\1[left out]",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Of the process that starts a sweep; its workers run the same code."""
+
+    git_commit: str | None
+    packages: dict[str, str] = field(default_factory=dict)
+    diff: str | None = None
+
+    @classmethod
+    def collect(cls) -> Provenance:
+        commit = git_commit()
+        dirty = commit is not None and commit.endswith("-dirty")
+        return cls(commit, package_versions(), git_diff() if dirty else None)
+
+    def tags(self) -> dict[str, str]:
+        """As tags of an MLflow run."""
+        return {"git_commit": self.git_commit} if self.git_commit else {}
+
+    @property
+    def diff_name(self) -> str | None:
+        """The diff's file name: by its content, since a trial that is resumed with other code has several."""
+        return f"code-{hashlib.sha256(self.diff.encode()).hexdigest()[:8]}.diff" if self.diff else None
+
+    def keep_diff(self, folder: Path) -> Path | None:
+        """Writes the diff into a trial's or a sweep's folder; None where the code is as committed."""
+        if self.diff is None:
+            return None
+        path = folder / self.diff_name
+        if not path.exists():
+            path.write_text(self.diff)
+        return path
+
+    def of_attempt(self) -> dict[str, str | None]:
+        """What a worker writes down beside its own description: it may have no git and no checkout."""
+        return {"git_commit": self.git_commit, "git_diff": self.diff_name}
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of what a result depends on."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def git_commit(source: Path = SOURCE) -> str | None:
+    """The commit that longspan runs from, with ``-dirty`` where tracked files differ from it. None outside a git
+    checkout, and where longspan is merely installed inside somebody else's."""
+    if _git(source, "ls-files", "--error-unmatch", "orchestrator/records/provenance.py") is None:
+        return None
+    commit = _git(source, "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    return commit.strip() + ("-dirty" if _git(source, "diff", "--quiet", "HEAD", "--", ".") is None else "")
+
+
+def git_diff(source: Path = SOURCE) -> str:
+    """What tracked files of longspan's folder differ in from the commit, under a heading that says what is not in it.
+
+    Untracked and ignored files are not in it, nor binary ones, nor files whose names speak of credentials, nor anything
+    of the environment; values that look like credentials are replaced, and what is over MOST_DIFF_BYTES is cut.
+    """
+    left_out = [f":(exclude,glob,icase)**/{pattern}" for pattern in _SECRET_FILES]
+    plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--relative")
+    diff = _git(source, "diff", *plain, "HEAD", "--", ".", *left_out) or ""
+    for pattern, replacement in _SECRETS:
+        diff = pattern.sub(replacement, diff)
+    content, cut = diff.encode(), ""
+    if len(content) > MOST_DIFF_BYTES:
+        diff = content[:MOST_DIFF_BYTES].decode(errors="ignore")
+        cut = f"# Cut: {len(content) - MOST_DIFF_BYTES:,} bytes more are left out.\n"
+    commit = git_commit(source) or "unknown"
+    untracked = len((_git(source, "ls-files", "--others", "--exclude-standard") or "").splitlines())
+    return (
+        f"# What longspan's tracked files differ in from commit {commit.removesuffix('-dirty')}.\n"
+        f"# Not in it: untracked files ({untracked} here) and ignored ones, binary files' content, files named like\n"
+        f"# {' '.join(_SECRET_FILES)}, and values that look like credentials.\n"
+        f"{cut}{diff}"
+    )
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, or None where it says no, is not there, or does not come back."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder, capture_output=True, text=True, errors="replace", timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def describe_machine(device: torch.device, workers: int, prices: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What an attempt runs on, for the record: the machine of worker 0, its devices, driver and packages.
+
+    ``devices`` counts what the trial holds in all: GPUs, or threads of CPUs. ``usd_per_device_hour`` is the price of an
+    hour of one of them and ``price_source`` says where it comes from (``prices``, the user's own: see
+    :func:`clusters.prices.price_per_gpu_hour`); both are None where the price is not known.
+    """
+    import torch
+
+    described = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "workers": workers,
+        "hardware": hardware(device, workers),
+        "cpus": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {
+            "device": "gpu",
+            "devices": workers,
+            "device_name": torch.cuda.get_device_name(device),
+            "device_memory_gib": round(properties.total_memory / 2**30, 2),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "driver": nvidia_driver(),
+            "cuda": torch.version.cuda,
+            "allocator": allocator_settings(),
+        }
+    else:
+        described |= {"device": "cpu", "devices": workers * torch.get_num_threads(), "device_name": cpu_name()}
+    return described | _price(described, prices or {})
+
+
+def _price(described: dict[str, Any], prices: Mapping[str, float]) -> dict[str, Any]:
+    if described["device"] == "gpu":
+        price = price_per_gpu_hour(described["device_name"], prices)
+        usd, source = (price.usd_per_gpu_hour, price.source) if price else (None, None)
+    else:
+        usd = prices.get(ANY)
+        source = "given by the user" if usd else None
+    return {"usd_per_device_hour": usd, "price_source": source}
+
+
+def own_prices(options: RunOptions) -> dict[str, float]:
+    """The prices that the user gave, as :func:`clusters.prices.price_per_gpu_hour` takes them.
+
+    Raises:
+        InputError: the file of prices cannot be read, or a price is none.
+    """
+    try:
+        given = read_prices(Path(options.prices).expanduser()) if options.prices else {}
+    except ValueError as error:
+        raise InputError(f"--prices: {error}") from error
+    return given | ({ANY: options.price_per_hour} if options.price_per_hour is not None else {})
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver, such as 580.65.06: from the kernel where it tells, else from nvidia-smi."""
+    try:
+        return driver_version(Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        pass
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return driver_version(done.stdout)
+
+
+def driver_version(text: str) -> str | None:
+    """The version in what the kernel's module or nvidia-smi says."""
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return found[0] if found else None
+
+
+def hardware(device: torch.device, workers: int) -> str:
+    """``2 x NVIDIA H200`` or ``1 x 1 CPU thread (AMD EPYC)``."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{workers} x {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{workers} x {threads} CPU thread{'s' if threads > 1 else ''} ({cpu_name()})"
+
+
+@functools.cache
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None

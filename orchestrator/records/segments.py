@@ -1,0 +1,103 @@
+"""A trial's journal in an object store, which cannot append: segments of some lines each, numbered from 1.
+
+    trials/<fingerprint>/journal/00000001.jsonl, 00000002.jsonl, ...
+
+Each is created only if absent and never changed. Whoever creates the next number has added to the journal, so that the
+numbers are the order for any number of writers, without a clock, and a reader asks for the number after its last.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.records.journal import as_line, parse
+from orchestrator.records.object_store import ObjectStore, is_passing, patiently, reason
+
+# A follower asks for a trial's next segment at most this often.
+POLL_S = 2.0
+
+
+class SegmentedJournal:
+    """The journal whose segments lie under ``folder`` of ``store``; what was read once is kept in memory.
+
+    Its offsets count segments. Get it with ``at``: all readers of a process share one.
+    """
+
+    def __init__(self, store: ObjectStore, folder: str) -> None:
+        self.store, self.folder = store, folder
+        self._segments: list[list[dict[str, Any]]] = []
+        self._lock = threading.Lock()
+        self._asked_at: float | None = None
+
+    @classmethod
+    @functools.cache
+    def at(cls, store: ObjectStore, folder: str) -> SegmentedJournal:
+        return cls(store, folder)
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Adds a line and has it stored before returning; waits for a store that is away."""
+        content = as_line(event, fields).encode()
+        patiently(lambda: self.write(content))
+
+    def write(self, content: bytes) -> None:
+        """Stores whole lines as the next segment. Raises at once where the store is away; may be called again then."""
+        with self._lock:
+            self._catch_up()
+            # Another writer may come between. A segment with our very lines is ours: the answer was lost on its way.
+            while not self.store.create(self._next(), content):
+                number = len(self._segments)
+                self._catch_up()
+                if parse(content) in self._segments[number:]:
+                    return
+            self._segments.append(parse(content))
+
+    def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """(events of the segments after the first ``offset``, how many segments there are); waits for a store that is
+        away."""
+        with self._lock:
+            patiently(self._catch_up)
+            return self._after(offset)
+
+    def poll(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """As ``read``, for those who follow: asks the store now and then, and gives what is known where it is away."""
+        due = self._asked_at is None or time.monotonic() - self._asked_at > POLL_S
+        if due and self._lock.acquire(blocking=False):
+            try:
+                self._catch_up()
+                self.store.trouble = None
+            except Exception as error:
+                if not is_passing(error):
+                    raise
+                self._asked_at = time.monotonic()
+                self.store.trouble = f"the storage does not answer ({reason(error)}); training goes on, trying again"
+            finally:
+                self._lock.release()
+        return self._after(offset)
+
+    def exists(self) -> bool:
+        return self.read()[1] > 0
+
+    def save(self, file: Path) -> None:
+        """Writes the journal into one local file, as it lies where the storage is local."""
+        with self._lock:
+            patiently(self._catch_up)
+            names = self.store.names(self.folder)
+            file.write_bytes(b"".join(patiently(lambda: self.store.read_many(names))))
+
+    def _catch_up(self) -> None:
+        if not self._segments:
+            self._segments = [parse(content) for content in self.store.read_many(self.store.names(self.folder))]
+        while (content := self.store.read(self._next())) is not None:
+            self._segments.append(parse(content))
+        self._asked_at = time.monotonic()
+
+    def _after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        segments = self._segments[offset:]
+        return [event for segment in segments for event in segment], offset + len(segments)
+
+    def _next(self) -> str:
+        return f"{self.folder}/{len(self._segments) + 1:08d}.jsonl"

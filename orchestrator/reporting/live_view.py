@@ -1,0 +1,101 @@
+"""What a person sees while a sweep runs: one table of all trials, live in a terminal, now and then in a job log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from orchestrator.reporting.progress import Progress, Row, duration, progress, seconds_left
+
+REFRESH_S = 1.0
+# A job log has no screen to redraw: the table is printed this often.
+LOG_INTERVAL_S = 30.0
+LOG_WIDTH = 110
+
+
+class LiveView:
+    """Follows the journals of a sweep's trials in a thread of its own and shows them."""
+
+    def __init__(self, sweep: str, rows: list[Row], concurrency: int, console: Console) -> None:
+        self.sweep = sweep
+        self.rows, self.concurrency, self.console = rows, concurrency, console
+        self.note = lambda: None  # what a person should know or do, or None
+        self.tokens_to_come = lambda: 0  # of trials that a search has not suggested yet: they join the rows later
+        self.began = time.time()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="view", daemon=True)
+
+    def __enter__(self) -> LiveView:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self.console.is_terminal:
+            with Live(self.table(), console=self.console, auto_refresh=False, transient=True) as live:
+                while not self._stop.wait(REFRESH_S):
+                    self._follow()
+                    live.update(self.table(), refresh=True)
+            return
+        printed = time.time()
+        while not self._stop.wait(REFRESH_S):
+            self._follow()
+            if time.time() - printed >= LOG_INTERVAL_S:
+                printed = time.time()
+                self.console.print(self.table())
+                sys.stdout.flush()
+
+    def _follow(self) -> None:
+        for row in self.rows:
+            row.record.follow()
+
+    def table(self) -> Table:
+        elapsed = time.time() - self.began
+        left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
+        title = f"{duration(elapsed)} elapsed" + (f", about {duration(left)} left" if left else "")
+        table = trials_table(title)
+        table.caption = self.note()
+        for row in self.rows:
+            trial = progress(row, self.sweep)
+            elsewhere = f", {trial.elsewhere}" if trial.elsewhere else ""
+            table.add_row(trial.label, trial.state + elsewhere, *numbers(trial))
+        return table
+
+
+def trials_table(title: str | None = None) -> Table:
+    """For a row a trial: its label, its state, its :func:`numbers`."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "perplexity", "tokens/s", "time left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def numbers(trial: Progress) -> list[str]:
+    """A trial's row from its third cell on."""
+    return [
+        f"{trial.step}/{trial.steps}" if trial.steps else "-",
+        _number(trial.loss, ".3f"),
+        _number(trial.perplexity, ".3f"),
+        _number(trial.tokens_per_second, ",.0f"),
+        "-" if trial.seconds_left is None else duration(trial.seconds_left),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def make_console() -> Console:
+    """A console for this terminal, or of fixed width where the output goes to a file or a job log."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)

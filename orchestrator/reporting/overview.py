@@ -1,0 +1,233 @@
+"""What the sweeps of a storage root are at, read from its files alone: while they run, and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from orchestrator import cancel
+from orchestrator.compare import effort
+from orchestrator.records.heartbeat import command_of, is_alive
+from orchestrator.records.journal import TrialRecord
+from orchestrator.records.leases import is_here
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_token, tokens_left
+from orchestrator.spec import TrialSpec
+from workloads.errors import InputError
+
+# A worker on another machine that has been silent for so long, or for so many of its steps, counts as gone: nothing
+# else is known of it from files. An evaluation between two steps is silent too.
+SILENT_S, SILENT_STEPS = 300.0, 20
+# Ended for this sweep: nothing of it is left to do.
+ENDED = {"finished", "stopped"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialOverview(Progress):
+    """A trial, and what it has taken: ``hours`` in which the sweep held its devices, ``usd`` at the known price."""
+
+    hours: float = 0.0
+    usd: float | None = None
+    unit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOverview:
+    """One sweep.
+
+    Args:
+        runs: its command runs now.
+        state: preparing, running, finished, interrupted (its command was killed), unfinished.
+        doing: what a command that prepares is at.
+        left_seconds, left_hours, left_usd: until every trial is at its end, at the pace so far, else as planned; None
+            where nothing is known.
+    """
+
+    name: str
+    state: str
+    runs: bool
+    host: str | None
+    began: float | None
+    ended: float | None
+    doing: str | None
+    trials: list[TrialOverview] = field(default_factory=list)
+    unit: str | None = None
+    hours: float = 0.0
+    usd: float | None = None
+    left_seconds: float | None = None
+    left_hours: float | None = None
+    left_usd: float | None = None
+
+    @property
+    def finished(self) -> int:
+        return sum(trial.state in ENDED for trial in self.trials)
+
+
+class Overview:
+    """All sweeps of a storage root as they are now. What was read is kept: make another one to look again."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.now = storage, time.time()
+        self._rows: dict[str, Row | None] = {}
+        self._commands: dict[str, dict[str, Any] | None] = {}
+
+    def sweeps(self) -> list[SweepOverview]:
+        """The newest first."""
+        # A folder that is just being made holds nothing yet.
+        names = [name for name in self.storage.sweeps() if self.command(name) or self._listed(name) is not None]
+        found = [self.sweep(name) for name in names]
+        return sorted(found, key=lambda sweep: sweep.began or 0.0, reverse=True)
+
+    def sweep(self, name: str) -> SweepOverview:
+        """Raises:
+        InputError: there is none of this name.
+        """
+        command, listed = self.command(name), self._listed(name)
+        if command is None and listed is None:
+            known = ", ".join(self.storage.sweeps()) or "none"
+            raise InputError(f"{self.storage.location} has no sweep {name!r}; it has {known}")
+        runs = is_alive(command, self.now)
+        plan = self.storage.read(f"sweeps/{name}/plan.json") if listed else None
+        planned = {entry["fingerprint"]: entry for entry in plan["trials"]} if plan else {}
+        trials = [self._trial(fingerprint, name, runs, planned.get(fingerprint)) for fingerprint in listed or ()]
+        rows = {trial.fingerprint: row for trial in trials if (row := self._row(trial.fingerprint))}
+        command = command or {}
+        units = {trial.unit for trial in trials if trial.unit}
+        prices = [trial.usd for trial in trials if trial.hours]
+        return SweepOverview(
+            name=name,
+            state=_state(command, runs, trials),
+            runs=runs,
+            host=command["owner"]["host"] if command else None,
+            began=command.get("began") or min((t for r in rows.values() if (t := r.record.launched)), default=None),
+            ended=command.get("ended") or max((t for r in rows.values() if (t := r.record.heard)), default=None),
+            doing=command.get("doing") if runs and not trials else None,
+            trials=trials,
+            unit=units.pop() if len(units) == 1 else None,
+            hours=sum(trial.hours for trial in trials),
+            usd=None if None in prices or not prices else sum(prices),
+            **_left(trials, rows, planned, command),
+        )
+
+    def find(self, text: str) -> TrialOverview:
+        """A trial by its fingerprint, the first digits of it, or SWEEP/LABEL.
+
+        Raises:
+            InputError: there is none, or there are several.
+        """
+        sweep, _, label = text.rpartition("/")
+        sweeps = [self.sweep(sweep)] if sweep else self.sweeps()
+        found: dict[str, TrialOverview] = {}
+        for each in sweeps:
+            for trial in each.trials:
+                matches = trial.label == label if sweep else trial.fingerprint.startswith(text)
+                # As the sweep that runs sees it.
+                if matches and not (trial.fingerprint in found and found[trial.fingerprint].is_to_do):
+                    found[trial.fingerprint] = trial
+        if not sweep and not re.fullmatch(r"[0-9a-f]{4,16}", text):
+            found = {}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            each = ", ".join(f"{fingerprint} ({trial.label})" for fingerprint, trial in found.items())
+            raise InputError(f"{text!r} may mean {each}; give more digits of the fingerprint")
+        at_work = [f"{s.name}/{trial.label} ({trial.fingerprint})" for s in sweeps for trial in s.trials]
+        raise InputError(
+            f"{self.storage.location} has no trial or sweep {text!r}; expected a sweep's name, SWEEP/LABEL, or 4 or "
+            f"more digits of a fingerprint. Trials: {', '.join(at_work[:20]) or 'none'}"
+        )
+
+    def command(self, name: str) -> dict[str, Any] | None:
+        if name not in self._commands:
+            self._commands[name] = command_of(self.storage, name)
+        return self._commands[name]
+
+    @cached_property
+    def running(self) -> dict[str, list[str]]:
+        """The trials of each sweep whose command runs now."""
+        return {
+            name: self._listed(name) or []
+            for name in self.storage.sweeps()
+            if is_alive(self.command(name), self.now)
+        }  # fmt: skip
+
+    def _listed(self, name: str) -> list[str] | None:
+        sweep = self.storage.read(f"sweeps/{name}/sweep.json")
+        return None if sweep is None else sweep["trials"]
+
+    def _row(self, fingerprint: str) -> Row | None:
+        """None of a trial that was planned and never added."""
+        if fingerprint not in self._rows:
+            values = self.storage.read(f"trials/{fingerprint}/trial.json")
+            record = TrialRecord.of(self.storage.trial(fingerprint).journal) if values else None
+            self._rows[fingerprint] = Row(TrialSpec.from_dict(values), record) if values else None
+        return self._rows[fingerprint]
+
+    def _trial(self, fingerprint: str, sweep: str, runs: bool, planned: dict[str, Any] | None) -> TrialOverview:
+        row = self._row(fingerprint)
+        if row is None:
+            label = planned["label"] if planned else fingerprint
+            return TrialOverview(fingerprint=fingerprint, label=label, state="waiting" if runs else "not begun")
+        record, holder, cancelling = row.record, None, False
+        if record.state in ("starting", "running"):
+            holder = self.storage.trial(fingerprint).holder()
+        if record.state in ("waiting", "starting", "running"):
+            cancelling = cancel.requested(self.storage, f"trials/{fingerprint}") is not None
+        due = any(fingerprint in trials for trials in self.running.values())
+        alive = holder is not None and not self._is_silent(record, holder)
+        seen = progress(row, sweep, alive=alive, due=due, holder=holder if alive else None, cancelling=cancelling)
+        hours, usd = effort.held(record, sweep)
+        unit = effort.unit_of([record]) if record.attempts else None
+        return TrialOverview(**dataclasses.asdict(seen), hours=hours, usd=usd, unit=unit)
+
+    def _is_silent(self, record: TrialRecord, holder: dict[str, Any]) -> bool:
+        """Whether the holder of a lease, on another machine, seems to be gone."""
+        steps = sorted(step["seconds"] for step in record.steps.values())
+        limit = max(SILENT_S, SILENT_STEPS * steps[len(steps) // 2] if steps else 0)
+        return not is_here(holder) and self.now - (record.heard or 0) > limit
+
+
+def _state(command: dict[str, Any], runs: bool, trials: list[TrialOverview]) -> str:
+    if runs:
+        return "running" if trials else "preparing"
+    if trials and all(trial.state in ENDED for trial in trials):
+        return "finished"
+    killed = command and "ended" not in command
+    return "interrupted" if killed or any(trial.state == "interrupted" for trial in trials) else "unfinished"
+
+
+def _left(
+    trials: list[TrialOverview], rows: dict[str, Row], planned: dict[str, Any], command: dict[str, Any]
+) -> dict[str, float | None]:
+    """What is to come, by trial: at its own pace where it trains, else at that of all, else as planned."""
+    pace = seconds_a_token(rows.values())
+    devices = {f: row.record.started["devices"] for f, row in rows.items() if "devices" in row.record.started}
+    prices = [p for row in rows.values() if (p := row.record.started.get("usd_per_device_hour")) is not None]
+    each, hours, usd = [], 0.0, 0.0
+    for trial in trials:
+        if trial.state in ENDED:
+            continue
+        row, plan = rows.get(trial.fingerprint), planned.get(trial.fingerprint, {})
+        seconds = trial.seconds_left
+        if seconds is None and row and pace is not None:
+            seconds = pace * tokens_left(row)
+        if seconds is None:
+            seconds = plan.get("seconds")  # planned from where it stood then
+        if seconds is None:
+            return {}
+        taken = seconds * devices.get(trial.fingerprint, max(devices.values(), default=plan.get("workers", 1))) / 3600
+        each.append(seconds)
+        hours += taken
+        usd = usd + taken * prices[0] if prices and usd is not None else None
+    if pace is not None and (to_come := command.get("tokens_to_come")):
+        each.append(pace * to_come)
+    concurrency = command.get("concurrency") or 1
+    return {
+        "left_seconds": max(max(each, default=0.0), sum(each) / concurrency),
+        "left_hours": hours,
+        "left_usd": usd,
+    }

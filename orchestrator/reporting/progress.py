@@ -1,0 +1,216 @@
+"""How far a trial is, from its journal: what a row of a table of trials shows, live or from another terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.records.journal import TrialRecord
+from orchestrator.spec import TrialSpec
+
+# States of a trial that trains, or that a command which runs now is to train.
+AT_WORK = {"starting", "loading", "training", "evaluating", "cancelling", "pausing", "restarting"}
+TO_DO = AT_WORK | {"waiting"}
+
+
+@dataclass
+class Row:
+    trial: TrialSpec
+    record: TrialRecord
+    known: bool = False  # it was finished before this sweep began
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One trial.
+
+    Args:
+        state: waiting, starting, loading, training, evaluating, cancelling, pausing, restarting; finished, known,
+            stopped, failed, cancelled; interrupted (nobody trains it any more), not begun.
+        why: what it waits for, or what ended it.
+        elsewhere: who trains it, if that is another sweep.
+        step: the last one, or where it waits to go on that of its checkpoint.
+        attempts: how often a worker has begun with it.
+        remedies: what was changed or waited for after faults.
+        saved_step: of its newest checkpoint.
+        heard: Unix seconds of the last line in its journal.
+    """
+
+    fingerprint: str
+    label: str
+    state: str
+    why: str | None = None
+    elsewhere: str | None = None
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    perplexity: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    attempts: int = 0
+    remedies: tuple[str, ...] = ()
+    host: str | None = None
+    saved_step: int | None = None
+    heard: float | None = None
+
+    @property
+    def is_to_do(self) -> bool:
+        return self.state in TO_DO
+
+
+def progress(
+    row: Row,
+    sweep: str,
+    *,
+    alive: bool = True,
+    due: bool = True,
+    holder: dict[str, Any] | None = None,
+    cancelling: bool = False,
+) -> Progress:
+    """One trial as a sweep sees it.
+
+    Args:
+        alive: a worker trains it.
+        due: a command that runs now is to train it.
+        holder: who has its lease (orchestrator/records/leases.py), if that is known.
+        cancelling: it was asked to stop.
+    """
+    trial, record = row.trial, row.record
+    state, why = ("known", None) if row.known else _state(trial, record, sweep, alive, due, holder)
+    if cancelling and state in TO_DO:
+        state, why = "cancelling", why
+    began = state not in ("waiting", "starting", "pausing", "not begun")
+    last = record.steps.get(record.last_step) if began else None
+    curve = record.curve(trial.training.context_length) if began else []
+    return Progress(
+        fingerprint=trial.fingerprint,
+        label=trial.label,
+        state=state,
+        why=why,
+        # What it knows where it waits to go on is of an earlier attempt, of which this much is kept.
+        step=record.last_step if began else record.saved_step,
+        steps=trial.training.steps,
+        elsewhere=_elsewhere(record, sweep) if state in AT_WORK else None,
+        loss=last["loss"] if last else None,
+        perplexity=curve[-1]["perplexity"] if curve else None,
+        tokens_per_second=record.tokens_per_second if last else None,
+        seconds_left=trial_seconds_left(row) if record.state == "running" and alive and not row.known else None,
+        attempts=len(record.attempts),
+        remedies=tuple(record.remedies),
+        host=record.started.get("host"),
+        saved_step=record.saved_step or None,
+        heard=record.heard,
+    )
+
+
+def _state(
+    trial: TrialSpec, record: TrialRecord, sweep: str, alive: bool, due: bool, holder: dict[str, Any] | None
+) -> tuple[str, str | None]:
+    """(state, why)"""
+    goes_on = f"its sweep's command goes on from step {record.saved_step}" if record.saved_step else None
+    match record.state:
+        case "waiting":
+            return ("waiting", "for its turn") if due else ("not begun", None)
+        case "starting" if holder and holder["sweep"] != sweep:
+            return "waiting", f"the sweep {holder['sweep']} trains it on {holder['host']}"
+        case "starting" if not due:
+            return "interrupted", goes_on
+        case "starting" if record.pause_ends and record.pause_ends > time.time():
+            return "pausing", f"{record.remedies[-1]}, {duration(record.pause_ends - time.time())} to go"
+        case "starting":
+            return "starting", _waits_for(record)
+        case "running" if not alive:
+            return ("restarting", "its worker is gone; Ray starts another") if due else ("interrupted", goes_on)
+        case "running":
+            return _doing(trial, record), None
+    return record.state, record.reason
+
+
+def _doing(trial: TrialSpec, record: TrialRecord) -> str:
+    if record.model.get("time", 0) < record.started.get("time", 0):
+        return "loading"
+    due = trial.training.eval_every
+    if not trial.training.steps:
+        return "evaluating"
+    evaluated = (trial.training.context_length, record.last_step) in record.evals
+    at_evaluation = record.last_step % due == 0 or record.last_step == trial.training.steps
+    return "evaluating" if at_evaluation and not evaluated else "training"
+
+
+def _elsewhere(record: TrialRecord, sweep: str) -> str | None:
+    """Who trains it, where this sweep waits for another, which has the trial's lease."""
+    trainer = record.started.get("sweep", sweep)
+    return None if trainer == sweep else f"by {trainer} on {record.started['host']}"
+
+
+def _waits_for(record: TrialRecord) -> str | None:
+    """What a trial needs before its worker begins: it is not told whether that is there and it only starts up."""
+    resources = record.waits_for.get("resources")
+    if resources is None:
+        return None
+    each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources['cpus']:g} CPU"
+    workers = resources["workers"]
+    return f"for {workers} worker{'s' * (workers > 1)} with {each}, or their start"
+
+
+def trial_seconds_left(row: Row) -> float | None:
+    """Steps at this trial's pace, with the evaluations that lie between them."""
+    if (so_far := _since_it_started(row)) is None:
+        return None
+    steps, seconds = so_far
+    return max(0.0, seconds / steps * (row.trial.training.steps - row.record.last_step))
+
+
+def seconds_a_token(rows: Iterable[Row]) -> float | None:
+    """What has run so far tells the seconds a token takes, start-up and evaluation included."""
+    spent = tokens = 0.0
+    for row in rows:
+        if not row.known and (so_far := _since_it_started(row)):
+            steps, seconds = so_far
+            spent += seconds
+            tokens += steps * tokens_a_step(row)
+    return spent / tokens if tokens else None
+
+
+def _since_it_started(row: Row) -> tuple[int, float] | None:
+    """The steps of the attempt that runs now, and the seconds they took with its start; None before its first."""
+    record = row.record
+    if record.last_step <= record.resumed_at or not record.started:
+        return None
+    # One that has just begun again has not said yet from which step: the last one known is the lost attempt's.
+    seconds = record.steps[record.last_step]["time"] - record.started["time"]
+    return (record.last_step - record.resumed_at, seconds) if seconds > 0 else None
+
+
+def tokens_left(row: Row) -> int:
+    record = row.record
+    done = record.last_step if record.state == "running" else record.saved_step
+    return (row.trial.training.steps - done) * tokens_a_step(row)
+
+
+def tokens_a_step(row: Row) -> int:
+    return row.trial.training.batch * row.trial.training.context_length
+
+
+def seconds_left(rows: list[Row], concurrency: int, tokens_to_come: int) -> float | None:
+    """For all trials of a command that runs, and of a search those that are still to come."""
+    pace = seconds_a_token(rows)
+    if pace is None:
+        return None
+    to_do = sum(tokens_left(row) for row in rows if row.record.state in ("waiting", "starting", "running"))
+    start_ups = [row.record.start_up_seconds for row in rows if not row.known and row.record.start_up_seconds]
+    waiting = [row for row in rows if row.record.state == "waiting"]
+    starts = sum(row.trial.training.steps > 0 for row in waiting) + any(not r.trial.training.steps for r in waiting)
+    starting = starts * sum(start_ups) / max(1, len(start_ups))
+    return (pace * (to_do + tokens_to_come) + starting) / concurrency
+
+
+def duration(seconds: float) -> str:
+    """``2h05m``, ``3m20s``, ``45s``; days where it takes days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,111 @@
+"""The journal: what a dying process may leave behind, and what readers make of it."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+from orchestrator.records.journal import Journal, TrialRecord
+
+
+def evaluation(step, perplexity, context_length=1024):
+    return {
+        "step": step, "tokens": step * 10, "context_length": context_length, "perplexity": perplexity,
+        "nll": [1.0], "num_tokens": [1],
+    }  # fmt: skip
+
+
+def a_step(step, loss=1.0):
+    return {
+        "step": step, "tokens": step * 10, "loss": loss, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 2.0,
+        "tokens_per_second": 5.0, "peak_memory_gib": 1.0,
+    }  # fmt: skip
+
+
+def test_a_line_cut_off_by_a_dying_process_is_passed_over_and_the_next_one_is_whole(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("step", **a_step(1))
+    with journal.path.open("ab") as file:
+        file.write(b'{"event": "step", "ti')
+    assert [event["step"] for event in journal.read()[0]] == [1]
+    journal.append("step", **a_step(2))
+    assert [event["step"] for event in journal.read()[0]] == [1, 2]
+
+
+def test_a_reader_that_follows_sees_each_line_once_and_no_half_lines(tmp_path):
+    record = TrialRecord(Journal(tmp_path / "journal.jsonl"))
+    assert record.follow() == []
+    record.journal.append("step", **a_step(1))
+    assert len(record.follow()) == 1
+    with record.journal.path.open("ab") as file:
+        file.write(b'{"event": "saved", "time": 0, ')
+        file.flush()
+        assert record.follow() == []
+        file.write(b'"step": 1}\n')
+    assert [event["event"] for event in record.follow()] == ["saved"]
+
+
+def test_a_cancelled_trial_stays_so_until_it_is_begun_again_and_never_was_once_finished(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("started", hardware="one")
+    journal.append("cancelled", step=0, by="somebody")
+    record = TrialRecord.of(journal)
+    assert (record.state, record.reason, record.cancelled["step"]) == ("cancelled", "by somebody", 0)
+    journal.append("launched")
+    assert record.follow() and record.state == "starting"
+    journal.append("finished")
+    journal.append("cancelled", step=0, by="somebody")  # another sweep waited for it
+    assert record.follow() and record.state == "finished"
+
+
+def test_a_resumed_trial_tells_twice_and_the_later_line_holds(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("started", hardware="one")
+    journal.append("eval", **evaluation(0, 9.0))
+    for step in (1, 2, 3):
+        journal.append("step", **a_step(step, loss=step))
+    journal.append("started", hardware="other")
+    journal.append("resume", step=1)
+    journal.append("step", **a_step(2, loss=20.0))
+    journal.append("eval", **evaluation(2, 5.0))
+    journal.append("eval", **evaluation(2, 6.0, context_length=512))
+    record = TrialRecord.of(journal)
+    assert (record.state, record.resumed_at, record.started["hardware"]) == ("running", 1, "other")
+    assert record.steps[2]["loss"] == 20.0
+    assert [(e["step"], e["perplexity"]) for e in record.curve(1024)] == [(0, 9.0), (2, 5.0)]
+
+
+def test_a_trial_that_failed_and_is_tried_again_is_running_and_then_finished(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("failed", reason="NonFiniteLoss: step 3", attempt="a")
+    assert (TrialRecord.of(journal).state, TrialRecord.of(journal).reason) == ("failed", "NonFiniteLoss: step 3")
+    journal.append("started")
+    assert TrialRecord.of(journal).state == "running"
+    journal.append("finished")
+    assert (TrialRecord.of(journal).state, TrialRecord.of(journal).reason) == ("finished", None)
+
+
+def _write_for_ever(path):
+    journal = Journal(path)
+    step = 0
+    while True:
+        step += 1
+        journal.append("step", **a_step(step))
+
+
+def test_a_killed_writer_loses_at_most_the_line_it_was_writing(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    for _ in range(3):
+        writer = multiprocessing.get_context("spawn").Process(target=_write_for_ever, args=(path,))
+        writer.start()
+        size = path.stat().st_size if path.exists() else 0
+        while not path.exists() or path.stat().st_size < size + 2000:
+            time.sleep(0.01)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+    steps = [event["step"] for event in Journal(path).read()[0]]
+    runs = "".join("|" if step == 1 else "." for step in steps)
+    assert runs.count("|") == 3
+    for first, second in itertools.pairwise(steps):
+        assert second in (first + 1, 1)

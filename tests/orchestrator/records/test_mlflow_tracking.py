@@ -1,0 +1,275 @@
+"""MLflow against a real store: one run a trial, every point once, and nothing lost while the server is away."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator.records.mlflow_tracking import Tracker, TrackingThread, tracking_uri
+from orchestrator.records.provenance import Provenance
+from orchestrator.records.storage import Storage
+from orchestrator.spec import Identities, SweepSpec
+from tests.orchestrator.records.test_journal import a_step, evaluation
+from workloads.errors import InputError
+
+PROVENANCE = Provenance(git_commit="abc123", packages={})
+STARTED = {
+    "hardware": "1 x NVIDIA H200", "host": "here", "packages": {"torch": "2"}, "workers": 1, "driver": "580.65.06",
+    "cuda": "13.0", "git_commit": "abc123-dirty", "usd_per_device_hour": 7.912, "price_source": "p5en.48xlarge",
+    "execution": {"engine": "zero2", "offload": True, "micro_batch": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage.open(str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def trial(storage):
+    spec = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=())
+    (trial,) = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    storage.add_trial(trial)
+    return trial
+
+
+def connect(storage, uri=None):
+    tracker = Tracker(tracking_uri(storage, uri), "longspan", storage)
+    tracker.connect()
+    return tracker
+
+
+def runs(uri):
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("longspan")
+    return client, client.search_runs([experiment.experiment_id])
+
+
+def history(client, run, name):
+    return [(m.step, m.value) for m in sorted(client.get_metric_history(run.info.run_id, name), key=lambda m: m.step)]
+
+
+def write_some_steps(journal, first=1, last=3):
+    journal.append("started", **STARTED)
+    if first == 1:
+        journal.append("eval", **evaluation(0, 20.0))
+        journal.append("eval", **evaluation(0, 2.0, context_length=512))
+    for step in range(first, last + 1):
+        journal.append("step", **a_step(step, loss=10.0 - step))
+
+
+def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    journal.append("model", parameters=1, trainable_parameters=1, attention_backend="cudnn")
+    journal.append("finished")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+
+    client, (run,) = runs(tracker.uri)
+    assert run.info.status == "FINISHED"
+    assert history(client, run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
+    assert history(client, run, "by_tokens/train/loss") == [(10, 9.0), (20, 8.0), (30, 7.0)]
+    assert history(client, run, "eval/perplexity") == [(0, 20.0)]
+    assert history(client, run, "eval/perplexity_512") == [(0, 2.0)]
+    tags = run.data.tags
+    assert (tags["method"], tags["context_length"], tags["attention"]) == ("lora+", "1024", "s2")
+    assert (tags["longspan.fingerprint"], tags["git_commit"]) == (trial.fingerprint, "abc123-dirty")
+    assert (tags["hardware"], tags["package.torch"]) == ("1 x NVIDIA H200", "2")
+    assert (tags["driver"], tags["cuda"], tags["usd_per_device_hour"]) == ("580.65.06", "13.0", "7.912")
+    assert (tags["execution.engine"], tags["execution.offload"]) == ("zero2", "True")
+    assert tags["attention_backend"] == "cudnn"
+    assert run.data.params["lora_rank"] == "8"
+
+
+def test_utilisation_is_logged_where_a_step_tells_it(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    journal.append("started", **STARTED)
+    journal.append("step", **a_step(1))
+    journal.append("step", **a_step(2), mfu=0.4)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    client, (run,) = runs(tracker.uri)
+    assert history(client, run, "perf/mfu") == [(2, 0.4)]
+    assert history(client, run, "perf/tokens_per_second") == [(1, 5.0), (2, 5.0)]
+
+
+def test_restarts_and_a_second_sweep_add_no_run_and_no_point(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    connect(storage).follow([trial], "first", PROVENANCE)
+    # The trial goes on from step 1 and tells of steps 2 and 3 again; another process follows, in another sweep.
+    write_some_steps(journal, first=2, last=4)
+    journal.append("finished")
+    tracker = connect(storage)
+    for _ in range(2):
+        tracker.follow([trial], "second", PROVENANCE)
+    # Even one that has lost what it knew of MLflow.
+    storage.trial(trial.fingerprint).mlflow_state.unlink()
+    connect(storage).follow([trial], "second", PROVENANCE)
+
+    client, (run,) = runs(tracker.uri)
+    assert run.info.status == "FINISHED"
+    (finished,) = (event for event in journal.read(0)[0] if event["event"] == "finished")
+    assert run.info.end_time == int(finished["time"] * 1000)
+    assert history(client, run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
+    assert run.data.tags["longspan.sweeps"] == "first, second"
+
+
+def test_the_resolved_trial_and_what_its_code_differed_in_are_artifacts_of_its_run(storage, trial):
+    folder = storage.trial(trial.fingerprint)
+    first, second = (Provenance("abc-dirty", {}, diff) for diff in ("one line\n", "another line\n"))
+    assert Provenance("abc", {}, None).keep_diff(folder.path) is None
+    first.keep_diff(folder.path)
+    write_some_steps(folder.journal, last=1)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", first)
+    # It goes on with other code, in another process.
+    second.keep_diff(folder.path)
+    write_some_steps(folder.journal, first=2, last=2)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", second)
+    client, (run,) = runs(tracker.uri)
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "trial.json", first.diff_name, second.diff_name,
+    }  # fmt: skip
+    kept = client.download_artifacts(run.info.run_id, second.diff_name)
+    with open(kept) as file:
+        assert file.read() == "another line\n"
+
+
+def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    assert runs(tracker.uri)[1][0].info.status == "RUNNING"
+    tracker.interrupted()
+    assert runs(tracker.uri)[1][0].info.status == "KILLED"
+    journal.append("failed", reason="NonFiniteLoss: step 4", attempt="a")
+    tracker.follow([trial], "first", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "NonFiniteLoss: step 4")
+
+
+def test_a_trial_that_was_stopped_early_is_killed_with_its_reason_until_it_is_finished(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    journal.append("stopped", step=3, tokens=30, sweep="first", reason="perplexity 9 is not among the best 1 of 3")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    tracker.interrupted()  # the sweep may still be: this trial has ended all the same
+    (run,) = runs(tracker.uri)[1]
+    (stopped,) = (event for event in journal.read(0)[0] if event["event"] == "stopped")
+    assert (run.info.status, run.info.end_time) == ("KILLED", int(stopped["time"] * 1000))
+    assert run.data.tags["stopped_early"] == "perplexity 9 is not among the best 1 of 3"
+    write_some_steps(journal, first=4, last=5)
+    journal.append("finished")
+    connect(storage).follow([trial], "second", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["stopped_early"]) == ("FINISHED", "no: it went on, and finished")
+
+
+def test_a_cancelled_trial_is_killed_by_name_until_it_is_finished(storage, trial):
+    journal = storage.trial(trial.fingerprint).journal
+    write_some_steps(journal)
+    journal.append("cancelled", step=3, by="somebody on head")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["cancelled"]) == ("KILLED", "at step 3, by somebody on head")
+    write_some_steps(journal, first=4, last=5)
+    journal.append("finished")
+    connect(storage).follow([trial], "first", PROVENANCE)
+    (run,) = runs(tracker.uri)[1]
+    assert (run.info.status, run.data.tags["cancelled"]) == ("FINISHED", "no: it went on, and finished")
+
+
+def test_a_trial_that_begins_anew_has_one_run_and_its_earlier_points_stay_in_another(storage, trial):
+    folder = storage.trial(trial.fingerprint)
+    write_some_steps(folder.journal)
+    folder.journal.append("finished")
+    tracker = connect(storage)
+    tracker.follow([trial], "first", PROVENANCE)
+    folder.put_aside()
+    write_some_steps(folder.journal, last=2)
+    for _ in range(2):  # and again in a process that knows nothing of it
+        connect(storage).follow([trial], "first", PROVENANCE)
+        folder.mlflow_state.unlink()
+    client, found = runs(tracker.uri)
+    kinds = {run.data.tags["longspan.kind"]: run for run in found}
+    assert len(found) == 2 and kinds.keys() == {"trial", "earlier"}
+    now, earlier = kinds["trial"], kinds["earlier"]
+    assert (
+        now.data.tags["longspan.fingerprint"] == trial.fingerprint == earlier.data.tags["longspan.earlier_fingerprint"]
+    )
+    assert "longspan.fingerprint" not in earlier.data.tags and earlier.info.run_name == f"{trial.label} (earlier 1)"
+    assert history(client, now, "train/loss") == [(1, 9.0), (2, 8.0)]
+    assert history(client, earlier, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
+    assert (now.info.status, earlier.info.status) == ("RUNNING", "FINISHED")
+
+
+def test_a_server_that_does_not_answer_is_one_clear_error_within_seconds(storage):
+    began = time.time()
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9 does not answer.*--tracking-uri") as refused:
+        connect(storage, "http://somebody:secret@127.0.0.1:9")
+    assert "secret" not in str(refused.value)
+    assert time.time() - began < 30
+
+
+def serve(tmp_path, port):
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    store = f"sqlite:///{tmp_path / 'server.db'}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    server = subprocess.Popen(
+        [*command, "--workers", "1"], env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return server
+        time.sleep(0.2)
+    raise AssertionError("the MLflow server did not start")
+
+
+def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, trial, tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.records.mlflow_tracking.INTERVAL_S", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    journal = storage.trial(trial.fingerprint).journal
+    server = serve(tmp_path, port)
+    tracker = connect(storage, f"http://127.0.0.1:{port}")
+    thread = TrackingThread(tracker, [trial], "first", PROVENANCE)
+    thread.start()
+    write_some_steps(journal, last=5)
+    time.sleep(2)
+
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    for step in range(6, 10):
+        began = time.time()
+        journal.append("step", **a_step(step, loss=10.0 - step))
+        assert time.time() - began < 0.5  # training does not wait for the server
+    deadline = time.time() + 60
+    while thread.trouble is None and time.time() < deadline:
+        time.sleep(0.2)
+    assert "nothing is lost" in thread.trouble
+
+    server = serve(tmp_path, port)
+    journal.append("finished")
+    thread.stop()
+    assert thread.trouble is None
+    client, (run,) = runs(tracker.uri)
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in history(client, run, "train/loss")] == list(range(1, 10))
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()

@@ -1,0 +1,95 @@
+"""What a sweep was said to take beside what it took, from journals as they are written."""
+
+import pytest
+
+from orchestrator.plan import plan, totals
+from orchestrator.planning.cluster import Cluster, Node
+from orchestrator.planning.estimate import Estimator
+from orchestrator.records.storage import Storage
+from orchestrator.reporting.plan_vs_actual import plan_and_truth
+from orchestrator.spec import Identities, RunOptions, SweepSpec
+from workloads.budget import ModelShape
+from workloads.models.source import ModelSource
+
+BEGAN = 1_000.0
+
+
+def write(journal, launched, started, ended, end="finished", speeds=(), peak=None):
+    journal.append("launched", time=launched)
+    journal.append("started", time=started, hardware="as planned", workers=1)
+    for number, speed in enumerate(speeds, start=1):
+        journal.append("step", time=started + number, step=number, tokens_per_second=speed, peak_memory_gib=peak)
+    if ended:
+        journal.append(end, time=ended, reason="because")
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Lays out a sweep's plan; then, from journals, what came of it."""
+    shape = ModelShape.of(ModelSource.parse("builtin:tiny").config())
+    spec = SweepSpec(
+        model="builtin:tiny", data="builtin:stdlib", context_lengths=(1024,), methods=("lora", "full"),
+        references=("none",), positions="linear", steps=3, batch=2,
+    )  # fmt: skip
+    storage = Storage.open(str(tmp_path / "runs"))
+    trials = {t.label: t for t in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")}
+
+    class Laid:
+        def __init__(self, cluster=None, price=None):
+            self.journals = {label: storage.add_trial(trial).journal for label, trial in trials.items()}
+            self.cluster = cluster or Cluster((Node(cpus=2, memory=2**35),))
+            options, self.price = RunOptions(), price
+            self.estimator = Estimator(shape, 512, self.cluster, options, {"CPU": price} if price else {})
+            self.planned = plan(list(trials.values()), storage, self.estimator)
+            self.total = totals(self.planned, [], self.cluster, options)
+
+        def both(self):
+            laid = plan_and_truth(self.planned, self.total, storage, self.cluster, BEGAN, self.price)
+            return laid, {trial["label"]: trial for trial in laid["trials"]}
+
+    return Laid
+
+
+def test_each_trials_seconds_and_speed_stand_beside_the_plans(sweep):
+    laid = sweep()
+    estimates = {p.trial.label: p.estimate for p in laid.planned}
+    # What an earlier run of the sweep told is not of this one: there, full failed.
+    write(laid.journals["full 1024"], 100, 110, 200, "failed", speeds=(1.0,), peak=9.0)
+    write(laid.journals["untuned none 1024"], 1_010, 1_020, 1_030)
+    write(laid.journals["untuned linear 1024"], 1_010.5, 1_031, 1_038)  # in the same driver, after the other
+    write(laid.journals["lora 1024"], 1_012, 1_022, 1_072, speeds=(100.0, 300.0, 310.0), peak=0.5)
+    write(laid.journals["full 1024"], 1_040, 1_050, 1_060, "preempted", speeds=(50.0,), peak=0.5)
+    write(laid.journals["full 1024"], 1_070, 1_080, 1_130, speeds=(220.0, 210.0), peak=0.6)
+    both, trials = laid.both()
+    truths = {label: trial["seconds"]["truth"] for label, trial in trials.items()}
+    assert truths == {
+        "untuned none 1024": 20, "untuned linear 1024": 8, "lora 1024": 60, "full 1024": 90,
+    }  # fmt: skip
+    assert trials["lora 1024"]["tokens_per_second"]["truth"] == 300.0
+    assert trials["full 1024"]["tokens_per_second"]["truth"] == 210.0
+    for label, trial in trials.items():
+        assert trial["seconds"]["plan"] == estimates[label].seconds
+        assert trial["tokens_per_second"]["plan"] == estimates[label].tokens_per_second
+        assert "peak_memory_bytes" not in trial
+    assert both["seconds"]["truth"] == 1_130 - 1_010
+    assert both["hours"]["truth"] == pytest.approx(178 / 3600)
+    assert both["summary"].startswith("The plan said ")
+    assert both["summary"].endswith("; it took 2m00s and 0.05.")
+
+
+def test_memory_is_compared_on_gpus_and_money_where_a_price_is_known(sweep):
+    gpu = Node(cpus=8, gpus=1, memory=2**37, gpu="NVIDIA L4", gpu_memory=22 * 2**30)
+    laid = sweep(Cluster((gpu,)), price=1.5)
+    laid.total = totals(laid.planned, [], laid.cluster, RunOptions())
+    write(laid.journals["lora 1024"], 1_000, 1_010, 1_000 + 7_200, speeds=(5.0,), peak=3.0)
+    both, trials = laid.both()
+    planned = next(p for p in laid.planned if p.trial.label == "lora 1024")
+    assert trials["lora 1024"]["peak_memory_bytes"] == {"plan": planned.estimate.memory.allocated, "truth": 3 * 2**30}
+    assert both["usd"]["truth"] == pytest.approx(3.0)
+    assert both["summary"].endswith("with 3 of 4 trials unfinished.") and "GPU hours" in both["summary"]
+
+
+def test_where_nothing_ran_nothing_is_said(sweep):
+    both, trials = sweep().both()
+    assert both["summary"] is None
+    assert {trial["seconds"]["truth"] for trial in trials.values()} == {None}

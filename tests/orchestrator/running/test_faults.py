@@ -1,0 +1,246 @@
+"""What an error means, and that a trial goes on after it: real processes are killed, stopped, starved."""
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.records.journal import TrialRecord
+from orchestrator.running.faults import HICCUP_PAUSES, classify, remedy
+from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
+from tests.orchestrator.test_sweep import ONE_TRIAL, mlflow_runs, running_trial
+from tests.support.ray_nodes import processes_beside, worker_processes
+from workloads.config import ExecutionConfig
+from workloads.errors import InputError
+from workloads.training.checkpoint import newest_step
+from workloads.training.loop import NonFiniteLoss
+
+TWO_WORKERS = (*ONE_TRIAL, "--steps", "10", "--workers", "2")
+
+
+def raised_from(error, cause):
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (InputError("lora_rank is 512; expected at most 64"), "configuration"),
+        (NonFiniteLoss("step 3"), "not_finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (MemoryError(), "out_of_host_memory"),
+        (raised_from(OSError("checkpoint of 5 bytes"), OSError(errno.ENOSPC, "No space left")), "disk_full"),
+        (raised_from(InputError("model x could not be loaded"), ConnectionResetError()), "hiccup"),
+        (OSError(errno.ESTALE, "Stale file handle"), "hiccup"),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), "lost"),
+        (ValueError("Default process group has not been initialized, please make sure to call"), "lost"),
+        (KeyError("weight"), "error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error"),
+    ],
+)
+def test_what_kind_of_fault_an_error_is(error, kind):
+    assert classify(error) == kind
+
+
+def test_what_the_cpu_allocator_and_gloo_really_raise():
+    with pytest.raises(RuntimeError) as allocation:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert classify(allocation.value) == "out_of_memory"
+    script = """
+        import datetime, os, sys, torch.distributed as dist
+        rank = int(sys.argv[1])
+        store = dist.FileStore(sys.argv[2], 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=5))
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), 9)
+        from orchestrator.running.faults import classify
+        try:
+            dist.barrier()
+        except Exception as error:
+            print(classify(error))
+    """
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, "-c", textwrap.dedent(script)]
+        peers = [
+            subprocess.Popen([*arguments, str(rank), f"{folder}/store"], stdout=subprocess.PIPE, text=True)
+            for rank in (0, 1)
+        ]
+        assert peers[0].communicate(timeout=60)[0] == "lost\n"
+        peers[1].wait()
+
+
+def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
+    pieces = []
+    execution = ExecutionConfig(engine="zero2")
+    while plan := remedy("out_of_memory", execution, 8, 32, []):
+        execution = plan.execution
+        pieces.append((execution.micro_batch, execution.gradient_checkpointing, execution.offload))
+    assert pieces == [(2, 0, False), (1, 0, False), *((1, n, False) for n in (16, 24, 28, 32)), (1, 32, True)]
+    for before, words in ((0, "gradient checkpointing 16"), (13, "gradient checkpointing 23"), (31, "32")):
+        again = remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
+        assert again.words.endswith(words)
+    whole = ExecutionConfig(gradient_checkpointing="all")
+    assert remedy("out_of_memory", whole, 1, 32, []) is None
+    assert remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
+    assert remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
+    with_host = ExecutionConfig(gradient_checkpointing=14, offload_activations=8)
+    assert remedy("out_of_memory", with_host, 1, 32, []).words == "tried again with gradient checkpointing 19"
+    given_up = remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
+    assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
+    assert remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
+    pauses = [remedy("hiccup", execution, 8, 32, ["hiccup"] * tried).pause for tried in range(len(HICCUP_PAUSES))]
+    assert pauses == sorted(pauses) and sum(pauses) > 120
+    assert remedy("hiccup", execution, 8, 32, ["hiccup"] * len(HICCUP_PAUSES)) is None
+    for final in ("configuration", "not_finite", "disk_full", "error"):
+        assert remedy(final, execution, 8, 32, []) is None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text_folder):
+    """The trial's losses on two workers that nothing happens to."""
+    command = SweepCommand(tmp_path_factory.mktemp("undisturbed") / "runs", *TWO_WORKERS, "--data", str(text_folder))
+    status, output = command.run()
+    assert status == 0, output
+    return last_checkpoint(command)
+
+
+def last_checkpoint(command):
+    return load_file(max(command.storage.glob("trials/*/checkpoints/step-*")) / "tensors.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "blows",
+    [[("rank 0", signal.SIGKILL, 4), ("driver", signal.SIGKILL, 7)], [("rank 1", signal.SIGSTOP, 5)]],
+    ids=["killed", "silent"],
+)
+def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothing(
+    blows, undisturbed, tmp_path, text_folder
+):
+    """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever. The driver is
+    the trial's own, Tune's process. What Ray keeps of its own is cut in half at the same time: nothing may depend on
+    it."""
+    command = SweepCommand(tmp_path / "runs", *TWO_WORKERS, "--data", str(text_folder), "--hang-timeout", "10")
+    process = command.start()
+    for attempt, (who, how, at_step) in enumerate(blows, start=1):
+        record = wait_for(partial(in_attempt, command.storage, attempt, at_step), process, f"step {at_step}")
+        for file in (path for path in (command.storage / ".ray").rglob("*") if path.is_file()):
+            os.truncate(file, file.stat().st_size // 2)
+        ranks, (driver,) = worker_processes(record), processes_beside(record.started["pid"], "ImplicitFunc")
+        os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
+        struck_at = TrialRecord.of(record.journal).last_step
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    record = TrialRecord.of(record.journal)
+    assert record.state == "finished" and len(record.attempts) == len(blows) + 1
+    assert record.resumed_at >= struck_at - 2
+    assert_same(last_checkpoint(command), undisturbed)
+    client, (run,), _ = mlflow_runs(command.storage)
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, 11))
+
+
+def in_attempt(storage, attempt, at_step):
+    record = running_trial(storage, at_step)
+    return record if record and len(record.attempts) == attempt else None
+
+
+def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_its_own():
+    """Ctrl-C, and Ray ends a worker in the middle of a step: torch takes its operators away before the step is over.
+    What ends last, and leaves the step its time, is registered first."""
+    code = """
+    import atexit, threading
+    atexit.register(lambda: worker.join(60))
+    import torch
+    from orchestrator.running.faults import notice_the_end
+    from workloads.attention.grouped import grouped_attention
+
+    def train():
+        x = torch.randn(1, 2, 64, 16)
+        try:
+            begun.set()
+            while True:
+                grouped_attention(x, x, x, 16, 2, 1.0, "cpu")
+        except Exception:
+            print("error", ending.is_set(), flush=True)
+
+    ending, begun = notice_the_end(), threading.Event()
+    worker = threading.Thread(target=train, daemon=True)
+    worker.start()
+    begun.wait()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "error True\n", done.stderr
+
+
+def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):
+    """The worker may not take more memory than it has: its allocator, which hands back what is freed, really fails."""
+    small_blocks = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    flags = (*ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
+    command = SweepCommand(tmp_path / "runs", *flags, environment=small_blocks)
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 2), process, "step 2")
+    pid = record.started["pid"]
+    resource.prlimit(pid, resource.RLIMIT_DATA, (2**20, resource.RLIM_INFINITY))
+    output, _ = process.communicate(timeout=200)
+    record = TrialRecord.of(record.journal)
+    assert process.returncode == 0, output
+    assert record.state == "finished"
+    assert record.remedies == ["out of memory: tried again with micro batch 1"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that can be filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "none", disk], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_is_named_with_its_bytes_and_the_checkpoint_before_is_gone_on_from(small_disk, text_folder):
+    flags = (*ONE_TRIAL, "--steps", "8", "--data", str(text_folder))
+    command = SweepCommand(small_disk / "runs", *flags)
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    told = " ".join(output.split())
+    assert "No space left on device" in told
+    folder = record.journal.path.parent
+    record = TrialRecord.of(record.journal)
+    assert record.failure_kind == "disk_full" and len(record.attempts) == 1, "a full disk is not tried again"
+    kept = newest_step(folder / "checkpoints")
+    assert kept >= 2 and not list((folder / "checkpoints").glob(".*")), "nothing partial stays"
+
+    filler.unlink()
+    status, output = command.run()
+    assert status == 0, output
+    record = TrialRecord.of(record.journal)
+    assert record.state == "finished" and record.resumed_at == kept

@@ -1,0 +1,104 @@
+"""A cluster of two nodes that loses one in the middle of a trial, with a notice and without."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.records.journal import TrialRecord
+from tests.orchestrator.conftest import SweepCommand, wait_for
+from tests.orchestrator.test_sweep import records, running_trial
+from tests.support.ray_nodes import RayNodes
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    nodes = RayNodes()
+    try:
+        nodes.add(cpus=1)
+        nodes.add(cpus=1)
+        yield nodes
+    finally:
+        nodes.close()
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {}
+
+
+@contextlib.contextmanager
+def paused(pid):
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def flags(cluster, text_folder, *methods, checkpoint_every):
+    return (
+        "--context-lengths", "1024", "--batch", "2", "--steps", "40", "--eval-every", "50", "--eval-documents", "2",
+        "--references", "--methods", *methods, "--checkpoint-every", str(checkpoint_every),
+        "--data", str(text_folder), "--address", cluster.address,
+    )  # fmt: skip
+
+
+def full(storage):
+    """What the trial with full fine-tuning has come to."""
+    return next(r for path, r in records(storage).items() if method(storage / "trials" / path) == "full")
+
+
+def method(trial):
+    return json.loads((trial / "trial.json").read_text())["training"]["method"]
+
+
+def weights(record):
+    return load_file(max(record.journal.path.parent.glob("checkpoints/step-*")) / "tensors.safetensors")
+
+
+def test_trials_go_on_where_there_is_room_when_their_node_goes_without_a_word(cluster, results, tmp_path, text_folder):
+    """One that runs beside it and one that waits want the machine that is left too, which has room for one."""
+    settings = flags(cluster, text_folder, "full", "lora+", "lora", checkpoint_every=2)
+    command = SweepCommand(tmp_path / "runs", *settings, environment=cluster.environment)
+    process = command.start()
+    wait_for(lambda: len([r for r in records(command.storage).values() if r.last_step > 3]) > 1, process, "two trials")
+    lost = full(command.storage)
+    cluster.kill(cluster.node_of(lost.started["pid"]))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert [record.state for record in records(command.storage).values()] == ["finished"] * 3
+    record = TrialRecord.of(lost.journal)
+    assert len(record.attempts) == 2 and record.resumed_at >= lost.last_step - 2
+    results["full"] = weights(record)
+
+
+# The last test of the cluster: Ray takes the node out of it when its time is over.
+def test_a_trial_goes_on_elsewhere_after_a_notice_and_trains_nothing_twice(cluster, results, tmp_path, text_folder):
+    # A notice must be enough, and no failure may be charged to the trial.
+    settings = (*flags(cluster, text_folder, "full", checkpoint_every=1000), "--max-failures", "0")
+    command = SweepCommand(tmp_path / "runs", *settings, environment=cluster.environment)
+    if len(cluster.alive()) < 3:
+        cluster.add(cpus=1)
+    process = command.start()
+    record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
+    # A quick machine would end the trial before Ray Train's watcher for notices has started.
+    with paused(record.started["pid"]):
+        wait_for(lambda: cluster.runs("PreemptionWatcher"), process, "who watches for notices")
+        cluster.drain(record.started["node"], seconds=30)
+        time.sleep(2)  # it looks ten times in that: PREEMPTION_POLL of ray_nodes
+    lost_at = TrialRecord.of(record.journal).last_step
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    record = TrialRecord.of(record.journal)
+    assert record.state == "finished" and len(record.attempts) == 2
+    events = [event["event"] for event in record.journal.read()[0]]
+    assert "preempted" in events and record.resumed_at >= lost_at
+    assert events.count("step") == 40, "no step was trained twice"
+    one, other = results["full"], weights(record)
+    assert all(torch.equal(one[name], other[name]) for name in one)

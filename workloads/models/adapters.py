@@ -1,0 +1,106 @@
+"""Adapters in PEFT's form: a base model, loaded with the configuration beside the adapter, and the adapter on it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workloads.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+BASE_FILE = "base.json"  # beside an exported adapter: which weights its base had, as ModelSource tells them apart
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def note_base(folder: Path, identity: str) -> None:
+    """Writes down beside an adapter which base it was trained from."""
+    (folder / BASE_FILE).write_text(json.dumps({"identity": identity}) + "\n")
+
+
+def refuse_another_base(folder: Path, base: str) -> None:
+    """Raises InputError if an adapter was trained from another base than the one in this folder, where that is noted:
+    on weights of the same shape it would go without a word."""
+    from workloads.models.source import ModelSource
+
+    noted = folder / BASE_FILE
+    if noted.is_file() and Path(base).is_dir():
+        expected, found = json.loads(noted.read_text())["identity"], ModelSource.parse(base).identity
+        if found != expected and not expected.startswith("gguf:"):
+            raise InputError(
+                f"the adapter {folder} was trained from another base than {base}: from {expected}, and this is "
+                f"{found}. Write into its adapter_config.json (base_model_name_or_path) where the one that it was "
+                "trained from is"
+            )
+
+
+def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """The base of an exported adapter, by stock transformers, with the configuration that lies beside the adapter.
+
+    Raises:
+        InputError: it is not where it was, damaged, or another one.
+    """
+    from peft import PeftConfig
+    from transformers import AutoConfig
+
+    from workloads.models.source import load_whole
+
+    try:
+        adapter, config = PeftConfig.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"adapter {folder}: its configuration cannot be read ({reason}); export it again") from error
+    base = adapter.base_model_name_or_path
+    refuse_another_base(folder, base)
+    try:
+        return load_whole(f"the base {base}", base, revision=adapter.revision, config=config, **kwargs)
+    except InputError as error:
+        raise InputError(
+            f"adapter {folder}: {error}. adapter_config.json in it says where the base is (base_model_name_or_path): "
+            "write there where it is now"
+        ) from error
+
+
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """PEFT asks a model about gradient checkpointing by a name that transformers has replaced."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def load_adapter(folder: Path, **kwargs: Any) -> PeftModel:
+    """An exported adapter on its base; ``kwargs`` as of ``from_pretrained``, for the base.
+
+    Raises:
+        InputError: the configuration beside it or its weights are missing, its base is not where it was, or the weights
+            are for another base.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    for name in ("config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"adapter {folder} has no {name}; expected a folder that workloads.export wrote")
+    base = base_of_adapter(folder, **kwargs)
+    try:
+        with without_deprecations():
+            # PEFT would go on with those matrices as it made them.
+            warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+            return PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError, UserWarning, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the adapter {folder} does not go on {base.name_or_path} ({reason}): it is damaged, or another base's. "
+            "Export it again, or write its base into its adapter_config.json (base_model_name_or_path)"
+        ) from error

@@ -1,0 +1,268 @@
+"""Base models: ``builtin:tiny``, a local folder, a GGUF file, or a Hugging Face id (``org/name`` or
+``org/name@revision``).
+
+A :class:`ModelSource` names a model and knows what it is (its identity, its configuration) without loading it; the
+sweep's own process needs no more, and imports neither torch nor transformers for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workloads.config import Positions
+from workloads.errors import InputError
+from workloads.files.hashes import content_hash
+from workloads.models.adapters import is_adapter
+from workloads.models.gguf import converted
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: ``location`` is a folder or a .gguf file, or with a ``revision`` (a commit) a Hugging Face id.
+
+    What transformers loads is at ``pretrained``.
+    """
+
+    name: str
+    location: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> ModelSource:
+        """What a user wrote, as a source.
+
+        Raises:
+            InputError: no such builtin, folder or id, or the hub cannot say which revision the id stands for.
+        """
+        if name.startswith("builtin:"):
+            known = sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json"))
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+                raise InputError(f"model {name!r} is not built in; did you mean {nearest[0]}?")
+            return cls(name, str(BUILTIN / name.removeprefix("builtin:")))
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
+            if not any(path.glob("*.safetensors")):
+                raise InputError(
+                    f"model folder {name} has no .safetensors weights; expected a folder that transformers loads"
+                )
+            return cls(name, str(path.resolve()))
+        if path.suffix.lower() == ".gguf":
+            if not path.is_file():
+                raise InputError(f"model {name!r} is no file here; expected a GGUF file (looked in {Path.cwd()})")
+            return cls(name, str(path.resolve()))
+        if name.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(name):
+            raise InputError(
+                f"model {name!r} is no folder here, and not of the form org/name or org/name@revision; "
+                "expected one of them, a .gguf file, or builtin:tiny"
+            )
+        hub_id, _, revision = name.partition("@")
+        return cls(name, hub_id, _hub_revision(hub_id, revision or None))
+
+    @cached_property
+    def identity(self) -> str:
+        """What enters a trial's fingerprint: the content of a folder or file, the id and commit of a hub model."""
+        if self.revision:
+            return f"hub:{self.location}@{self.revision}"
+        if self.is_gguf:
+            return f"gguf:sha256:{self._gguf_hash}"
+        return _content_hash(Path(self.location), ("*.json", "*.safetensors", "*.model", "*.txt"))
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.location.lower().endswith(".gguf") and Path(self.location).is_file()
+
+    @cached_property
+    def pretrained(self) -> str:
+        """What transformers' ``from_pretrained`` takes, with ``revision``: a folder or a hub id.
+
+        Of a GGUF file, the folder in this machine's cache that it is converted to, now if it was not before.
+
+        Raises:
+            InputError: the GGUF file cannot be converted.
+        """
+        if not self.is_gguf:
+            return self.location
+        return str(converted(Path(self.location), self._gguf_hash))
+
+    @cached_property
+    def _gguf_hash(self) -> str:
+        return content_hash(Path(self.location))
+
+    @cached_property
+    def tokenizer_identity(self) -> str:
+        if self.revision or self.is_gguf:
+            return self.identity
+        return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
+
+    @cached_property
+    def chat_identity(self) -> str:
+        """The tokenizer's identity with its chat template, which is part of what instruction data become."""
+        if self.revision or self.is_gguf:
+            return self.identity
+        return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), ('chat_template*',))}"
+
+    def refuse_adapter(self) -> None:
+        """Raises InputError if it is an adapter, which is not a whole model."""
+        if is_adapter(Path(self.location)):
+            raise InputError(
+                f"model folder {self.name} is an adapter, and what is trained starts from a whole model: export the "
+                "trial with --what merged, and give that folder"
+            )
+
+    def config(self) -> Any:
+        """The model's configuration, as transformers reads it.
+
+        Raises:
+            InputError: it cannot be read, or its layers attend in sliding windows.
+        """
+        from transformers import AutoConfig
+
+        pretrained = self.pretrained
+        try:
+            config = AutoConfig.from_pretrained(pretrained, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model {self.name}: its configuration cannot be read: {error}") from error
+        refuse_sliding_windows(config)
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        pretrained = self.pretrained
+        try:
+            return AutoTokenizer.from_pretrained(pretrained, revision=self.revision)
+        except Exception as error:  # whatever a missing or broken file makes the tokenizer's own code raise
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
+
+    def load(
+        self,
+        context_length: int,
+        positions: Positions,
+        dtype: torch.dtype,
+        quantized: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PreTrainedModel:
+        """The model, its positions extended to ``context_length``, weights in ``dtype``, on ``device``.
+
+        Each weight goes there as it is read: host memory never holds more than a few of them. The files are mapped
+        into memory, so that what several processes of a node load is read from its disk once, as long as its page cache
+        has room for it.
+
+        With ``quantized`` (from :func:`workloads.models.quantization.nf4_loading`) its linear weights are quantised and it is
+        on the device that this names.
+
+        Raises:
+            InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
+                or they are damaged or not all there.
+        """
+        from workloads.models.positions import extend
+
+        self.refuse_adapter()
+        config = self.config()
+        extend(config, context_length, positions)
+        config.use_cache = False
+        options = {"device_map": {"": device}, **(quantized or {})}
+        return load_whole(
+            f"model {self.name}", self.pretrained, revision=self.revision, config=config, dtype=dtype, **options
+        )
+
+
+def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
+    """What transformers' ``from_pretrained`` makes of a folder or hub id, with every weight from its safetensors.
+
+    Args:
+        what: it is, for an error.
+        options: of ``from_pretrained``.
+
+    Raises:
+        InputError: its weights are not safetensors (a pickle is never loaded), or they are damaged or not all there.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            pretrained, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} could not be loaded from its safetensors: {reason}") from error
+    # What transformers would fill with random numbers.
+    if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
+        raise InputError(
+            f"{what}: {len(absent)} of its weights are not in its safetensors or have another shape, {absent[0]} among "
+            "them; the folder is not complete, or its config.json is another model's"
+        )
+    return model
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
+    """Raises InputError if the tokenizer has tokens that the model has no embedding for: on a GPU such a token ends in
+    an assertion that says nothing."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= embeddings:
+        raise InputError(
+            f"the tokenizer of {name} does not match the model: it has a token with id {highest}, and the model has "
+            f"{embeddings} embeddings. Give a model with the tokenizer that it was trained with, or save it with its "
+            "embeddings resized to the tokenizer (resize_token_embeddings)"
+        )
+
+
+def refuse_sliding_windows(config: Any) -> None:
+    """Raises InputError if some layers attend in a window of their own, which a pattern would silently replace."""
+    layer_types = getattr(config, "layer_types", None) or []
+    found = ", ".join(sorted({kind for kind in layer_types if kind != "full_attention"}))
+    window = getattr(config, "sliding_window", None)
+    if window and not layer_types and getattr(config, "use_sliding_window", True):
+        found = f"a window of {window} tokens"
+    if found:
+        raise InputError(
+            f"a {config.model_type} model whose layers do not all attend fully ({found}): longspan's attention "
+            "patterns would silently replace its windows. Choose a model with full attention in every layer"
+        )
+
+
+def _hub_revision(hub_id: str, revision: str | None) -> str:
+    """The commit that a revision of a hub model stands for."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(hub_id, revision=revision, timeout=20).sha
+    except Exception as error:  # the hub's client changes what it raises for a dead network from version to version
+        raise InputError(
+            f"model {hub_id!r}: the model hub does not say which commit it is at ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Check the name and the network, log in if the model is gated, give a full "
+            f"commit ({hub_id}@<40 hex digits>) if it is in the local cache, or name a local folder"
+        ) from error
+
+
+def _content_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + b"\0")
+        digest.update(bytes.fromhex(content_hash(path)))
+    return f"sha256:{digest.hexdigest()}"
