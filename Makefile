@@ -16,7 +16,7 @@ drill: $(VENV)/.installed
 	$(RUN) -m tests.drill $(ARGS)
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 # Pins every dependency for Python 3.11 to 3.13 (constraints.txt is this command's output). Wants an environment that is
 # there, but does not renew it: without the pins that it is about to write, pip may not find a solution.

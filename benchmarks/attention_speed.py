@@ -38,10 +38,9 @@ COUNTING = (
 
 @dataclass(frozen=True)
 class Case:
-    """
-    Args:
-        group_size: of S²-Attn; None: full attention.
-        must_reach, stretch: milliseconds, forward and backward.
+    """Args:
+    group_size: of S²-Attn; None: full attention.
+    must_reach, stretch: milliseconds, forward and backward.
     """
 
     tokens: int
@@ -74,11 +73,10 @@ CASES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """
-    Args:
-        way: a backend of longspan, or the published recipe.
-        forward, both: milliseconds of the forward pass, and of forward and backward.
-        failure: what happened where nothing was measured.
+    """Args:
+    way: a backend of longspan, or the published recipe.
+    forward, both: milliseconds of the forward pass, and of forward and backward.
+    failure: what happened where nothing was measured.
     """
 
     case: Case

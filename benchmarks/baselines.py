@@ -122,7 +122,7 @@ def published_s2(
 
 
 def _attention_forward(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[torch.Tensor, None]:
-    """transformers' calling convention."""
+    """Transformers' calling convention."""
     return published_s2(query, key, value, getattr(module.config, GROUP_SIZE_FIELD), scaling), None
 
 

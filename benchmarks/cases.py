@@ -41,13 +41,12 @@ START_SECONDS = {"longspan": 30.0, "user's way": 12.0, "published S²": 12.0, "L
 
 @dataclass(frozen=True)
 class Case:
-    """
-    Args:
-        group_size: of S²-Attn in tokens; None: full attention.
-        warmup, steps: steps that do not count, and that do.
-        expected: tokens/s, to estimate how long it takes; where longspan is measured, what it must reach.
-        stretch: tokens/s hoped for.
-        offload_activations: as in ``ExecutionConfig``, of longspan.
+    """Args:
+    group_size: of S²-Attn in tokens; None: full attention.
+    warmup, steps: steps that do not count, and that do.
+    expected: tokens/s, to estimate how long it takes; where longspan is measured, what it must reach.
+    stretch: tokens/s hoped for.
+    offload_activations: as in ``ExecutionConfig``, of longspan.
     """
 
     name: str
@@ -89,7 +88,8 @@ class Case:
     def limit(self) -> float | None:
         """tokens/s that one H200 cannot exceed, where that was calculated. Of full fine-tuning: its FLOPs alone, at the
         rate of matrix products (6N and attention, causal, its backward pass 2.5 times its forward). Of an FP8 base:
-        that of bfloat16, with its frozen products at FP8's rate and all else as it is."""
+        that of bfloat16, with its frozen products at FP8's rate and all else as it is.
+        """
         flops = training_flops(ModelShape.of(MODELS["7B"]), self.training)
         if self.method != "lora+":
             return PRODUCTS_RATE * self.context_length / flops.total
@@ -135,7 +135,8 @@ PROFILED_STEPS = 2
 
 def baseline(case: Case, way: Way) -> Case | None:
     """The case that does the same in another way: with S²-Attn too if the way knows it, else with full attention; in
-    bfloat16."""
+    bfloat16.
+    """
     group_size = case.group_size if way == "published S²" else None
     for other in CASES.values():
         alike = other.context_length == case.context_length and other.method == case.method

@@ -1,5 +1,6 @@
 """The peak of live tensors in a stretch of code, on any device: what ``torch.cuda.max_memory_allocated`` says of a GPU,
-for a CPU too (less the rounding of an allocator and what a kernel takes inside itself)."""
+for a CPU too (less the rounding of an allocator and what a kernel takes inside itself).
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ class Curve:
 @dataclass(frozen=True)
 class Parity:
     """How far the second way is from the first: of each step ``second / first - 1``, its absolute value for ``median``
-    and ``largest``; and the same of the last perplexity, and of that of what is exported."""
+    and ``largest``; and the same of the last perplexity, and of that of what is exported.
+    """
 
     differences: list[float]
     median: float

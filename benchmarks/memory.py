@@ -81,7 +81,8 @@ POINTS = (
 @dataclass(frozen=True, slots=True)
 class Result:
     """One point: bytes and tokens/s, predicted and measured. Measured is None where memory ran out; a speed is None
-    where it is not known."""
+    where it is not known.
+    """
 
     point: Point
     predicted: Memory
@@ -123,7 +124,8 @@ def start_trial(
     emit: Emit = lambda event, **fields: None,
 ) -> tuple[Trial, nn.Module]:
     """A trial of the product itself, on random weights made on the device, before its first step; and the module to
-    give to ``Trial.train_step``. It writes no checkpoint into ``folder`` unless it is asked to."""
+    give to ``Trial.train_step``. It writes no checkpoint into ``folder`` unless it is asked to.
+    """
     engine = make_engine(execution, device, training.precision)
     torch.manual_seed(0)
     with device:

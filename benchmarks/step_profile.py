@@ -43,10 +43,9 @@ LONGEST = 12
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """
-    Args:
-        parts: milliseconds a step by part (:data:`PARTS`); what no kernel fills of a step is idle.
-        longest: milliseconds a step of the kernels that take longest, all calls together, by name.
+    """Args:
+    parts: milliseconds a step by part (:data:`PARTS`); what no kernel fills of a step is idle.
+    longest: milliseconds a step of the kernels that take longest, all calls together, by name.
     """
 
     parts: dict[str, float]
@@ -70,10 +69,9 @@ def step_profile(step: Callable[[], Any], vocab_size: int, steps: int = 2) -> St
 
 
 def of_trace(events: Sequence[dict[str, Any]], vocab_size: int, milliseconds: float, steps: int) -> StepProfile:
-    """
-    Args:
-        events: of a profiler's trace, in Chrome's format.
-        milliseconds: from the first step's beginning to the last one's end.
+    """Args:
+    events: of a profiler's trace, in Chrome's format.
+    milliseconds: from the first step's beginning to the last one's end.
     """
     given = {
         event["args"]["External id"]: event["args"].get("Input Dims", [])
@@ -98,9 +96,8 @@ def of_trace(events: Sequence[dict[str, Any]], vocab_size: int, milliseconds: fl
 
 
 def part_of(kernel: str, shapes: list, vocab_size: int) -> str:
-    """
-    Args:
-        shapes: of what the operator that launched the kernel was given; empty where that is not known.
+    """Args:
+    shapes: of what the operator that launched the kernel was given; empty where that is not known.
     """
     part = next((part for part, name in BY_NAME if re.search(name, kernel, re.IGNORECASE)), ELEMENTWISE)
     # Logits, their gradient and the output layer's transposed weight; the embeddings have the vocabulary first.

@@ -19,7 +19,8 @@ PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "fla
 
 def seconds_of(call: Callable[[], Any], device: torch.device, warmup: int, repeats: int) -> list[float]:
     """Seconds of each of ``repeats`` calls, after ``warmup`` ones that do not count: by events on the device's own
-    stream, which nothing waits for in between, or by the clock where the device is a CPU."""
+    stream, which nothing waits for in between, or by the clock where the device is a CPU.
+    """
     for _ in range(warmup):
         call()
     if device.type == "cpu":

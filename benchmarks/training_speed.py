@@ -153,8 +153,9 @@ def longspans_step(
 
 
 def planned_execution(case: Case, config: LlamaConfig, device: torch.device) -> ExecutionConfig:
-    """longspan's defaults, changed as its plan would so that the trial fits the device. Layers are compiled on a GPU,
-    which longspan does by itself in a trial that is longer than these few steps."""
+    """Longspan's defaults, changed as its plan would so that the trial fits the device. Layers are compiled on a GPU,
+    which longspan does by itself in a trial that is longer than these few steps.
+    """
     known = Device.named(machine(device)["device"])
     asked = ExecutionConfig(
         compile_layers="on" if device.type == "cuda" else "auto", offload_activations=case.offload_activations

@@ -210,7 +210,8 @@ def _cells(planned: Planned) -> list[str]:
 
 def _recompute(estimate: Estimate) -> str:
     """How many of the layers that have a backward pass recompute their activations in it, or have them in host
-    memory."""
+    memory.
+    """
     if not estimate.layers:
         return "-"
     layers, offloaded = estimate.execution.gradient_checkpointing, estimate.execution.layers_offloaded

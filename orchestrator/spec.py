@@ -304,7 +304,8 @@ class Identities:
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
     """One trial. ``model`` and ``data`` say where things are; ``identities`` and ``training`` are what it is;
-    ``distinction`` is what tells it from its sweep's other trials of the method, for its label."""
+    ``distinction`` is what tells it from its sweep's other trials of the method, for its label.
+    """
 
     model: str
     data: str

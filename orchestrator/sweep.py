@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _end_as_ctrl_c_does() -> None:
     """SIGTERM (a stopped job) ends as Ctrl-C does; and a shell that starts a command in the background has it ignore
-    Ctrl-C unless it says otherwise."""
+    Ctrl-C unless it says otherwise.
+    """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
 

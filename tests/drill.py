@@ -187,7 +187,8 @@ def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
 
 def all_at_once(folder: Path) -> Iterator[Row]:
     """The default sweep. A worker and a node are killed in the first run of the command, then MLflow, then the driver;
-    MLflow comes back, a node is added, and the command runs again."""
+    MLflow comes back, a node is added, and the command runs again.
+    """
     undisturbed, disturbed, port = folder / "undisturbed", folder / "disturbed", free_port()
     cluster = RayNodes()
     try:

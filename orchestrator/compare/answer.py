@@ -239,7 +239,8 @@ def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
 
 def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, DocumentScores]:
     """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from,
-    unless that is quantised, and stands in where the untuned trial failed."""
+    unless that is quantised, and stands in where the untuned trial failed.
+    """
     found = {}
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.finished:

@@ -118,7 +118,8 @@ def _read(folder: TrialFolder) -> Run:
 
 def differences(runs: list[Run]) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """(what differs: section, field and a value a run, None where none is recorded; how many fields of each section
-    are the same)."""
+    are the same).
+    """
     described = [run.described() for run in runs]
     differ, same = [], {}
     for section in described[0]:

@@ -121,7 +121,8 @@ class Cluster:
 
     def most_workers(self, options: RunOptions) -> int:
         """How many workers of one trial fit on one machine: beyond it they talk over a network that is not planned
-        for."""
+        for.
+        """
         return max((self._slots_of(node, options) for node in self.nodes), default=0)
 
     def _slots_of(self, node: Node, options: RunOptions) -> int:
@@ -150,7 +151,8 @@ class Cluster:
 
     def device(self, options: RunOptions) -> Device:
         """What a worker computes on; on a mixed cluster that with the least memory, so that what is planned fits
-        wherever it comes to run. Of a GPU that is not known only the memory is."""
+        wherever it comes to run. Of a GPU that is not known only the memory is.
+        """
         if self.gpus:
             node = min((node for node in self.nodes if node.gpus), key=lambda node: node.gpu_memory)
             known = Device.named(node.gpu or "")
@@ -187,7 +189,8 @@ def multiplies_bfloat16() -> bool:
 
 def visible_gpus() -> list[tuple[str, float]]:
     """(name, bytes of memory) of the NVIDIA GPUs of this machine that a process may use; without torch, which takes
-    seconds to import."""
+    seconds to import.
+    """
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()

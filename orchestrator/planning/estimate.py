@@ -40,7 +40,8 @@ START_UP_SECONDS = 10.0
 @dataclass(frozen=True)
 class Estimate:
     """Of one trial. What is unknown is None: a device without an entry in workloads/budget/devices.py has no speed, one
-    that no instance type of clusters/prices.py has no price."""
+    that no instance type of clusters/prices.py has no price.
+    """
 
     workers: int
     devices: float  # of all its workers together: GPUs, or threads of CPUs
@@ -111,7 +112,8 @@ class Estimator:
 
     def of(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
         """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
-        smallest change that makes it fit."""
+        smallest change that makes it fit.
+        """
         alike = replace(trial.training, **LIKE_ANY_OTHER)
         if (alike, fit) not in self._placed:
             self._placed[alike, fit] = self._place(alike, fit)
@@ -227,7 +229,8 @@ def checkpoints_on_disk(training: TrainingConfig, execution: ExecutionConfig) ->
 
 def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | None = None) -> float:
     """Seconds until all jobs (devices, seconds) are done on so many devices: the largest first, each begun as soon as
-    it fits."""
+    it fits.
+    """
     waiting = sorted(jobs, key=lambda job: job[0] * job[1], reverse=True)
     running: list[tuple[float, int]] = []
     now, free = 0.0, capacity

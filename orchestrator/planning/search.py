@@ -143,7 +143,8 @@ class Study:
 
     def take(self, line: dict[str, Any]) -> TrialSpec | None:
         """A suggestion that was written down before, as a trial; None if it is another study's, or of a sweep that went
-        by the same name and was another."""
+        by the same name and was another.
+        """
         if line["study"] != self.name or not self.space.holds(line["parameters"]):
             return None
         trial = self.space.trial(self.base, line["parameters"])

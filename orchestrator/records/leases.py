@@ -188,7 +188,8 @@ class Lease:
 
 def is_dead(owner: dict[str, Any]) -> bool:
     """Whether an owner is known to be gone: a process of this machine (and container) that is no longer there. Of one
-    elsewhere nothing is known."""
+    elsewhere nothing is known.
+    """
     return is_here(owner) and process_start(owner["pid"]) != owner["process_start"]
 
 
@@ -199,7 +200,8 @@ def is_here(owner: dict[str, Any]) -> bool:
 
 def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | None:
     """The owner of a lease as its newest object tells, or None where it was released, or the owner is known to be
-    gone. Of an owner elsewhere that has died nothing is known from one look."""
+    gone. Of an owner elsewhere that has died nothing is known from one look.
+    """
     newest = max((name for name in store.names(folder) if Path(name).stem.isdigit()), default=None)
     try:
         content = json.loads(store.read(newest) or b"") if newest else {"released": True}
@@ -219,7 +221,8 @@ def _machine() -> str | None:
 
 def process_start(pid: int) -> str | None:
     """When a process began, in clock ticks since the machine did, so that a reused process id is told from it. None
-    where there is no such process, or only what is left of one that has ended."""
+    where there is no such process, or only what is left of one that has ended.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

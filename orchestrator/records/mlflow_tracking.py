@@ -257,7 +257,8 @@ class TrialRun:
 
     def _retire(self, run: Run) -> None:
         """A trial that begins anew (--force) has a new run, since no point can be taken out of a curve. The earlier run
-        keeps its points, and is a trial's no longer."""
+        keeps its points, and is a trial's no longer.
+        """
         client, number = self.tracker.client, int(run.data.tags.get("longspan.times_put_aside", 0)) + 1
         client.update_run(run.info.run_id, name=f"{self.trial.label} (earlier {number})")
         if run.info.status == "RUNNING":  # its sweep was killed

@@ -219,7 +219,8 @@ class ObjectStore:
 
     def upload_folder(self, folder: Path, name: str, call: Callable[[Callable[[], T]], T] = patiently) -> None:
         """Stores a folder's files one by one, each waited for by ``call``, and its manifest last: the folder's own, or
-        one with the size of each file."""
+        one with the size of each file.
+        """
         own = folder / MANIFEST
         files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
         sizes = {path.name: {"bytes": path.stat().st_size} for path in files}

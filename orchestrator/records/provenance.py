@@ -104,7 +104,8 @@ def package_versions() -> dict[str, str]:
 
 def git_commit(source: Path = SOURCE) -> str | None:
     """The commit that longspan runs from, with ``-dirty`` where tracked files differ from it. None outside a git
-    checkout, and where longspan is merely installed inside somebody else's."""
+    checkout, and where longspan is merely installed inside somebody else's.
+    """
     if _git(source, "ls-files", "--error-unmatch", "orchestrator/records/provenance.py") is None:
         return None
     commit = _git(source, "rev-parse", "--short=12", "HEAD")

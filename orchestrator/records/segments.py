@@ -57,7 +57,8 @@ class SegmentedJournal:
 
     def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """(events of the segments after the first ``offset``, how many segments there are); waits for a store that is
-        away."""
+        away.
+        """
         with self._lock:
             patiently(self._catch_up)
             return self._after(offset)

@@ -143,7 +143,8 @@ class TrialFolder:
 
     def fetch_newest_checkpoint(self) -> str | None:
         """Has the newest whole checkpoint of the store, and no other, in this node's mirror; returns its name, or None
-        if there is none. A damaged one is reported and passed over."""
+        if there is none. A damaged one is reported and passed over.
+        """
         stored = patiently(lambda: stored_checkpoints(self.store, self.name))
         found = next((name for name in reversed(stored) if self.fetch_checkpoint(name)), None)
         for folder in self.checkpoints.glob("*"):
@@ -244,7 +245,8 @@ class Storage:
 
     def fetch_data(self, name: str, folder: Path) -> bool:
         """Fills a folder with the prepared corpus of that name, if the store has it. What is damaged there is no longer
-        taken for whole, so that it is sent again."""
+        taken for whole, so that it is sent again.
+        """
         if self.store is None:
             return False
         whole = self.store.download_folder(f"data/{name}", folder)

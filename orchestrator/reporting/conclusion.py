@@ -164,7 +164,8 @@ class Conclusion:
 
     def lay_truth_beside_plan(self) -> list[str]:
         """Writes both to the sweep's folder and returns a sentence of it; what an earlier run wrote stays if this one
-        has trained nothing."""
+        has trained nothing.
+        """
         file = self.sweep.folder / FILE
         if self.sweep.said:
             price = self.sweep.estimator.price.usd_per_gpu_hour if self.sweep.estimator.price else None

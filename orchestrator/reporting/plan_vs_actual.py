@@ -97,7 +97,8 @@ def _took(storage: Storage, planned: Planned, since: float) -> Took:
 
 def _seconds(trained: list[tuple[Planned, Took]]) -> dict[str, float | None]:
     """How long each took. Untuned models share one driver and follow each other in it: each begins where the one before
-    it ended."""
+    it ended.
+    """
     ends = [took.ended for p, took in trained if p.trial.training.method == "untuned" and took.ended]
     seconds = {}
     for planned, took in trained:

@@ -41,7 +41,8 @@ class _Keeper:
 
 def share_token() -> Any | None:
     """Makes this process's Hugging Face token (HF_TOKEN, or what ``hf auth login`` has stored) known to the workers of
-    this Ray job. They know it for as long as what is returned lives; None if there is no token."""
+    this Ray job. They know it for as long as what is returned lives; None if there is no token.
+    """
     from huggingface_hub import get_token
 
     token = get_token()

@@ -75,7 +75,8 @@ def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder
 def _release_what_an_earlier_process_held(config: dict[str, Any], folders: list[TrialFolder]) -> None:
     """Where the process of this drive was killed and Tune has started another one: Ray then ends its workers, but what
     was reserved for them stays so until the sweep ends (Ray 2.60; where the cluster runs the dashboard, an actor of Ray
-    Train does what is done here)."""
+    Train does what is done here).
+    """
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -87,7 +88,8 @@ def _release_what_an_earlier_process_held(config: dict[str, Any], folders: list[
 
 def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
     """How to go on after an attempt, written into the journals; None where every trial is finished or has failed for
-    good. ``mended`` remembers what has been gone on after."""
+    good. ``mended`` remembers what has been gone on after.
+    """
     execution = ExecutionConfig(**config["execution"])
     for trial, folder in zip(config["trials"], folders):
         record = TrialRecord.of(folder.journal)
@@ -129,7 +131,8 @@ def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrain
 
         def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
             """The controller, which starts and watches the workers, runs in this process, the driver's, which waits for
-            it anyway: as an actor of its own it took 3 s of a core for each trial."""
+            it anyway: as an actor of its own it took 3 s of a core for each trial.
+            """
             controller = TrainController(**arguments)
             asyncio.run(controller.run())
             return controller.get_result()

@@ -69,7 +69,8 @@ class Machines:
 
 def place(workers: int, free: list[int]) -> Placement | None:
     """Where so many workers go, or None if there is no room: on the machine that they fill best, if one has room for
-    all, since they talk to each other; else on as few as possible."""
+    all, since they talk to each other; else on as few as possible.
+    """
     fitting = [(room, machine) for machine, room in enumerate(free) if room >= workers]
     if fitting:
         _, best = min(fitting)
@@ -84,7 +85,8 @@ def place(workers: int, free: list[int]) -> Placement | None:
 
 class DriveQueue:
     """Drives in the order in which they may begin. They come from an iterator, the largest first, that may go on by
-    what has finished until then."""
+    what has finished until then.
+    """
 
     def __init__(self, drives: Iterator[Drive], slots: Placement, clock: Callable[[], float] = time.time) -> None:
         self.drives, self.machines, self.clock = drives, Machines(slots), clock

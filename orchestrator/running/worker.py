@@ -144,7 +144,8 @@ def _train(
 
 class PreemptionNotice:
     """Whether a node of this trial is about to be taken away. The trial then stops with a checkpoint at once, and its
-    driver starts it again elsewhere: whatever it trained until the node goes would be lost."""
+    driver starts it again elsewhere: whatever it trained until the node goes would be lost.
+    """
 
     given = False
 
@@ -166,7 +167,8 @@ def _fetch_checkpoint(folder: TrialFolder, first: bool, workers: int) -> None:
 
 def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores | None:
     """What the model scores before training, if the untuned trial that starts alike has shown it: a quantised base
-    scores otherwise."""
+    scores otherwise.
+    """
     known = untuned.state == "finished" and trial.training.quantization == "none"
     return untuned.scores(trial.training.context_length) if known else None
 
@@ -181,7 +183,8 @@ def _rungs(config: dict[str, Any]) -> Rungs | None:
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:
     """Whether there is something left: another sweep may have finished the trial while this one waited for the lock,
-    and an error of this very attempt is final."""
+    and an error of this very attempt is final.
+    """
     record = TrialRecord.of(folder.journal)
     return record.state != "finished" and record.failed_attempt != attempt
 

@@ -81,7 +81,8 @@ def test_the_published_recipe_differs_from_the_definition_in_one_group_which_see
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_the_stock_model_attends_as_asked(group_size):
     """Told by the leak: in the first of two layers the last token reaches the first half group, in the second, from
-    there, the first group's other half. The stock model has none."""
+    there, the first group's other half. The stock model has none.
+    """
     model = users_model(CONFIG, CPU, "full", group_size).float().eval()
     tokens = torch.arange(32)[None]
     with torch.no_grad():

@@ -58,10 +58,9 @@ class Float8Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device, *, forwards: bool = True) -> None:
-        """
-        Args:
-            linear: frozen, both sides multiples of 16. It is quantised on ``device``, and stays there.
-            forwards: False keeps the weight in bfloat16 as well, and multiplies with that in the forward pass.
+        """Args:
+        linear: frozen, both sides multiples of 16. It is quantised on ``device``, and stays there.
+        forwards: False keeps the weight in bfloat16 as well, and multiplies with that in the forward pass.
         """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -128,7 +127,7 @@ def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def scaled_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, fast: bool
 ) -> torch.Tensor:
-    """x Wᵀ + bias in float32: x (..., K); W (N, K), whose FP8 numbers are in ``weight`` as bytes, and whose rows have
+    """X Wᵀ + bias in float32: x (..., K); W (N, K), whose FP8 numbers are in ``weight`` as bytes, and whose rows have
     the scales ``scale``, (N,).
 
     The product itself has no scales: on Hopper that kernel is faster than the one with a scale for each row, the more

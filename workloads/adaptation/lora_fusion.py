@@ -66,7 +66,8 @@ class _SameInput:
 
     def serves(self, x: torch.Tensor) -> bool:
         """Not where a layer is anything but W x + B A x; nor under ZeRO-3, which leaves of a matrix nothing but while
-        its own module is called."""
+        its own module is called.
+        """
         return all(_is_plain(layer) for layer in self.layers) and all(
             weight.numel() for weight in (*map(_weight, self.layers), *self._matrices("lora_A"))
         )
@@ -139,7 +140,7 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 
 
 def _up(layer: LoraLinear) -> torch.Tensor:
-    """s B."""
+    """S B."""
     (name,) = layer.active_adapters
     return layer.lora_B[name].weight * layer.scaling[name]
 
@@ -206,7 +207,8 @@ def sum_of_products(
 ) -> torch.Tensor:
     """The sum of lefts[i] (rows, k_i) times rights[i] (k_i, columns), and of a bias (columns,): each product is added
     where it is computed, in float32, to what is there, in the operands' dtype. As an operator, since torch.compile
-    would make new memory for each sum, and a kernel to add."""
+    would make new memory for each sum, and a kernel to add.
+    """
     first, *others = zip(lefts, rights, strict=True)
     total = first[0] @ first[1] if bias is None else torch.addmm(bias, *first)
     for left, right in others:

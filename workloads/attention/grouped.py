@@ -273,7 +273,8 @@ def _joined(piece: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """``target.copy_(source)`` between strided views, in elements of 16 bytes: where tensors are not contiguous torch's
-    kernel takes its time by the element, and moved the 2 bytes of a bfloat16 at 1.4 of an H200's 4.3 TB/s."""
+    kernel takes its time by the element, and moved the 2 bytes of a bfloat16 at 1.4 of an H200's 4.3 TB/s.
+    """
     if target.shape[-1] * target.element_size() % torch.complex128.itemsize == 0 and source.stride(-1) == 1:
         target, source = target.view(torch.complex128), source.view(torch.complex128)
     target.copy_(source)
@@ -288,7 +289,8 @@ def _statistics_dtype(query: torch.Tensor) -> torch.dtype:
 
 class _Kernel(NamedTuple):
     """``forward(query, key, value, scale)`` to the output and each query's log-sum-exp; ``backward(gradient, query,
-    key, value, output, log-sum-exp flat, scale)`` to the gradients of query, key and value."""
+    key, value, output, log-sum-exp flat, scale)`` to the gradients of query, key and value.
+    """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -341,7 +343,8 @@ def _flash4():
 
 def flash4_writes_into_views() -> bool:
     """Whether the installed version's functions take the arguments with which they are called here: they are not
-    public, and may change."""
+    public, and may change.
+    """
     called = {"_flash_attn_fwd": {"out", "lse", "return_lse"}, "_flash_attn_bwd": {"dq", "dk", "dv"}}
     functions = {name: getattr(_flash4(), name, None) for name in called}
     return all(f and called[name] <= inspect.signature(f).parameters.keys() for name, f in functions.items())

@@ -114,7 +114,7 @@ def _mask(
     allow_is_causal_skip: bool = True,
     **kwargs,
 ) -> torch.Tensor | RightPadding | None:
-    """transformers' calling convention for mask functions; once for all layers of a forward call.
+    """Transformers' calling convention for mask functions; once for all layers of a forward call.
 
     No token sees padding on its right, since attention is causal: no mask is made for it.
     """
@@ -146,7 +146,7 @@ def _attention_forward(
     document_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' calling convention: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
+    """Transformers' calling convention: (batch, heads, tokens, head_dim) in, (batch, tokens, heads, head_dim) out."""
     settings = getattr(module.config, CONFIG_FIELD)
     pattern = AttentionPattern(name=settings["name"], group_size=settings["group_size"])
     backend = settings["backend"]

@@ -37,8 +37,9 @@ def flash_attention_3(query, key, value, boundaries, longest, scale, dropout) ->
 
 
 def torch_flash_attention(query, key, value, boundaries, longest, scale, dropout) -> torch.Tensor:
-    """torch's own FlashAttention-2. The operator itself, since ``torch.nn.attention.varlen`` has no dropout and other
-    arguments from one torch release to the next."""
+    """Torch's own FlashAttention-2. The operator itself, since ``torch.nn.attention.varlen`` has no dropout and other
+    arguments from one torch release to the next.
+    """
     output, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, boundaries, boundaries, longest, longest, dropout, True, False, scale=scale
     )

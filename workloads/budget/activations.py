@@ -64,7 +64,8 @@ class Activations:
     @property
     def residual(self) -> int:
         """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers, unless
-        it is kept narrow."""
+        it is kept narrow.
+        """
         if self.widths.narrow:
             return self.widths.compute
         return self.widths.trained if self.trains.embeddings else self.widths.frozen
@@ -83,7 +84,8 @@ class Activations:
     def _from_products(self, layer: int) -> float:
         """The least from which a frozen layer's backward pass can be computed without repeating a matrix product or
         attention, which is what torch.compile keeps: the layer's input, queries, keys and values, attention's output,
-        the sum after it, and what the activation function and its gate take. 2.99 MB a token in Llama-2-7B."""
+        the sum after it, and what the activation function and its gate take. 2.99 MB a token in Llama-2-7B.
+        """
         shape, compute = self.trains.shape, self.widths.compute
         stream = self.residual * shape.hidden_size * (1 if shape.parallel else 2)
         attention = compute * (2 * shape.query_width + 2 * shape.key_value_width) + FLOAT32 * shape.num_heads
@@ -94,7 +96,8 @@ class Activations:
     def _inputs_once(self, layer: int) -> float:
         """What linear modules that train or have LoRA matrices read, for these: a compiled layer keeps one copy for all
         that read the same. Together with the least it makes the 47.6 GiB that Llama-2-7B took compiled on an H200
-        (LoRA+, 8,192 tokens, no checkpointing, all in bfloat16 but LoRA's matrices; 69.0 GiB not compiled)."""
+        (LoRA+, 8,192 tokens, no checkpointing, all in bfloat16 but LoRA's matrices; 69.0 GiB not compiled).
+        """
         trains, widths = self.trains, self.widths
         kept = 0.0
         for reads in get_args(Reads):
@@ -219,7 +222,8 @@ class Activations:
 
     def _moved_groups(self, layer: int) -> float:
         """Copies of what shifted heads read: of several sequences their whole groups do not lie evenly in memory. The
-        operator makes them too where it cannot take rows one by one, and keeps none."""
+        operator makes them too where it cannot take rows one by one, and keeps none.
+        """
         if self.rows == 1:
             return 0.0
         config, shape = self.trains.config, self.trains.shape

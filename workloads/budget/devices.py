@@ -67,7 +67,8 @@ class Device:
     @property
     def float8_rate(self) -> float:
         """FLOP/s that products in FP8 reach: on GPUs the same share of the peak as in bfloat16. On an H200 products
-        alone made 1,313 to 1,509 TFLOP/s, 0.66 to 0.76 of it; whole steps are predicted within 3%."""
+        alone made 1,313 to 1,509 TFLOP/s, 0.66 to 0.76 of it; whole steps are predicted within 3%.
+        """
         return self.float8 * (self.linear_efficiency if self.is_gpu else 1.0)
 
     @classmethod

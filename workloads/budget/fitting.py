@@ -1,5 +1,6 @@
 """What makes a trial fit: the fewest layers that recompute, with as many offloaded as that takes and nobody notices;
-where that is not enough, the change that costs least."""
+where that is not enough, the change that costs least.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def most_offloaded(
 ) -> int:
     """How many layers may keep their activations in host memory: what :data:`HOST_SHARE` of it holds, and what is
     copied there in :data:`COPY_SHARE` of the forward pass, so that it costs no time. None on what is not known to be a
-    GPU with a host, with ZeRO, and for ``sft``, where each length needs other buffers."""
+    GPU with a host, with ZeRO, and for ``sft``, where each length needs other buffers.
+    """
     known = device.is_gpu and device.peak(training.precision) and device.host_memory
     if not known or execution.engine.startswith("zero") or training.task == "sft" or not training.steps:
         return 0

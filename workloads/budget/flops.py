@@ -117,7 +117,8 @@ def _in_blocks(tokens: int, size: int, head: int) -> int:
 class Flops:
     """FLOPs of some tokens, attention counted causally. ``linear`` is every matrix product with a weight, LoRA's and
     the output layer's among them; ``float8`` is how many of these are in FP8; ``recomputed`` is what gradient
-    checkpointing does again."""
+    checkpointing does again.
+    """
 
     forward_linear: float
     forward_attention: float
@@ -143,7 +144,8 @@ class Flops:
     @property
     def model(self) -> float:
         """What model FLOPs utilisation counts (Chowdhery et al., arXiv 2204.02311): nothing that is computed twice, by
-        checkpointing or inside the attention kernel."""
+        checkpointing or inside the attention kernel.
+        """
         once = BACKWARD_BY_FORWARD / (BACKWARD_BY_FORWARD + RECOMPUTED_SCORES)
         forward = self.forward_linear + self.forward_attention
         return forward + self.backward_linear + once * self.backward_attention
@@ -154,7 +156,8 @@ class Flops:
 
 def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | None = None) -> Flops:
     """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
-    ``training`` adds to the model (LoRA)."""
+    ``training`` adds to the model (LoRA).
+    """
     trains = what_trains(shape, training) if training else None
     lora = trains.lora_parameters if trains else 0
     weights = shape.num_layers * shape.layer_weights + shape.embedding_parameters + lora
@@ -239,7 +242,8 @@ def _backward_weights(trains: Training, layer: int, linear: Linear) -> int:
 def _not_recomputed(trains: Training, layer: int) -> int:
     """Checkpointing stops before the last product of a layer that has a backward pass, since that does not need its
     result; a norm after it does (Gemma 2 and 3). In GPT-NeoX the MLP may have none while attention trains beside it.
-    With LoRA matrices a module computes its products before it keeps what it needs (workloads/adaptation/lora_fusion.py)."""
+    With LoRA matrices a module computes its products before it keeps what it needs (workloads/adaptation/lora_fusion.py).
+    """
     if trains.shape.norms == 4:
         return 0
     after = 0

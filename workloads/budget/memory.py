@@ -134,7 +134,8 @@ def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: i
 
 def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
     """About what one checkpoint takes on disk: each trained weight and its two moments, in float32; names, shapes and
-    the random state are some kilobytes more. A trial keeps two (workloads/training/checkpoint.py)."""
+    the random state are some kilobytes more. A trial keeps two (workloads/training/checkpoint.py).
+    """
     return 3 * FLOAT32 * what_trains(shape, training).trainable
 
 
@@ -207,7 +208,8 @@ class _Moments:
 
     def _float8_copies(self) -> int:
         """Beyond a weight's two bytes in bfloat16, of which FP8 makes two copies of a byte each: one for the backward
-        pass where the forward pass is in bfloat16."""
+        pass where the forward pass is in bfloat16.
+        """
         once = sum(linear.weights for linear in self.shape.linears if linear.float8 and not linear.float8_forwards)
         return once * sum(map(self.trains.in_float8, range(self.shape.num_layers)))
 
@@ -235,7 +237,8 @@ class _Moments:
 
     def kept_casts(self, up_to: int) -> int:
         """What layers keep of these copies for the backward pass, up to one: neither those that recompute nor those
-        that are offloaded."""
+        that are offloaded.
+        """
         return self.kept_casts_up_to[up_to]
 
     @cached_property
@@ -246,7 +249,8 @@ class _Moments:
 
     def layers(self, up_to: int) -> float:
         """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input; of an offloaded one,
-        nothing."""
+        nothing.
+        """
         return self.kept_up_to[up_to]
 
     @cached_property
@@ -367,7 +371,8 @@ class _Moments:
 
     def for_products(self, tokens: int, compiled: bool) -> int:
         """What a product with a frozen weight takes by itself: a 4-bit weight is made whole; what FP8 multiplies has a
-        copy, and the result, where layers are not compiled, is scaled in float32."""
+        copy, and the result, where layers are not compiled, is scaled in float32.
+        """
         match self.training.quantization:
             case "none":
                 return 0

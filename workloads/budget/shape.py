@@ -323,7 +323,8 @@ class Training:
     @cached_property
     def alike(self) -> list[list[int]]:
         """All layers, those together that are alike: in what trains, in gradients, in where their activations are or
-        whether they recompute them, in FP8, and in being even."""
+        whether they recompute them, in FP8, and in being even.
+        """
         alike: dict[tuple, list[int]] = {}
         for layer in range(self.shape.num_layers):
             stored = layer in self.checkpointed, layer in self.away

@@ -29,10 +29,9 @@ HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
 def device_seconds(
     flops: Flops, moved: float, device: Device, training: TrainingConfig, streamed: float = 0.0
 ) -> float:
-    """
-    Args:
-        moved: bytes of tokens read and written beside matrix products and attention.
-        streamed: bytes of weights, of their gradients and moments.
+    """Args:
+    moved: bytes of tokens read and written beside matrix products and attention.
+    streamed: bytes of weights, of their gradients and moments.
     """
     peak = device.peak(training.precision)
     linear = (flops.linear - flops.float8) / (peak * device.linear_efficiency)
@@ -133,7 +132,8 @@ def evaluation_seconds(
     shape: ModelShape, training: TrainingConfig, workers: int, device: Device, context_length: int | None = None
 ) -> float:
     """One evaluation: ``eval_documents`` spans of ``eval_span`` tokens in windows of the context length (or another
-    one), forwarded with full attention; of ``sft``, at most so many examples of the context length."""
+    one), forwarded with full attention; of ``sft``, at most so many examples of the context length.
+    """
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
     loop = Loop.of(shape, training, ExecutionConfig(compile_layers="off"), workers, device)  # it is not compiled

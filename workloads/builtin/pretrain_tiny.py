@@ -278,7 +278,7 @@ def documents_of(text: np.ndarray) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, documents: list[torch.Tensor], window: int) -> float:
-    """exp of the mean negative log-likelihood over the tokens of all full windows, each predicted from its own window.
+    """Exp of the mean negative log-likelihood over the tokens of all full windows, each predicted from its own window.
 
     Windows of ``window`` tokens neither overlap nor cross documents; full attention; every token but a window's first
     is scored. What is left of a document after its last full window is not.

@@ -34,7 +34,8 @@ class Document:
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row of a table: its unique name, where it is (for an error to say), its columns, and the side it is known to be
-    on, if any."""
+    on, if any.
+    """
 
     name: str
     where: str

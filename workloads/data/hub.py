@@ -38,7 +38,8 @@ _FILES = re.compile(r".*\.(?P<format>json|parquet)l?(?P<compression>\.gz|\.zst)?
 @dataclass(frozen=True)
 class HubSource:
     """A data set on the hub: repository, revision (branch, tag or commit; default the newest), and its configuration
-    or the files to read of it."""
+    or the files to read of it.
+    """
 
     repo: str
     revision: str | None = None

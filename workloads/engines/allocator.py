@@ -34,7 +34,8 @@ MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_
 
 def allocator_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment that a process is to start with, or get before it first uses a GPU, for its allocator: what the
-    user has set there himself, else segments that grow."""
+    user has set there himself, else segments that grow.
+    """
     own = {name: environment[name] for name in VARIABLES if name in environment}
     if own or "microsoft" in platform.release().lower():
         return own

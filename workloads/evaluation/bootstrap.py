@@ -129,7 +129,8 @@ def accuracy_interval(correct: int, tests: int) -> Interval:
 
 def _mean_nll_of_resamples(scores: DocumentScores, stream: int = 1) -> np.ndarray:
     """The mean negative log-likelihood of each resample, shape (RESAMPLES,): the same documents at every call, and the
-    same seeds for the same ``stream``."""
+    same seeds for the same ``stream``.
+    """
     nll = np.atleast_2d(scores.nll)
     if not np.isfinite(nll).all():  # a model that diverged: no document's weight, not even 0, makes it finite again
         return np.full(RESAMPLES, nll.sum())

@@ -41,7 +41,8 @@ def score_documents(
     model: nn.Module, documents: Sequence[Windows], engine: Engine, batch_tokens: int = 8192
 ) -> DocumentScores:
     """Scores every window of every document by the rule ``all``; with several workers each takes its share and all
-    get the result."""
+    get the result.
+    """
     windows = np.concatenate([document.tokens for document in documents])
     owner = np.repeat(np.arange(len(documents)), [len(document.tokens) for document in documents])
     scored = windows.shape[1] - 1
@@ -98,6 +99,7 @@ def by_document(owner: np.ndarray, nll: np.ndarray, scored: int, num_documents: 
 
 def cut_windows(documents: Sequence[np.ndarray], length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """(windows, owner): all windows of ``length`` tokens that begin every ``stride`` tokens and lie inside a document,
-    shape (windows, length), and the index of the document that each is of, shape (windows,)."""
+    shape (windows, length), and the index of the document that each is of, shape (windows,).
+    """
     cut = [np.lib.stride_tricks.sliding_window_view(tokens, length)[::stride] for tokens in documents]
     return np.concatenate(cut), np.repeat(np.arange(len(cut)), [len(windows) for windows in cut])

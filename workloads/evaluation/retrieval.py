@@ -116,7 +116,8 @@ def run_tests(
 
 def contains(answer: str, expected: str) -> bool:
     """Whether an answer holds what was hidden: as whole words or numbers (12345 is not in 123456), regardless of case
-    and punctuation, and of a leading "the", which topics have or lack by chance."""
+    and punctuation, and of a leading "the", which topics have or lack by chance.
+    """
     return f" {_words(expected).removeprefix('the ')} " in f" {_words(answer)} "
 
 

@@ -413,7 +413,8 @@ def _write(result: dict[str, Any], task: str, options: Options) -> list[Path]:
 
 def _place(folder: Path, name: str, result: dict[str, Any]) -> Path:
     """Where a result goes: ``name.json``, else ``name-2.json`` and so on, the first that is free or holds an earlier
-    answer to the same question. What was found with other lengths, data or weights is kept."""
+    answer to the same question. What was found with other lengths, data or weights is kept.
+    """
     question = json.loads(json.dumps([result["model"], result["options"]]))
     for number in itertools.count(1):
         path = folder / (f"{name}-{number}.json" if number > 1 else f"{name}.json")

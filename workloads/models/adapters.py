@@ -30,7 +30,8 @@ def note_base(folder: Path, identity: str) -> None:
 
 def refuse_another_base(folder: Path, base: str) -> None:
     """Raises InputError if an adapter was trained from another base than the one in this folder, where that is noted:
-    on weights of the same shape it would go without a word."""
+    on weights of the same shape it would go without a word.
+    """
     from workloads.models.source import ModelSource
 
     noted = folder / BASE_FILE

@@ -55,7 +55,8 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _weights_dtype(file: Path) -> torch.dtype:
     """The dtype of the file's largest tensor; bfloat16 where that is quantised: its rounding is far finer than the
-    quantisation's (perplexity of SmolLM2-135M in Q4_1: 15.2581 in bfloat16, 15.2578 in float32)."""
+    quantisation's (perplexity of SmolLM2-135M in Q4_1: 15.2581 in bfloat16, 15.2578 in float32).
+    """
     import torch
     from gguf import GGMLQuantizationType, GGUFReader
 
@@ -66,7 +67,8 @@ def _weights_dtype(file: Path) -> torch.dtype:
 
 def _take_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives the tokenizer the file's own special tokens (transformers 5.17 mistakes the end of sequence), and checks
-    that it has the file's tokens under their numbers and loses no text."""
+    that it has the file's tokens under their numbers and loses no text.
+    """
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields

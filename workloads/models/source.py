@@ -220,7 +220,8 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
     """Raises InputError if the tokenizer has tokens that the model has no embedding for: on a GPU such a token ends in
-    an assertion that says nothing."""
+    an assertion that says nothing.
+    """
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= embeddings:
         raise InputError(

@@ -80,7 +80,8 @@ def kept_steps(
 ) -> set[int]:
     """Of the checkpoints of these steps those that stay once ``newest`` is written: the last so many, those of every
     so-manieth step, and the best. Later ones do not: the run has come past them from an earlier one, since they were
-    damaged."""
+    damaged.
+    """
     past = sorted(step for step in steps if step <= newest)
     kept = set(past[-keep_last:]) | {step for step in past if step == best}
     return kept | {step for step in past if keep_every and step % keep_every == 0}

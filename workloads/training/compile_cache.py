@@ -49,7 +49,8 @@ def keep_compiled(shared: Path | None = None) -> None:
 def _made_for() -> str:
     """Names all that compiled code depends on beside what is in the compiler's own keys (the graph, its settings, the
     GPU): machine code is for one kind of processor and C library; and of an operator that is not compiled the caches
-    hold how it was called, forwards and backwards, but not the code that says so."""
+    hold how it was called, forwards and backwards, but not the code that says so.
+    """
     known = [platform.python_version(), platform.machine(), *platform.libc_ver(), _processor()]
     for package in PACKAGES:
         try:

@@ -228,7 +228,8 @@ class Trial:
 
     def train_step(self, training_model: nn.Module) -> None:
         """Gives the device a step, and tells of it once it is done: at once, or, where the engine runs ahead, when the
-        next one has been given to it or :meth:`finish_step` is called."""
+        next one has been given to it or :meth:`finish_step` is called.
+        """
         config, engine = self.config, self.engine
         started = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)

@@ -79,7 +79,8 @@ def next_token_losses(model: nn.Module, tokens: torch.Tensor, **inputs: Any) -> 
 
 class _ChunkedLoss(torch.autograd.Function):
     """The weighted loss, whose forward pass finds the gradients too, of the hidden states and of what trains in the
-    output layer: they are linear in the gradient that comes from behind, which is a number."""
+    output layer: they are linear in the gradient that comes from behind, which is a number.
+    """
 
     @staticmethod
     def forward(ctx, hidden, targets, weights, head, cross_entropy, *parameters):

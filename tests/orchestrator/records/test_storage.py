@@ -71,7 +71,7 @@ def test_no_bucket_nobody_there_and_a_password_are_each_told(s3, monkeypatch):
 
 
 def test_a_store_that_only_pretends_to_create_is_refused(bucket, monkeypatch):
-    """fsspec's own way, which a file system may not override: to look whether there is one, and then to write."""
+    """Fsspec's own way, which a file system may not override: to look whether there is one, and then to write."""
     store = ObjectStore.at(bucket)
 
     def look_then_write(path, content, mode="overwrite"):

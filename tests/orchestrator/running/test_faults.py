@@ -138,7 +138,8 @@ def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothin
 ):
     """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever. The driver is
     the trial's own, Tune's process. What Ray keeps of its own is cut in half at the same time: nothing may depend on
-    it."""
+    it.
+    """
     command = SweepCommand(tmp_path / "runs", *TWO_WORKERS, "--data", str(text_folder), "--hang-timeout", "10")
     process = command.start()
     for attempt, (who, how, at_step) in enumerate(blows, start=1):
@@ -167,7 +168,8 @@ def in_attempt(storage, attempt, at_step):
 
 def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_its_own():
     """Ctrl-C, and Ray ends a worker in the middle of a step: torch takes its operators away before the step is over.
-    What ends last, and leaves the step its time, is registered first."""
+    What ends last, and leaves the step its time, is registered first.
+    """
     code = """
     import atexit, threading
     atexit.register(lambda: worker.join(60))

@@ -55,7 +55,8 @@ def test_all_run_once_and_no_machine_is_overfull(shapes, slots):
 @given(shapes, machines)
 def test_no_backfilled_trial_delays_one_that_came_before_it(shapes, slots):
     """Against the same queue without any backfilling: where the expected times are true, the head of the queue begins
-    no later than when nothing may pass it."""
+    no later than when nothing may pass it.
+    """
     drives = drives_of(shapes)
     simulation = Simulation(drives, slots)
     simulation.run()

@@ -51,7 +51,7 @@ def train_once(model, method):
 
 
 def test_lora_plus_on_llama2_7b_trains_what_the_papers_code_trains():
-    """embedding 131,076,096 + norms 266,240 + LoRA (rank 8 on q, k, v, o) 8,388,608; the authors added a token."""
+    """Embedding 131,076,096 + norms 266,240 + LoRA (rank 8 on q, k, v, o) 8,388,608; the authors added a token."""
     with torch.device("meta"):
         model = LlamaForCausalLM(
             LlamaConfig(vocab_size=32001, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
@@ -211,7 +211,8 @@ def test_what_trains_and_its_optimiser_state_are_float32_and_the_frozen_rest_kee
 
 def test_a_thousand_small_updates_add_up_which_bfloat16_would_lose():
     """Under a steady gradient AdamW moves by its learning rate each step: 1,000 x 2e-5 from 1.0 is 0.98. The spacing of
-    bfloat16 below 1.0 is 0.0039, so there each of them is rounded away."""
+    bfloat16 below 1.0 is 0.0039, so there each of them is rounded away.
+    """
     model = adapt(small_llama().bfloat16(), "lora+norm")
     norm = model.get_base_model().model.norm.weight
     settings = config("lora+norm", learning_rate=2e-5, warmup_steps=0)
@@ -277,7 +278,8 @@ def test_without_autocast_nothing_is_cast():
 @pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "gate_proj", "down_proj")])
 def test_lora_computes_what_pefts_own_layers_do(targets, family):
     """With biases (Qwen2), with projections in one (Phi-3), and beside layers that LoRA does not adapt. And its layers
-    stay PEFT's, to merge and to switch off."""
+    stay PEFT's, to merge and to switch off.
+    """
     if family == "phi3":
         targets = targets and ("qkv_proj", "down_proj")
     tokens, results = torch.arange(16)[None], []
@@ -304,7 +306,8 @@ def test_lora_computes_what_pefts_own_layers_do(targets, family):
 
 def test_gradients_are_those_of_autocast_also_where_what_it_is_given_is_float32():
     """The base is bfloat16, what runs through float32 (without ``keep_autocast_dtype``), the backward pass outside of
-    autocast."""
+    autocast.
+    """
     tokens, results = torch.arange(16)[None], []
     for spared in (False, True):
         model = adapt(small_llama().bfloat16(), "lora+")

@@ -282,7 +282,8 @@ def test_the_operator_keeps_torchs_rules(
 def test_every_result_is_written_once_and_laid_out_for_the_projections(name, heads):
     """Twice an output and three gradients: as kernels return them, and where they belong; once where one call computes
     them whole. Nothing else is made, but for a key/value head whose query heads are cut in two: it has a gradient from
-    each half."""
+    each half.
+    """
     inputs = random_inputs(1, *heads, 96, transformers_layout=True, head_dim=64)
     weights = torch.randn(1, 96, heads[0], 64, dtype=torch.float64).transpose(1, 2)
     with Memory(*inputs, weights) as memory:
@@ -436,7 +437,7 @@ def test_on_the_gpu_no_output_depends_on_a_later_input(backend, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", "flash4", "sdpa"])
 def test_on_the_gpu_no_layout_in_memory_changes_a_result(backend):
-    """cuDNN's plans are cached by the layouts of query, key and value alone."""
+    """CuDNN's plans are cached by the layouts of query, key and value alone."""
     pattern = make_pattern("s2", 64)
     if reason := missing(backend, pattern, torch.device("cuda"), torch.bfloat16):
         pytest.skip(f"needs {reason}")

@@ -243,7 +243,8 @@ def kept_for_backward(model_config, training):
 @pytest.mark.parametrize("one_operator", [True, False])
 def test_kept_activations_are_what_autograd_saves(family, method, one_operator, monkeypatch):
     """Within 10%; bfloat16 under autocast, several sequences, groups, by the operator and where it has no kernel. Not
-    GPT-NeoX under autocast: on CUDA that makes its LayerNorm float32, on a CPU not."""
+    GPT-NeoX under autocast: on CUDA that makes its LayerNorm float32, on a CPU not.
+    """
     if not one_operator:
         monkeypatch.setattr(shifted, "kernel_for", lambda *_: None)
     cases = [("float32", None, 1), ("float32", 64, 2), ("bfloat16", None, 2), ("bfloat16", 64, 1)]
@@ -402,7 +403,8 @@ class Moved(TorchDispatchMode):
 
 def moved_in_a_pass(model_config, training, checkpointing=0):
     """(bytes, kernels) of one forward and backward pass, attention's own products and scores left out, as on a GPU: its
-    kernels keep them to themselves, and so does torch's on a CPU, which small groups' backward pass does without."""
+    kernels keep them to themselves, and so does torch's on a CPU, which small groups' backward pass does without.
+    """
     bfloat16 = training.precision == "bfloat16"
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     model.config.use_cache = False
@@ -563,7 +565,8 @@ A100 = dataclasses.replace(Device.named("NVIDIA A100-SXM4-80GB"), link=float("in
 @pytest.mark.parametrize(("fitted", "within"), [(True, 0.07), (False, 0.16)])
 def test_hours_that_the_paper_reports_on_a100s(method, fitted, within):
     """LoRA with full attention, LoRA+ with S²-Attn; compute alone is compared. With the shares that an H200 has
-    nothing is fitted to them."""
+    nothing is fitted to them.
+    """
     shares = ("linear_efficiency", "attention_efficiency", "bandwidth_efficiency", "streaming_efficiency")
     device = A100 if fitted else dataclasses.replace(A100, **{name: getattr(H200, name) for name in shares})
     for context_length, hours in zip((8192, 16384, 32768, 65536), PAPER_HOURS[method]):

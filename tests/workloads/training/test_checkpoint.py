@@ -82,7 +82,8 @@ def test_a_folder_that_is_no_checkpoint_of_its_step_is_passed_over(two_checkpoin
 
 def test_a_damaged_later_checkpoint_does_not_count_among_those_kept(two_checkpoints):
     """A run that fell back to 10 saves 15: with 20, which is damaged, kept for the newest, nothing would be left to
-    fall back to."""
+    fall back to.
+    """
     (two_checkpoints / "step-00000020" / TENSORS).unlink()
     save_checkpoint(two_checkpoints, 15, tensors(15), {})
     assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000010", "step-00000015"]

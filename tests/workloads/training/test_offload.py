@@ -255,7 +255,8 @@ def test_the_choice_for_98k_tokens_of_a_7b_on_an_h200():
     attention's output, and what three modules with LoRA matrices read (the fourth reads attention's output), 4,096
     each; what the activation function and its gate take, 11,008 each; all in 2 bytes; attention's statistics in 4; and
     what four of LoRA's matrices give, 8 each. Of 128 GiB of the host 60% hold 8 layers; at 55 GB/s they take 1.45 s of
-    a forward pass that is predicted at 2.5 s."""
+    a forward pass that is predicted at 2.5 s.
+    """
     a_layer = 98_304 * (2 * (7 * 4096 + 2 * 11_008 + 4 * 8) + 4 * 32)
     chosen = fewest_recomputed(LLAMA2_7B, on_gpu(98_304), AUTO, 1, H200)
     assert (chosen.offload_activations, chosen.gradient_checkpointing) == (8, 14)

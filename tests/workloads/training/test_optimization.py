@@ -59,7 +59,7 @@ def test_without_rates_of_their_own_all_parameters_have_the_methods_rate(method)
     ],
 )
 def test_schedules_are_those_of_transformers_but_for_a_first_update_of_rate_zero(schedule, reference):
-    """transformers warms up from zero, which wastes the first update; ours begins with its second rate."""
+    """Transformers warms up from zero, which wastes the first update; ours begins with its second rate."""
     scheduler = reference(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4))
     theirs = []
     for _ in range(21):
