@@ -32,12 +32,12 @@ import tyro
 from orchestrator.cli import parse
 from orchestrator.plan import plan
 from orchestrator.planning.cluster import Cluster
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.provenance import cpu_name
 from orchestrator.records.storage import Storage
-from orchestrator.reporting.live_view import make_console
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec, TrialSpec
 from orchestrator.sweep import Sweep
+from orchestrator.terminal import make_console
 from workloads.config import ExecutionConfig
 from workloads.data import Corpus, prepare
 from workloads.engines.engine import Engine

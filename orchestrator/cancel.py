@@ -9,83 +9,16 @@ trial, until a command adds it anew: the same sweep command takes it up where it
 from __future__ import annotations
 
 import getpass
-import logging
 import socket
 import sys
-import threading
-import time
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import tyro
 
-from orchestrator.records.journal import TrialRecord
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.cancellation import request
+from orchestrator.records.storage import Storage
 from workloads.command import run_command
 from workloads.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-POLL_S = 2.0
-
-
-def request(storage: Storage, what: str, by: str) -> None:
-    """``what``: ``trials/<fingerprint>`` or ``sweeps/<name>``."""
-    storage.write(f"{what}/cancel.json", {"by": by, "time": time.time()})
-
-
-def requested(storage: Storage, what: str) -> dict[str, Any] | None:
-    """by, time; or None where nobody has asked."""
-    return storage.read(f"{what}/cancel.json")
-
-
-def withdraw(storage: Storage, what: str) -> None:
-    storage.remove(f"{what}/cancel.json")
-
-
-def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
-    """Whether a trial is not to begin, which its journal is then told."""
-    asked = requested(storage, folder.name)
-    if asked is None:
-        return False
-    record = TrialRecord.of(folder.journal)
-    if record.state not in ("finished", "cancelled"):
-        folder.journal.append("cancelled", step=record.saved_step, by=asked["by"])
-    return True
-
-
-class Cancellation:
-    """Looks for a request while a trial trains, in a thread of its own: a storage that is slow delays no step.
-
-    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s.
-    """
-
-    def __init__(self, storage: Storage, fingerprint: str) -> None:
-        self.storage, self.what = storage, f"trials/{fingerprint}"
-        self.request: dict[str, Any] | None = None
-        self.step = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="cancellation", daemon=True)
-
-    def __enter__(self) -> Cancellation:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-
-    def event(self, event: str, fields: dict[str, Any]) -> None:
-        if event in ("resume", "step"):
-            self.step = fields["step"]
-
-    def asked(self) -> Literal["stop"] | None:
-        return "stop" if self.request else None
-
-    def _look(self) -> None:
-        while not (self.request or self._stop.wait(POLL_S)):
-            try:
-                self.request = requested(self.storage, self.what)
-            except Exception as error:  # a storage that is away, or a request that is just being written
-                logger.debug("no request to cancel can be read: %s", error)
 
 
 def main(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import tyro
 
+from orchestrator.options import RunOptions
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
-from orchestrator.spec import RunOptions, SweepSpec
+from orchestrator.spec import SweepSpec
 from workloads.errors import InputError
 
 EXIT_FAILED_TRIALS = 1  # beside the exit statuses of every command (workloads.command)

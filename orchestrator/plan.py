@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.estimate import GIB, Estimate, Estimator, makespan
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.storage import Storage
-from orchestrator.reporting.progress import duration
-from orchestrator.spec import RunOptions, TrialSpec
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.spec import TrialSpec
+from orchestrator.terminal import duration, number_or_dash
 from workloads.command import EXIT_USER_ERROR
 from workloads.errors import InputError
 
@@ -201,10 +202,10 @@ def _cells(planned: Planned) -> list[str]:
         str(estimate.workers),
         f"{estimate.memory.total / GIB:.1f} of {estimate.has / GIB:.0f} GiB",
         _recompute(estimate),
-        _number(estimate.tokens_per_second, ",.0f"),
+        number_or_dash(estimate.tokens_per_second, ",.0f"),
         "-" if estimate.seconds is None else duration(estimate.seconds),
-        _number(estimate.hours, ".2f"),
-        _number(estimate.usd, ",.2f"),
+        number_or_dash(estimate.hours, ".2f"),
+        number_or_dash(estimate.usd, ",.2f"),
     ]
 
 
@@ -219,14 +220,10 @@ def _recompute(estimate: Estimate) -> str:
     return f"{recompute}, {offloaded} offloaded" if offloaded else recompute
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def totals_line(total: Totals, cluster: Cluster) -> str:
     unit = "GPU" if cluster.gpus else "CPU"
     parts = ["time unknown" if total.makespan is None else f"about {duration(total.makespan)}"]
-    parts.append(f"{_number(total.hours, ',.2f')} {unit} hours")
+    parts.append(f"{number_or_dash(total.hours, ',.2f')} {unit} hours")
     parts.append("cost unknown" if total.usd is None else f"{total.usd:,.2f} USD")
     parts.append(f"{total.disk / GIB:.1f} GiB of checkpoints")
     has = f"{cluster.gpus:g} x {_gpu_name(cluster)}" if cluster.gpus else f"{cluster.cpus:g} CPUs"
@@ -239,8 +236,8 @@ def _gpu_name(cluster: Cluster) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     from orchestrator.cli import EXIT_FAILED_TRIALS, parse
-    from orchestrator.reporting.live_view import make_console
     from orchestrator.sweep import Sweep
+    from orchestrator.terminal import make_console
 
     console = make_console()
     try:

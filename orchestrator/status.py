@@ -24,7 +24,8 @@ from orchestrator.reporting.disk_usage import DiskUsage, disk_usage, in_words
 from orchestrator.reporting.gpus import Gpu, gpus
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
-from orchestrator.reporting.progress import AT_WORK, duration
+from orchestrator.reporting.progress import AT_WORK
+from orchestrator.terminal import duration
 from workloads.command import run_command
 from workloads.errors import InputError
 

@@ -10,19 +10,16 @@ import copy
 import gc
 import importlib.util
 import itertools
-import logging
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from orchestrator import cancel
 from orchestrator.cli import parse
+from orchestrator.options import RunOptions
 from orchestrator.plan import (
     Planned,
     Totals,
@@ -41,16 +38,18 @@ from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.notes import notes
 from orchestrator.planning.search import Search, Space
 from orchestrator.planning.spending import Spending
+from orchestrator.process import enable_gc, log_libraries_to, stop_on_sigterm
+from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Presence
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance, own_prices
 from orchestrator.records.storage import Storage, write_json
-from orchestrator.reporting.conclusion import Conclusion, shown
-from orchestrator.reporting.live_view import make_console
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.reporting.conclusion import Conclusion
 from orchestrator.reporting.overview import Overview
 from orchestrator.running.sweep_runner import Running
-from orchestrator.spec import Identities, RunOptions, SweepSpec, TrialSpec
+from orchestrator.spec import Identities, SweepSpec, TrialSpec
+from orchestrator.terminal import make_console, shown_path
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -75,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = make_console()
     sweep = None
     try:
-        _end_as_ctrl_c_does()
+        stop_on_sigterm()
         name, spec, options = parse(sys.argv[1:] if arguments is None else arguments)
         sweep = Sweep(name, spec, options, console)
         return sweep.run()
@@ -90,24 +89,6 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if ray := sys.modules.get("ray"):
             ray.shutdown()
-
-
-def _end_as_ctrl_c_does() -> None:
-    """SIGTERM (a stopped job) ends as Ctrl-C does; and a shell that starts a command in the background has it ignore
-    Ctrl-C unless it says otherwise.
-    """
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
-
-
-def _libraries_log_to(path: Path) -> None:
-    """What Ray and MLflow say in this process goes to a file: what it means for the sweep is said by the sweep."""
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.raiseExceptions = False  # a full disk must not fill the terminal
-    for name in ("ray", "ray.tune", "ray.train", "mlflow"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
 
 
 class _Background(threading.Thread):
@@ -159,11 +140,11 @@ class Sweep:
         return {"doing": None, "concurrency": self.concurrency, "tokens_to_come": to_come}
 
     def run_checked(self) -> int:
-        cancel.withdraw(self.storage, f"sweeps/{self.name}")
+        cancellation.withdraw(self.storage, f"sweeps/{self.name}")
         # Joining Ray, opening MLflow's store and preparing the corpus do not wait for each other.
         others = [_Background(self.prepare), _Background(self.tracker.connect)]
         self.cluster: Cluster = join_or_start(self.options)  # Ray wants the main thread for its signals
-        _end_as_ctrl_c_does()  # Ray has put a handler of its own on SIGTERM
+        stop_on_sigterm()  # Ray has put a handler of its own on SIGTERM
         for other in others:
             other.wait(meanwhile=lambda: self.console.print(f"{self.doing} ...", markup=False))
         self.make_trials()
@@ -173,7 +154,7 @@ class Sweep:
         self.put_aside()
         if any(p.trains for p in self.planned) or (self.search and self.search.to_come):
             self.said = self.totals()
-            _look_for_garbage()
+            enable_gc()
             Running(self).train()
         else:
             stopped = any(p.action == "stopped" for p in self.planned)
@@ -256,7 +237,7 @@ class Sweep:
     def prepare(self) -> None:
         """What the model and the data are, and the corpus tokenised."""
         self.identify()
-        _look_for_garbage()  # reading a large corpus may take hours
+        enable_gc()  # reading a large corpus may take hours
         self.doing = f"reading and tokenising {self.spec.data}"
         tokenizer, identity = self.source.tokenizer, self.identities.tokenizer
         if self.spec.task == "sft":
@@ -303,7 +284,7 @@ class Sweep:
         for trial in self.trials:
             self.held_out(trial.training)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _libraries_log_to(self.folder / "log.txt")
+        log_libraries_to(self.folder / "log.txt")
         (self.folder / "spec.json").write_text(self.spec.to_json())
         if self.spec.search != "none":
             bases = [trial for trial in self.trials if trial.training.steps]
@@ -353,7 +334,7 @@ class Sweep:
             aside = self.storage.trial(trial.fingerprint).put_aside()
             if self.rungs:
                 self.rungs.forget(trial)
-            self.console.print(f"{trial.label}: what there was is kept in {shown(aside)}", soft_wrap=True)
+            self.console.print(f"{trial.label}: what there was is kept in {shown_path(aside)}", soft_wrap=True)
 
     def coming(self) -> list[Estimate]:
         """Of the trials that a search has still to suggest, about: as of its first of the method and length."""
@@ -429,13 +410,13 @@ class Sweep:
 
     def is_cancelled(self) -> bool:
         """Whether a person has asked for the end of the whole sweep."""
-        return cancel.requested(self.storage, f"sweeps/{self.name}") is not None
+        return cancellation.requested(self.storage, f"sweeps/{self.name}") is not None
 
     def stop(self, reason: str) -> None:
         """Ends all that runs, each trial with a checkpoint, and begins nothing more."""
-        cancel.request(self.storage, f"sweeps/{self.name}", reason)
+        cancellation.request(self.storage, f"sweeps/{self.name}", reason)
         for trial in list(self.trials):
-            cancel.request(self.storage, self.storage.trial(trial.fingerprint).name, reason)
+            cancellation.request(self.storage, self.storage.trial(trial.fingerprint).name, reason)
 
     def validation_documents(self) -> list[ValidationDocument] | list[ValidationExample]:
         """What every trial of the sweep is scored on, as at the shortest context."""
@@ -464,12 +445,6 @@ class Sweep:
                 kept = "not begun"
             self.console.print(f"  {planned.trial.label:<22} {kept}", markup=False)
         self.console.print("The same command goes on from there.")
-
-
-def _look_for_garbage() -> None:
-    """From here on, and not among what there is by now."""
-    gc.freeze()
-    gc.enable()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from orchestrator.compare.runs import find_run
 from orchestrator.compare.side_by_side import side_by_side
 from orchestrator.compare.words import dollars, hours
 from orchestrator.records.storage import Storage
-from orchestrator.reporting.live_view import make_console
+from orchestrator.terminal import make_console
 from workloads.errors import InputError
 
 EXIT_USER_ERROR = 2

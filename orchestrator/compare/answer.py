@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.compare import effort, words
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import TrialSpec
 from workloads.config import TrainingConfig
 from workloads.evaluation.bootstrap import DocumentScores, Interval, gap_interval, perplexity_interval

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.trial_record import TrialRecord
 
 UNITS = {"gpu": "GPU hours", "cpu": "CPU hours", None: "worker-hours"}
 

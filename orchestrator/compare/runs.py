@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.storage import Storage, TrialFolder, read_json
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import TrialSpec
 from workloads.errors import InputError
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.prices import find_cluster
+from orchestrator.options import RunOptions
 from orchestrator.records.provenance import cpu_name
-from orchestrator.spec import RunOptions
 from workloads.budget import Device, host_memory
 from workloads.config import Precision
 from workloads.engines.allocator import allocator_variables

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from clusters.prices import Price, price_per_gpu_hour
+from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
-from orchestrator.records.journal import TrialRecord
-from orchestrator.spec import RunOptions, TrialSpec
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.spec import TrialSpec
+from orchestrator.terminal import and_list
 from workloads.budget import (
     Device,
     Memory,
@@ -144,7 +146,7 @@ class Estimator:
         if found is None:
             refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
         elif not fit:
-            refusal = f"needs {has} {self.device.name}; {_and(found.changes)} would make it fit (--fit)"
+            refusal = f"needs {has} {self.device.name}; {and_list(found.changes)} would make it fit (--fit)"
         else:
             return Placed(found.workers, found.execution, found.memory, found.changes)
         return Placed(workers, execution, needs, refusal=refusal)
@@ -246,7 +248,3 @@ def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | 
         now, devices = heapq.heappop(running)
         free += devices
     return now
-
-
-def _and(words: tuple[str, ...]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestrator.spec import RunOptions, SweepSpec
+from orchestrator.options import RunOptions
+from orchestrator.spec import SweepSpec
 from workloads.data import ExampleCorpus, PackedCorpus
 
 # An interval by bootstrap over fewer documents says little: their spread is hardly known.

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec, TrialSpec
 from workloads.config import group_size_in_tokens
 from workloads.errors import InputError

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable
 
 from orchestrator.compare.effort import held
-from orchestrator.records.journal import TrialRecord
+from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
-from orchestrator.spec import RunOptions, TrialSpec
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.spec import TrialSpec
 
 POLL_S = 2.0
 

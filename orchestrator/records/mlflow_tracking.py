@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage, TrialFolder, read_json, write_json
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import TrialSpec
 from workloads.errors import InputError
 

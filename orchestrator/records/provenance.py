@@ -22,7 +22,7 @@ from workloads.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from orchestrator.spec import RunOptions
+    from orchestrator.options import RunOptions
 
 # What a result or its speed depends on.
 PACKAGES = (

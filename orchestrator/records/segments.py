@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.journal import as_line, parse
+from orchestrator.records.events import as_line, parse
 from orchestrator.records.object_store import ObjectStore, is_passing, patiently, reason
 
 # A follower asks for a trial's next segment at most this often.

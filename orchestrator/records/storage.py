@@ -32,10 +32,11 @@ from typing import Any
 from filelock import FileLock
 
 from orchestrator.records import leases
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease
 from orchestrator.records.object_store import MANIFEST, LocalStore, ObjectStore, patiently
 from orchestrator.records.segments import SegmentedJournal
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.records.writer import LocalWriter, Uploader, stored_checkpoints
 from orchestrator.spec import TrialSpec
 from workloads.errors import InputError

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.records.journal import Journal, as_line
+from orchestrator.records.events import as_line
+from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease, LeaseLost
 from orchestrator.records.object_store import PATIENCE_S, ObjectStore, patiently
 from orchestrator.records.segments import SegmentedJournal

@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import EXIT_FAILED_TRIALS
 from orchestrator.compare import Outcome, compare, summarise
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.mlflow_tracking import without_password
 from orchestrator.records.storage import read_json, write_json
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, plan_and_truth
+from orchestrator.terminal import shown_path
 from workloads.command import EXIT_INTERRUPTED
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.wording import POSITIONS, shared_settings
 
 if TYPE_CHECKING:
     from orchestrator.sweep import Sweep
-
-
-def shown(path: Path) -> str:
-    """A path as a person here would type it: relative inside the working directory, whole elsewhere."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 class Conclusion:
@@ -42,7 +38,7 @@ class Conclusion:
 
         folders = [self.sweep.storage.trial(trial.fingerprint) for trial in self.sweep.trials]
         outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or shown(folder.log))
+            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or shown_path(folder.log))
             for trial, folder in zip(self.sweep.trials, folders)
         ]
         self.follow_in_mlflow()
@@ -62,8 +58,8 @@ class Conclusion:
             self.sweep.console.print(sentence, markup=False)
         seconds = time.time() - self.sweep.began
         self.sweep.console.print(f"\n{seconds:.0f} s in all.")
-        self.sweep.console.print(f"report: {shown(self.sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.sweep.console.print(f"MLflow: {self.mlflow_command(shown(self.sweep.storage.root))}", soft_wrap=True)
+        self.sweep.console.print(f"report: {shown_path(self.sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
+        self.sweep.console.print(f"MLflow: {self.mlflow_command(shown_path(self.sweep.storage.root))}", soft_wrap=True)
         for trial in winners(comparison):
             command = self.export_command(trial["fingerprint"])
             self.sweep.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
@@ -206,13 +202,13 @@ class Conclusion:
 
     def mlflow_command(self, storage: str) -> str:
         if self.sweep.tracker.uri.startswith("sqlite:"):
-            return f"{shown(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
+            return f"{shown_path(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
         return (
             f"open {without_password(self.sweep.tracker.uri)} and choose the experiment {self.sweep.options.experiment}"
         )
 
     def export_command(self, fingerprint: str) -> str:
-        python, folder = shown(Path(sys.executable)), shown(self.sweep.storage.trial(fingerprint).path)
+        python, folder = shown_path(Path(sys.executable)), shown_path(self.sweep.storage.trial(fingerprint).path)
         if self.sweep.storage.store:
             folder = f"$({python} -m orchestrator.fetch {self.sweep.storage.location} {fingerprint})"
         return f"{python} -m workloads.export {folder} DIR"

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from orchestrator.reporting.progress import Progress, Row, duration, progress, seconds_left
+from orchestrator.reporting.progress import Progress, Row, progress, seconds_left
+from orchestrator.terminal import duration, number_or_dash
 
 REFRESH_S = 1.0
 # A job log has no screen to redraw: the table is printed this often.
 LOG_INTERVAL_S = 30.0
-LOG_WIDTH = 110
 
 
 class LiveView:
@@ -84,18 +84,8 @@ def numbers(trial: Progress) -> list[str]:
     """A trial's row from its third cell on."""
     return [
         f"{trial.step}/{trial.steps}" if trial.steps else "-",
-        _number(trial.loss, ".3f"),
-        _number(trial.perplexity, ".3f"),
-        _number(trial.tokens_per_second, ",.0f"),
+        number_or_dash(trial.loss, ".3f"),
+        number_or_dash(trial.perplexity, ".3f"),
+        number_or_dash(trial.tokens_per_second, ",.0f"),
         "-" if trial.seconds_left is None else duration(trial.seconds_left),
     ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def make_console() -> Console:
-    """A console for this terminal, or of fixed width where the output goes to a file or a job log."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from orchestrator import cancel
 from orchestrator.compare import effort
+from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import command_of, is_alive
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.leases import is_here
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_token, tokens_left
 from orchestrator.spec import TrialSpec
 from workloads.errors import InputError
@@ -176,7 +176,7 @@ class Overview:
         if record.state in ("starting", "running"):
             holder = self.storage.trial(fingerprint).holder()
         if record.state in ("waiting", "starting", "running"):
-            cancelling = cancel.requested(self.storage, f"trials/{fingerprint}") is not None
+            cancelling = cancellation.requested(self.storage, f"trials/{fingerprint}") is not None
         due = any(fingerprint in trials for trials in self.running.values())
         alive = holder is not None and not self._is_silent(record, holder)
         seen = progress(row, sweep, alive=alive, due=due, holder=holder if alive else None, cancelling=cancelling)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import TrialSpec
+from orchestrator.terminal import duration
 
 # States of a trial that trains, or that a command which runs now is to train.
 AT_WORK = {"starting", "loading", "training", "evaluating", "cancelling", "pausing", "restarting"}
@@ -205,12 +206,3 @@ def seconds_left(rows: list[Row], concurrency: int, tokens_to_come: int) -> floa
     starts = sum(row.trial.training.steps > 0 for row in waiting) + any(not r.trial.training.steps for r in waiting)
     starting = starts * sum(start_ups) / max(1, len(start_ups))
     return (pace * (to_do + tokens_to_come) + starting) / concurrency
-
-
-def duration(seconds: float) -> str:
-    """``2h05m``, ``3m20s``, ``45s``; days where it takes days."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02}h"
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -16,9 +16,9 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cancel import cancelled_before_its_start
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.cancellation import cancelled_before_its_start
 from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Kind, Remedy, remedy
 from orchestrator.spec import TrialSpec
 from workloads.config import ExecutionConfig

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.records.journal import DISK_FULL
+from orchestrator.records.events import DISK_FULL
 from workloads.budget import less_memory
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError

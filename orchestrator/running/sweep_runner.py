@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import cancel
 from orchestrator.plan import Planned
 from orchestrator.planning.cluster import DRIVER_RESOURCES
+from orchestrator.records import cancellation
 from orchestrator.records.mlflow_tracking import TrackingThread
 from orchestrator.reporting.live_view import LiveView
 from orchestrator.reporting.progress import Row
@@ -86,7 +86,7 @@ class Running:
     def add_trial(self, trial: TrialSpec) -> None:
         storage = self.sweep.storage
         folder = storage.add_trial(trial, self.sweep.source.location)
-        cancel.withdraw(storage, folder.name)
+        cancellation.withdraw(storage, folder.name)
         if diff := self.sweep.provenance.keep_diff(folder.path):
             storage.push(diff)
 

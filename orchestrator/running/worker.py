@@ -20,16 +20,17 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util import get_current_placement_group
 
-from orchestrator.cancel import Cancellation, cancelled_before_its_start
-from orchestrator.planning.early_stopping import EarlyStopping, Judge, Rungs
+from orchestrator.planning.early_stopping import EarlyStopping, Rungs
 from orchestrator.records import leases
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
 from orchestrator.records.leases import LeaseLost
 from orchestrator.records.object_store import StoreAway
 from orchestrator.records.provenance import describe_machine
 from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, notice_the_end
+from orchestrator.running.judge import Judge
 from orchestrator.spec import TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus

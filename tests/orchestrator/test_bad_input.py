@@ -8,9 +8,10 @@ import sys
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from orchestrator.reporting.live_view import make_console
-from orchestrator.spec import RunOptions, SweepSpec
+from orchestrator.options import RunOptions
+from orchestrator.spec import SweepSpec
 from orchestrator.sweep import Sweep, main
+from orchestrator.terminal import make_console
 from tests.orchestrator.conftest import ROOT, SweepCommand
 from workloads.errors import InputError
 from workloads.models.source import ModelSource

@@ -8,9 +8,10 @@ import time
 
 from mlflow import MlflowClient
 
-from orchestrator import cancel
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records import cancellation
+from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.overview import Overview
 from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
 
@@ -65,7 +66,7 @@ def test_a_sweep_is_watched_killed_begun_anew_and_cancelled(tmp_path, text_folde
 
     # The same command, with one trial begun anew. Requests to cancel that are left of a command before hold no longer.
     for label in others:
-        cancel.request(storage, f"trials/{trials()[label].fingerprint}", "somebody")
+        cancellation.request(storage, f"trials/{trials()[label].fingerprint}", "somebody")
     process = SweepCommand(storage.root, *flags, "--force-trials", folder.path.name[:6]).start()
     wait_for(lambda: training() == [first], process, "the first trial trains again")
     record = TrialRecord.of(folder.journal)

@@ -7,12 +7,12 @@ import time
 import pytest
 
 from orchestrator import plan as planning
+from orchestrator.options import RunOptions
 from orchestrator.plan import duration
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.spending import Spending
-from orchestrator.records.journal import TrialRecord
 from orchestrator.records.storage import Storage
-from orchestrator.spec import RunOptions
+from orchestrator.records.trial_record import TrialRecord
 from workloads.data import Corpus
 
 
@@ -20,7 +20,7 @@ from workloads.data import Corpus
 def plan(tmp_path, text_folder, capsys, monkeypatch):
     """(exit status, everything printed) of ``python -m orchestrator.plan`` with a folder of texts and these flags."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("orchestrator.reporting.live_view.LOG_WIDTH", 200)
+    monkeypatch.setattr("orchestrator.terminal.LOG_WIDTH", 200)
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 

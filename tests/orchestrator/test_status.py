@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import cancel, status
 from orchestrator.plan import plan
-from orchestrator.records import leases
+from orchestrator.records import cancellation, leases
 from orchestrator.records.heartbeat import Presence
 from orchestrator.records.leases import owner
 from orchestrator.records.storage import Storage
@@ -222,13 +222,13 @@ def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, tri
     assert overview.find(digits).label == "lora 1024" == overview.find("mine/lora 1024").label
     with running(storage, "mine"):
         cancel.main(digits, where)
-        assert cancel.requested(storage, f"trials/{trials['lora'].fingerprint}")["by"]
+        assert cancellation.requested(storage, f"trials/{trials['lora'].fingerprint}")["by"]
         assert seen(storage, trials["lora"]).state == "cancelling"
         assert cancel.cancelled_before_its_start(storage, storage.trial(trials["lora"].fingerprint))
         assert not cancel.cancelled_before_its_start(storage, storage.trial(trials["full"].fingerprint))
         cancel.main("mine", where)
     assert seen(storage, trials["lora"]).state == "cancelled"
-    assert cancel.requested(storage, f"trials/{trials['full'].fingerprint}")
+    assert cancellation.requested(storage, f"trials/{trials['full'].fingerprint}")
     # The same sweep goes on with it.
     (planned,) = plan([trials["lora"]], storage)
     assert planned.action == "run" and planned.reason.startswith("cancelled before by ")

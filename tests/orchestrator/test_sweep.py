@@ -10,7 +10,8 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.journal import Journal
+from orchestrator.records.trial_record import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
 
 SMALL = ("--context-lengths", "1024", "--steps", "4", "--batch", "2", "--eval-every", "2", "--eval-documents", "2")

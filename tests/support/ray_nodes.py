@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.trial_record import TrialRecord
 
 # Seconds between two looks of Ray Train for a notice that a node will go; Ray's own default is 5.
 PREEMPTION_POLL = "0.2"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from orchestrator.compare import Outcome, compare, effort, summarise
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.journal import Journal
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec, TrainedMethod
 from workloads.config import Positions, TrainingConfig
 

@@ -12,9 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.plan import plan
-from orchestrator.planning.early_stopping import EarlyStopping, Judge, Rungs
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.running.judge import Judge
 from orchestrator.spec import Identities, TrialSpec
 from tests.orchestrator.conftest import SweepCommand
 from tests.orchestrator.records.test_journal import a_step, evaluation

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from orchestrator.options import RunOptions
 from orchestrator.planning.notes import notes
-from orchestrator.spec import RunOptions, SweepSpec
+from orchestrator.spec import SweepSpec
 from workloads.data import Instructions, prepare_examples
 from workloads.models.source import ModelSource
 

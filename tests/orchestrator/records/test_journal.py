@@ -6,7 +6,8 @@ import os
 import signal
 import time
 
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.journal import Journal
+from orchestrator.records.trial_record import TrialRecord
 
 
 def evaluation(step, perplexity, context_length=1024):

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.options import RunOptions
 from orchestrator.records import provenance
 from orchestrator.records.provenance import describe_machine, driver_version, git_commit, git_diff, own_prices
-from orchestrator.spec import RunOptions
 from workloads.errors import InputError
 
 

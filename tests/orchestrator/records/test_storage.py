@@ -15,11 +15,12 @@ import torch
 
 from orchestrator.fetch import fetch
 from orchestrator.records import object_store
-from orchestrator.records.journal import Journal, TrialRecord
+from orchestrator.records.journal import Journal
 from orchestrator.records.leases import LeaseLost, owner
 from orchestrator.records.object_store import ObjectStore, StoreAway, patiently
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec
 from tests.orchestrator.records.test_journal import a_step, evaluation
 from workloads.data import Corpus, prepare

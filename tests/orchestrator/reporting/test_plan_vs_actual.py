@@ -2,12 +2,13 @@
 
 import pytest
 
+from orchestrator.options import RunOptions
 from orchestrator.plan import plan, totals
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.estimate import Estimator
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import plan_and_truth
-from orchestrator.spec import Identities, RunOptions, SweepSpec
+from orchestrator.spec import Identities, SweepSpec
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import HICCUP_PAUSES, classify, remedy
 from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
 from tests.orchestrator.test_sweep import ONE_TRIAL, mlflow_runs, running_trial

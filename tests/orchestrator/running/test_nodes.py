@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.records.journal import TrialRecord
+from orchestrator.records.trial_record import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
 from tests.orchestrator.test_sweep import records, running_trial
 from tests.support.ray_nodes import RayNodes

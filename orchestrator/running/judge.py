@@ -1,0 +1,51 @@
+"""Says at each rung whether the trial that is being trained is to stop."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from orchestrator.planning.early_stopping import Rungs, curve_of
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.spec import TrialSpec
+
+
+class Judge:
+    """Follows one trial from inside its worker 0 and says at each rung whether it is to stop.
+
+    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s. Where it has said "stop",
+    ``verdict`` holds the fields of the journal's ``stopped``.
+    """
+
+    def __init__(self, rungs: Rungs, trial: TrialSpec, record: TrialRecord) -> None:
+        self.rungs, self.trial = rungs, trial
+        self.curve = curve_of(trial, record)
+        self.due = rungs.settings.rungs(trial.training)
+        self.judged: dict[int, float] = {}  # what it scored at its rungs, as written down there first
+        self.at: dict[str, int] = {}
+        self.verdict: dict[str, Any] | None = None
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "step":
+            self.at = {name: fields[name] for name in ("step", "tokens")}
+        elif event == "eval" and fields["context_length"] == self.trial.training.context_length:
+            self.curve[fields["step"]] = fields["perplexity"]
+
+    def asked(self) -> Literal["stop"] | None:
+        # A trial that was killed between a rung's checkpoint and its judgement makes up for it here, a step later.
+        while self.due and self.due[0] in self.curve:
+            step = self.due.pop(0)
+            entry = self.rungs.judge(self.trial, step, {**self.judged, step: self.curve[step]})
+            self.judged[step] = entry["scores"]["asha"]
+            if entry["stop"]:
+                self.verdict = {
+                    **self.at,
+                    "sweep": self.rungs.sweep,
+                    "reason": entry["reason"],
+                    "rule": entry["rule"],
+                    "rung": entry["tokens"],
+                    "score": entry["scores"][entry["rule"]],
+                    "cutoff": entry["cutoff"],
+                    "compared_with": entry["compared_with"],
+                }
+                return "stop"
+        return None
