@@ -12,7 +12,7 @@ from orchestrator.spec import TrialSpec
 class Judge:
     """Follows one trial from inside its worker 0 and says at each rung whether it is to stop.
 
-    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s. Where it has said "stop",
+    ``event`` is told all that the trial tells; ``asked`` is a ``poll_request`` of :func:`workloads.training.loop.run`. Where it has said "stop",
     ``verdict`` holds the fields of the journal's ``stopped``.
     """
 

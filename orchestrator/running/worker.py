@@ -35,12 +35,12 @@ from orchestrator.spec import TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory
-from workloads.engines.engine import make_engine
+from workloads.engines.choose import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.models.source import ModelSource
 from workloads.training.compile_cache import keep_compiled
-from workloads.training.loop import Asked, run
+from workloads.training.loop import Request, run
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ def _train(
                 make_engine(execution, device, trial.training.precision),
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
-                asked=lambda: next((answer for each in asks if (answer := each())), None),
+                poll_request=lambda: next((answer for each in asks if (answer := each())), None),
             )
             if ended:
                 emit("finished")
@@ -150,7 +150,7 @@ class PreemptionNotice:
 
     given = False
 
-    def asked(self) -> Asked | None:
+    def asked(self) -> Request | None:
         # ray.train.get_preemption_info would make the workers wait for each other in every step; this reads what Ray
         # has told this one, which is the same.
         self.given = get_train_context().preemption_context.preemption_info is not None

@@ -12,8 +12,8 @@ from workloads.errors import InputError
 from workloads.models.families import SUPPORTED
 from workloads.training import compilation
 from workloads.training.compilation import compile_layers
-from workloads.training.loop import set_up
 from workloads.training.optimization import build_optimizer
+from workloads.training.setup import set_up_model
 
 LAYERS = 4
 
@@ -28,7 +28,7 @@ def trial(method, train_layers="all", count=0, family="llama", **settings):
     model = small_model(family, num_hidden_layers=LAYERS, **extra(family))
     model.config.use_cache = False
     engine = Engine(torch.device("cpu"), training.precision)
-    return set_up(model, training, engine, ExecutionConfig(gradient_checkpointing=count)).train(), training
+    return set_up_model(model, training, engine, ExecutionConfig(gradient_checkpointing=count)).train(), training
 
 
 def extra(family):
