@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.orchestrator.conftest import SweepCommand
+from tests.support.commands import SweepCommand
 
 INTERRUPTED = Path(__file__).parents[1] / "data" / "b1875aa_interrupted"
 # The command that was killed after the checkpoint of step 2.
