@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.records.cancellation import cancelled_before_its_start
+from orchestrator.records.events import Failed, FaultKind, Launched, Retry
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.faults import Kind, Remedy, remedy
+from orchestrator.running.faults import Remedy, remedy
 from orchestrator.spec import TrialSpec
 from workloads.config import ExecutionConfig
 
@@ -37,7 +38,7 @@ def drive_trial(config: dict[str, Any]) -> None:
     """
     storage = Storage.at(config["storage"])
     folders = [storage.trial(TrialSpec.from_dict(trial).fingerprint) for trial in config["trials"]]
-    mended: list[Kind] = []
+    mended: list[FaultKind] = []
     # A list, so that each that is cancelled says so in its journal.
     while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
         # Names this attempt, so that what went wrong in it is told from what went wrong before.
@@ -54,18 +55,18 @@ def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder
     """One run of Ray Train, which itself replaces workers that are lost."""
     _release_what_an_earlier_process_held(config, folders)
     for folder in folders:
-        folder.journal.append("launched", sweep=config["sweep"], resources=config["resources"])
+        folder.journal.append(Launched(sweep=config["sweep"], resources=config["resources"]))
     try:
         _trainer(config, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
         # Ray's own guard of the host's memory ends workers, and says so in these words.
-        kind = "out_of_host_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
+        kind: FaultKind = "out_of_host_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != config["attempt"]:
-                folder.journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+                folder.journal.append(Failed(kind=kind, reason=reason, attempt=config["attempt"]))
                 with contextlib.suppress(OSError):
                     folder.path.mkdir(parents=True, exist_ok=True)  # on another node than the worker's
                     with folder.log.open("a") as log:
@@ -82,11 +83,11 @@ def _release_what_an_earlier_process_held(config: dict[str, Any], folders: list[
 
     for folder in folders:
         started = TrialRecord.of(folder.journal).started
-        if started and started.get("drive") == config["drive"]:
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(started["placement_group"])))
+        if started and started.drive == config["drive"] and started.placement_group:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(started.placement_group)))
 
 
-def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
+def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[FaultKind]) -> Remedy | None:
     """How to go on after an attempt, written into the journals; None where every trial is finished or has failed for
     good. ``mended`` remembers what has been gone on after.
     """
@@ -97,17 +98,15 @@ def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kin
             if mended.count("preempted") < config["max_preemptions"]:
                 mended.append("preempted")
                 return Remedy(execution, 0, "goes on elsewhere")
-            folder.journal.append(
-                "failed", kind="preempted", attempt=config["attempt"],
-                reason=f"preempted more than {config['max_preemptions']} times; allow more with --max-preemptions",
-            )  # fmt: skip
+            reason = f"preempted more than {config['max_preemptions']} times; allow more with --max-preemptions"
+            folder.journal.append(Failed(kind="preempted", attempt=config["attempt"], reason=reason))
         if record.state != "failed" or record.failed_attempt != config["attempt"]:
             continue
         share = trial["training"]["batch"] // config["resources"]["workers"]
         found = remedy(record.failure_kind, execution, share, config["layers"], mended)
         if found is not None:
             mended.append(record.failure_kind)
-            folder.journal.append("retry", kind=record.failure_kind, remedy=found.words, pause=found.pause)
+            folder.journal.append(Retry(kind=record.failure_kind, remedy=found.words, pause=found.pause))
             return found
     return None
 

@@ -23,6 +23,7 @@ from ray.util import get_current_placement_group
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
 from orchestrator.records import leases
 from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
+from orchestrator.records.events import Cancelled, Event, Failed, Finished, Preempted, Started, make_event
 from orchestrator.records.leases import LeaseLost
 from orchestrator.records.object_store import StoreAway
 from orchestrator.records.provenance import describe_machine
@@ -69,11 +70,14 @@ def _train(
     keep_compiled(storage.compiled)
     judge = cancellation = None
 
-    def emit(event: str, **fields: Any) -> None:
+    def record(event: Event) -> None:
         if first:
-            writer.append(event, **fields)
+            writer.append(event)
         for listener in filter(None, (judge, cancellation)):
-            listener.event(event, fields)
+            listener.event(event)
+
+    def emit(name: str, **fields: Any) -> None:
+        record(make_event(name, **fields))
 
     notice = PreemptionNotice()
     asks = [notice.asked]
@@ -83,9 +87,9 @@ def _train(
             lease = stack.enter_context(folder.lease(leases.owner(config["drive"], config["sweep"])))
         rungs = _rungs(config) if first else None
         if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
-            record = TrialRecord.of(folder.journal)
-            if rungs and record.state == "finished":
-                rungs.enter(trial, record)
+            so_far = TrialRecord.of(folder.journal)
+            if rungs and so_far.state == "finished":
+                rungs.enter(trial, so_far)
             return
         if _agree(first and cancelled_before_its_start(storage, folder), workers):
             return
@@ -106,7 +110,7 @@ def _train(
                 "node": ray.get_runtime_context().get_node_id(),
                 "placement_group": get_current_placement_group().id.hex(),
             }
-            emit("started", **machine, **where, **config["provenance"], execution=config["execution"])
+            record(Started(**machine, **where, **config["provenance"], execution=config["execution"]))
             _fetch_checkpoint(folder, first, workers)
             untuned = TrialRecord.of(storage.trial(trial.untuned().fingerprint).journal)
             execution = ExecutionConfig(**config["execution"])
@@ -122,13 +126,13 @@ def _train(
                 asked=lambda: next((answer for each in asks if (answer := each())), None),
             )
             if ended:
-                emit("finished")
+                record(Finished())
             elif judge and judge.verdict:
-                emit("stopped", **judge.verdict)
+                record(judge.verdict)
             elif notice.given:
-                emit("preempted", attempt=config["attempt"])
+                record(Preempted(attempt=config["attempt"]))
             elif first:
-                emit("cancelled", step=cancellation.step, by=cancellation.request["by"])
+                record(Cancelled(step=cancellation.step, by=cancellation.request["by"]))
         except (LeaseLost, StoreAway):
             # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
             raise
@@ -137,7 +141,7 @@ def _train(
             if kind == "lost" or ending.is_set():
                 raise  # Ray Train starts the workers again, if it is to go on
             reason = f"{type(error).__name__}: {error}"
-            (writer if first else folder.journal).append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+            (writer if first else folder.journal).append(Failed(kind=kind, reason=reason, attempt=config["attempt"]))
             if workers > 1:
                 raise  # the others wait for this one
             logging.getLogger(__name__).error("the attempt ended in an error", exc_info=error)

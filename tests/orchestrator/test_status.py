@@ -115,7 +115,7 @@ def test_a_worker_elsewhere_is_known_by_its_journal_alone(storage, trials):
 
 def test_what_waits_says_for_what(storage, trials):
     journals = {method: storage.trial(trial.fingerprint).journal for method, trial in trials.items()}
-    retry = {"kind": "hiccup", "remedy": "tried again after 80 s", "pause": 10_000}
+    retry = {"kind": "transient", "remedy": "tried again after 80 s", "pause": 10_000}
     write(journals["lora+"], launched())
     write(journals["full"], launched(), ("started", STARTED), ("failed", {"reason": "OSError"}), began=NOW - 10)
     write(journals["full"], ("retry", retry), began=time.time() - 5)  # its pause is told as what is left of it
@@ -123,8 +123,8 @@ def test_what_waits_says_for_what(storage, trials):
         told = {method: seen(storage, trial) for method, trial in trials.items()}
     assert (told["lora"].state, told["lora"].why) == ("waiting", "for its turn")
     assert (told["lora+"].state, told["lora+"].why) == ("starting", "for 2 workers with 4 GPU, or their start")
-    assert told["full"].state == "pausing" and told["full"].remedies == ("hiccup: tried again after 80 s",)
-    assert told["full"].why.startswith("hiccup: tried again after 80 s, 2h4")
+    assert told["full"].state == "pausing" and told["full"].remedies == ("transient: tried again after 80 s",)
+    assert told["full"].why.startswith("transient: tried again after 80 s, 2h4")
     assert seen(storage, trials["lora"]).state == "not begun"
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.compare import Outcome, compare, effort, summarise
+from orchestrator.records.events import Cancelled, Eval, Finished, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec, TrainedMethod
@@ -37,17 +38,17 @@ def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), mac
         name = training.positions if training.method == "untuned" else training.method
         journal = Journal(folder / trial.fingerprint)
         if name in curves:
-            journal.append("started", **{"hardware": "test", "workers": 1, **(machine or {})})
+            journal.append(Started(**{"hardware": "test", "workers": 1, **(machine or {})}))
             factor = (1 + 0.001 * training.seed) * (rates or {}).get(training.learning_rate, 1)
             for step in range(1, max(curves[name]) + 1):
-                journal.append("step", step=step, seconds=36.0, tokens_per_second=100.0, peak_memory_gib=1.0)
+                journal.append(Step(step=step, seconds=36.0, tokens_per_second=100.0, peak_memory_gib=1.0))
             for step, perplexity in curves[name].items():
-                journal.append("eval", **evaluation(step, perplexity * factor, context_length))
+                journal.append(Eval(**evaluation(step, perplexity * factor, context_length)))
                 if step == max(curves[name]):
                     at_512 = 1.9 if name == "none" else 2.0 + step / 100
-                    journal.append("eval", **evaluation(step, at_512, 512))
+                    journal.append(Eval(**evaluation(step, at_512, 512)))
             if finished is True or name in finished:
-                journal.append("finished")
+                journal.append(Finished())
         made.append(Outcome(trial, TrialRecord.of(journal), "log.txt"))
     return made
 
@@ -308,9 +309,7 @@ def test_a_trial_that_was_stopped_early_is_shown_and_does_not_compete(tmp_path):
 
 def test_a_cancelled_trial_is_shown_as_unfinished_with_who_cancelled_it(tmp_path):
     made = outcomes(tmp_path, CURVES | {"lora+": {0: 10.0, 10: 2.0}}, finished={"none", "yarn", "full", "lora"})
-    next(o for o in made if o.trial.training.method == "lora+").record.journal.append(
-        "cancelled", step=10, by="somebody on head"
-    )
+    next(o for o in made if o.trial.training.method == "lora+").record.journal.append(Cancelled(step=10, by="somebody on head"))
     for outcome in made:
         outcome.record.follow()
     (context,) = compare(made, original_length=512)

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.compare import __main__ as command
 from orchestrator.compare.runs import find_run
+from orchestrator.records.events import Eval, Finished, Started, Step
 from orchestrator.records.storage import Storage, write_json
 from orchestrator.spec import Identities, SweepSpec
 from tests.orchestrator.compare.test_compare import TOKENS, evaluation
@@ -28,14 +29,14 @@ def add(storage, perplexities, data="d", finished=True, machine=MACHINE, **field
     spec = SweepSpec(**{"context_lengths": (1024,), "methods": ("lora",), "references": (), **fields})
     (trial,) = spec.trials(Identities(model="m", tokenizer="t", data=data), "float32")
     folder = storage.add_trial(trial)
-    folder.journal.append("started", **machine)
+    folder.journal.append(Started(**machine))
     for step, perplexity in perplexities.items():
         event = evaluation(step, perplexity, trial.training.context_length)
         event["nll"] = (np.array(event["nll"]) + 0.001 * TOKENS * np.sin(step + np.arange(6))).tolist()
-        folder.journal.append("eval", **event)
-    folder.journal.append("step", step=max(perplexities), seconds=3600.0, tokens_per_second=1.0, peak_memory_gib=1.0)
+        folder.journal.append(Eval(**event))
+    folder.journal.append(Step(step=max(perplexities), seconds=3600.0, tokens_per_second=1.0, peak_memory_gib=1.0))
     if finished:
-        folder.journal.append("finished")
+        folder.journal.append(Finished())
     return trial
 
 
