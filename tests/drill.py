@@ -29,6 +29,7 @@ from typing import Any
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from orchestrator.records.events import Event
 from orchestrator.records.trial_record import TrialRecord
 from tests.orchestrator.conftest import SweepCommand, wait_for
 from tests.orchestrator.records.test_mlflow_tracking import serve

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,14 +32,6 @@ _FAULT_KINDS = {"hiccup": "transient"}
 RENAMED: dict[str, dict[str, dict[str, str]]] = {"failed": {"kind": _FAULT_KINDS}, "retry": {"kind": _FAULT_KINDS}}
 
 EVENTS: dict[str, type[Event]] = {}
-
-
-class Resources(TypedDict):
-    """What a trial asks Ray for: workers, and the CPUs and GPUs of each."""
-
-    workers: int
-    cpus: float
-    gpus: float
 
 
 def _optional() -> Any:
@@ -78,10 +70,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Launched(Event, name="launched"):
-    """Tune has started the trial's driver for a sweep."""
+    """Tune has started the trial's driver for a sweep. ``resources``: workers, and the cpus and gpus of each."""
 
     sweep: str | None = None
-    resources: Resources | None = None
+    resources: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

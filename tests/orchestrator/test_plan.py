@@ -14,6 +14,7 @@ from orchestrator.planning.spending import Spending
 from orchestrator.records.events import Finished, Launched, ModelReady, Saved, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
+from tests.orchestrator.records.test_journal import a_step
 from workloads.data import Corpus
 
 
@@ -133,8 +134,7 @@ def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 
     journal.append(Started(hardware=hardware, workers=1, execution={"gradient_checkpointing": False}))
     journal.append(ModelReady(parameters=1, trainable_parameters=1))
     for step in (1, 2, 3):
-        journal.append(Step(step=step, tokens=step, loss=1.0, seconds=1.0, tokens_per_second=tokens_per_second,
-                       learning_rate=1e-3, grad_norm=1.0, peak_memory_gib=0.5))  # fmt: skip
+        journal.append(Step(**a_step(step) | {"seconds": 1.0, "tokens_per_second": tokens_per_second}))
     journal.append(Saved(step=3))
     if finished:
         journal.append(Finished())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.plan import plan
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
-from orchestrator.records.events import Eval, Finished, Saved, Started, Stopped
+from orchestrator.records.events import Eval, Finished, Saved, Started, Step, Stopped
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -94,9 +94,9 @@ def test_the_median_rule_compares_bests_so_far(arriving, least):
 
 def tell(judge, journal, step, perplexity):
     """What a trial tells of a step with an evaluation, to its journal and its judge, as the worker does."""
-    for event, fields in (("step", a_step(step)), ("eval", evaluation(step, perplexity))):
-        journal.append(event, **fields)
-        judge.event(event, fields)
+    for event in (Step(**a_step(step)), Eval(**evaluation(step, perplexity))):
+        journal.append(event)
+        judge.event(event)
 
 
 def play(folder, rule, curves, order, restarts=()):
@@ -194,7 +194,7 @@ def test_one_killed_between_its_checkpoint_and_its_judgement_is_judged_a_step_la
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(Eval(**evaluation(10, 9.0)))
     judge = Judge(rungs, trial(0), TrialRecord.of(journal))
-    judge.event("step", a_step(11))
+    judge.event(Step(**a_step(11)))
     assert judge.asked() == "stop"
     assert (judge.verdict.step, judge.verdict.rung) == (11, 10 * 2 * 1024)
 

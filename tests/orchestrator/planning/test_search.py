@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.cli import parse
 from orchestrator.planning.search import Search, Space
-from orchestrator.records.events import Eval, Failed
+from orchestrator.records.events import Eval, Failed, Finished, Stopped
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, SweepSpec
 from tests.orchestrator.conftest import SweepCommand, wait_for
@@ -45,7 +45,7 @@ def train(storage, trial, outcome="finished"):
         return
     scored = evaluation(trial.training.steps, perplexity(trial.training), trial.training.context_length)
     journal.append(Eval(**scored))
-    journal.append(outcome, reason="worse", step=1, sweep="s")
+    journal.append(Finished() if outcome == "finished" else Stopped(reason="worse", step=1, sweep="s"))
 
 
 def run(folder, spec, killed_after=(), outcome=lambda trial: "finished"):

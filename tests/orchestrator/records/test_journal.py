@@ -1,12 +1,25 @@
 """The journal: what a dying process may leave behind, and what readers make of it."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import time
 
-from orchestrator.records.events import Cancelled, Eval, Failed, Finished, Launched, Resumed, Started, Step
+from orchestrator.records.events import (
+    Cancelled,
+    Eval,
+    Failed,
+    Finished,
+    Launched,
+    Resumed,
+    Saved,
+    Started,
+    Step,
+    as_line,
+    parse,
+)
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
 
@@ -33,6 +46,35 @@ def test_a_line_cut_off_by_a_dying_process_is_passed_over_and_the_next_one_is_wh
     assert [event.step for event in journal.read().events] == [1]
     journal.append(Step(**a_step(2)))
     assert [event.step for event in journal.read().events] == [1, 2]
+
+
+def test_what_a_newer_version_has_added_is_kept_and_written_again():
+    lines = [
+        {"event": "step", "time": 1.5, "version": 99, **a_step(1), "fan_speed": [1, 2]},
+        {"event": "moved", "time": 2.5, "version": 99, "to": "elsewhere"},
+    ]
+    events, skipped = parse("".join(json.dumps(line) + "\n" for line in lines).encode())
+    assert (events[0].step, events[0].extra) == (1, {"fan_speed": [1, 2]})
+    assert events[1].name == "moved" and not skipped
+    assert [json.loads(as_line(event)) for event in events] == lines
+
+
+def test_a_journal_without_versions_is_read_and_old_names_of_faults_are_mapped():
+    lines = [{"event": "saved", "time": 1.0, "step": 3}]
+    lines += [{"event": "retry", "time": 2.0, "kind": kind, "remedy": "again"} for kind in ("hiccup", "lost")]
+    events, _ = parse("".join(json.dumps(line) + "\n" for line in lines).encode())
+    assert [event.version for event in events] == [1, 1, 1]
+    assert (events[0].step, events[1].kind, events[2].kind) == (3, "transient", "lost")
+
+
+def test_lines_without_an_event_are_passed_over_and_reported(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    damaged = [b"5", b"[]", b'{"event": "saved", "time": 1.0}', b'{"event": "saved", "step": 1}', b"\xff\x00"]
+    journal.path.write_bytes(b"\n".join(damaged) + b"\n")
+    journal.append(Saved(step=7))
+    record = TrialRecord.of(journal)
+    assert record.saved_step == 7 and [line for line, _ in record.skipped] == damaged
+    assert "step" in record.skipped[2].reason and "time" in record.skipped[3].reason
 
 
 def test_a_reader_that_follows_sees_each_line_once_and_no_half_lines(tmp_path):

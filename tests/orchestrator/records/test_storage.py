@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.fetch import fetch
 from orchestrator.records import object_store
-from orchestrator.records.events import Eval, Finished, Saved, Started, Step
+from orchestrator.records.events import Cancelled, Eval, Finished, Saved, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import LeaseLost, owner
 from orchestrator.records.object_store import ObjectStore, StoreAway, patiently
@@ -248,8 +248,10 @@ def test_a_corpus_is_prepared_once_and_fetched_once_a_node(bucket, tmp_path, tex
 
 KILLED = """
 import os, signal, sys, torch
+from orchestrator.records.events import Saved, Started, Step
 from orchestrator.records.leases import owner
 from orchestrator.records.storage import Storage
+from tests.orchestrator.records.test_journal import a_step
 from workloads.training.checkpoint import save_checkpoint
 
 folder = Storage.at(sys.argv[1]).trial(sys.argv[2])
@@ -258,7 +260,7 @@ folder.log.write_text("")
 with folder.lease(owner("attempt", "sweep")) as lease, folder.writer(lease) as writer:
     writer.append(Started())
     for step in range(1, 1000):
-        writer.append(Step(step=step))
+        writer.append(Step(**a_step(step)))
         save_checkpoint(folder.checkpoints, step, {"weight": torch.full((1000,), float(step))}, {})
         writer.append(Saved(step=step))
         print(step, flush=True)

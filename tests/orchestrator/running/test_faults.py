@@ -103,7 +103,9 @@ def test_memory_is_saved_step_by_step_and_transient_faults_are_waited_out():
     given_up = remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
     assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
     assert remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
-    pauses = [remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))]
+    pauses = [
+        remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))
+    ]
     assert pauses == sorted(pauses) and sum(pauses) > 120
     assert remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
     for final in ("configuration", "not_finite", "disk_full", "error"):
