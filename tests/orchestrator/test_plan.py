@@ -14,7 +14,7 @@ from orchestrator.planning.spending import Spending
 from orchestrator.records.events import Finished, Launched, ModelReady, Saved, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from tests.orchestrator.records.test_journal import a_step
+from tests.support.events import a_step
 from workloads.data import Corpus
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
-from tests.support.journals import emit_to
+from tests.support.events import emit_to
 from tests.support.models import small_llama
 from tests.support.texts import prepare_texts
 from workloads import export

@@ -23,7 +23,7 @@ from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec
-from tests.orchestrator.records.test_journal import a_step, evaluation
+from tests.support.events import a_step, evaluation
 from workloads.data import Corpus, prepare
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
@@ -251,7 +251,7 @@ import os, signal, sys, torch
 from orchestrator.records.events import Saved, Started, Step
 from orchestrator.records.leases import owner
 from orchestrator.records.storage import Storage
-from tests.orchestrator.records.test_journal import a_step
+from tests.support.events import a_step
 from workloads.training.checkpoint import save_checkpoint
 
 folder = Storage.at(sys.argv[1]).trial(sys.argv[2])

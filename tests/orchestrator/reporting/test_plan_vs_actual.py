@@ -10,7 +10,7 @@ from orchestrator.records.events import Failed, Finished, Launched, Started, Ste
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import plan_and_truth
 from orchestrator.spec import Identities, SweepSpec
-from tests.orchestrator.records.test_journal import a_step
+from tests.support.events import a_step
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource
 
