@@ -6,10 +6,11 @@ import math
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.plan import Planned
 from orchestrator.planning.cluster import DRIVER_RESOURCES
+from orchestrator.ray_internals import silent_progress
 from orchestrator.records import cancellation
 from orchestrator.records.mlflow_tracking import TrackingThread
 from orchestrator.reporting.live_view import LiveView
@@ -130,15 +131,8 @@ class Running:
     def tune(self, jobs: Iterator[Job]) -> None:
         """Runs jobs with Tune, as many at a time as there is room for."""
         from ray import tune
-        from ray.tune.progress_reporter import TrialProgressCallback
 
         from orchestrator.running.tune_queue import TuneQueue
-
-        class Silent(TrialProgressCallback):
-            """Tune's own prints a line of a trial without any result, whatever its verbosity."""
-
-            def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-                pass
 
         sweep, options = self.sweep, self.sweep.options
         name = f"{sweep.name}-{uuid.uuid4().hex[:8]}"
@@ -155,7 +149,7 @@ class Running:
                 storage_path=str(sweep.storage.ray_train),
                 # A driver raises nothing of its own; what Tune tries again is one whose process was lost.
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
-                callbacks=[Silent()],
+                callbacks=[silent_progress()],
                 verbose=0,
             ),
         )
