@@ -26,7 +26,7 @@ from workloads.budget import Device, Loop, Memory, ModelShape, memory, step_seco
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.engines.choose import make_engine
 from workloads.training.loop import Emit, Trial
-from workloads.training.setup import set_up_model
+from workloads.training.setup import prepare_model
 
 GIB = 2**30
 # Llama-2-7B and Llama-3.2-1B, as their configurations tell.
@@ -130,7 +130,7 @@ def start_trial(
     with device:
         model = AutoModelForCausalLM.from_config(model_config, dtype=engine.dtype)
     model.config.use_cache = False
-    model = set_up_model(model, training, engine, execution)
+    model = prepare_model(model, training, engine, execution)
     trial = Trial(model, training, execution, RandomTokens(model_config.vocab_size), folder, engine, emit)
     training_model = trial.start()
     training_model.train()

@@ -17,15 +17,15 @@ from workloads.training.recompute import recompute_activations
 
 
 def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
-    """Loads a trial's model, extends its positions, and sets it up (:func:`set_up_model`)."""
+    """Loads a trial's model, extends its positions, and adapts it (:func:`prepare_model`)."""
     torch.manual_seed(config.seed)  # LoRA's A matrices are random
     dtype = compute_dtype(config.precision)
     quantized = nf4_loading(engine.device, dtype) if config.quantization == "nf4" else None
     model = source.load(config.context_length, config.positions, dtype, quantized, engine.home)
-    return set_up_model(model, config, engine, execution)
+    return prepare_model(model, config, engine, execution)
 
 
-def set_up_model(model: nn.Module, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
+def prepare_model(model: nn.Module, config: TrainingConfig, engine: Engine, execution: ExecutionConfig) -> nn.Module:
     """Adapts a loaded model as a trial trains it: attention pattern, what trains, FP8, recompute, offload, device.
 
     Modules are replaced first (LoRA, FP8), then wrapped (fused LoRA, recompute, offload), in the order of

@@ -11,6 +11,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from orchestrator.records.events import make_event
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
 from tests.support.models import small_llama, small_model
@@ -31,7 +32,7 @@ from workloads.models.families import SUPPORTED
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_newest
 from workloads.training.loop import run
-from workloads.training.setup import set_up_model
+from workloads.training.setup import prepare_model
 
 TINY = ModelSource.parse("builtin:tiny")
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def llama(quantization="fp8", device=CPU, checkpointing=0, lora_targets=None, **
     """A small Llama that a trial would train."""
     shape = dict(hidden_size=64, intermediate_size=128, num_key_value_heads=2, use_cache=False, initializer_range=0.1)
     model = small_llama(**{**shape, **overrides}).to(torch.bfloat16)
-    return set_up_model(
+    return prepare_model(
         model,
         config(quantization, lora_targets=lora_targets),
         Engine(device, "bfloat16"),
@@ -307,7 +308,7 @@ def trial(training, corpus, storage, **asking):
     events = []
 
     def emit(event, **fields):
-        folder.journal.append(event, **fields)
+        folder.journal.append(make_event(event, **fields))
         events.append({"event": event, **fields})
 
     run(TINY, training, ExecutionConfig(), corpus, folder.checkpoints, Engine(CPU, "bfloat16"), emit, **asking)
@@ -413,7 +414,7 @@ def test_flops_and_bytes_are_what_a_pass_takes(method):
     predicted = traffic(shape, training, 0, loop)
     assert 256 * predicted.training + predicted.micro_batch() == pytest.approx(moved, rel=0.1)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
-    model = set_up_model(model, training, Engine(CPU, "bfloat16"), ExecutionConfig())
+    model = prepare_model(model, training, Engine(CPU, "bfloat16"), ExecutionConfig())
     tokens = torch.randint(512, (1, 256))
     with FlopCounterMode(display=False) as counted, torch.autocast("cpu", torch.bfloat16):
         model.train()(tokens).logits.sum().backward()

@@ -48,7 +48,7 @@ from workloads.models.families import SUPPORTED
 from workloads.models.source import ModelSource
 from workloads.training.loop import Trial
 from workloads.training.recompute import recompute_activations
-from workloads.training.setup import set_up_model
+from workloads.training.setup import prepare_model
 
 GIB = 2**30
 LLAMA2_7B = ModelShape.of(
@@ -202,7 +202,7 @@ def kept_for_backward(model_config, training):
     bfloat16 = training.precision == "bfloat16"
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     model.config.use_cache = False
-    model = set_up_model(model, training, Engine(torch.device("cpu"), training.precision), ExecutionConfig())
+    model = prepare_model(model, training, Engine(torch.device("cpu"), training.precision), ExecutionConfig())
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -346,7 +346,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_a_checkpoint_has_the_size_that_was_said(tmp_path):
     model_config, training = family_config("llama"), config(32, "lora+")
     engine = Engine(torch.device("cpu"), "float32")
-    model = set_up_model(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
+    model = prepare_model(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
     corpus = RandomTokens(512)
     trial = Trial(model, training, ExecutionConfig(), corpus, tmp_path, engine, lambda event, **fields: None)
     trial.train_step(trial.start())
@@ -652,7 +652,7 @@ class OnAnH200(Engine):
 def test_a_step_tells_its_utilisation_where_the_device_is_known(engine, told, tmp_path):
     model_config, training = family_config("llama"), config(32, "lora+")
     engine = engine(torch.device("cpu"), "float32")
-    model = set_up_model(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
+    model = prepare_model(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
     events = []
     trial = Trial(
         model, training, ExecutionConfig(), RandomTokens(512), tmp_path, engine,

@@ -15,7 +15,7 @@ from workloads.errors import InputError
 from workloads.training import compilation
 from workloads.training.compilation import compile_layers, layers_compile
 from workloads.training.loop import Trial
-from workloads.training.setup import set_up_model
+from workloads.training.setup import prepare_model
 
 NUM_LAYERS = 12  # more than the versions of one function that dynamo makes by default (8)
 
@@ -72,7 +72,7 @@ def losses(folder, training, execution, device="cpu"):
 
     engine = Engine(torch.device(device), training.precision)
     model = small_llama(num_hidden_layers=NUM_LAYERS, use_cache=False, max_position_embeddings=32).to(engine.dtype)
-    model = set_up_model(model, training, engine, execution)
+    model = prepare_model(model, training, engine, execution)
     names = [name for name, _ in model.named_parameters()]
     Trial(model, training, execution, RandomWindows(), folder, engine, emit).run()
     assert [name for name, _ in model.named_parameters()] == names

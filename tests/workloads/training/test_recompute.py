@@ -14,7 +14,6 @@ from workloads.models.families import SUPPORTED
 from workloads.training import compilation
 from workloads.training.compilation import compile_layers
 from workloads.training.optimization import build_optimizer
-from workloads.training.setup import set_up_model
 
 
 @pytest.mark.parametrize(
