@@ -21,7 +21,10 @@ from tests.support.models import plain_losses
 from tests.workloads.attention.test_interface import random_tokens, small_model
 from workloads.adaptation.lora_fusion import spare_passes
 from workloads.adaptation.methods import adapt, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, dense_mask, grouped, shifted, use_pattern
+from workloads.attention import grouped, shifted
+from workloads.attention.interface import use_pattern
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.budget import (
     Device,
     ModelShape,
