@@ -20,13 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
+from tests.support.events import emit_to
 from tests.support.models import small_llama
 from tests.support.texts import prepare_texts
 from workloads import export
 from workloads.adaptation.lora_fusion import spare_passes
 from workloads.adaptation.methods import adapt
 from workloads.ask import load_model
-from workloads.attention import AttentionPattern, full_attention, use_pattern
+from workloads.attention.interface import full_attention, use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
@@ -111,7 +113,7 @@ def train(corpus, tmp_path_factory):
             device = torch.device("cuda", 0) if bits == "nf4" and torch.cuda.is_available() else CPU
             engine, execution = Engine(device, precision), ExecutionConfig(checkpoint_every=2)
             model = build_model(source, config, engine, execution)
-            Trial(model, config, execution, corpus, folder.checkpoints, engine, folder.journal.append).run()
+            Trial(model, config, execution, corpus, folder.checkpoints, engine, emit_to(folder.journal)).run()
             done[key] = Trained(folder.path, model, source)
         return done[key]
 
