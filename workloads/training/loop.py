@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from workloads.adaptation.methods import count_parameters, trainable_parameters
-from workloads.attention import backend_of
+from workloads.attention.interface import backend_of
 from workloads.budget import Device, ModelShape, model_flops_utilisation
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus

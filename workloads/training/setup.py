@@ -7,7 +7,8 @@ from torch import nn
 
 from workloads.adaptation.float8 import quantise_base
 from workloads.adaptation.methods import adapt, compute_dtype, keep_autocast_dtype
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention.interface import use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.models.quantization import nf4_loading

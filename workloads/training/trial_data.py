@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from workloads.attention import document_ids
+from workloads.attention.documents import document_ids
 from workloads.config import TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engines.engine import Engine
