@@ -11,8 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.plan import plan
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.planning.planner import plan_trials
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -21,6 +21,7 @@ from orchestrator.spec import Identities, TrialSpec
 from tests.orchestrator.conftest import SweepCommand
 from tests.orchestrator.records.test_journal import a_step, evaluation
 from tests.orchestrator.test_sweep import mlflow_runs, records
+from tests.support.plans import an_estimator
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 from workloads.training.checkpoint import load_checkpoint
@@ -262,10 +263,10 @@ def test_the_sweep_that_stopped_a_trial_leaves_it_and_any_other_goes_on_with_it(
     journal.append("saved", step=10)
     journal.append("stopped", step=10, sweep="mine", reason="worse")
     for stopping, action in (("mine", "stopped"), ("other", "resume"), (None, "resume")):
-        (planned,) = plan([trial()], storage, stopping=stopping)
+        (planned,) = plan_trials([trial()], storage, an_estimator(), stopping_sweep=stopping)
         assert planned.action == action
     journal.append("finished")
-    assert plan([trial()], storage, stopping="mine")[0].action == "known"
+    assert plan_trials([trial()], storage, an_estimator(), stopping_sweep="mine")[0].action == "known"
 
 
 FLAGS = (
