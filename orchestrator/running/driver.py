@@ -20,8 +20,7 @@ from orchestrator.records.cancellation import cancelled_before_its_start
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Kind, Remedy, remedy
-from orchestrator.spec import TrialSpec
-from workloads.config import ExecutionConfig
+from orchestrator.running.job import TrialJob
 
 if TYPE_CHECKING:
     from ray.train.backend import BackendConfig
@@ -29,34 +28,35 @@ if TYPE_CHECKING:
 
 
 def drive_trial(config: dict[str, Any]) -> None:
-    """Tune's function: trains the trials of ``config`` (:meth:`orchestrator.running.sweep_runner.Running.run_config`) to their end.
+    """Tune's function: trains the trials of ``config`` (:meth:`TrialJob.to_config`) to their end.
 
     A fault with a remedy (:mod:`orchestrator.running.faults`) is followed by another attempt. A trial that fails for good ends
     this function normally, with the reason in its journal: the other trials go on, and the sweep tells of it at its
     end.
     """
-    storage = Storage.at(config["storage"])
-    folders = [storage.trial(TrialSpec.from_dict(trial).fingerprint) for trial in config["trials"]]
+    job = TrialJob.from_config(config)
+    storage = Storage.at(job.storage)
+    folders = [storage.trial(trial.fingerprint) for trial in job.trials]
     mended: list[Kind] = []
     # A list, so that each that is cancelled says so in its journal.
     while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
         # Names this attempt, so that what went wrong in it is told from what went wrong before.
-        config = {**config, "attempt": uuid.uuid4().hex}
-        _attempt(config, storage, folders)
-        after = _remedy(config, folders, mended)
+        job = dataclasses.replace(job, attempt=uuid.uuid4().hex)
+        _attempt(job, storage, folders)
+        after = _remedy(job, folders, mended)
         if after is None:
             return
         time.sleep(after.pause)
-        config = {**config, "execution": dataclasses.asdict(after.execution)}
+        job = dataclasses.replace(job, execution=after.execution)
 
 
-def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder]) -> None:
+def _attempt(job: TrialJob, storage: Storage, folders: list[TrialFolder]) -> None:
     """One run of Ray Train, which itself replaces workers that are lost."""
-    _release_what_an_earlier_process_held(config, folders)
+    _release_what_an_earlier_process_held(job, folders)
     for folder in folders:
-        folder.journal.append("launched", sweep=config["sweep"], resources=config["resources"])
+        folder.journal.append("launched", sweep=job.sweep, resources=dataclasses.asdict(job.resources))
     try:
-        _trainer(config, storage.ray_train, name=folders[0].path.name).fit()
+        _trainer(job, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
@@ -64,15 +64,15 @@ def _attempt(config: dict[str, Any], storage: Storage, folders: list[TrialFolder
         kind = "out_of_host_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
         for folder in folders:
             record = TrialRecord.of(folder.journal)
-            if record.state != "finished" and record.failed_attempt != config["attempt"]:
-                folder.journal.append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+            if record.state != "finished" and record.failed_attempt != job.attempt:
+                folder.journal.append("failed", kind=kind, reason=reason, attempt=job.attempt)
                 with contextlib.suppress(OSError):
                     folder.path.mkdir(parents=True, exist_ok=True)  # on another node than the worker's
                     with folder.log.open("a") as log:
                         log.write(f"the trial failed: {reason}\n")
 
 
-def _release_what_an_earlier_process_held(config: dict[str, Any], folders: list[TrialFolder]) -> None:
+def _release_what_an_earlier_process_held(job: TrialJob, folders: list[TrialFolder]) -> None:
     """Where the process of this drive was killed and Tune has started another one: Ray then ends its workers, but what
     was reserved for them stays so until the sweep ends (Ray 2.60; where the cluster runs the dashboard, an actor of Ray
     Train does what is done here).
@@ -82,29 +82,28 @@ def _release_what_an_earlier_process_held(config: dict[str, Any], folders: list[
 
     for folder in folders:
         started = TrialRecord.of(folder.journal).started
-        if started and started.get("drive") == config["drive"]:
+        if started and started.get("drive") == job.id:
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(started["placement_group"])))
 
 
-def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
+def _remedy(job: TrialJob, folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
     """How to go on after an attempt, written into the journals; None where every trial is finished or has failed for
     good. ``mended`` remembers what has been gone on after.
     """
-    execution = ExecutionConfig(**config["execution"])
-    for trial, folder in zip(config["trials"], folders):
+    for trial, folder in zip(job.trials, folders):
         record = TrialRecord.of(folder.journal)
-        if record.preempted_attempt == config["attempt"]:
-            if mended.count("preempted") < config["max_preemptions"]:
+        if record.preempted_attempt == job.attempt:
+            if mended.count("preempted") < job.limits.max_preemptions:
                 mended.append("preempted")
-                return Remedy(execution, 0, "goes on elsewhere")
+                return Remedy(job.execution, 0, "goes on elsewhere")
             folder.journal.append(
-                "failed", kind="preempted", attempt=config["attempt"],
-                reason=f"preempted more than {config['max_preemptions']} times; allow more with --max-preemptions",
+                "failed", kind="preempted", attempt=job.attempt,
+                reason=f"preempted more than {job.limits.max_preemptions} times; allow more with --max-preemptions",
             )  # fmt: skip
-        if record.state != "failed" or record.failed_attempt != config["attempt"]:
+        if record.state != "failed" or record.failed_attempt != job.attempt:
             continue
-        share = trial["training"]["batch"] // config["resources"]["workers"]
-        found = remedy(record.failure_kind, execution, share, config["layers"], mended)
+        share = trial.training.batch // job.resources.workers
+        found = remedy(record.failure_kind, job.execution, share, job.layers, mended)
         if found is not None:
             mended.append(record.failure_kind)
             folder.journal.append("retry", kind=record.failure_kind, remedy=found.words, pause=found.pause)
@@ -112,7 +111,7 @@ def _remedy(config: dict[str, Any], folders: list[TrialFolder], mended: list[Kin
     return None
 
 
-def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrainer:
+def _trainer(job: TrialJob, ray_storage: Path, name: str) -> TorchTrainer:
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -123,7 +122,7 @@ def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrain
     # An actor each, which takes 2 to 3 s of a core to start. The first hands out Ray's data sets, of which there are
     # none. The second, which `_release_what_an_earlier_process_held` tells of, asks the dashboard, and our own cluster
     # runs none.
-    useless = (DatasetsCallback, PlacementGroupCleanerCallback) if config["own_cluster"] else (DatasetsCallback,)
+    useless = (DatasetsCallback, PlacementGroupCleanerCallback) if job.own_cluster else (DatasetsCallback,)
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list:
@@ -140,25 +139,25 @@ def _trainer(config: dict[str, Any], ray_storage: Path, name: str) -> TorchTrain
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
     shutil.rmtree(ray_storage / name, ignore_errors=True)
-    resources = config["resources"]
-    alone = resources["workers"] == 1
+    resources = job.resources
+    alone = resources.workers == 1
     return Trainer(
         _work,
-        train_loop_config=config,
-        torch_config=_no_process_group() if alone else TorchConfig(timeout_s=config["hang_timeout"]),
+        train_loop_config=job.to_config(),
+        torch_config=_no_process_group() if alone else TorchConfig(timeout_s=job.limits.hang_timeout),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources["workers"],
-            use_gpu=resources["gpus"] > 0,
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
             resources_per_worker={
-                "CPU": resources["cpus"],
-                **({"GPU": resources["gpus"]} if resources["gpus"] else {}),
+                "CPU": resources.cpus,
+                **({"GPU": resources.gpus} if resources.gpus else {}),
             },
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(ray_storage),
             failure_config=ray.train.FailureConfig(
-                max_failures=config["max_failures"], max_preemption_failures=config["max_preemptions"]
+                max_failures=job.limits.max_failures, max_preemption_failures=job.limits.max_preemptions
             ),
             # Metrics go to the journal and not to Tune: nobody would read them there, and TuneReportCallback hangs for
             # ever if the last report comes just as the driver returns (Ray 2.60, seen on a busy machine: the thread
@@ -185,7 +184,7 @@ def _work(config: dict[str, Any]) -> None:
 
     gc.freeze()
     gc.enable()
-    train_worker(config)
+    train_worker(TrialJob.from_config(config))
 
 
 def _root_cause(error: BaseException) -> str:

@@ -54,7 +54,9 @@ class SweepRunner:
         """Runs every trial that is not finished; returns the plan as it is in the end."""
         sweep = self.sweep
         tracking = TrackingThread(self.tracker, self.trials, sweep.name, self.provenance)
-        view = LiveView(sweep.name, [_row(planned) for planned in self.plan.planned], self.plan.concurrency, self.console)
+        view = LiveView(
+            sweep.name, [_row(planned) for planned in self.plan.planned], self.plan.concurrency, self.console
+        )
         view.note = lambda: tracking.trouble or (sweep.storage.store and sweep.storage.store.trouble)
         view.tokens_to_come = lambda: self.plan.upcoming_tokens
         budget = BudgetWatch(Spending(sweep.name, sweep.storage), self.trials, sweep.options, self._cancel)

@@ -12,7 +12,7 @@ from orchestrator.options import RunOptions
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import main
-from tests.orchestrator.conftest import ROOT, SweepCommand
+from tests.support.commands import ROOT, SweepCommand
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.orchestrator.conftest import SweepCommand
-from tests.orchestrator.test_sweep import records
+from tests.support.commands import SweepCommand
+from tests.support.storage import records
 from workloads.budget import ModelShape, memory
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.models.source import ModelSource

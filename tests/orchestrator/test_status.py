@@ -18,8 +18,8 @@ from orchestrator.reporting.disk_usage import disk_usage
 from orchestrator.reporting.gpus import gpus
 from orchestrator.reporting.overview import Overview
 from orchestrator.spec import Identities, SweepSpec
-from tests.orchestrator.conftest import ROOT
-from tests.orchestrator.records.test_journal import a_step, evaluation
+from tests.support.commands import ROOT
+from tests.support.events import a_step, evaluation
 from tests.support.plans import an_estimator
 from workloads.errors import InputError
 

@@ -18,10 +18,10 @@ from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.judge import Judge
 from orchestrator.spec import Identities, TrialSpec
-from tests.orchestrator.conftest import SweepCommand
-from tests.orchestrator.records.test_journal import a_step, evaluation
-from tests.orchestrator.test_sweep import mlflow_runs, records
+from tests.support.commands import SweepCommand
+from tests.support.events import a_step, evaluation
 from tests.support.plans import an_estimator
+from tests.support.storage import mlflow_runs, records
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 from workloads.training.checkpoint import load_checkpoint

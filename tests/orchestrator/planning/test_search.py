@@ -12,9 +12,9 @@ from orchestrator.cli import parse
 from orchestrator.planning.search import Search, Space
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, SweepSpec
-from tests.orchestrator.conftest import SweepCommand, wait_for
-from tests.orchestrator.records.test_journal import evaluation
-from tests.orchestrator.test_sweep import records
+from tests.support.commands import SweepCommand, wait_for
+from tests.support.events import evaluation
+from tests.support.storage import records
 from workloads.errors import InputError
 
 IDENTITIES = Identities(model="m", tokenizer="t", data="d")

@@ -22,7 +22,7 @@ from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec
-from tests.orchestrator.records.test_journal import a_step, evaluation
+from tests.support.events import a_step, evaluation
 from workloads.data import Corpus, prepare
 from workloads.errors import InputError
 from workloads.models.source import ModelSource

@@ -1,17 +1,43 @@
 """What Ray Train is asked for, for a trial."""
 
+import dataclasses
+import json
+
 import pytest
 
+from orchestrator.planning.early_stopping import EarlyStopping
 from orchestrator.running.driver import _trainer
+from orchestrator.running.job import FaultLimits, Resources, TrialJob
+from orchestrator.spec import Identities, TrialSpec
+from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.models.source import ModelSource
+
+TRIAL = TrialSpec(
+    model="builtin:tiny",
+    data="builtin:stdlib",
+    identities=Identities(model="m", tokenizer="t", data="d"),
+    training=TrainingConfig(
+        method="lora", attention="full", context_length=1024, eval_span=1024, lora_targets=("q_proj",)
+    ),
+)
+JOB = TrialJob(
+    id="1", sweep="s", storage="runs", trials=(TRIAL,), model=ModelSource("org/name", "org/name", "5d6e7f"), corpus="c",
+    execution=ExecutionConfig(micro_batch=2), layers=2, resources=Resources(workers=1, cpus=1, gpus=0),
+    limits=FaultLimits(max_failures=1, max_preemptions=1, hang_timeout=60), own_cluster=True,
+    early_stopping=EarlyStopping(rule="asha"), provenance={"git_commit": None}, prices={"NVIDIA H200": 2.5},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("early_stopping", [JOB.early_stopping, None])
+def test_a_job_survives_its_way_through_files(early_stopping):
+    job = dataclasses.replace(JOB, early_stopping=early_stopping)
+    assert TrialJob.from_config(json.loads(json.dumps(job.to_config()))) == job
 
 
 @pytest.mark.parametrize("own_cluster", [True, False])
 def test_no_actor_is_started_that_has_nothing_to_do(own_cluster, tmp_path):
-    config = {
-        "resources": {"workers": 1, "cpus": 1, "gpus": 0}, "own_cluster": own_cluster,
-        "hang_timeout": 60, "max_failures": 1, "max_preemptions": 1,
-    }  # fmt: skip
-    callbacks = {type(each).__name__ for each in _trainer(config, tmp_path, "trial")._create_default_callbacks()}
+    trainer = _trainer(dataclasses.replace(JOB, own_cluster=own_cluster), tmp_path, "trial")
+    callbacks = {type(each).__name__ for each in trainer._create_default_callbacks()}
     assert "BackendSetupCallback" in callbacks
     assert "DatasetsCallback" not in callbacks
     assert ("PlacementGroupCleanerCallback" in callbacks) == (not own_cluster)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import HICCUP_PAUSES, classify, remedy
-from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
-from tests.orchestrator.test_sweep import ONE_TRIAL, mlflow_runs, running_trial
+from tests.support.commands import ONE_TRIAL, ROOT, SweepCommand, wait_for
 from tests.support.ray_nodes import processes_beside, worker_processes
+from tests.support.storage import mlflow_runs, running_trial
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 from workloads.training.checkpoint import newest_step
