@@ -179,6 +179,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     spec, source = sweep.spec, sweep.source
     report(f"reading the model {spec.model}")
     config = source.config()
+    original_length = original_context_length(config)
     shape = ModelShape.of(config)
     check_vocabulary(source.tokenizer(), shape.vocab_size, spec.model)
     _check_adaptation(spec, config, shape)
@@ -189,7 +190,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     return Identified(
         **vars(sweep),
         shape=shape,
-        original_length=original_context_length(config),
+        original_length=original_length,
         identities=Identities(model=source.identity, tokenizer=tokenizer, data=sweep.corpus.identity()),
     )
 

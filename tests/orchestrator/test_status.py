@@ -225,8 +225,8 @@ def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, tri
         cancel.main(digits, where)
         assert cancellation.requested(storage, f"trials/{trials['lora'].fingerprint}")["by"]
         assert seen(storage, trials["lora"]).state == "cancelling"
-        assert cancel.cancelled_before_its_start(storage, storage.trial(trials["lora"].fingerprint))
-        assert not cancel.cancelled_before_its_start(storage, storage.trial(trials["full"].fingerprint))
+        assert cancellation.cancelled_before_its_start(storage, storage.trial(trials["lora"].fingerprint))
+        assert not cancellation.cancelled_before_its_start(storage, storage.trial(trials["full"].fingerprint))
         cancel.main("mine", where)
     assert seen(storage, trials["lora"]).state == "cancelled"
     assert cancellation.requested(storage, f"trials/{trials['full'].fingerprint}")
