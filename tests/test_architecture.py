@@ -113,3 +113,10 @@ def test_no_pickle_is_loaded():
         text = path.read_text()
         assert not re.search(r"torch\.load\((?!.*weights_only=True)|pickle\.loads?\(", text), path
         assert "trust_remote_code=True" not in text, path
+
+
+def test_ray_does_not_start_in_a_test_without_its_marker():
+    """tests/conftest.py sees to it, in commands too."""
+    code = "import ray; ray.init(num_cpus=1, include_dashboard=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "needs-the-marker-ray" in done.stderr

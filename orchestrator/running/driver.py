@@ -6,7 +6,6 @@ trial that trains has a drive of its own.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -16,6 +15,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.ray_internals import (
+    is_memory_monitor_kill,
+    lean_trainer,
+    no_process_group,
+    release_placement_group,
+)
 from orchestrator.records.cancellation import cancelled_before_its_start
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -23,7 +28,6 @@ from orchestrator.running.faults import Kind, Remedy, remedy
 from orchestrator.running.job import TrialJob
 
 if TYPE_CHECKING:
-    from ray.train.backend import BackendConfig
     from ray.train.torch import TorchTrainer
 
 
@@ -60,8 +64,7 @@ def _attempt(job: TrialJob, storage: Storage, folders: list[TrialFolder]) -> Non
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
-        # Ray's own guard of the host's memory ends workers, and says so in these words.
-        kind = "out_of_host_memory" if "OutOfMemory" in reason or "memory pressure" in reason else "lost"
+        kind = "out_of_host_memory" if is_memory_monitor_kill(reason) else "lost"
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != job.attempt:
@@ -77,13 +80,10 @@ def _release_what_an_earlier_process_held(job: TrialJob, folders: list[TrialFold
     was reserved for them stays so until the sweep ends (Ray 2.60; where the cluster runs the dashboard, an actor of Ray
     Train does what is done here).
     """
-    from ray import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
     for folder in folders:
         started = TrialRecord.of(folder.journal).started
         if started and started.get("drive") == job.id:
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(started["placement_group"])))
+            release_placement_group(started["placement_group"])
 
 
 def _remedy(job: TrialJob, folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
@@ -114,37 +114,18 @@ def _remedy(job: TrialJob, folders: list[TrialFolder], mended: list[Kind]) -> Re
 def _trainer(job: TrialJob, ray_storage: Path, name: str) -> TorchTrainer:
     # Imported here, so that the sweep's own process, which only names `drive_trial`, does without torch.
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.train.v2._internal.execution.controller import TrainController
-
-    # An actor each, which takes 2 to 3 s of a core to start. The first hands out Ray's data sets, of which there are
-    # none. The second, which `_release_what_an_earlier_process_held` tells of, asks the dashboard, and our own cluster
-    # runs none.
-    useless = (DatasetsCallback, PlacementGroupCleanerCallback) if job.own_cluster else (DatasetsCallback,)
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list:
-            return [each for each in super()._create_default_callbacks() if not isinstance(each, useless)]
-
-        def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
-            """The controller, which starts and watches the workers, runs in this process, the driver's, which waits for
-            it anyway: as an actor of its own it took 3 s of a core for each trial.
-            """
-            controller = TrainController(**arguments)
-            asyncio.run(controller.run())
-            return controller.get_result()
+    from ray.train.torch import TorchConfig
 
     # Train's own state of an earlier attempt is not needed, checkpoints lie in the trial's folder; and a damaged
     # snapshot in it would keep the run from starting at all.
     shutil.rmtree(ray_storage / name, ignore_errors=True)
     resources = job.resources
     alone = resources.workers == 1
-    return Trainer(
+    return lean_trainer(
         _work,
+        job.own_cluster,
         train_loop_config=job.to_config(),
-        torch_config=_no_process_group() if alone else TorchConfig(timeout_s=job.limits.hang_timeout),
+        torch_config=no_process_group() if alone else TorchConfig(timeout_s=job.limits.hang_timeout),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
@@ -164,15 +145,6 @@ def _trainer(job: TrialJob, ray_storage: Path, name: str) -> TorchTrainer:
             # that empties the queue of results waits for room to add one).
         ),
     )
-
-
-def _no_process_group() -> BackendConfig:
-    """For a worker that is alone, which TorchConfig would have join a group of its own."""
-    from ray.train.backend import BackendConfig
-
-    alone = BackendConfig()
-    alone.backend = "none"  # TorchTrainer wants a name
-    return alone
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.search import Search
 from orchestrator.planning.spending import BudgetWatch, Spending
 from orchestrator.planning.sweep_plan import SweepPlan, next_suggestion, write_plan
+from orchestrator.ray_internals import silent_progress
 from orchestrator.records import cancellation
 from orchestrator.records.mlflow_tracking import Tracker, TrackingThread
 from orchestrator.records.provenance import Provenance
@@ -114,9 +114,7 @@ class SweepRunner:
         return planned
 
     def _largest_first(self, trials: list[TrialSpec]) -> list[TrialSpec]:
-        """By workers, then by device hours, or by tokens if the time of any trial is unknown: none runs alone at the
-        end.
-        """
+        """By workers, then by device hours, or by tokens if any trial's time is unknown: none runs alone at the end."""
         estimates = self.plan.estimates
         timed = all(estimate.hours is not None for estimate in estimates.values())
 
@@ -174,15 +172,8 @@ class SweepRunner:
     def _tune(self, jobs: Iterator[Job]) -> None:
         """Runs jobs with Tune, as many at a time as there is room for."""
         from ray import tune
-        from ray.tune.progress_reporter import TrialProgressCallback
 
         from orchestrator.running.tune_queue import TuneQueue
-
-        class Silent(TrialProgressCallback):
-            """Tune's own prints a line of a trial without any result, whatever its verbosity."""
-
-            def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-                pass
 
         sweep, options = self.sweep, self.sweep.options
         name = f"{sweep.name}-{uuid.uuid4().hex[:8]}"
@@ -199,7 +190,7 @@ class SweepRunner:
                 storage_path=str(sweep.storage.ray_train),
                 # A driver raises nothing of its own; what Tune tries again is one whose process was lost.
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
-                callbacks=[Silent()],
+                callbacks=[silent_progress()],
                 verbose=0,
             ),
         )

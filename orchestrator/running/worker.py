@@ -18,10 +18,10 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util import get_current_placement_group
 
 from orchestrator.planning.early_stopping import Rungs
+from orchestrator.ray_internals import preemption_announced
 from orchestrator.records import leases
 from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
 from orchestrator.records.leases import LeaseLost
@@ -148,9 +148,7 @@ class PreemptionNotice:
     given = False
 
     def asked(self) -> Asked | None:
-        # ray.train.get_preemption_info would make the workers wait for each other in every step; this reads what Ray
-        # has told this one, which is the same.
-        self.given = get_train_context().preemption_context.preemption_info is not None
+        self.given = preemption_announced()
         return "stop" if self.given else None
 
 

@@ -15,6 +15,8 @@ from tests.support.commands import SMALL
 from tests.support.ray_nodes import free_port, kill_with_descendants
 from tests.support.storage import mlflow_runs
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):

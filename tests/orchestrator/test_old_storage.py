@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.commands import SweepCommand
 
+pytestmark = pytest.mark.ray
+
 INTERRUPTED = Path(__file__).parents[1] / "data" / "b1875aa_interrupted"
 # The command that was killed after the checkpoint of step 2.
 FLAGS = (

@@ -12,6 +12,8 @@ import pytest
 from tests.support.commands import ONE_TRIAL, SMALL, SweepCommand, wait_for
 from tests.support.storage import mlflow_runs, records, running_trial
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ class SweepCommand:
     def __init__(self, storage: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.storage = storage
         self.arguments = [sys.executable, "-m", "orchestrator.sweep", *flags, "--storage", str(storage)]
-        # A user's shell has none of what an earlier test of this process set before it started Ray.
-        own = {n: value for n, value in os.environ.items() if not n.startswith(("RAY_", "TUNE_", "MLFLOW_TRACKING"))}
+        # A user's shell has none of what an earlier test of this process set before it started Ray. RAY_TMPDIR stays:
+        # it keeps tests without the marker ray from starting it.
+        removed = re.compile("RAY_(?!TMPDIR)|TUNE_|MLFLOW_TRACKING")
+        own = {name: value for name, value in os.environ.items() if not removed.match(name)}
         self.environment = {**own, "COLUMNS": "110", **(environment or {})}
 
     def start(self) -> subprocess.Popen:

@@ -277,6 +277,7 @@ FLAGS = (
 STOPPING = ("--early-stopping", "asha", "--reduction-factor", "2", "--min-trials", "2")
 
 
+@pytest.mark.ray
 def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_never_had_been(tmp_path, text_folder):
     flags = (*FLAGS, "--data", str(text_folder))
     stopping = SweepCommand(tmp_path / "runs", *flags, *STOPPING)

@@ -178,6 +178,7 @@ def test_a_group_size_that_a_context_length_cannot_have_is_refused():
         Space.of(spec(search_group_size=(0.25, 300)), base)
 
 
+@pytest.mark.ray
 def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_path, text_folder):
     command = SweepCommand(
         tmp_path / "runs", "--data", str(text_folder), "--context-lengths", "512", "--methods", "lora",

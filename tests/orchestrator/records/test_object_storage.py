@@ -25,6 +25,8 @@ from tests.support.commands import SweepCommand, wait_for
 from workloads.models.source import BUILTIN
 from workloads.training.checkpoint import load_newest
 
+pytestmark = pytest.mark.ray
+
 ONE_TRIAL = (
     "--context-lengths", "1024", "--batch", "2", "--eval-every", "6", "--eval-documents", "2", "--methods", "lora+",
     "--references", "--checkpoint-every", "2",

@@ -15,6 +15,8 @@ from tests.support.commands import SweepCommand, wait_for
 from tests.support.ray_nodes import RayNodes
 from tests.support.storage import records, running_trial
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -1,4 +1,4 @@
-"""What Ray Train is asked for, for a trial."""
+"""What a driver and its workers are sent."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import json
 import pytest
 
 from orchestrator.planning.early_stopping import EarlyStopping
-from orchestrator.running.driver import _trainer
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
 from orchestrator.spec import Identities, TrialSpec
 from workloads.config import ExecutionConfig, TrainingConfig
@@ -32,12 +31,3 @@ JOB = TrialJob(
 def test_a_job_survives_its_way_through_files(early_stopping):
     job = dataclasses.replace(JOB, early_stopping=early_stopping)
     assert TrialJob.from_config(json.loads(json.dumps(job.to_config()))) == job
-
-
-@pytest.mark.parametrize("own_cluster", [True, False])
-def test_no_actor_is_started_that_has_nothing_to_do(own_cluster, tmp_path):
-    trainer = _trainer(dataclasses.replace(JOB, own_cluster=own_cluster), tmp_path, "trial")
-    callbacks = {type(each).__name__ for each in trainer._create_default_callbacks()}
-    assert "BackendSetupCallback" in callbacks
-    assert "DatasetsCallback" not in callbacks
-    assert ("PlacementGroupCleanerCallback" in callbacks) == (not own_cluster)
