@@ -181,9 +181,9 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
         if record.state == "finished":
             kept = "finished"
         elif record.state == "stopped" and record.stopped:
-            kept = f"stopped early at step {record.stopped['step']} of {steps}"
+            kept = f"stopped early at step {record.stopped.step} of {steps}"
         elif record.state == "cancelled" and record.cancelled:
-            kept = f"cancelled at step {record.cancelled['step']} of {steps}"
+            kept = f"cancelled at step {record.cancelled.step} of {steps}"
         elif record.saved_step:
             kept = f"kept up to step {record.saved_step} of {steps}"
         elif record.launched:

@@ -86,8 +86,8 @@ def _plan(
 
     if record.state == "finished":
         return planned("known", f"finished before, in trials/{trial.fingerprint}")
-    if record.state == "stopped" and record.stopped and record.stopped["sweep"] == stopping_sweep:
-        return planned("stopped", f"stopped early at step {record.stopped['step']}: {record.reason}")
+    if record.state == "stopped" and record.stopped and record.stopped.sweep == stopping_sweep:
+        return planned("stopped", f"stopped early at step {record.stopped.step}: {record.reason}")
     if estimate.refusal:
         return planned("infeasible", estimate.refusal)
     changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate.changes else ""

@@ -17,6 +17,7 @@ from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.planning.planner import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
+from orchestrator.records.events import Started
 from orchestrator.records.mlflow_tracking import Tracker, without_password
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import read_json, write_json
@@ -90,13 +91,13 @@ class Conclusion:
         for outcome in outcomes:
             label, record = outcome.trial.label, outcome.record
             if record.state == "stopped" and record.stopped:
-                step = f"step {record.stopped['step']} of {outcome.trial.training.steps}"
+                step = f"step {record.stopped.step} of {outcome.trial.training.steps}"
                 self.console.print(f"stopped early: {label} at {step}: {record.reason}", markup=False)
         for outcome in outcomes:
             label, record = outcome.trial.label, outcome.record
             if record.state == "cancelled" and record.cancelled:
                 num_cancelled += 1
-                step = f"step {record.cancelled['step']} of {outcome.trial.training.steps}"
+                step = f"step {record.cancelled.step} of {outcome.trial.training.steps}"
                 self.console.print(f"cancelled: {label} at {step}, {record.reason}", markup=False)
         if num_cancelled:
             self.console.print(
@@ -127,8 +128,8 @@ class Conclusion:
         for context in contexts:
             for described in context["trials"]:
                 described["mlflow_run_id"] = run_ids[described["fingerprint"]]
-        started = next((o.record.started for o in outcomes if o.record.started), {})
-        parameters = next((o.record.model["parameters"] for o in outcomes if o.record.model), None)
+        started = next((o.record.started for o in outcomes if o.record.started), Started())
+        parameters = next((o.record.model.parameters for o in outcomes if o.record.model), None)
         documents = sweep.scored_documents(trials)
         peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
         return {
@@ -157,9 +158,9 @@ class Conclusion:
             "confidence": CONFIDENCE,
             "as_good": as_good,
             "learning_rates_chosen": self._describe_learning_rates(),
-            "price": started.get("price_source"),
-            "driver": f"{started['driver']}, CUDA {started['cuda']}" if started.get("driver") else None,
-            "hardware": started.get("hardware", "unknown"),
+            "price": started.price_source,
+            "driver": f"{started.driver}, CUDA {started.cuda}" if started.driver else None,
+            "hardware": started.hardware or "unknown",
             "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
             "git_commit": self.provenance.git_commit,
             "git_diff": self.provenance.diff_name,

@@ -14,12 +14,13 @@ from typing import Any
 
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.planner import Planned, Totals
+from orchestrator.records.events import Event, Failed, Finished, Launched, Preempted, Started, Step, Stopped
 from orchestrator.records.storage import Storage
 from orchestrator.terminal import duration
 
 GIB = 2**30
 FILE = "plan-and-truth.json"
-ENDS = ("finished", "stopped", "failed", "preempted")
+ENDS = (Finished, Stopped, Failed, Preempted)
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,18 @@ class Actual:
     peak_memory_gib: float | None
 
     @classmethod
-    def of(cls, events: Iterable[dict[str, Any]], since: float) -> Actual:
+    def of(cls, events: Iterable[Event], since: float) -> Actual:
         """From a journal's events."""
-        events = [event for event in events if event["time"] >= since]
-
-        def times(name: str) -> list[float]:
-            return [event["time"] for event in events if event["event"] == name]
-
-        steps = [event for event in events if event["event"] == "step"]
-        ends = [event for event in events if event["event"] in ENDS]
+        events = [event for event in events if event.time >= since]
+        steps = [event for event in events if isinstance(event, Step)]
+        ends = [event for event in events if isinstance(event, ENDS)]
         return cls(
-            launched=min(times("launched"), default=None),
-            started=min(times("started"), default=None),
-            ended=ends[-1]["time"] if ends else None,
-            outcome=ends[-1]["event"] if ends else None,
-            tokens_per_second=statistics.median(step["tokens_per_second"] for step in steps) if steps else None,
-            peak_memory_gib=max((step["peak_memory_gib"] for step in steps), default=None),
+            launched=min((event.time for event in events if isinstance(event, Launched)), default=None),
+            started=min((event.time for event in events if isinstance(event, Started)), default=None),
+            ended=ends[-1].time if ends else None,
+            outcome=ends[-1].name if ends else None,
+            tokens_per_second=statistics.median(step.tokens_per_second for step in steps) if steps else None,
+            peak_memory_gib=max((step.peak_memory_gib for step in steps), default=None),
         )
 
 
@@ -79,7 +76,7 @@ def compare_with_plan(
         usd_per_hour: of one device.
     """
     trained = [p for p in planned if p.trains]
-    actuals = [Actual.of(storage.trial(p.trial.fingerprint).journal.read()[0], since) for p in trained]
+    actuals = [Actual.of(storage.trial(p.trial.fingerprint).journal.read().events, since) for p in trained]
     seconds = _seconds(list(zip(trained, actuals)))
     hours = sum(p.estimate.devices * taken for p, taken in zip(trained, seconds) if taken) / 3600
     begins = [actual.launched for actual in actuals if actual.launched]
