@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import group_size_in_tokens
 from workloads.errors import InputError
 

@@ -20,7 +20,7 @@ from orchestrator.records.cancellation import cancelled_before_its_start
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Kind, Remedy, remedy
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import ExecutionConfig
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
 from orchestrator.running.driver import drive_trial
 from orchestrator.running.scheduling import Drive, DriveQueue
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.sweep import Sweep

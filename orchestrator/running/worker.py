@@ -31,7 +31,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, notice_the_end
 from orchestrator.running.judge import Judge
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory

@@ -8,7 +8,8 @@ import pytest
 from orchestrator.compare import Outcome, compare, effort, summarise
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import Identities, SweepSpec, TrainedMethod
+from orchestrator.spec import SweepSpec, TrainedMethod
+from orchestrator.trial_spec import Identities
 from workloads.config import Positions, TrainingConfig
 
 TOKENS = np.array([1000, 1500, 1200, 900, 1100, 1300])

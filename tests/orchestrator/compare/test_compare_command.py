@@ -11,7 +11,8 @@ import pytest
 from orchestrator.compare import __main__ as command
 from orchestrator.compare.runs import find_run
 from orchestrator.records.storage import Storage, write_json
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.orchestrator.compare.test_compare import TOKENS, evaluation
 from tests.orchestrator.conftest import ROOT
 from workloads.errors import InputError

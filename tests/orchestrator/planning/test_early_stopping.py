@@ -17,7 +17,7 @@ from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.judge import Judge
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.orchestrator.conftest import SweepCommand
 from tests.orchestrator.records.test_journal import a_step, evaluation
 from tests.orchestrator.test_sweep import mlflow_runs, records

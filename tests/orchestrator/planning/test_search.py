@@ -11,7 +11,8 @@ import pytest
 from orchestrator.cli import parse
 from orchestrator.planning.search import Search, Space
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.orchestrator.conftest import SweepCommand, wait_for
 from tests.orchestrator.records.test_journal import evaluation
 from tests.orchestrator.test_sweep import records

@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from orchestrator.records.mlflow_tracking import Tracker, TrackingThread, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.orchestrator.records.test_journal import a_step, evaluation
 from workloads.errors import InputError
 

@@ -8,7 +8,8 @@ from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.estimate import Estimator
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import plan_and_truth
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource
 
