@@ -1,15 +1,19 @@
-# The two commands a newcomer types: `make sweep` and `make test`.
+# The commands a newcomer types: `make sweep` and `make test`, or `make test-fast`.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: sweep test drill lint constraints clean
+.PHONY: sweep test test-fast drill lint constraints clean
 
 sweep: $(VENV)/.installed
 	$(RUN) -m orchestrator.sweep $(ARGS)
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest $(ARGS)
+
+# The tests that start no Ray.
+test-fast: $(VENV)/.installed
+	$(RUN) -m pytest -m 'not gpu and not ray' $(ARGS)
 
 # Real kills and outages, about an hour: before a release. Its table goes into docs/faults.md.
 drill: $(VENV)/.installed

@@ -30,10 +30,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
-from tests.orchestrator.conftest import SweepCommand, wait_for
-from tests.orchestrator.records.test_mlflow_tracking import serve
-from tests.orchestrator.test_sweep import records, running_trial
+from tests.support.commands import SweepCommand, wait_for
+from tests.support.mlflow_server import start_mlflow_server
 from tests.support.ray_nodes import RayNodes, free_port, worker_processes
+from tests.support.storage import records, running_trial
 
 ONE_TRIAL = (
     "--context-lengths", "1024", "--batch", "2", "--eval-every", "50", "--eval-documents", "4", "--methods", "full",
@@ -152,7 +152,7 @@ def resumed_from_an_older_checkpoint(events: list[dict[str, Any]]) -> int:
 
 def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
     port = free_port()
-    server = serve(folder, port)
+    server = start_mlflow_server(folder, port)
     # Longer than the outage also on a machine that makes a step in 0.2 s (of two cores of 2026 one does in 0.27 s).
     steps = int(minutes * 60 / 0.2) + 300
     flags = (*ONE_TRIAL, "--steps", str(steps), "--eval-every", "1000", "--tracking-uri", f"http://127.0.0.1:{port}")
@@ -164,7 +164,7 @@ def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
     away = time.time()
     time.sleep(minutes * 60)
     still_running = process.poll() is None
-    server, back = serve(folder, port), time.time()
+    server, back = start_mlflow_server(folder, port), time.time()
     finish(process)
     told = steps_told(record)
     before = statistics.median(event["seconds"] for event in told if event["time"] < away)
@@ -194,7 +194,7 @@ def all_at_once(folder: Path) -> Iterator[Row]:
     try:
         cluster.add(cpus=1)
         cluster.add(cpus=1)
-        server = serve(folder, port)
+        server = start_mlflow_server(folder, port)
         flags = ("--address", cluster.address, "--tracking-uri", f"http://127.0.0.1:{port}", "--checkpoint-every", "8")
         began = time.time()
         finish(SweepCommand(undisturbed, *flags, environment=cluster.environment).start())
@@ -213,7 +213,7 @@ def all_at_once(folder: Path) -> Iterator[Row]:
         wait_for(lambda: trained() > 160, process, "160 steps", seconds=900)
         process.kill()
         process.wait()
-        server = serve(folder, port)
+        server = start_mlflow_server(folder, port)
         cluster.add(cpus=1)
         finish(command.start())
         took = time.time() - began

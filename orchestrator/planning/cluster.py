@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clusters.prices import find_cluster
 from orchestrator.options import RunOptions
+from orchestrator.ray_internals import HEAD_NODE_RESOURCE
 from orchestrator.records.provenance import cpu_name
 from workloads.budget import Device, host_memory
 from workloads.config import Precision
@@ -46,7 +47,7 @@ LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # What a driver of a trial holds while it waits for its workers: a place on the head node, without which there is no
 # cluster. A driver elsewhere could be lost with its node while its workers live, which then keep what they hold; and
 # one that held part of a CPU could keep out the worker that wants the rest.
-DRIVER_RESOURCES = {"node:__internal_head__": 0.0001}  # Ray's own name of it, and its smallest share
+DRIVER_RESOURCES = {HEAD_NODE_RESOURCE: 0.0001}  # the smallest share that Ray knows
 # A sweep passes metrics through Ray's object store, nothing large.
 OBJECT_STORE_BYTES = 150 * 2**20
 

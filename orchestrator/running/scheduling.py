@@ -16,13 +16,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Drive:
+class Job:
     """What one driver trains, on how many workers, for how long.
 
     Args:
-        config: for :func:`orchestrator.running.driver.drive_trial`.
-        seconds: expected; infinity where nothing is known.
-        suggested: by a search, which suggests the better the later it is asked.
+        config: plain data for :func:`orchestrator.running.driver.drive_trial`.
+        seconds: expected; infinity if unknown.
+        suggested: by a search, whose suggestions improve with each result it knows.
     """
 
     config: dict[str, Any]
@@ -83,25 +83,25 @@ def place(workers: int, free: list[int]) -> Placement | None:
     return tuple(placed)
 
 
-class DriveQueue:
-    """Drives in the order in which they may begin. They come from an iterator, the largest first, that may go on by
+class JobQueue:
+    """Jobs in the order in which they may begin. They come from an iterator, the largest first, that may go on by
     what has finished until then.
     """
 
-    def __init__(self, drives: Iterator[Drive], slots: Placement, clock: Callable[[], float] = time.time) -> None:
-        self.drives, self.machines, self.clock = drives, Machines(slots), clock
-        self.waiting: list[Drive] = []
+    def __init__(self, jobs: Iterator[Job], slots: Placement, clock: Callable[[], float] = time.time) -> None:
+        self.jobs, self.machines, self.clock = jobs, Machines(slots), clock
+        self.waiting: list[Job] = []
 
-    def next(self, name: str) -> Drive | None:
-        """The drive that begins now, under this name; None while there is no room, or when all have begun."""
+    def next(self, name: str) -> Job | None:
+        """The job that begins now, under this name; None while there is no room, or when all have begun."""
         self._look_ahead()
         now = self.clock()
-        for drive in self.waiting:
-            placement = place(drive.workers, self.machines.free)
-            if placement and self._holds_up_nobody(drive, placement, now):
-                self.waiting.remove(drive)
-                self.machines.begin(name, placement, now + drive.seconds)
-                return drive
+        for job in self.waiting:
+            placement = place(job.workers, self.machines.free)
+            if placement and self._holds_up_nobody(job, placement, now):
+                self.waiting.remove(job)
+                self.machines.begin(name, placement, now + job.seconds)
+                return job
         return None
 
     @property
@@ -110,22 +110,22 @@ class DriveQueue:
         return not self.waiting
 
     def end(self, name: str) -> None:
-        """The drive of this name has ended, in whatever way."""
+        """The job of this name has ended, in whatever way."""
         self.machines.end(name)
 
-    def _holds_up_nobody(self, drive: Drive, placement: Placement, now: float) -> bool:
+    def _holds_up_nobody(self, job: Job, placement: Placement, now: float) -> bool:
         head = self.waiting[0]
-        if drive is head:
+        if job is head:
             return True
-        beside = self.machines.with_also(placement, now + drive.seconds)
+        beside = self.machines.with_also(placement, now + job.seconds)
         return beside.earliest(head.workers, now) <= self.machines.earliest(head.workers, now)
 
     def _look_ahead(self) -> None:
         """Takes what is known to come. Of a search one suggestion at a time, and only with room for it."""
-        while not any(drive.suggested for drive in self.waiting):
+        while not any(job.suggested for job in self.waiting):
             if self.waiting and not any(self.machines.free):
                 return
-            drive = next(self.drives, None)
-            if drive is None:
+            job = next(self.jobs, None)
+            if job is None:
                 return
-            self.waiting.append(drive)
+            self.waiting.append(job)

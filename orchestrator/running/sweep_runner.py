@@ -1,23 +1,24 @@
-"""How a planned sweep is trained: one drive after the other with Ray Tune, the terminal and MLflow following."""
+"""How a planned sweep is trained: one job after the other with Ray Tune, the terminal and MLflow following."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.plan import Planned
 from orchestrator.planning.cluster import DRIVER_RESOURCES
+from orchestrator.ray_internals import silent_progress
 from orchestrator.records import cancellation
 from orchestrator.records.mlflow_tracking import TrackingThread
 from orchestrator.reporting.live_view import LiveView
 from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
 from orchestrator.running.driver import drive_trial
-from orchestrator.running.scheduling import Drive, DriveQueue
+from orchestrator.running.job import FaultLimits, Resources, TrialJob
+from orchestrator.running.scheduling import Job, JobQueue
 from orchestrator.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Running:
         tracking.start()
         try:
             with view, sweep.spending:
-                self.tune(self.drives(to_train, view))
+                self.tune(self.jobs(to_train, view))
         except KeyboardInterrupt:
             _end_ray()
             tracking.stop()
@@ -63,8 +64,8 @@ class Running:
             return estimates[trial.fingerprint].hours
         return trial.training.steps * trial.training.batch * trial.training.context_length
 
-    def drives(self, trials: list[TrialSpec], view: LiveView) -> Iterator[Drive]:
-        """What one drive after the other trains: first what there is, then what a search suggests while it goes on."""
+    def jobs(self, trials: list[TrialSpec], view: LiveView) -> Iterator[Job]:
+        """One job after the other: first the planned trials, then what a search suggests meanwhile."""
         for planned in self.sweep.planned:
             self.enter_at_rungs(planned)
         for trial in trials:
@@ -72,16 +73,16 @@ class Running:
         # The untuned first: what they score is step 0 of the trials that start from them.
         untuned = [trial for trial in trials if trial.training.method == "untuned"]
         if untuned:
-            yield self.drive(untuned)
+            yield self.job(untuned)
         for trial in trials:
             if trial not in untuned:
-                yield self.drive([trial])
+                yield self.job([trial])
         while not self.sweep.is_cancelled() and (planned := self.sweep.next_of_search()):
             self.enter_at_rungs(planned)
             view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
             if planned.trains:
                 self.add_trial(planned.trial)
-                yield self.drive([planned.trial], suggested=True)
+                yield self.job([planned.trial], suggested=True)
 
     def add_trial(self, trial: TrialSpec) -> None:
         storage = self.sweep.storage
@@ -95,56 +96,51 @@ class Running:
         if self.sweep.rungs and planned.action == "known":
             self.sweep.rungs.enter(planned.trial, planned.record)
 
-    def drive(self, trials: list[TrialSpec], suggested: bool = False) -> Drive:
+    def job(self, trials: list[TrialSpec], suggested: bool = False) -> Job:
+        """What the scheduler knows of the job that trains these trials."""
         each = [self.sweep.estimates[trial.fingerprint] for trial in trials]
         seconds = sum(math.inf if estimate.seconds is None else estimate.seconds for estimate in each)
-        return Drive(self.run_config(trials), max(estimate.workers for estimate in each), seconds, suggested)
+        workers = max(estimate.workers for estimate in each)
+        return Job(self.trial_job(trials).to_config(), workers, seconds, suggested)
 
-    def run_config(self, trials: list[TrialSpec]) -> dict[str, Any]:
-        """What :func:`drive_trial` and its workers need to know to train these trials, one after the other."""
+    def trial_job(self, trials: list[TrialSpec]) -> TrialJob:
+        """What a driver and its workers need to train these trials, one after the other."""
         sweep, options = self.sweep, self.sweep.options
         estimate = sweep.estimates[trials[0].fingerprint]
-        return {
-            "trials": [trial.to_dict() for trial in trials],
-            "sweep": sweep.name,
-            "storage": sweep.storage.location,
-            "model_location": sweep.source.location,
-            "model_revision": sweep.source.revision,
-            "drive": uuid.uuid4().hex,  # who trains them, whatever becomes of its processes
-            "corpus": sweep.packed.folder.name,
-            "execution": dataclasses.asdict(estimate.execution),
-            "layers": estimate.layers,
-            "resources": {"workers": estimate.workers, **sweep.cluster.worker_resources(options)},
-            "own_cluster": sweep.cluster.own,
-            "threads": options.cpus_per_worker,
-            "provenance": sweep.provenance.of_attempt(),
-            "prices": sweep.prices,
-            "max_failures": options.max_failures,
-            "max_preemptions": options.max_preemptions,
-            "hang_timeout": options.hang_timeout,
-            "early_stopping": dataclasses.asdict(sweep.rungs.settings) if sweep.rungs else None,
-        }
+        return TrialJob(
+            id=uuid.uuid4().hex,
+            sweep=sweep.name,
+            storage=sweep.storage.location,
+            trials=tuple(trials),
+            model=sweep.source,
+            corpus=sweep.packed.folder.name,
+            execution=estimate.execution,
+            layers=estimate.layers,
+            resources=Resources(workers=estimate.workers, **sweep.cluster.worker_resources(options)),
+            limits=FaultLimits(
+                max_failures=options.max_failures,
+                max_preemptions=options.max_preemptions,
+                hang_timeout=options.hang_timeout,
+            ),
+            own_cluster=sweep.cluster.own,
+            early_stopping=sweep.rungs.settings if sweep.rungs else None,
+            provenance=sweep.provenance.of_attempt(),
+            prices=sweep.prices,
+        )
 
-    def tune(self, drives: Iterator[Drive]) -> None:
-        """Runs drives with Tune, as many at a time as there is room for."""
+    def tune(self, jobs: Iterator[Job]) -> None:
+        """Runs jobs with Tune, as many at a time as there is room for."""
         from ray import tune
-        from ray.tune.progress_reporter import TrialProgressCallback
 
         from orchestrator.running.tune_queue import TuneQueue
-
-        class Silent(TrialProgressCallback):
-            """Tune's own prints a line of a trial without any result, whatever its verbosity."""
-
-            def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-                pass
 
         sweep, options = self.sweep, self.sweep.options
         name = f"{sweep.name}-{uuid.uuid4().hex[:8]}"
         tuner = tune.Tuner(
             tune.with_resources(drive_trial, tune.PlacementGroupFactory([DRIVER_RESOURCES])),
             tune_config=tune.TuneConfig(
-                search_alg=TuneQueue(DriveQueue(drives, sweep.cluster.slots_by_node(options))),
-                num_samples=-1,  # until the drives end
+                search_alg=TuneQueue(JobQueue(jobs, sweep.cluster.slots_by_node(options))),
+                num_samples=-1,  # until the jobs end
                 max_concurrent_trials=options.max_concurrent or sweep.cluster.slots(options),
                 reuse_actors=True,
             ),
@@ -153,7 +149,7 @@ class Running:
                 storage_path=str(sweep.storage.ray_train),
                 # A driver raises nothing of its own; what Tune tries again is one whose process was lost.
                 failure_config=tune.FailureConfig(max_failures=options.max_failures),
-                callbacks=[Silent()],
+                callbacks=[silent_progress()],
                 verbose=0,
             ),
         )

@@ -1,4 +1,4 @@
-"""What Tune starts next: the drives of a :class:`orchestrator.running.scheduling.DriveQueue`."""
+"""What Tune starts next: the jobs of a :class:`orchestrator.running.scheduling.JobQueue`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from orchestrator.running.scheduling import DriveQueue
+from orchestrator.running.scheduling import JobQueue
 
 
 class TuneQueue(Searcher):
-    """Hands Tune one drive after the other, each when there is room for it.
+    """Hands Tune one job after the other, each when there is room for it.
 
     Tune pickles what it is given and would save its state. There is none: what has begun is told by the journals.
     """
 
-    def __init__(self, queue: DriveQueue) -> None:
+    def __init__(self, queue: JobQueue) -> None:
         super().__init__()
         self.queue = queue
 
@@ -23,8 +23,8 @@ class TuneQueue(Searcher):
         return {**self.__dict__, "queue": None}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if drive := self.queue.next(trial_id):
-            return drive.config
+        if job := self.queue.next(trial_id):
+            return job.config
         return Searcher.FINISHED if self.queue.all_have_begun else None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

@@ -6,6 +6,7 @@ Imported by name in the worker's process, so what it imports at its top is part 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import socket
 import threading
@@ -17,10 +18,10 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util import get_current_placement_group
 
-from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.planning.early_stopping import Rungs
+from orchestrator.ray_internals import preemption_announced
 from orchestrator.records import leases
 from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
 from orchestrator.records.leases import LeaseLost
@@ -30,34 +31,31 @@ from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, notice_the_end
+from orchestrator.running.job import TrialJob
 from orchestrator.running.judge import Judge
 from orchestrator.trial_spec import TrialSpec
-from workloads.config import ExecutionConfig
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.engine import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.models.source import ModelSource
 from workloads.training.compile_cache import keep_compiled
 from workloads.training.loop import Asked, run
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Trains the trials of ``config``, one after the other: see :meth:`orchestrator.running.sweep_runner.Running.run_config`."""
+def train_worker(job: TrialJob) -> None:
+    """Trains the job's trials, one after the other."""
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(config["threads"])))
+        torch.set_num_threads(max(1, int(job.resources.cpus)))
         keep_freed_memory()
     receive_token()
-    storage, ending = Storage.at(config["storage"]), notice_the_end()
-    for trial in map(TrialSpec.from_dict, config["trials"]):
-        _train(trial, storage, config, device, ending)
+    storage, ending = Storage.at(job.storage), notice_the_end()
+    for trial in job.trials:
+        _train(trial, storage, job, device, ending)
 
 
-def _train(
-    trial: TrialSpec, storage: Storage, config: dict[str, Any], device: torch.device, ending: threading.Event
-) -> None:
+def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.device, ending: threading.Event) -> None:
     context = ray.train.get_context()
     workers, first = context.get_world_size(), context.get_world_rank() == 0
     folder = storage.trial(trial.fingerprint)
@@ -80,9 +78,9 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
         if first:
-            lease = stack.enter_context(folder.lease(leases.owner(config["drive"], config["sweep"])))
-        rungs = _rungs(config) if first else None
-        if not _agree(first and _is_to_train(folder, config["attempt"]), workers):
+            lease = stack.enter_context(folder.lease(leases.owner(job.id, job.sweep)))
+        rungs = _rungs(job, storage) if first else None
+        if not _agree(first and _is_to_train(folder, job.attempt), workers):
             record = TrialRecord.of(folder.journal)
             if rungs and record.state == "finished":
                 rungs.enter(trial, record)
@@ -99,24 +97,23 @@ def _train(
             asks.append(cancellation.asked)
         corpus = ExampleCorpus if trial.training.task == "sft" else PackedCorpus
         try:
-            machine = describe_machine(device, workers, config["prices"])
+            machine = describe_machine(device, workers, job.prices)
             where = {
-                "sweep": config["sweep"],
-                "drive": config["drive"],
+                "sweep": job.sweep,
+                "drive": job.id,
                 "node": ray.get_runtime_context().get_node_id(),
                 "placement_group": get_current_placement_group().id.hex(),
             }
-            emit("started", **machine, **where, **config["provenance"], execution=config["execution"])
+            emit("started", **machine, **where, **job.provenance, execution=dataclasses.asdict(job.execution))
             _fetch_checkpoint(folder, first, workers)
             untuned = TrialRecord.of(storage.trial(trial.untuned().fingerprint).journal)
-            execution = ExecutionConfig(**config["execution"])
             ended = run(
-                ModelSource(trial.model, config["model_location"], config["model_revision"]),
+                job.model,
                 trial.training,
-                execution,
-                corpus.open(storage.corpus(config["corpus"])),
+                job.execution,
+                corpus.open(storage.corpus(job.corpus)),
                 folder.checkpoints,
-                make_engine(execution, device, trial.training.precision),
+                make_engine(job.execution, device, trial.training.precision),
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
                 asked=lambda: next((answer for each in asks if (answer := each())), None),
@@ -126,7 +123,7 @@ def _train(
             elif judge and judge.verdict:
                 emit("stopped", **judge.verdict)
             elif notice.given:
-                emit("preempted", attempt=config["attempt"])
+                emit("preempted", attempt=job.attempt)
             elif first:
                 emit("cancelled", step=cancellation.step, by=cancellation.request["by"])
         except (LeaseLost, StoreAway):
@@ -137,7 +134,7 @@ def _train(
             if kind == "lost" or ending.is_set():
                 raise  # Ray Train starts the workers again, if it is to go on
             reason = f"{type(error).__name__}: {error}"
-            (writer if first else folder.journal).append("failed", kind=kind, reason=reason, attempt=config["attempt"])
+            (writer if first else folder.journal).append("failed", kind=kind, reason=reason, attempt=job.attempt)
             if workers > 1:
                 raise  # the others wait for this one
             logging.getLogger(__name__).error("the attempt ended in an error", exc_info=error)
@@ -151,9 +148,7 @@ class PreemptionNotice:
     given = False
 
     def asked(self) -> Asked | None:
-        # ray.train.get_preemption_info would make the workers wait for each other in every step; this reads what Ray
-        # has told this one, which is the same.
-        self.given = get_train_context().preemption_context.preemption_info is not None
+        self.given = preemption_announced()
         return "stop" if self.given else None
 
 
@@ -174,12 +169,9 @@ def _scores_at_step_0(trial: TrialSpec, untuned: TrialRecord) -> DocumentScores 
     return untuned.scores(trial.training.context_length) if known else None
 
 
-def _rungs(config: dict[str, Any]) -> Rungs | None:
+def _rungs(job: TrialJob, storage: Storage) -> Rungs | None:
     """Where and by what rule this sweep stops trials early, if it does."""
-    if config["early_stopping"] is None:
-        return None
-    settings = EarlyStopping(**config["early_stopping"])
-    return Rungs(Storage.at(config["storage"]), config["sweep"], settings)
+    return Rungs(storage, job.sweep, job.early_stopping) if job.early_stopping else None
 
 
 def _is_to_train(folder: TrialFolder, attempt: str) -> bool:

@@ -12,7 +12,7 @@ from orchestrator.options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import Sweep, main
 from orchestrator.terminal import make_console
-from tests.orchestrator.conftest import ROOT, SweepCommand
+from tests.support.commands import ROOT, SweepCommand
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
 
@@ -32,7 +32,9 @@ def errors_of(arguments, capsys):
         (["--context-lengths", "1000", "--group-size", "300"], "an even number of tokens that divides"),
         (["--context-lengths", "1022"], "group size 0.25 at context length 1022"),
         (["--context-lengths", "1024", "1536"], "multiple of the context length 1024"),
-        (["--train-layers", "last 99"], "train_layers is 'last 99', but the model has"),
+        pytest.param(
+            ["--train-layers", "last 99"], "train_layers is 'last 99', but the model has", marks=pytest.mark.ray
+        ),
         (["--train-layers", "the last"], "expected all, a number of last layers"),
         (["--quantization", "nf4"], "'nf4' with the method 'full'"),
         (["--batch", "3", "--workers", "2"], "does not divide among 2 workers"),
@@ -80,6 +82,7 @@ def test_a_full_disk(tmp_path, capsys):
     assert status == 2 and "MiB free" in printed and str(small / "runs") in printed
 
 
+@pytest.mark.ray
 def test_a_model_without_rotary_positions(tmp_path, text_folder):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
     status, output = SweepCommand(
@@ -129,6 +132,7 @@ def test_an_adapter_is_no_base_model(tmp_path, text_folder, capsys):
     assert status == 2 and "is an adapter" in printed and "--what merged" in printed
 
 
+@pytest.mark.ray
 def test_a_corpus_shorter_than_one_context(tmp_path):
     (tmp_path / "short.txt").write_text("too short\n" * 20)
     status, output = SweepCommand(tmp_path / "runs", "--data", str(tmp_path / "short.txt")).run()
@@ -136,6 +140,7 @@ def test_a_corpus_shorter_than_one_context(tmp_path):
     assert "Traceback" not in output and not list((tmp_path / "runs").glob("trials/*"))
 
 
+@pytest.mark.ray
 def test_a_tracking_server_that_does_not_answer(tmp_path, text_folder):
     flags = ("--tracking-uri", "http://127.0.0.1:9", "--data", str(text_folder))
     status, output = SweepCommand(tmp_path / "runs", *flags).run()

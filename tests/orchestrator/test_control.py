@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from mlflow import MlflowClient
 
 from orchestrator.records import cancellation
@@ -13,7 +14,9 @@ from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.overview import Overview
-from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
+from tests.support.commands import ROOT, SweepCommand, wait_for
+
+pytestmark = pytest.mark.ray
 
 # Trials of equal work but for what trains, one at a time: lora+ or full first, lora last.
 LONG = (

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.orchestrator.conftest import SweepCommand
-from tests.orchestrator.test_sweep import records
+from tests.support.commands import SweepCommand
+from tests.support.storage import records
 from workloads.budget import ModelShape, memory
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.models.source import ModelSource
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.ray]
 GIB = 2**30
 # Leaves so many bytes of the GPU free, says so, and holds the rest until it is told to end.
 HOLD = """

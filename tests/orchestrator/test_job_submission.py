@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.orchestrator.test_sweep import SMALL, mlflow_runs
+from tests.support.commands import SMALL
 from tests.support.ray_nodes import free_port, kill_with_descendants
+from tests.support.storage import mlflow_runs
+
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

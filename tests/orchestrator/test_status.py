@@ -19,8 +19,8 @@ from orchestrator.reporting.gpus import gpus
 from orchestrator.reporting.overview import Overview
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
-from tests.orchestrator.conftest import ROOT
-from tests.orchestrator.records.test_journal import a_step, evaluation
+from tests.support.commands import ROOT
+from tests.support.events import a_step, evaluation
 from workloads.errors import InputError
 
 NOW = time.time()

@@ -8,27 +8,11 @@ import signal
 import time
 
 import pytest
-from mlflow import MlflowClient
 
-from orchestrator.records.journal import Journal
-from orchestrator.records.trial_record import TrialRecord
-from tests.orchestrator.conftest import SweepCommand, wait_for
+from tests.support.commands import ONE_TRIAL, SMALL, SweepCommand, wait_for
+from tests.support.storage import mlflow_runs, records, running_trial
 
-SMALL = ("--context-lengths", "1024", "--steps", "4", "--batch", "2", "--eval-every", "2", "--eval-documents", "2")
-
-
-def records(storage):
-    return {path.parent.name: TrialRecord.of(Journal(path)) for path in storage.glob("trials/*/journal.jsonl")}
-
-
-def mlflow_runs(storage):
-    client = MlflowClient(f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("longspan")
-    found = client.search_runs([experiment.experiment_id])
-    by_kind = {"trial": [], "sweep": []}
-    for run in found:
-        by_kind[run.data.tags["longspan.kind"]].append(run)
-    return client, by_kind["trial"], by_kind["sweep"]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +113,6 @@ def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder):
     assert together.started["workers"] == 2
     expected = {step: event["loss"] for step, event in records(alone.storage)[fingerprint].steps.items()}
     assert {step: event["loss"] for step, event in together.steps.items()} == pytest.approx(expected, rel=1e-3)
-
-
-ONE_TRIAL = (
-    "--context-lengths", "1024", "--batch", "2", "--eval-every", "50", "--eval-documents", "2", "--methods", "full",
-    "--references", "--checkpoint-every", "2",
-)  # fmt: skip
-
-
-def running_trial(storage, at_step):
-    for record in records(storage).values():
-        if record.state == "running" and record.last_step >= at_step:
-            return record
-    return None
 
 
 def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_folder):

@@ -10,20 +10,8 @@ from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec, TrainedMethod
 from orchestrator.trial_spec import Identities
+from tests.support.events import TOKENS, document_evaluation
 from workloads.config import Positions, TrainingConfig
-
-TOKENS = np.array([1000, 1500, 1200, 900, 1100, 1300])
-HARDNESS = np.array([0.9, 1.3, 1.0, 1.1, 0.8, 1.2])
-
-
-def evaluation(step, perplexity, context_length):
-    """Six documents of different hardness whose joint perplexity is the one given."""
-    nll = HARDNESS * TOKENS
-    nll = nll + TOKENS * (np.log(perplexity) - nll.sum() / TOKENS.sum())
-    return {
-        "step": step, "tokens": step * 4096, "context_length": context_length, "perplexity": perplexity,
-        "nll": nll.tolist(), "num_tokens": TOKENS.tolist(),
-    }  # fmt: skip
 
 
 def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), machine=None, rates=None, **fields):
@@ -43,10 +31,10 @@ def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), mac
             for step in range(1, max(curves[name]) + 1):
                 journal.append("step", step=step, seconds=36.0, tokens_per_second=100.0, peak_memory_gib=1.0)
             for step, perplexity in curves[name].items():
-                journal.append("eval", **evaluation(step, perplexity * factor, context_length))
+                journal.append("eval", **document_evaluation(step, perplexity * factor, context_length))
                 if step == max(curves[name]):
                     at_512 = 1.9 if name == "none" else 2.0 + step / 100
-                    journal.append("eval", **evaluation(step, at_512, 512))
+                    journal.append("eval", **document_evaluation(step, at_512, 512))
             if finished is True or name in finished:
                 journal.append("finished")
         made.append(Outcome(trial, TrialRecord.of(journal), "log.txt"))

@@ -13,8 +13,8 @@ from orchestrator.compare.runs import find_run
 from orchestrator.records.storage import Storage, write_json
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
-from tests.orchestrator.compare.test_compare import TOKENS, evaluation
-from tests.orchestrator.conftest import ROOT
+from tests.support.commands import ROOT
+from tests.support.events import TOKENS, document_evaluation
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import RESAMPLES
 
@@ -31,7 +31,7 @@ def add(storage, perplexities, data="d", finished=True, machine=MACHINE, **field
     folder = storage.add_trial(trial)
     folder.journal.append("started", **machine)
     for step, perplexity in perplexities.items():
-        event = evaluation(step, perplexity, trial.training.context_length)
+        event = document_evaluation(step, perplexity, trial.training.context_length)
         event["nll"] = (np.array(event["nll"]) + 0.001 * TOKENS * np.sin(step + np.arange(6))).tolist()
         folder.journal.append("eval", **event)
     folder.journal.append("step", step=max(perplexities), seconds=3600.0, tokens_per_second=1.0, peak_memory_gib=1.0)
@@ -107,7 +107,7 @@ def test_no_winner_where_other_documents_were_scored(storage, pair, capsys, what
 def test_no_winner_where_the_documents_do_not_tell_them_apart(storage, pair, capsys):
     alike = add(storage, {0: 10.0, 20: 2.6}, learning_rate_lora=3e-5)
     with find_run(alike.fingerprint, storage).record.journal.path.open("a") as journal:
-        event = evaluation(20, 2.6, 1024)
+        event = document_evaluation(20, 2.6, 1024)
         event["nll"] = (np.array(event["nll"]) + TOKENS * np.array([0.05, -0.05, 0.04, -0.06, 0.03, -0.02])).tolist()
         journal.write(json.dumps({"event": "eval", "time": 0.0, **event}) + "\n")
     found = compared(capsys, storage, pair[0].fingerprint, alike.fingerprint)

@@ -18,9 +18,9 @@ from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.judge import Judge
 from orchestrator.trial_spec import Identities, TrialSpec
-from tests.orchestrator.conftest import SweepCommand
-from tests.orchestrator.records.test_journal import a_step, evaluation
-from tests.orchestrator.test_sweep import mlflow_runs, records
+from tests.support.commands import SweepCommand
+from tests.support.events import a_step, evaluation
+from tests.support.storage import mlflow_runs, records
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 from workloads.training.checkpoint import load_checkpoint
@@ -276,6 +276,7 @@ FLAGS = (
 STOPPING = ("--early-stopping", "asha", "--reduction-factor", "2", "--min-trials", "2")
 
 
+@pytest.mark.ray
 def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_never_had_been(tmp_path, text_folder):
     flags = (*FLAGS, "--data", str(text_folder))
     stopping = SweepCommand(tmp_path / "runs", *flags, *STOPPING)

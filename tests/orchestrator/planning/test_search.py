@@ -13,9 +13,9 @@ from orchestrator.planning.search import Search, Space
 from orchestrator.records.storage import Storage
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
-from tests.orchestrator.conftest import SweepCommand, wait_for
-from tests.orchestrator.records.test_journal import evaluation
-from tests.orchestrator.test_sweep import records
+from tests.support.commands import SweepCommand, wait_for
+from tests.support.events import evaluation
+from tests.support.storage import records
 from workloads.errors import InputError
 
 IDENTITIES = Identities(model="m", tokenizer="t", data="d")
@@ -179,6 +179,7 @@ def test_a_group_size_that_a_context_length_cannot_have_is_refused():
         Space.of(spec(search_group_size=(0.25, 300)), base)
 
 
+@pytest.mark.ray
 def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_path, text_folder):
     command = SweepCommand(
         tmp_path / "runs", "--data", str(text_folder), "--context-lengths", "512", "--methods", "lora",

@@ -8,20 +8,7 @@ import time
 
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
-
-
-def evaluation(step, perplexity, context_length=1024):
-    return {
-        "step": step, "tokens": step * 10, "context_length": context_length, "perplexity": perplexity,
-        "nll": [1.0], "num_tokens": [1],
-    }  # fmt: skip
-
-
-def a_step(step, loss=1.0):
-    return {
-        "step": step, "tokens": step * 10, "loss": loss, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 2.0,
-        "tokens_per_second": 5.0, "peak_memory_gib": 1.0,
-    }  # fmt: skip
+from tests.support.events import a_step, evaluation
 
 
 def test_a_line_cut_off_by_a_dying_process_is_passed_over_and_the_next_one_is_whole(tmp_path):

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +13,8 @@ from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
-from tests.orchestrator.records.test_journal import a_step, evaluation
+from tests.support.events import a_step, evaluation
+from tests.support.mlflow_server import start_mlflow_server
 from workloads.errors import InputError
 
 PROVENANCE = Provenance(git_commit="abc123", packages={})
@@ -223,31 +222,13 @@ def test_a_server_that_does_not_answer_is_one_clear_error_within_seconds(storage
     assert time.time() - began < 30
 
 
-def serve(tmp_path, port):
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    store = f"sqlite:///{tmp_path / 'server.db'}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    server = subprocess.Popen(
-        [*command, "--workers", "1"], env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return server
-        time.sleep(0.2)
-    raise AssertionError("the MLflow server did not start")
-
-
 def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, trial, tmp_path, monkeypatch):
     monkeypatch.setattr("orchestrator.records.mlflow_tracking.INTERVAL_S", 0.3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     journal = storage.trial(trial.fingerprint).journal
-    server = serve(tmp_path, port)
+    server = start_mlflow_server(tmp_path, port)
     tracker = connect(storage, f"http://127.0.0.1:{port}")
     thread = TrackingThread(tracker, [trial], "first", PROVENANCE)
     thread.start()
@@ -265,7 +246,7 @@ def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, tria
         time.sleep(0.2)
     assert "nothing is lost" in thread.trouble
 
-    server = serve(tmp_path, port)
+    server = start_mlflow_server(tmp_path, port)
     journal.append("finished")
     thread.stop()
     assert thread.trouble is None

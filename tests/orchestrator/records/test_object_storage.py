@@ -21,9 +21,11 @@ from orchestrator.records.journal import Journal
 from orchestrator.records.object_store import ObjectStore
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_record import TrialRecord
-from tests.orchestrator.conftest import SweepCommand, wait_for
+from tests.support.commands import SweepCommand, wait_for
 from workloads.models.source import BUILTIN
 from workloads.training.checkpoint import load_newest
+
+pytestmark = pytest.mark.ray
 
 ONE_TRIAL = (
     "--context-lengths", "1024", "--batch", "2", "--eval-every", "6", "--eval-documents", "2", "--methods", "lora+",

@@ -23,7 +23,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
-from tests.orchestrator.records.test_journal import a_step, evaluation
+from tests.support.events import a_step, evaluation
 from workloads.data import Corpus, prepare
 from workloads.errors import InputError
 from workloads.models.source import ModelSource

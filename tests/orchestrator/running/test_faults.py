@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import HICCUP_PAUSES, classify, remedy
-from tests.orchestrator.conftest import ROOT, SweepCommand, wait_for
-from tests.orchestrator.test_sweep import ONE_TRIAL, mlflow_runs, running_trial
+from tests.support.commands import ONE_TRIAL, ROOT, SweepCommand, wait_for
 from tests.support.ray_nodes import processes_beside, worker_processes
+from tests.support.storage import mlflow_runs, running_trial
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 from workloads.training.checkpoint import newest_step
@@ -128,6 +128,7 @@ def assert_same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "blows",
     [[("rank 0", signal.SIGKILL, 4), ("driver", signal.SIGKILL, 7)], [("rank 1", signal.SIGSTOP, 5)]],
@@ -195,6 +196,7 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
     assert done.stdout == "error True\n", done.stderr
 
 
+@pytest.mark.ray
 def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):
     """The worker may not take more memory than it has: its allocator, which hands back what is freed, really fails."""
     small_blocks = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
@@ -222,6 +224,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.ray
 def test_a_full_disk_is_named_with_its_bytes_and_the_checkpoint_before_is_gone_on_from(small_disk, text_folder):
     flags = (*ONE_TRIAL, "--steps", "8", "--data", str(text_folder))
     command = SweepCommand(small_disk / "runs", *flags)

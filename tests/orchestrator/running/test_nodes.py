@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
-from tests.orchestrator.conftest import SweepCommand, wait_for
-from tests.orchestrator.test_sweep import records, running_trial
+from tests.support.commands import SweepCommand, wait_for
 from tests.support.ray_nodes import RayNodes
+from tests.support.storage import records, running_trial
+
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

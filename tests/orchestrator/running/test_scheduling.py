@@ -7,24 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.planning.estimate import makespan
-from orchestrator.running.scheduling import Drive, DriveQueue, Machines, place
+from orchestrator.running.scheduling import Job, JobQueue, Machines, place
 
 
 class Simulation:
-    """Runs a queue with a clock of its own, on which every drive takes ``takes(drive)`` seconds."""
+    """Runs a queue with a clock of its own, on which every job takes ``takes(job)`` seconds."""
 
-    def __init__(self, drives, slots, takes=lambda drive: drive.seconds):
+    def __init__(self, jobs, slots, takes=lambda job: job.seconds):
         self.now, self.takes = 0.0, takes
-        self.queue = DriveQueue(iter(drives), tuple(slots), clock=lambda: self.now)
-        self.begun: list[tuple[float, Drive]] = []
+        self.queue = JobQueue(iter(jobs), tuple(slots), clock=lambda: self.now)
+        self.begun: list[tuple[float, Job]] = []
         self.most = 0
 
     def run(self):
         ends, number = [], 0
         while True:
-            while drive := self.queue.next(str(number)):
-                self.begun.append((self.now, drive))
-                heapq.heappush(ends, (self.now + self.takes(drive), str(number), drive))
+            while job := self.queue.next(str(number)):
+                self.begun.append((self.now, job))
+                heapq.heappush(ends, (self.now + self.takes(job), str(number), job))
                 number += 1
                 assert min(self.queue.machines.free) >= 0, "more workers than there is room for"
             if not ends:
@@ -38,17 +38,17 @@ shapes = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 50)), min_size=1, 
 machines = st.lists(st.integers(1, 8), min_size=1, max_size=4).filter(lambda slots: sum(slots) >= 8)
 
 
-def drives_of(shapes, seconds=lambda known: float(known)):
-    each = [Drive({"number": n}, workers, seconds(known)) for n, (workers, known) in enumerate(shapes)]
-    return sorted(each, key=lambda drive: (drive.workers, drive.seconds), reverse=True)
+def jobs_of(shapes, seconds=lambda known: float(known)):
+    each = [Job({"number": n}, workers, seconds(known)) for n, (workers, known) in enumerate(shapes)]
+    return sorted(each, key=lambda job: (job.workers, job.seconds), reverse=True)
 
 
 @settings(max_examples=150, deadline=None)
 @given(shapes, machines)
 def test_all_run_once_and_no_machine_is_overfull(shapes, slots):
-    simulation = Simulation(drives_of(shapes), slots)
+    simulation = Simulation(jobs_of(shapes), slots)
     simulation.run()
-    assert sorted(drive.config["number"] for _, drive in simulation.begun) == list(range(len(shapes)))
+    assert sorted(job.config["number"] for _, job in simulation.begun) == list(range(len(shapes)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -57,36 +57,36 @@ def test_no_backfilled_trial_delays_one_that_came_before_it(shapes, slots):
     """Against the same queue without any backfilling: where the expected times are true, the head of the queue begins
     no later than when nothing may pass it.
     """
-    drives = drives_of(shapes)
-    simulation = Simulation(drives, slots)
+    jobs = jobs_of(shapes)
+    simulation = Simulation(jobs, slots)
     simulation.run()
-    began = {drive.config["number"]: at for at, drive in simulation.begun}
-    first_that_waited = next((drive for drive in drives if began[drive.config["number"]] > 0), None)
+    began = {job.config["number"]: at for at, job in simulation.begun}
+    first_that_waited = next((job for job in jobs if began[job.config["number"]] > 0), None)
     if first_that_waited is None:
         return
-    before = drives[: drives.index(first_that_waited)]
+    before = jobs[: jobs.index(first_that_waited)]
     strict = Machines(tuple(slots))
-    for number, drive in enumerate(before):  # they all began at once
-        strict.begin(str(number), place(drive.workers, strict.free), drive.seconds)
+    for number, job in enumerate(before):  # they all began at once
+        strict.begin(str(number), place(job.workers, strict.free), job.seconds)
     assert began[first_that_waited.config["number"]] <= strict.earliest(first_that_waited.workers, 0.0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(shapes, machines)
 def test_nothing_is_starved_or_stuck_where_times_are_unknown_or_wrong(shapes, slots):
-    unknown = Simulation(drives_of(shapes, lambda known: math.inf), slots, takes=lambda drive: 7.0)
+    unknown = Simulation(jobs_of(shapes, lambda known: math.inf), slots, takes=lambda job: 7.0)
     unknown.run()
-    wrong = Simulation(drives_of(shapes), slots, takes=lambda drive: 100.0 / drive.seconds)
+    wrong = Simulation(jobs_of(shapes), slots, takes=lambda job: 100.0 / job.seconds)
     wrong.run()
 
 
 def test_a_large_trial_is_not_passed_by_a_stream_of_small_ones():
-    small = [Drive({}, 1, 10.0) for _ in range(8)]
-    large = Drive({"large": True}, 8, 10.0)
+    small = [Job({}, 1, 10.0) for _ in range(8)]
+    large = Job({"large": True}, 8, 10.0)
     simulation = Simulation([*small[:4], large, *small[4:]], [8])
     simulation.run()
-    assert [at for at, drive in simulation.begun if drive is large] == [10.0]
-    assert [at for at, drive in simulation.begun if drive is not large] == [0.0] * 8, "the others filled the gaps"
+    assert [at for at, job in simulation.begun if job is large] == [10.0]
+    assert [at for at, job in simulation.begun if job is not large] == [0.0] * 8, "the others filled the gaps"
 
 
 def test_the_workers_of_a_trial_go_where_they_talk_to_each_other_fastest():
@@ -99,13 +99,13 @@ def test_a_search_is_asked_only_when_there_is_room():
     asked = []
 
     def suggestions():
-        yield Drive({}, 1, 5.0)
-        yield Drive({}, 1, 5.0)
+        yield Job({}, 1, 5.0)
+        yield Job({}, 1, 5.0)
         for number in range(3):
             asked.append(number)
-            yield Drive({"suggested": number}, 1, 5.0, suggested=True)
+            yield Job({"suggested": number}, 1, 5.0, suggested=True)
 
-    queue = DriveQueue(suggestions(), (2,))
+    queue = JobQueue(suggestions(), (2,))
     assert queue.next("a") and queue.next("b")
     assert queue.next("c") is None and len(asked) <= 1
     queue.end("a")

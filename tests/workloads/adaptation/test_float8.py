@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.records.storage import Storage
 from orchestrator.trial_spec import Identities, TrialSpec
-from tests.support.models import small_llama
+from tests.support.models import small_llama, small_model
 from tests.support.texts import prepare_texts
+from tests.support.traffic import count_traffic
 from tests.support.workers import run_workers, this_device
-from tests.workloads.attention.test_interface import small_model
-from tests.workloads.budget.test_budget import moved_in_a_pass
 from workloads.adaptation import float8
 from workloads.adaptation.float8 import FLOAT8, Float8Linear, quantise_rows, quantise_weight
 from workloads.adaptation.methods import adapt, count_parameters, decoder_layers, trainable_parameters
@@ -408,7 +407,7 @@ def test_flops_and_bytes_are_what_a_pass_takes(method):
     ).config
     training = config(context_length=256, group_size=64, eval_span=256, method=method)
     shape = ModelShape.of(model_config)
-    moved, _ = moved_in_a_pass(model_config, training)
+    moved, _ = count_traffic(model_config, training)
     loop = Loop.of(shape, training, ExecutionConfig())
     predicted = traffic(shape, training, 0, loop)
     assert 256 * predicted.training + predicted.micro_batch() == pytest.approx(moved, rel=0.1)

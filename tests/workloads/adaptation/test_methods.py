@@ -8,8 +8,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
-from tests.support.models import small_llama
-from tests.workloads.attention.test_interface import small_model
+from tests.support.models import small_llama, small_model
 from workloads.adaptation.lora_fusion import spare_passes
 from workloads.adaptation.methods import (
     adapt,

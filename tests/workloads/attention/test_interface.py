@@ -6,49 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support.models import random_tokens, small_model
 from workloads.attention import AttentionPattern, backend_of, dense_mask, document_ids, full_attention, use_pattern
 from workloads.config import Attention
 from workloads.errors import InputError
 from workloads.models.families import SUPPORTED
 
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-# What a family has to be told so that all its layers attend fully.
-ALL_FULL = {
-    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
-    "mistral": {"sliding_window": None},
-    "phi3": {"head_dim": None},
-    "gemma2": {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": None},
-    "gemma3_text": {"layer_types": ["full_attention"] * 2},
-}
 EOS = 7
 PATTERN = AttentionPattern(name="s2", group_size=8)
-
-
-def small_model(family="llama", **overrides):
-    torch.manual_seed(0)
-    sizes = {**SIZES, **ALL_FULL.get(family, {}), **overrides}
-    config = AutoConfig.for_model(family, **{key: value for key, value in sizes.items() if value is not None})
-    for field in [key for key, value in sizes.items() if value is None and hasattr(config, key)]:
-        setattr(config, field, None)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
-def random_tokens(batch=2, length=32):
-    return torch.randint(8, 64, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def packed_tokens():

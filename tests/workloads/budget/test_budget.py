@@ -7,21 +7,18 @@ import json
 import re
 import subprocess
 import sys
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import MODELS, POINTS, Point, RandomTokens, as_json, compare, configure, measure, table
-from tests.support.models import plain_losses
-from tests.workloads.attention.test_interface import random_tokens, small_model
+from tests.support.models import plain_losses, random_tokens, small_model
+from tests.support.traffic import count_traffic, family_config
 from workloads.adaptation.lora_fusion import spare_passes
 from workloads.adaptation.methods import adapt, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, dense_mask, grouped, shifted, use_pattern
+from workloads.attention import AttentionPattern, dense_mask, shifted, use_pattern
 from workloads.budget import (
     Device,
     ModelShape,
@@ -200,21 +197,6 @@ def test_what_a_model_does_not_have_is_refused():
 # Memory
 
 
-SIZES = dict(
-    vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, head_dim=32
-)
-
-
-def shaped(family):
-    """A configuration large enough that activations are most of what there is."""
-    sizes = dict(SIZES)
-    if family in ("gpt_neox", "phi3"):
-        del sizes["head_dim"]
-    if family in ("gemma2", "gemma3_text"):
-        sizes["layer_types"] = ["full_attention"] * 3
-    return small_model(family, **sizes).config
-
-
 def kept_for_backward(model_config, training):
     """Bytes of the distinct storages that autograd saves in a forward pass, parameters aside."""
     bfloat16 = training.precision == "bfloat16"
@@ -251,7 +233,7 @@ def test_kept_activations_are_what_autograd_saves(family, method, one_operator, 
     for precision, group_size, batch in cases:
         if (family == "gpt_neox" and precision == "bfloat16") or not (group_size or one_operator):
             continue
-        model_config = shaped(family)
+        model_config = family_config(family)
         training = config(256, method, group_size, precision=precision, batch=batch)
         shape = ModelShape.of(model_config)
         trains, widths = what_trains(shape, training), Loop.of(shape, training, ExecutionConfig()).widths
@@ -294,7 +276,7 @@ def test_an_evaluation_has_the_logits_of_a_chunk():
 @pytest.mark.parametrize("method", ["lora", "lora+", "full"])
 def test_the_peak_of_the_training_loop_is_predicted(method, checkpointing, precision):
     """Live tensors in two steps of the loop itself, with one micro-batch and with two; within 10%."""
-    model_config = shaped("llama")
+    model_config = family_config("llama")
     for batch, micro_batch in ((1, None), (4, 2)):
         training = config(256, method, 64, precision=precision, batch=batch)
         execution = ExecutionConfig(gradient_checkpointing=checkpointing, micro_batch=micro_batch, eval_batch_tokens=1)
@@ -362,7 +344,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_a_checkpoint_has_the_size_that_was_said(tmp_path):
-    model_config, training = shaped("llama"), config(32, "lora+")
+    model_config, training = family_config("llama"), config(32, "lora+")
     engine = Engine(torch.device("cpu"), "float32")
     model = set_up(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
     corpus = RandomTokens(512)
@@ -375,47 +357,6 @@ def test_a_checkpoint_has_the_size_that_was_said(tmp_path):
 
 
 # Speed
-
-
-class Moved(TorchDispatchMode):
-    """Inside this context, bytes that operations take and give are summed: without views, which move nothing, and
-    without matrix products and attention, whose time their FLOPs tell. Of this package's own operators, what they call.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.kernels = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "longspan":
-            with self:
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        given, made = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), result))
-        known = {x.untyped_storage().data_ptr() for x in given}
-        view = made and all(x.untyped_storage().data_ptr() in known for x in made) and not func._schema.is_mutable
-        if not view and "empty" not in str(func):
-            self.kernels += 1
-            if "mm" not in str(func) and "scaled_dot" not in str(func):
-                self.bytes += sum(x.numel() * x.element_size() for x in given + made)
-        return result
-
-
-def moved_in_a_pass(model_config, training, checkpointing=0):
-    """(bytes, kernels) of one forward and backward pass, attention's own products and scores left out, as on a GPU: its
-    kernels keep them to themselves, and so does torch's on a CPU, which small groups' backward pass does without.
-    """
-    bfloat16 = training.precision == "bfloat16"
-    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    model.config.use_cache = False
-    execution = ExecutionConfig(gradient_checkpointing=checkpointing)
-    model = set_up(model, training, Engine(torch.device("cpu"), training.precision), execution).train()
-    tokens = torch.randint(8, 512, (1, training.context_length))
-    with Moved() as moved, patch.object(grouped, "LARGEST_BY_PRODUCTS", 0):
-        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-            logits = model(input_ids=tokens).logits
-        plain_losses(logits, tokens).sum().backward()
-    return moved.bytes, moved.kernels
 
 
 # The passes were counted in Llama; in other families a few operations are others.
@@ -434,10 +375,10 @@ def test_bytes_moved_are_what_operations_take_and_give(family, method):
     ):
         if family == "gpt_neox" and precision == "bfloat16":
             continue  # see above: under autocast its LayerNorm is another on CUDA
-        model_config, training = shaped(family), config(256, method, group_size, precision=precision)
+        model_config, training = family_config(family), config(256, method, group_size, precision=precision)
         shape = ModelShape.of(model_config)
         predicted = traffic(shape, training, checkpointing, Loop.of(shape, training, ExecutionConfig()))
-        moved, kernels = moved_in_a_pass(model_config, training, checkpointing)
+        moved, kernels = count_traffic(model_config, training, checkpointing)
         in_a_pass = 256 * predicted.training + predicted.micro_batch()
         assert in_a_pass == pytest.approx(moved, rel=TRAFFIC_WITHIN[family]), (precision, group_size, checkpointing)
         if precision == "bfloat16":
@@ -710,7 +651,7 @@ class OnAnH200(Engine):
 
 @pytest.mark.parametrize(("engine", "told"), [(OnAnH200, True), (Engine, False)])
 def test_a_step_tells_its_utilisation_where_the_device_is_known(engine, told, tmp_path):
-    model_config, training = shaped("llama"), config(32, "lora+")
+    model_config, training = family_config("llama"), config(32, "lora+")
     engine = engine(torch.device("cpu"), "float32")
     model = set_up(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
     events = []
@@ -730,7 +671,8 @@ def test_a_step_tells_its_utilisation_where_the_device_is_known(engine, told, tm
 def test_the_benchmark_shows_every_point_beside_its_prediction():
     device = torch.device("cpu")
     results = [
-        compare(Point("tiny", "lora+", 64, checkpointing), shaped("llama"), device) for checkpointing in (False, True)
+        compare(Point("tiny", "lora+", 64, checkpointing), family_config("llama"), device)
+        for checkpointing in (False, True)
     ]
     rows = table(results).splitlines()[2:]
     assert [row.split(" | ")[3] for row in rows] == ["no", "yes"]

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.workloads.data.test_packed import EOS, error_of
-from tests.workloads.data.test_packed import byte_tokenizer as bytes_without_decoder
+from tests.support.tokenizers import EOS, error_of
+from tests.support.tokenizers import byte_tokenizer as bytes_without_decoder
 from workloads.data import ExampleCorpus, Instructions, prepare_examples
 
 CHATML = (

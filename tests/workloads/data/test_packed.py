@@ -12,24 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.tokenizers import EOS, byte_tokenizer, error_of
 from workloads.data import Corpus, PackedCorpus, prepare
 from workloads.data.hub import HubSource
-from workloads.errors import InputError
 
-EOS = 256
 SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the locks of whatever threads run here
 LENGTHS = [(i * 37) % 211 + 1 for i in range(60)]
-
-
-def byte_tokenizer(eos: str | None = "<eos>"):
-    """One token a byte: id 0 to 255 in the order of the byte-level alphabet, and 256 for end of sequence."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": EOS}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 
 
 class BytesOfPython:
@@ -63,12 +51,6 @@ def corpus(tmp_path_factory) -> Corpus:
 @pytest.fixture(scope="module")
 def packed(corpus, tokenizer, tmp_path_factory) -> PackedCorpus:
     return prepare(corpus, tokenizer, "bytes", tmp_path_factory.mktemp("data"))
-
-
-def error_of(function, *args, **kwargs) -> str:
-    with pytest.raises(InputError) as caught:
-        function(*args, **kwargs)
-    return str(caught.value)
 
 
 def train_stream(packed: PackedCorpus) -> np.ndarray:

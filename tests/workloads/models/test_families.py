@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.records.storage import Storage
 from orchestrator.trial_spec import Identities, TrialSpec
+from tests.support.models import small_model
 from tests.support.texts import prepare_texts
-from tests.workloads.attention.test_interface import small_model
 from workloads.attention import full_attention
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine

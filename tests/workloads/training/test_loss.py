@@ -5,8 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.models import plain_losses, small_llama
-from tests.workloads.attention.test_interface import small_model
+from tests.support.models import plain_losses, small_llama, small_model
 from workloads.adaptation.methods import adapt
 from workloads.models.families import SUPPORTED
 from workloads.training import loss as loss_module

@@ -16,9 +16,9 @@ from transformers import LlamaConfig
 
 from benchmarks.live import LiveTensors
 from benchmarks.memory import MODELS, start_trial
-from tests.workloads.attention.test_interface import random_tokens
-from tests.workloads.budget.test_budget import shaped
-from tests.workloads.training.test_recompute import LAYERS, forwards_in_a_step, trial
+from tests.support.models import random_tokens
+from tests.support.traffic import family_config
+from tests.support.training import LAYERS, count_forwards, set_up_model
 from workloads.adaptation.methods import decoder_layers, trainable_parameters
 from workloads.budget import (
     Device,
@@ -54,7 +54,7 @@ def whatever_its_size(monkeypatch):
 
 def offloading(method="lora+", count=2, recomputed=0, compiled=False, **settings):
     """(a trial's model, its configuration, the layers that are offloaded)."""
-    model, training = trial(method, **settings)
+    model, training = set_up_model(method, **settings)
     away = layers_to_offload(model, count)
     recompute_activations(model, recomputed, besides=away)
     offload_activations(model, count, CPU)
@@ -107,7 +107,7 @@ def test_losses_and_weights_are_bit_equal(method, precision, compiled):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_family_is_offloaded_whole(family):
     """All memory that its layer saves something in, but for parameters and what all layers share: found by hooks."""
-    plain, _ = trial("lora", family=family)
+    plain, _ = set_up_model("lora", family=family)
     layer, saved, found = decoder_layers(plain)[1][0], {}, {}
 
     def note(tensor):
@@ -135,7 +135,7 @@ def test_layers_are_those_of_the_plan_and_either_offloaded_or_recomputed():
         layers = list(decoder_layers(model)[1])
         planned = what_trains(ModelShape.of(model.config), training, recomputed, count)
         assert [each.layer for each in planned.offloaded] == [layers.index(layer) for layer in away]
-        twice = [index for index, times in enumerate(forwards_in_a_step(model)) if times == 2]
+        twice = [index for index, times in enumerate(count_forwards(model)) if times == 2]
         assert twice == list(planned.checkpointed)
         assert not planned.away & {*planned.checkpointed}
 
@@ -149,7 +149,7 @@ def test_evaluation_offloads_nothing():
 
 
 def eight_layers():
-    model_config = shaped("llama")
+    model_config = family_config("llama")
     model_config.num_hidden_layers = 8
     return model_config
 

@@ -3,51 +3,17 @@
 import pytest
 import torch
 
-from tests.workloads.attention.test_interface import random_tokens, small_model
-from workloads.adaptation.methods import decoder_layers, trainable_parameters
+from tests.support.models import random_tokens
+from tests.support.training import LAYERS, count_forwards, set_up_model
+from workloads.adaptation.methods import trainable_parameters
 from workloads.budget import ModelShape, what_trains
-from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.config import ExecutionConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.families import SUPPORTED
 from workloads.training import compilation
 from workloads.training.compilation import compile_layers
-from workloads.training.loop import set_up
 from workloads.training.optimization import build_optimizer
-
-LAYERS = 4
-
-
-def trial(method, train_layers="all", count=0, family="llama", **settings):
-    """(a trial's model, its configuration)."""
-    training = TrainingConfig(
-        context_length=32, method=method, train_layers=train_layers, group_size=8, steps=3, batch=2, eval_span=32,
-        learning_rate=1e-2, warmup_steps=0, **settings,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = small_model(family, num_hidden_layers=LAYERS, **extra(family))
-    model.config.use_cache = False
-    engine = Engine(torch.device("cpu"), training.precision)
-    return set_up(model, training, engine, ExecutionConfig(gradient_checkpointing=count)).train(), training
-
-
-def extra(family):
-    return {"layer_types": ["full_attention"] * LAYERS} if family in ("gemma2", "gemma3_text") else {}
-
-
-def forwards_in_a_step(model):
-    """How often each layer's attention ran in a forward and a backward pass."""
-    counts = [0] * LAYERS
-    for index, layer in enumerate(decoder_layers(model)[1]):
-        attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
-
-        def count(*_, index=index):
-            counts[index] += 1
-
-        attention.register_forward_pre_hook(count)
-    tokens = random_tokens(1, 32)
-    model(tokens).logits.square().mean().backward()
-    return counts
 
 
 @pytest.mark.parametrize(
@@ -68,20 +34,20 @@ def forwards_in_a_step(model):
     ],
 )
 def test_the_first_layers_with_a_backward_pass_run_twice(method, train_layers, count, expected):
-    model, training = trial(method, train_layers, count)
-    assert forwards_in_a_step(model) == expected
+    model, training = set_up_model(method, train_layers, count)
+    assert count_forwards(model) == expected
     planned = what_trains(ModelShape.of(model.config), training, count).checkpointed
     assert [index for index, times in enumerate(expected) if times == 2] == list(planned), "the plan says the same"
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_family_recomputes(family):
-    assert forwards_in_a_step(trial("lora", count=2, family=family)[0]) == [2, 2, 1, 1]
+    assert count_forwards(set_up_model("lora", count=2, family=family)[0]) == [2, 2, 1, 1]
 
 
 def test_evaluation_recomputes_nothing():
-    model, _ = trial("lora+", count="all")
-    assert forwards_in_a_step(model.eval()) == [1] * LAYERS
+    model, _ = set_up_model("lora+", count="all")
+    assert count_forwards(model.eval()) == [1] * LAYERS
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -89,7 +55,7 @@ def test_evaluation_recomputes_nothing():
 def test_losses_and_weights_are_bit_equal_with_any_number(method, precision):
     outcomes = []
     for count in (0, 1, LAYERS - 1, "all"):
-        model, training = trial(method, count=count, precision=precision)
+        model, training = set_up_model(method, count=count, precision=precision)
         engine, optimizer, losses = Engine(torch.device("cpu"), precision), build_optimizer(model, training), []
         for step in range(training.steps):
             tokens = random_tokens(2 + step, 32)[step:]
@@ -110,7 +76,7 @@ def test_layers_that_recompute_keep_no_more_where_they_are_compiled(count, monke
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     kept, gradients = {}, {}
     for compiled in (False, True):
-        model, _ = trial("lora+", count=count)
+        model, _ = set_up_model("lora+", count=count)
         if compiled:
             compile_layers(model)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -134,7 +100,7 @@ def test_layers_that_recompute_keep_no_more_where_they_are_compiled(count, monke
 
 def test_more_layers_than_the_model_has_are_refused():
     with pytest.raises(InputError, match="gradient_checkpointing is 5, but the model has 4 layers"):
-        trial("lora", count=5)
+        set_up_model("lora", count=5)
     for wrong in (-1, "some", 2.5):
         with pytest.raises(InputError, match=r"expected a number of decoder layers, or all"):
             ExecutionConfig(gradient_checkpointing=wrong)

@@ -1,0 +1,16 @@
+"""What every test has: no Ray unless it is marked, so that ``make test-fast`` starts none."""
+
+from collections.abc import Iterator
+
+import pytest
+
+WITHOUT_RAY = "/dev/null/a-test-that-starts-Ray-needs-the-marker-ray"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A Ray that a test without the marker ``ray`` starts cannot create its session's folder, here or in a command."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("ray"):
+            patch.setenv("RAY_TMPDIR", WITHOUT_RAY)
+        return (yield)

@@ -1,0 +1,122 @@
+"""The rules of the repository layout that a test can hold: who imports whom, and what nobody does."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("orchestrator", "workloads", "clusters", "dashboards")
+# What each room may not import: leaves import no other room, and workloads is a plain PyTorch library.
+FORBIDDEN = {
+    "workloads": {*ROOMS, "ray", "mlflow"} - {"workloads"},
+    "clusters": {*ROOMS} - {"clusters"},
+    "dashboards": {*ROOMS} - {"dashboards"},
+}
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, str | None]]:
+    """(module, name) of each import in a file, in functions and under TYPE_CHECKING too; no name for ``import a.b``."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*parents, *filter(None, [node.module])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The files of this repository that a file imports.
+
+    ``from package import name`` imports the submodule ``name`` if there is one, else the package's ``__init__``.
+    """
+    files = set()
+    for module, name in imported_names(path):
+        folder = ROOT.joinpath(*module.split("."))
+        candidates = [folder.with_suffix(".py"), folder / "__init__.py"]
+        if name:
+            candidates = [folder / f"{name}.py", folder / name / "__init__.py", *candidates]
+        files |= set(next(([found] for found in candidates if found.is_file()), []))
+    return files
+
+
+def sources(*rooms: str) -> list[Path]:
+    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+
+
+def cycles(graph: dict[Path, set[Path]]) -> list[list[str]]:
+    """Strongly connected components of more than one file (Tarjan's algorithm), and files that import themselves."""
+    index: dict[Path, int] = {}
+    low: dict[Path, int] = {}
+    stack: list[Path] = []
+    found = []
+
+    def visit(node: Path) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            component = [stack.pop()]
+            while component[-1] != node:
+                component.append(stack.pop())
+            if len(component) > 1 or node in graph[node]:
+                found.append(sorted(str(path.relative_to(ROOT)) for path in component))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_leaves_import_no_other_room(room):
+    for path in sources(room):
+        packages = {module.partition(".")[0] for module, _ in imported_names(path)}
+        assert not packages & FORBIDDEN[room], path
+
+
+@pytest.mark.xfail(strict=False, reason="some cycles are still being opened")
+def test_no_import_cycle():
+    files = sources(*ROOMS, "benchmarks")
+    graph = {path: imported_files(path) & set(files) for path in files}
+    assert cycles(graph) == []
+
+
+def test_no_test_module_imports_another():
+    """Shared code belongs into tests/support or a fixture of a conftest."""
+    for path in sources("tests"):
+        for imported in imported_files(path):
+            assert not imported.name.startswith("test_") and imported.name != "conftest.py", (path, imported)
+
+
+def test_commands_start_without_torch():
+    """What every command pays before it does anything."""
+    heavy = "{'torch', 'transformers', 'peft', 'mlflow', 'datasets', 'matplotlib'}"
+    code = f"import sys, orchestrator.sweep; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_pickle_is_loaded():
+    for path in sources(*ROOMS):
+        text = path.read_text()
+        assert not re.search(r"torch\.load\((?!.*weights_only=True)|pickle\.loads?\(", text), path
+        assert "trust_remote_code=True" not in text, path
+
+
+def test_ray_does_not_start_in_a_test_without_its_marker():
+    """tests/conftest.py sees to it, in commands too."""
+    code = "import ray; ray.init(num_cpus=1, include_dashboard=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "needs-the-marker-ray" in done.stderr
