@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from workloads.attention.patterns import PATTERNS, Attention
 from workloads.errors import InputError
 
 # Raise RESULT_VERSION by hand when this package is meant to give other numbers for the same configuration: it is part
@@ -23,7 +24,6 @@ from workloads.errors import InputError
 RESULT_VERSION = 2
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
-Attention = Literal["s2", "full", "s2-layers", "short", "shifted", "dilated", "block-sparse", "stride-sparse"]
 AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"]
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
@@ -162,11 +162,7 @@ class TrainingConfig(TrainingFields):
             )
         if self.method == "untuned" and self.steps:
             raise InputError(f"steps is {self.steps}, but the method 'untuned' trains nothing; set it to 0")
-        if self.attention not in get_args(Attention):
-            raise InputError(
-                f"attention {self.attention!r} is unknown; expected one of {', '.join(get_args(Attention))}"
-            )
-        if (self.group_size is None) != (self.attention == "full"):
+        if (self.group_size is None) == PATTERNS[self.attention].has_group_size:
             expected = "every pattern but full has a group size, and full has none"
             raise InputError(f"group_size is {self.group_size} with attention {self.attention!r}; {expected}")
         if self.group_size is not None and self.context_length % self.group_size:
