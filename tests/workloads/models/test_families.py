@@ -19,7 +19,8 @@ from workloads.errors import InputError
 from workloads.export import export_trial
 from workloads.models.families import SUPPORTED
 from workloads.models.source import ModelSource
-from workloads.training.loop import Trial, build_model
+from workloads.training.loop import Trial
+from workloads.training.setup import build_model
 
 TINY = ModelSource.parse("builtin:tiny")
 ORIGINAL, CONTEXT = 32, 64
