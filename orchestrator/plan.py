@@ -21,8 +21,8 @@ from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
 from orchestrator.terminal import duration, number_or_dash
+from orchestrator.trial_spec import TrialSpec
 from workloads.command import EXIT_USER_ERROR
 from workloads.errors import InputError
 
@@ -85,8 +85,8 @@ def _plan(
     estimate = estimator.of(trial, record, fit) if estimator else None
     if record.state == "finished":
         return Planned(trial, record, "known", f"finished before, in trials/{trial.fingerprint}", estimate)
-    if record.state == "stopped" and record.stopped["sweep"] == stopping:
-        reason = f"stopped early at step {record.stopped['step']}: {record.reason}"
+    if record.state == "stopped" and record.stopped.sweep == stopping:
+        reason = f"stopped early at step {record.stopped.step}: {record.reason}"
         return Planned(trial, record, "stopped", reason, estimate)
     if estimate and estimate.refusal:
         return Planned(trial, record, "cannot", estimate.refusal, estimate)

@@ -32,7 +32,8 @@ from typing import Any, Literal
 from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 
@@ -193,7 +194,7 @@ class Rungs:
 
 def curve_of(trial: TrialSpec, record: TrialRecord) -> dict[int, float]:
     """Perplexity at the trained length by step, as the journal has it."""
-    return {event["step"]: event["perplexity"] for event in record.curve(trial.training.context_length)}
+    return {event.step: event.perplexity for event in record.curve(trial.training.context_length)}
 
 
 def scores_at(curve: dict[int, float], step: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any, Literal
 
+from orchestrator.records.events import Cancelled, Event, Resumed, Step
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 
@@ -37,14 +38,14 @@ def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
         return False
     record = TrialRecord.of(folder.journal)
     if record.state not in ("finished", "cancelled"):
-        folder.journal.append("cancelled", step=record.saved_step, by=asked["by"])
+        folder.journal.append(Cancelled(step=record.saved_step, by=asked["by"]))
     return True
 
 
 class Cancellation:
     """Looks for a request while a trial trains, in a thread of its own: a storage that is slow delays no step.
 
-    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s.
+    ``event`` is told all that the trial tells; ``asked`` is a ``poll_request`` of :func:`workloads.training.loop.run`.
     """
 
     def __init__(self, storage: Storage, fingerprint: str) -> None:
@@ -61,9 +62,10 @@ class Cancellation:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
 
-    def event(self, event: str, fields: dict[str, Any]) -> None:
-        if event in ("resume", "step"):
-            self.step = fields["step"]
+    def event(self, event: Event) -> None:
+        """Notes the step that the trial is at."""
+        if isinstance(event, Resumed | Step):
+            self.step = event.step
 
     def asked(self) -> Literal["stop"] | None:
         return "stop" if self.request else None

@@ -22,9 +22,10 @@ from orchestrator.ray_internals import (
     release_placement_group,
 )
 from orchestrator.records.cancellation import cancelled_before_its_start
+from orchestrator.records.events import Failed, FaultKind, Launched, Retry
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.faults import Kind, Remedy, remedy
+from orchestrator.running.faults import Remedy, remedy
 from orchestrator.running.job import TrialJob
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def drive_trial(config: dict[str, Any]) -> None:
     job = TrialJob.from_config(config)
     storage = Storage.at(job.storage)
     folders = [storage.trial(trial.fingerprint) for trial in job.trials]
-    mended: list[Kind] = []
+    mended: list[FaultKind] = []
     # A list, so that each that is cancelled says so in its journal.
     while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
         # Names this attempt, so that what went wrong in it is told from what went wrong before.
@@ -58,17 +59,17 @@ def _attempt(job: TrialJob, storage: Storage, folders: list[TrialFolder]) -> Non
     """One run of Ray Train, which itself replaces workers that are lost."""
     _release_what_an_earlier_process_held(job, folders)
     for folder in folders:
-        folder.journal.append("launched", sweep=job.sweep, resources=dataclasses.asdict(job.resources))
+        folder.journal.append(Launched(sweep=job.sweep, resources=dataclasses.asdict(job.resources)))
     try:
         _trainer(job, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
         # A worker writes down an error of its own; what is left is one that died too often.
         reason = _root_cause(error)
-        kind = "out_of_host_memory" if is_memory_monitor_kill(reason) else "lost"
+        kind: FaultKind = "out_of_host_memory" if is_memory_monitor_kill(reason) else "lost"
         for folder in folders:
             record = TrialRecord.of(folder.journal)
             if record.state != "finished" and record.failed_attempt != job.attempt:
-                folder.journal.append("failed", kind=kind, reason=reason, attempt=job.attempt)
+                folder.journal.append(Failed(kind=kind, reason=reason, attempt=job.attempt))
                 with contextlib.suppress(OSError):
                     folder.path.mkdir(parents=True, exist_ok=True)  # on another node than the worker's
                     with folder.log.open("a") as log:
@@ -82,11 +83,11 @@ def _release_what_an_earlier_process_held(job: TrialJob, folders: list[TrialFold
     """
     for folder in folders:
         started = TrialRecord.of(folder.journal).started
-        if started and started.get("drive") == job.id:
-            release_placement_group(started["placement_group"])
+        if started and started.drive == job.id and started.placement_group:
+            release_placement_group(started.placement_group)
 
 
-def _remedy(job: TrialJob, folders: list[TrialFolder], mended: list[Kind]) -> Remedy | None:
+def _remedy(job: TrialJob, folders: list[TrialFolder], mended: list[FaultKind]) -> Remedy | None:
     """How to go on after an attempt, written into the journals; None where every trial is finished or has failed for
     good. ``mended`` remembers what has been gone on after.
     """
@@ -96,17 +97,15 @@ def _remedy(job: TrialJob, folders: list[TrialFolder], mended: list[Kind]) -> Re
             if mended.count("preempted") < job.limits.max_preemptions:
                 mended.append("preempted")
                 return Remedy(job.execution, 0, "goes on elsewhere")
-            folder.journal.append(
-                "failed", kind="preempted", attempt=job.attempt,
-                reason=f"preempted more than {job.limits.max_preemptions} times; allow more with --max-preemptions",
-            )  # fmt: skip
+            reason = f"preempted more than {job.limits.max_preemptions} times; allow more with --max-preemptions"
+            folder.journal.append(Failed(kind="preempted", attempt=job.attempt, reason=reason))
         if record.state != "failed" or record.failed_attempt != job.attempt:
             continue
         share = trial.training.batch // job.resources.workers
         found = remedy(record.failure_kind, job.execution, share, job.layers, mended)
         if found is not None:
             mended.append(record.failure_kind)
-            folder.journal.append("retry", kind=record.failure_kind, remedy=found.words, pause=found.pause)
+            folder.journal.append(Retry(kind=record.failure_kind, remedy=found.words, pause=found.pause))
             return found
     return None
 
