@@ -12,7 +12,7 @@ from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.estimate import Estimate, Estimator, makespan
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 Action = Literal["run", "resume", "known", "stopped", "infeasible"]

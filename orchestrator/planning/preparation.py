@@ -22,7 +22,8 @@ from orchestrator.process import enable_gc
 from orchestrator.records import cancellation
 from orchestrator.records.provenance import own_prices
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.config import Precision, TrainingConfig
