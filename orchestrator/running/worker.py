@@ -34,7 +34,7 @@ from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, notice_the_end
 from orchestrator.running.job import TrialJob
 from orchestrator.running.judge import Judge
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.choose import make_engine

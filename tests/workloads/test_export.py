@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.events import emit_to
 from tests.support.models import small_llama
 from tests.support.texts import prepare_texts

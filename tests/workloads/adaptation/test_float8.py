@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.records.events import make_event
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.models import small_llama, small_model
 from tests.support.texts import prepare_texts
 from tests.support.traffic import count_traffic

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.events import emit_to
 from tests.support.models import small_model
 from tests.support.texts import prepare_texts

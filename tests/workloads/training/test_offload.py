@@ -340,7 +340,7 @@ def test_what_cannot_be_offloaded_is_refused():
         with pytest.raises(InputError, match="expected a number of decoder layers, or auto"):
             ExecutionConfig(offload_activations=wrong)
     for engine in ("zero2", "zero3"):
-        with pytest.raises(InputError, match=f"with the engine '{engine}', which moves tensors by itself"):
+        with pytest.raises(InputError, match=f"with the engine '{engine}', which moves tensors itself"):
             ExecutionConfig(engine=engine, offload_activations=1)
         ExecutionConfig(engine=engine, offload_activations="auto")
 
