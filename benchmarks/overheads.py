@@ -32,6 +32,7 @@ import tyro
 from orchestrator.cli import parse
 from orchestrator.plan import plan
 from orchestrator.planning.cluster import Cluster
+from orchestrator.records.events import make_event
 from orchestrator.records.provenance import cpu_name
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -71,12 +72,12 @@ def sweep_seconds(folder: Path, *flags: str) -> tuple[float, float, list[TrialRe
     began = time.time()
     seconds, _ = command("orchestrator.sweep", *TINY, "--storage", str(folder), *flags)
     records = [TrialRecord.of(Storage.at(str(folder)).trial(path.name).journal) for path in folder.glob("trials/*")]
-    return began, seconds, sorted((r for r in records if r.steps), key=lambda record: record.launched)
+    return began, seconds, sorted((r for r in records if r.steps), key=lambda record: record.launched.time)
 
 
 def first_step_of(record: TrialRecord) -> float:
     """When its first step ended."""
-    return record.steps[min(record.steps)]["time"]
+    return record.steps[min(record.steps)].time
 
 
 def first_step(folder: Path) -> dict[str, float]:
@@ -109,7 +110,7 @@ def report(folder: Path) -> dict[str, float]:
                 steps[writes].append(before - last[0])
             last[:] = [before]
             if writes:
-                writer.append(event, **fields)
+                writer.append(make_event(event, **fields))
                 if event == "step":
                     appended.append(time.perf_counter() - before)
 

@@ -85,8 +85,8 @@ def _plan(
     estimate = estimator.of(trial, record, fit) if estimator else None
     if record.state == "finished":
         return Planned(trial, record, "known", f"finished before, in trials/{trial.fingerprint}", estimate)
-    if record.state == "stopped" and record.stopped["sweep"] == stopping:
-        reason = f"stopped early at step {record.stopped['step']}: {record.reason}"
+    if record.state == "stopped" and record.stopped.sweep == stopping:
+        reason = f"stopped early at step {record.stopped.step}: {record.reason}"
         return Planned(trial, record, "stopped", reason, estimate)
     if estimate and estimate.refusal:
         return Planned(trial, record, "cannot", estimate.refusal, estimate)

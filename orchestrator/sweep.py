@@ -434,9 +434,9 @@ class Sweep:
             if record.state == "finished":
                 kept = "finished"
             elif record.state == "stopped":
-                kept = f"stopped early at step {record.stopped['step']} of {planned.trial.training.steps}"
+                kept = f"stopped early at step {record.stopped.step} of {planned.trial.training.steps}"
             elif record.state == "cancelled":
-                kept = f"cancelled at step {record.cancelled['step']} of {planned.trial.training.steps}"
+                kept = f"cancelled at step {record.cancelled.step} of {planned.trial.training.steps}"
             elif record.saved_step:
                 kept = f"kept up to step {record.saved_step} of {planned.trial.training.steps}"
             elif record.launched:

@@ -29,6 +29,7 @@ from typing import Any
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from orchestrator.records.events import Event
 from orchestrator.records.trial_record import TrialRecord
 from tests.support.commands import SweepCommand, wait_for
 from tests.support.mlflow_server import start_mlflow_server
@@ -49,7 +50,7 @@ def finish(process: subprocess.Popen, seconds: float = 1800) -> str:
 
 
 def steps_told(record: TrialRecord) -> list[dict[str, Any]]:
-    return [event for event in record.journal.read()[0] if event["event"] == "step"]
+    return [event for event in record.journal.read().events if event.name == "step"]
 
 
 def weights(storage: Path) -> dict[str, bytes]:
@@ -64,7 +65,7 @@ def weights(storage: Path) -> dict[str, bytes]:
 
 def perplexities(storage: Path) -> dict[str, list[tuple[int, int, float]]]:
     return {
-        fingerprint: sorted((length, step, event["perplexity"]) for (length, step), event in record.evals.items())
+        fingerprint: sorted((length, step, event.perplexity) for (length, step), event in record.evals.items())
         for fingerprint, record in records(storage).items()
     }
 
@@ -121,7 +122,7 @@ def driver(folder: Path) -> Iterator[Row]:
         process.kill()
         process.wait()
     finish(command.start())
-    journals = [record.journal.read()[0] for record in records(command.storage).values()]
+    journals = [record.journal.read().events for record in records(command.storage).values()]
     again = sum(steps_after_the_end(events) for events in journals)
     older = sum(resumed_from_an_older_checkpoint(events) for events in journals)
     same = weights(command.storage) == weights(folder / "undisturbed")
@@ -135,18 +136,18 @@ def driver(folder: Path) -> Iterator[Row]:
     )
 
 
-def steps_after_the_end(events: list[dict[str, Any]]) -> int:
-    names = [event["event"] for event in events]
+def steps_after_the_end(events: list[Event]) -> int:
+    names = [event.name for event in events]
     return names[names.index("finished") :].count("step") if "finished" in names else 0
 
 
-def resumed_from_an_older_checkpoint(events: list[dict[str, Any]]) -> int:
+def resumed_from_an_older_checkpoint(events: list[Event]) -> int:
     newest, older = 0, 0
     for event in events:
-        if event["event"] == "saved":
-            newest = event["step"]
-        if event["event"] == "resume":
-            older += event["step"] < newest
+        if event.name == "saved":
+            newest = event.step
+        if event.name == "resume":
+            older += event.step < newest
     return older
 
 
@@ -167,8 +168,8 @@ def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
     server, back = start_mlflow_server(folder, port), time.time()
     finish(process)
     told = steps_told(record)
-    before = statistics.median(event["seconds"] for event in told if event["time"] < away)
-    during = statistics.median(event["seconds"] for event in told if away < event["time"] < back)
+    before = statistics.median(event.seconds for event in told if event.time < away)
+    during = statistics.median(event.seconds for event in told if away < event.time < back)
     client = MlflowClient(f"http://127.0.0.1:{port}")
     experiment = client.get_experiment_by_name("longspan")
     runs = client.search_runs([experiment.experiment_id])
@@ -205,11 +206,11 @@ def all_at_once(folder: Path) -> Iterator[Row]:
         trained = lambda: sum(record.last_step for record in records(disturbed).values())  # noqa: E731
         running = lambda: [r for r in records(disturbed).values() if r.state == "running" and r.saved_step]  # noqa: E731
         (victim, *_) = wait_for(running, process, "a checkpoint", seconds=300)
-        os.kill(victim.started["pid"], signal.SIGKILL)
+        os.kill(victim.started.pid, signal.SIGKILL)
         wait_for(lambda: trained() > 80, process, "80 steps", seconds=600)
         os.killpg(server.pid, signal.SIGKILL)
         (victim, *_) = wait_for(running, process, "a checkpoint", seconds=300)
-        cluster.kill(cluster.node_of(victim.started["pid"]))
+        cluster.kill(cluster.node_of(victim.started.pid))
         wait_for(lambda: trained() > 160, process, "160 steps", seconds=900)
         process.kill()
         process.wait()

@@ -61,7 +61,7 @@ class Setting:
 
     def steps(self) -> list[int]:
         """The steps at which every seed was evaluated."""
-        each = [{e["step"] for e in o.record.curve(o.context_length)} for o in self.by_seed.values()]
+        each = [{e.step for e in o.record.curve(o.context_length)} for o in self.by_seed.values()]
         return sorted(set.intersection(*each))
 
     def scores(self, step: int | None = None, seeds: Iterable[int] | None = None) -> DocumentScores:
@@ -70,7 +70,7 @@ class Setting:
 
     def tokens(self, step: int) -> int:
         """Trained on by then; the mean over seeds where that differs."""
-        at = [o.record.evals[o.context_length, step]["tokens"] for o in self.by_seed.values()]
+        at = [o.record.evals[o.context_length, step].tokens for o in self.by_seed.values()]
         return round(sum(at) / len(at))
 
     def curve(self) -> list[effort.Evaluation]:
@@ -257,7 +257,7 @@ def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.trial.training.positions == "none":
             for event in outcome.record.curve(original_length):
-                return event["perplexity"]
+                return event.perplexity
     return None
 
 
@@ -273,13 +273,13 @@ def _describe(
     training, record = outcome.trial.training, outcome.record
     curve = [
         {
-            "step": event["step"],
-            "tokens": event["tokens"],
-            **_as_perplexity(perplexity_interval(DocumentScores.of(event))),
+            "step": event.step,
+            "tokens": event.tokens,
+            **_as_perplexity(perplexity_interval(event.scores)),
         }
         for event in record.curve(outcome.context_length)
     ]
-    at_original = [event["perplexity"] for event in record.curve(original_length)]
+    at_original = [event.perplexity for event in record.curve(original_length)]
     same_seed = full.by_seed.get(training.seed) if full else None
     return {
         "label": outcome.trial.label,
@@ -290,7 +290,7 @@ def _describe(
         "last_step": record.last_step,
         "log": outcome.log,
         "learning_rate": training.learning_rate,
-        "trainable_parameters": record.model.get("trainable_parameters"),
+        "trainable_parameters": record.model.trainable_parameters if record.model else None,
         "seed": training.seed,
         "chosen": training.method in best and outcome in best[training.method].by_seed.values(),
         "curve": curve,

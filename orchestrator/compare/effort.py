@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
+from orchestrator.records.events import Started
 from orchestrator.records.trial_record import TrialRecord
 
 UNITS = {"gpu": "GPU hours", "cpu": "CPU hours", None: "worker-hours"}
@@ -32,14 +32,14 @@ class Evaluation:
 
 def hours_by_step(record: TrialRecord) -> dict[int, float]:
     """Hours of all devices together from the start to the end of each step."""
-    return _add_up(record, _devices)
+    return _add_up(record, lambda attempt: attempt.num_devices)
 
 
 def dollars_by_step(record: TrialRecord) -> dict[int, float] | None:
     """Likewise in USD; None where an attempt had no price."""
-    if not record.attempts or any(attempt.get("usd_per_device_hour") is None for attempt in record.attempts):
+    if not record.attempts or any(attempt.usd_per_device_hour is None for attempt in record.attempts):
         return None
-    return _add_up(record, lambda attempt: _devices(attempt) * attempt["usd_per_device_hour"])
+    return _add_up(record, lambda attempt: attempt.num_devices * (attempt.usd_per_device_hour or 0.0))
 
 
 def held(record: TrialRecord, sweep: str | None = None) -> tuple[float, float | None]:
@@ -50,40 +50,36 @@ def held(record: TrialRecord, sweep: str | None = None) -> tuple[float, float | 
     """
     hours, usd = 0.0, 0.0
     for attempt, heard in zip(record.attempts, record.attempts_heard):
-        if sweep is None or attempt.get("sweep", sweep) == sweep:
-            taken = _devices(attempt) * (heard - attempt["time"]) / 3600
-            price = attempt.get("usd_per_device_hour")
+        if sweep is None or attempt.sweep in (None, sweep):
+            taken = attempt.num_devices * (heard - attempt.time) / 3600
+            price = attempt.usd_per_device_hour
             hours += taken
             usd = None if usd is None or price is None else usd + taken * price
     return hours, usd
 
 
-def _add_up(record: TrialRecord, an_hour: Callable[[dict[str, Any]], float]) -> dict[int, float]:
-    began = [attempt["time"] for attempt in record.attempts]
+def _add_up(record: TrialRecord, an_hour: Callable[[Started], float]) -> dict[int, float]:
+    began = [attempt.time for attempt in record.attempts]
     total, by_step = 0.0, {}
     for step in sorted(record.steps):
         event = record.steps[step]
-        place = max(0, bisect.bisect_right(began, event["time"]) - 1)
-        attempt = record.attempts[place] if record.attempts else {}
-        total += event["seconds"] / 3600 * an_hour(attempt)
+        place = max(0, bisect.bisect_right(began, event.time) - 1)
+        attempt = record.attempts[place] if record.attempts else Started()
+        total += event.seconds / 3600 * an_hour(attempt)
         by_step[step] = total
     return by_step
 
 
-def _devices(attempt: dict[str, Any]) -> int:
-    return attempt.get("devices") or attempt.get("workers", 1)
-
-
 def device_of(record: TrialRecord) -> str:
     """What one device of the trial is; of several kinds, all of them."""
-    named = {attempt.get("device_name") or attempt.get("hardware", "unknown") for attempt in record.attempts}
+    named = {attempt.device_name or attempt.hardware or "unknown" for attempt in record.attempts}
     return ", ".join(sorted(named)) or "unknown"
 
 
 def unit_of(records: list[TrialRecord]) -> str | None:
     """The unit of the trials' hours; None where they ran on different devices, whose hours cannot be compared."""
     devices = {device_of(record) for record in records}
-    units = {UNITS[attempt.get("device")] for record in records for attempt in record.attempts}
+    units = {UNITS[attempt.device] for record in records for attempt in record.attempts}
     return (units or {UNITS[None]}).pop() if len(devices) <= 1 and len(units) <= 1 else None
 
 

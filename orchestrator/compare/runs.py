@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.records.events import Started
 from orchestrator.records.storage import Storage, TrialFolder, read_json
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import TrialSpec
@@ -37,12 +38,12 @@ class Run:
 
     def described(self) -> dict[str, dict[str, Any]]:
         """All that may explain a difference, by section and field; of several attempts, by the last."""
-        trial, started = self.trial, self.record.started
+        trial, started = self.trial, self.record.started or Started()
         execution = {
-            **started.get("execution", {}),
+            **started.execution,
             # What was chosen, where the setting leaves the choice.
-            "attention_backend": self.record.model.get("attention_backend"),
-            "workers": started.get("workers"),
+            "attention_backend": self.record.model.attention_backend if self.record.model else None,
+            "workers": self.record.started and started.workers,
         }
         code, machine = ("git_commit", "git_diff", "python"), (
             *("hardware", "devices", "device_memory_gib", "driver", "cuda", "allocator", "host", "platform"),
@@ -57,9 +58,9 @@ class Run:
             },
             "training": {name: getattr(trial.training, name) for name in trial.training.__slots__},
             "execution": execution,
-            "code": {name: started.get(name) for name in code},
-            "packages": started.get("packages", {}),
-            "machine": {name: started.get(name) for name in machine},
+            "code": {name: getattr(started, name) for name in code},
+            "packages": started.packages,
+            "machine": {name: getattr(started, name) for name in machine},
         }
 
 

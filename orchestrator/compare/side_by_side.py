@@ -77,7 +77,7 @@ def _scored_differently(first: Outcome, other: Outcome) -> str | None:
 
 
 def _curve(outcomes: list[Outcome], alike: list[bool]) -> list[dict[str, Any]]:
-    curves = [{event["step"]: event for event in o.record.curve(o.context_length)} for o in outcomes]
+    curves = [{event.step: event for event in o.record.curve(o.context_length)} for o in outcomes]
     rows = []
     for step in sorted(set().union(*curves)):
         events = [curve.get(step) for curve in curves]
@@ -88,8 +88,8 @@ def _curve(outcomes: list[Outcome], alike: list[bool]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "step": step,
-                "tokens": [event and event["tokens"] for event in events],
-                "perplexity": [event and event["perplexity"] for event in events],
+                "tokens": [event and event.tokens for event in events],
+                "perplexity": [event and event.perplexity for event in events],
                 "gaps": [
                     gap and {"percent": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high} for gap in gaps
                 ],

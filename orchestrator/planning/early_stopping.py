@@ -193,7 +193,7 @@ class Rungs:
 
 def curve_of(trial: TrialSpec, record: TrialRecord) -> dict[int, float]:
     """Perplexity at the trained length by step, as the journal has it."""
-    return {event["step"]: event["perplexity"] for event in record.curve(trial.training.context_length)}
+    return {event.step: event.perplexity for event in record.curve(trial.training.context_length)}
 
 
 def scores_at(curve: dict[int, float], step: int) -> dict[str, float]:

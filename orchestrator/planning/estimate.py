@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from clusters.prices import Price, price_per_gpu_hour
 from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
+from orchestrator.records.events import Started
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import TrialSpec
 from orchestrator.terminal import and_list
@@ -106,7 +107,9 @@ class Estimator:
         known = list(known)
         self.untuned = {trial.fingerprint for trial, _ in known if trial.training.method == "untuned"}
         hardware = self.cluster.hardware(self.options)
-        known = [(trial, record) for trial, record in known if hardware in record.started.get("hardware", "")]
+        known = [
+            (trial, record) for trial, record in known if record.started and hardware in (record.started.hardware or "")
+        ]
         self.timed = [(trial, record) for trial, record in known if record.tokens_per_second and trial.training.steps]
         if starts := [record.start_up_seconds for _, record in known if record.start_up_seconds]:
             self.start_up = statistics.median(starts)
@@ -207,8 +210,8 @@ class Estimator:
             return other.attention != training.attention, other.method != training.method, ratio
 
         like, record = min(self.timed, key=unlikeness)
-        execution = ExecutionConfig(**record.started.get("execution", {}))
-        workers = record.started.get("workers", 1)
+        started = record.started or Started()
+        execution, workers = ExecutionConfig(**started.execution), started.workers
         return calibrated(self.device, self.shape, like.training, execution, workers, record.tokens_per_second)
 
     @property

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.records.events import Suggested
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -142,25 +143,25 @@ class Study:
         """How many suggestions are still to be made."""
         return 0 if self.exhausted else max(0, self.spec.search_trials - len(self.suggested))
 
-    def take(self, line: dict[str, Any]) -> TrialSpec | None:
+    def take(self, made: Suggested) -> TrialSpec | None:
         """A suggestion that was written down before, as a trial; None if it is another study's, or of a sweep that went
         by the same name and was another.
         """
-        if line["study"] != self.name or not self.space.holds(line["parameters"]):
+        if made.study != self.name or not self.space.holds(made.parameters):
             return None
-        trial = self.space.trial(self.base, line["parameters"])
-        if trial.fingerprint != line["fingerprint"] or trial.fingerprint in self.suggested:
+        trial = self.space.trial(self.base, made.parameters)
+        if trial.fingerprint != made.fingerprint or trial.fingerprint in self.suggested:
             return None
-        self.suggested[trial.fingerprint] = line["parameters"]
+        self.suggested[trial.fingerprint] = made.parameters
         return trial
 
-    def suggest(self) -> dict[str, Any] | None:
-        """The next suggestion, one that the study has not had, as the line to write down; None if none is left."""
+    def suggest(self) -> Suggested | None:
+        """The next suggestion, one that the study has not had; None if none is left."""
         for parameters in self._candidates():
             fingerprint = self.space.trial(self.base, parameters).fingerprint
             if fingerprint not in self.suggested:
                 number = len(self.suggested)
-                return {"study": self.name, "number": number, "parameters": parameters, "fingerprint": fingerprint}
+                return Suggested(study=self.name, number=number, parameters=parameters, fingerprint=fingerprint)
         self.exhausted = True
         return None
 
@@ -204,12 +205,12 @@ class Study:
         curve = record.curve(self.base.training.context_length)
         match record.state:
             case "finished":
-                last = curve[-1]["perplexity"]
+                last = curve[-1].perplexity
                 return {"state": TrialState.COMPLETE, "value": math.inf if math.isnan(last) else last}
             case "stopped":
                 return {
                     "state": TrialState.PRUNED,
-                    "intermediate_values": {curve[-1]["step"]: curve[-1]["perplexity"]},
+                    "intermediate_values": {curve[-1].step: curve[-1].perplexity},
                 }
             case "failed" if record.reason.startswith(DIVERGED):
                 return {"state": TrialState.COMPLETE, "value": math.inf}
@@ -226,7 +227,8 @@ class Search:
         self.studies = [Study(spec, base, storage) for base in bases]
         self.journal = journal
         # What has been suggested, in that order.
-        self.trials = [t for line in journal.read()[0] for study in self.studies if (t := study.take(line))]
+        made = [event for event in journal.read().events if isinstance(event, Suggested)]
+        self.trials = [trial for each in made for study in self.studies if (trial := study.take(each))]
 
     def begin(self) -> None:
         """Makes the first suggestion of each study that has none."""
@@ -254,11 +256,11 @@ class Search:
         return sum(n * training.steps * training.batch * training.context_length for n, training in configs)
 
     def _add(self, study: Study) -> TrialSpec | None:
-        line = study.suggest()
-        if line is None:
+        suggested = study.suggest()
+        if suggested is None:
             return None
-        self.journal.append("suggested", **line)
-        trial = study.take(line)
+        self.journal.append(suggested)
+        trial = study.take(suggested)
         self.trials.append(trial)
         return trial
 

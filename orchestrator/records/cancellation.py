@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any, Literal
 
+from orchestrator.records.events import Cancelled, Event, Resumed, Step
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 
@@ -37,7 +38,7 @@ def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
         return False
     record = TrialRecord.of(folder.journal)
     if record.state not in ("finished", "cancelled"):
-        folder.journal.append("cancelled", step=record.saved_step, by=asked["by"])
+        folder.journal.append(Cancelled(step=record.saved_step, by=asked["by"]))
     return True
 
 
@@ -61,9 +62,10 @@ class Cancellation:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
 
-    def event(self, event: str, fields: dict[str, Any]) -> None:
-        if event in ("resume", "step"):
-            self.step = fields["step"]
+    def event(self, event: Event) -> None:
+        """Notes the step that the trial is at."""
+        if isinstance(event, Resumed | Step):
+            self.step = event.step
 
     def asked(self) -> Literal["stop"] | None:
         return "stop" if self.request else None

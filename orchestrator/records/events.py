@@ -1,25 +1,333 @@
-"""The journal's events, and their one writer and parser."""
+"""The events of a trial's journal, one class each, and the only writer and parser of their lines.
+
+A line is a JSON object with ``event``, ``time`` (Unix seconds), ``version`` and the event's own fields. Fields and events
+that a newer longspan has added are kept, and values that have been renamed since are mapped on reading (``RENAMED``). A
+line that cannot be read is passed over and reported.
+"""
 
 from __future__ import annotations
 
-import errno
+import dataclasses
+import functools
 import json
 import time
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+import numpy as np
+
+from workloads.evaluation.bootstrap import DocumentScores
+
+# 1: lines without a version (up to b1875aa).
+VERSION = 2
+
+FaultKind = Literal[
+    "configuration", "not_finite", "disk_full", "error", "out_of_memory", "out_of_host_memory", "transient", "lost",
+    "preempted",
+]  # fmt: skip
+
+# Values that older journals have under another name, by event and field.
+_FAULT_KINDS = {"hiccup": "transient"}
+RENAMED: dict[str, dict[str, dict[str, str]]] = {"failed": {"kind": _FAULT_KINDS}, "retry": {"kind": _FAULT_KINDS}}
+
+EVENTS: dict[str, type[Event]] = {}
 
 
-def as_line(event: str, fields: dict[str, Any]) -> str:
-    return json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+def _optional() -> Any:
+    """A field that is None by default, and then left out of the line."""
+    return field(default=None, metadata={"optional": True})
 
 
-def parse(content: bytes) -> list[dict[str, Any]]:
-    """The events of whole lines."""
-    events = []
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to a trial.
+
+    Args:
+        time: when, in Unix seconds.
+        version: of the format of its line.
+        extra: fields that this version of longspan does not know.
+    """
+
+    line_name: ClassVar[str]
+
+    time: float = field(default_factory=time.time)
+    version: int = VERSION
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name in EVENTS:
+            raise TypeError(f"two events are called {name!r}")
+        if name is not None:
+            cls.line_name = name
+            EVENTS[name] = cls
+
+    @property
+    def name(self) -> str:
+        """The value of ``event`` in its line."""
+        return self.line_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched(Event, name="launched"):
+    """Tune has started the trial's driver for a sweep. ``resources``: workers, and the cpus and gpus of each."""
+
+    sweep: str | None = None
+    resources: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event, name="started"):
+    """A worker has begun an attempt: what it runs on, from which code, and how.
+
+    Args:
+        devices: GPUs, or threads of CPUs, of all workers together.
+        usd_per_device_hour, price_source: None where the price is not known.
+        drive: of the driver that started it, and of its restarts.
+        execution: the settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers of layers.
+    """
+
+    host: str | None = None
+    pid: int | None = None
+    workers: int = 1
+    hardware: str | None = None
+    cpus: int | None = None
+    memory_gib: float | None = None
+    platform: str | None = None
+    python: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+    device: Literal["gpu", "cpu"] | None = None
+    devices: int | None = None
+    device_name: str | None = None
+    device_memory_gib: float | None = _optional()
+    compute_capability: str | None = _optional()
+    driver: str | None = _optional()
+    cuda: str | None = _optional()
+    allocator: str | None = _optional()
+    usd_per_device_hour: float | None = None
+    price_source: str | None = None
+    sweep: str | None = None
+    drive: str | None = None
+    node: str | None = None
+    placement_group: str | None = None
+    git_commit: str | None = None
+    git_diff: str | None = None
+    execution: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs or CPU threads; of a journal that does not say, workers."""
+        return self.devices or self.workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReady(Event, name="model"):
+    """The model is loaded and set up. ``compiled_layers``: whether its layers are compiled."""
+
+    parameters: int
+    trainable_parameters: int
+    attention_backend: str | None = _optional()
+    compiled_layers: bool | None = _optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event, name="resume"):
+    """Training continues from the checkpoint of this step."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Event, name="step"):
+    """An optimiser step. ``tokens`` were trained on by then; ``mfu`` is known on GPUs of workloads/budget/devices.py."""
+
+    step: int
+    tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    tokens_per_second: float
+    peak_memory_gib: float
+    mfu: float | None = _optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Event, name="eval"):
+    """An evaluation at one context length. ``nll`` (nats) and ``num_tokens`` have one entry a document."""
+
+    step: int
+    tokens: int
+    context_length: int
+    perplexity: float
+    nll: list[float]
+    num_tokens: list[int]
+
+    @property
+    def scores(self) -> DocumentScores:
+        """What was scored, by document."""
+        return DocumentScores(np.array(self.nll), np.array(self.num_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event, name="saved"):
+    """The checkpoint of this step is whole."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event, name="finished"):
+    """The trial is complete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped(Event, name="stopped"):
+    """Stopped early (orchestrator/planning/early_stopping.py): unfinished, and can continue from its checkpoint.
+
+    Args:
+        sweep: the one whose rule stopped it.
+        rung: the tokens at which it was compared.
+        compared_with: the other trials' scores there, by fingerprint.
+    """
+
+    step: int
+    sweep: str
+    reason: str
+    tokens: int | None = None
+    rule: str | None = None
+    rung: int | None = None
+    score: float | None = None
+    cutoff: float | None = None
+    compared_with: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event, name="failed"):
+    """An attempt has ended in an error."""
+
+    reason: str
+    kind: FaultKind = "error"
+    attempt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry(Event, name="retry"):
+    """The trial is tried again in ``pause`` seconds; ``remedy`` says what is different then."""
+
+    kind: FaultKind
+    remedy: str
+    pause: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preempted(Event, name="preempted"):
+    """Its node was about to be taken away: stopped with a checkpoint, to continue elsewhere."""
+
+    attempt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancelled(Event, name="cancelled"):
+    """Somebody asked for it (orchestrator/cancel.py): stopped with a checkpoint, or not begun; can continue."""
+
+    step: int
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggested(Event, name="suggested"):
+    """A search has suggested a trial; in the search's own journal (orchestrator/planning/search.py)."""
+
+    study: str
+    number: int
+    parameters: dict[str, Any]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unknown(Event):
+    """An event that this version of longspan does not know, with all its fields in ``extra``."""
+
+    unknown_name: str
+
+    @property
+    def name(self) -> str:
+        """The value of ``event`` in its line."""
+        return self.unknown_name
+
+
+class Skipped(NamedTuple):
+    """A line that could not be read, and why."""
+
+    line: bytes
+    reason: str
+
+
+class Parsed(NamedTuple):
+    """The events of some lines, and the lines that were passed over."""
+
+    events: list[Event]
+    skipped: list[Skipped]
+
+
+def make_event(name: str, **fields: Any) -> Event:
+    """The event of this name.
+
+    Raises:
+        TypeError: it lacks a field, or there is no such event or field.
+    """
+    if name not in EVENTS:
+        raise TypeError(f"no event is called {name!r}; expected one of {', '.join(EVENTS)}")
+    return EVENTS[name](**fields)
+
+
+def as_line(event: Event) -> str:
+    """The event as a line of a journal."""
+    values = {"event": event.name}
+    for name, is_optional in _fields(type(event)).items():
+        value = getattr(event, name)
+        if not (is_optional and value is None):
+            values[name] = value
+    return json.dumps({**values, **event.extra}) + "\n"
+
+
+def parse(content: bytes) -> Parsed:
+    """The events of whole lines. A line that a dying process cut off, or that is damaged, is passed over."""
+    events, skipped = [], []
     for line in content.splitlines():
+        if not line.strip():
+            continue
         try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a process that died
-    return events
+            events.append(_parse_event(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            skipped.append(Skipped(line, str(error)))
+    return Parsed(events, skipped)
+
+
+def _parse_event(values: Any) -> Event:
+    """The event of a line's values, which are used up.
+
+    Raises:
+        TypeError, ValueError: it is no event, or lacks fields.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+        raise ValueError("not a JSON object with the name of an event")
+    name = values.pop("event")
+    if not isinstance(values.get("time"), int | float):
+        raise ValueError(f"{name} without a time")
+    cls = EVENTS.get(name, Unknown)
+    for renamed, new_values in RENAMED.get(name, {}).items():
+        if renamed in values:
+            values[renamed] = new_values.get(values[renamed], values[renamed])
+    values.setdefault("version", 1)
+    if unknown := values.keys() - _fields(cls).keys():
+        values["extra"] = {each: values.pop(each) for each in unknown}
+    return Unknown(unknown_name=name, **values) if cls is Unknown else cls(**values)
+
+
+@functools.cache
+def _fields(cls: type[Event]) -> dict[str, bool]:
+    """The fields of an event's line, and whether each is left out where it is None."""
+    inside = [each for each in dataclasses.fields(cls) if each.name not in ("extra", "unknown_name")]
+    return {each.name: bool(each.metadata.get("optional")) for each in inside}

@@ -1,34 +1,27 @@
-"""A trial's journal: what happened in it, one JSON object a line, in the order it happened.
+"""A trial's journal: what happened to it, one event a line (orchestrator/records/events.py), in order.
 
-Workers append; everything else (the live view, MLflow, the comparison) reads. A line that a dying process left
-unfinished is passed over. A trial that went on from a checkpoint may tell of the same step twice: the later line holds.
-
-Every line has ``event``, ``time`` (Unix seconds) and the event's own fields: those of ``workloads.training.loop``, and
-
-    launched   sweep, resources (workers, and the cpus and gpus of each): Tune has started the trial's driver
-    started    a worker has begun: what it runs on (orchestrator.records.provenance.describe_machine), git_commit, git_diff,
-               execution (the settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers
-               of layers)
-    finished   the trial is complete
-    stopped    step, tokens, sweep, reason, rule, rung (tokens), score, cutoff, compared_with: stopped early, see
-               orchestrator/planning/early_stopping.py; unfinished, and can go on from its checkpoint
-    failed     kind (see orchestrator.running.faults), reason, attempt: the attempt ended in an error
-    retry      kind, remedy, pause: the trial is tried again, what is different then, and in how many seconds
-    preempted  attempt: a node was about to be taken away; the trial stopped with a checkpoint and goes on elsewhere
-    cancelled  step, by: stopped with a checkpoint, or not begun, since a person asked for it (orchestrator/cancel.py);
-               unfinished, and can go on
+Workers append; everything else (the live view, MLflow, the comparison) reads. A trial that continues from a checkpoint
+may repeat a step: the later line holds.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from orchestrator.records.events import DISK_FULL, as_line, parse
+from orchestrator.records.events import Event, Skipped, as_line, parse
 
-if TYPE_CHECKING:
-    pass
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Read(NamedTuple):
+    """What was read from a journal. ``offset``: where the next read begins; ``skipped``: lines without an event."""
+
+    events: list[Event]
+    offset: int
+    skipped: list[Skipped]
 
 
 class Journal:
@@ -37,9 +30,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, event: str, **fields: Any) -> None:
-        """Adds a line and has it on disk before returning, since what follows may kill the process."""
-        line = as_line(event, fields)
+    def append(self, event: Event) -> None:
+        """Adds a line, which is on disk on return: what follows may kill the process."""
+        line = as_line(event)
         try:
             self._write(line)
         except OSError as error:
@@ -50,7 +43,7 @@ class Journal:
 
     @property
     def reserve(self) -> Path:
-        """A file of a few kilobytes that is given up for a line that finds the disk full: what says so."""
+        """A file of some kilobytes, removed to make room for the line that reports a full disk."""
         return self.path.with_name(".reserve")
 
     def _write(self, line: str) -> None:
@@ -61,22 +54,24 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """(complete lines from a byte offset on, the offset after them)."""
+    def read(self, offset: int = 0) -> Read:
+        """The complete lines from a byte offset on."""
         try:
             with self.path.open("rb") as file:
                 file.seek(offset)
                 content = file.read()
         except FileNotFoundError:
-            return [], offset
+            return Read([], offset, [])
         end = content.rfind(b"\n") + 1
-        return parse(content[:end]), offset + end
+        events, skipped = parse(content[:end])
+        return Read(events, offset + end, skipped)
 
-    def poll(self, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """As ``read``, for those who follow: may come a little later, and never waits."""
+    def poll(self, offset: int) -> Read:
+        """As ``read``, for followers: never waits, and may be a little behind in an object store."""
         return self.read(offset)
 
     def exists(self) -> bool:
+        """Whether anything was ever written."""
         return self.path.exists()
 
     def _ends_with_newline(self) -> bool:

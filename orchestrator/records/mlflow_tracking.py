@@ -20,6 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from orchestrator.records.events import (
+    Cancelled,
+    Eval,
+    Event,
+    Failed,
+    Finished,
+    ModelReady,
+    Started,
+    Step,
+    Stopped,
+)
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage, TrialFolder, read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
@@ -54,17 +65,17 @@ STEP_METRICS = {
 }
 
 
-def metrics_of(event: dict[str, Any], context_length: int, workers: int) -> dict[str, float]:
-    """MLflow's metrics for one line of a journal: by their names in MLflow."""
-    match event["event"]:
-        case "step":
-            metrics = {name: event[field] for field, name in STEP_METRICS.items() if field in event}
-            return metrics | {"perf/tokens_per_second_per_gpu": event["tokens_per_second"] / workers}
-        case "eval" if event["context_length"] == context_length:
-            return {"eval/perplexity": event["perplexity"]}
-        case "eval":
-            return {f"eval/perplexity_{event['context_length']}": event["perplexity"]}
-    return {}
+def metrics_of(event: Step | Eval, context_length: int, workers: int) -> dict[str, float]:
+    """MLflow's metrics for a step or an evaluation, by their names in MLflow."""
+    match event:
+        case Step():
+            values = {name: getattr(event, field) for field, name in STEP_METRICS.items()}
+            metrics = {name: value for name, value in values.items() if value is not None}
+            return metrics | {"perf/tokens_per_second_per_gpu": event.tokens_per_second / workers}
+        case Eval(context_length=length) if length == context_length:
+            return {"eval/perplexity": event.perplexity}
+        case Eval():
+            return {f"eval/perplexity_{event.context_length}": event.perplexity}
 
 
 def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
@@ -83,14 +94,14 @@ def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
             yield f"gap_percent_{length}/{gap['method']} to {gap['baseline']}", point["percent"], point["step"]
 
 
-def attempt_tags(event: dict[str, Any]) -> dict[str, str]:
-    """What a ``started`` line says of code and machine, as tags of the trial's run."""
+def attempt_tags(started: Started) -> dict[str, str]:
+    """The code and machine of an attempt, as tags of the trial's run."""
     fields = (
         *("hardware", "host", "platform", "python", "driver", "cuda", "git_commit", "git_diff", "device_memory_gib"),
         *("usd_per_device_hour", "price_source"),
     )
-    tags = {name: str(event[name]) for name in fields if event.get(name) is not None}
-    return tags | {f"package.{name}": version for name, version in event["packages"].items()}
+    tags = {name: str(value) for name in fields if (value := getattr(started, name)) is not None}
+    return tags | {f"package.{name}": version for name, version in started.packages.items()}
 
 
 def tracking_uri(storage: Storage, given: str | None) -> str:
@@ -279,44 +290,48 @@ class TrialRun:
         from mlflow.entities import Metric, RunTag
 
         events = self.record.follow()
-        workers = self.record.started.get("workers", 1)
+        workers = self.record.started.workers if self.record.started else 1
         metrics, logged = [], dict(self.logged)
         for event in events:
-            timestamp = int(event["time"] * 1000)
+            if not isinstance(event, Step | Eval):
+                continue
+            timestamp = int(event.time * 1000)
             for name, value in metrics_of(event, self.trial.training.context_length, workers).items():
-                if event["step"] <= logged.get(name, -1):
-                    continue  # told again after a restart
-                logged[name] = event["step"]
-                metrics.append(Metric(name, value, timestamp, event["step"]))
-                metrics.append(Metric(f"by_tokens/{name}", value, timestamp, event["tokens"]))
-        tags = []
-        for event in events:
-            if event["event"] == "started":
-                tags += [RunTag(name, value) for name, value in attempt_tags(event).items()]
-                # Tags, not parameters, which cannot change when a trial goes on in another way.
-                tags += [RunTag(f"execution.{name}", str(v)) for name, v in event.get("execution", {}).items()]
-            if event["event"] == "model" and "attention_backend" in event:
-                tags += [RunTag("attention_backend", event["attention_backend"])]
-            if event["event"] == "stopped":
-                tags += [RunTag("stopped_early", event["reason"][:5000])]
-            if event["event"] == "finished" and self.record.stopped:
-                tags += [RunTag("stopped_early", "no: it went on, and finished")]
-            if event["event"] == "cancelled":
-                tags += [RunTag("cancelled", f"at step {event['step']}, by {event['by']}")]
-            if event["event"] == "finished" and self.record.cancelled:
-                tags += [RunTag("cancelled", "no: it went on, and finished")]
-            if event["event"] == "failed":
-                tags += [RunTag("failure", event["reason"][:5000])]
+                if event.step <= logged.get(name, -1):
+                    continue  # repeated after a restart
+                logged[name] = event.step
+                metrics.append(Metric(name, value, timestamp, event.step))
+                metrics.append(Metric(f"by_tokens/{name}", value, timestamp, event.tokens))
+        tags = [RunTag(name, value) for event in events for name, value in self._tags(event).items()]
         for start in range(0, len(metrics), METRICS_A_CALL):
             self.tracker.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_CALL])
         if tags:
             self.tracker.client.log_batch(self.run_id, tags=tags)
-        if any(event["event"] == "started" for event in events):
+        if any(isinstance(event, Started) for event in events):
             self._log_artifacts()
         if metrics:
             self.logged = logged
             self._save()
         self.set_status(STATUS.get(self.record.state))
+
+    def _tags(self, event: Event) -> dict[str, str]:
+        """What an event sets of the run's tags."""
+        match event:
+            case Started():
+                # Tags, not parameters: those cannot change when a trial is resumed with other settings.
+                return attempt_tags(event) | {f"execution.{name}": str(v) for name, v in event.execution.items()}
+            case ModelReady() if event.attention_backend is not None:
+                return {"attention_backend": event.attention_backend}
+            case Stopped():
+                return {"stopped_early": event.reason[:5000]}
+            case Cancelled():
+                return {"cancelled": f"at step {event.step}, by {event.by}"}
+            case Failed():
+                return {"failure": event.reason[:5000]}
+            case Finished():
+                earlier = {"stopped_early": self.record.stopped, "cancelled": self.record.cancelled}
+                return {name: "no: it went on, and finished" for name, ended in earlier.items() if ended}
+        return {}
 
     def _log_artifacts(self) -> None:
         """The resolved trial, and what its code differed in from the commit; each once."""

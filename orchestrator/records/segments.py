@@ -12,9 +12,9 @@ import functools
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from orchestrator.records.events import as_line, parse
+from orchestrator.records.events import Event, Parsed, as_line, parse
+from orchestrator.records.journal import Read
 from orchestrator.records.object_store import ObjectStore, is_passing, patiently, reason
 
 # A follower asks for a trial's next segment at most this often.
@@ -29,7 +29,7 @@ class SegmentedJournal:
 
     def __init__(self, store: ObjectStore, folder: str) -> None:
         self.store, self.folder = store, folder
-        self._segments: list[list[dict[str, Any]]] = []
+        self._segments: list[Parsed] = []
         self._lock = threading.Lock()
         self._asked_at: float | None = None
 
@@ -38,9 +38,9 @@ class SegmentedJournal:
     def at(cls, store: ObjectStore, folder: str) -> SegmentedJournal:
         return cls(store, folder)
 
-    def append(self, event: str, **fields: Any) -> None:
+    def append(self, event: Event) -> None:
         """Adds a line and has it stored before returning; waits for a store that is away."""
-        content = as_line(event, fields).encode()
+        content = as_line(event).encode()
         patiently(lambda: self.write(content))
 
     def write(self, content: bytes) -> None:
@@ -55,7 +55,7 @@ class SegmentedJournal:
                     return
             self._segments.append(parse(content))
 
-    def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    def read(self, offset: int = 0) -> Read:
         """(events of the segments after the first ``offset``, how many segments there are); waits for a store that is
         away.
         """
@@ -63,7 +63,7 @@ class SegmentedJournal:
             patiently(self._catch_up)
             return self._after(offset)
 
-    def poll(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+    def poll(self, offset: int) -> Read:
         """As ``read``, for those who follow: asks the store now and then, and gives what is known where it is away."""
         due = self._asked_at is None or time.monotonic() - self._asked_at > POLL_S
         if due and self._lock.acquire(blocking=False):
@@ -80,7 +80,7 @@ class SegmentedJournal:
         return self._after(offset)
 
     def exists(self) -> bool:
-        return self.read()[1] > 0
+        return self.read().offset > 0
 
     def save(self, file: Path) -> None:
         """Writes the journal into one local file, as it lies where the storage is local."""
@@ -96,9 +96,13 @@ class SegmentedJournal:
             self._segments.append(parse(content))
         self._asked_at = time.monotonic()
 
-    def _after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+    def _after(self, offset: int) -> Read:
         segments = self._segments[offset:]
-        return [event for segment in segments for event in segment], offset + len(segments)
+        return Read(
+            [event for segment in segments for event in segment.events],
+            offset + len(segments),
+            [line for segment in segments for line in segment.skipped],
+        )
 
     def _next(self) -> str:
         return f"{self.folder}/{len(self._segments) + 1:08d}.jsonl"

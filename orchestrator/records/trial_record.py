@@ -1,139 +1,169 @@
-"""What a journal says of its trial so far."""
+"""A trial's state and results, as its journal tells them."""
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from orchestrator.records.journal import Journal
+from orchestrator.records.events import (
+    Cancelled,
+    Eval,
+    Event,
+    Failed,
+    FaultKind,
+    Finished,
+    Launched,
+    ModelReady,
+    Preempted,
+    Resumed,
+    Retry,
+    Saved,
+    Skipped,
+    Started,
+    Step,
+    Stopped,
+)
+from orchestrator.records.journal import Journal, Read
+from orchestrator.records.segments import SegmentedJournal
 from workloads.evaluation.bootstrap import DocumentScores
-
-if TYPE_CHECKING:
-    from orchestrator.records.segments import SegmentedJournal
-
 
 State = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 
 
 @dataclass
 class TrialRecord:
-    """What a journal says of its trial so far; ``follow`` reads what has been added."""
+    """A trial's state and results, as its journal tells them; ``follow`` reads what has been added.
+
+    Args:
+        remedies: what was changed or waited for after each fault.
+        launched: the last launch. Likewise ``started``, ``model``, ``stopped`` and ``cancelled``.
+        pause_ends: when the last retry begins, in Unix seconds.
+        heard: when the last line was written; ``attempts_heard``: the last line of each attempt.
+        ended: when the trial last finished, failed, or was stopped or cancelled.
+        evals: by (context length, step).
+        skipped: lines that could not be read.
+    """
 
     journal: Journal | SegmentedJournal
     state: State = "waiting"
     reason: str | None = None
-    failure_kind: str = "error"
+    failure_kind: FaultKind = "error"
     failed_attempt: str | None = None
     preempted_attempt: str | None = None
     remedies: list[str] = field(default_factory=list)
-    launched: float | None = None
-    waits_for: dict[str, Any] = field(default_factory=dict)  # the last ``launched``: its sweep and resources
-    pause_ends: float | None = None  # of the last retry
-    heard: float | None = None  # when the last line was written
+    launched: Launched | None = None
+    pause_ends: float | None = None
+    heard: float | None = None
     ended: float | None = None
-    stopped: dict[str, Any] | None = None  # the last time that it was stopped early
-    cancelled: dict[str, Any] | None = None  # the last time that it was cancelled
-    started: dict[str, Any] = field(default_factory=dict)
-    attempts: list[dict[str, Any]] = field(default_factory=list)  # each ``started``, in order
-    attempts_heard: list[float] = field(default_factory=list)  # when the last line of each was written
-    model: dict[str, Any] = field(default_factory=dict)
-    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    evals: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # by (context length, step)
+    stopped: Stopped | None = None
+    cancelled: Cancelled | None = None
+    attempts: list[Started] = field(default_factory=list)
+    attempts_heard: list[float] = field(default_factory=list)
+    model: ModelReady | None = None
+    steps: dict[int, Step] = field(default_factory=dict)
+    evals: dict[tuple[int, int], Eval] = field(default_factory=dict)
     resumed_at: int = 0
     saved_step: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
     offset: int = 0
 
     @classmethod
     def of(cls, journal: Journal | SegmentedJournal) -> TrialRecord:
-        """All that a journal says by now."""
+        """The record of all that the journal holds now."""
         record = cls(journal)
         record._take_all(journal.read())
         return record
 
-    def follow(self) -> list[dict[str, Any]]:
-        """Takes in the lines added since the last call, and returns them."""
+    def follow(self) -> list[Event]:
+        """Takes in the lines added since the last call, and returns their events."""
         return self._take_all(self.journal.poll(self.offset))
 
-    def _take_all(self, read: tuple[list[dict[str, Any]], int]) -> list[dict[str, Any]]:
-        events, self.offset = read
-        for event in events:
+    def _take_all(self, read: Read) -> list[Event]:
+        self.offset = read.offset
+        self.skipped += read.skipped
+        for event in read.events:
             self._take(event)
-        return events
+        return read.events
 
-    def _take(self, event: dict[str, Any]) -> None:
-        if self.state == "starting" and event["event"] in ("step", "eval"):
+    def _take(self, event: Event) -> None:
+        if self.state == "starting" and isinstance(event, Step | Eval):
             self.state = "running"  # a second sweep waits for the one that trains it
-        self.heard = event["time"]
-        if self.state == "running" and self.attempts and event["event"] not in ("launched", "retry"):
-            self.attempts_heard[-1] = event["time"]
-        match event["event"]:
-            case "launched" if self.state != "finished":  # another sweep may have finished it in between
-                self.state, self.reason, self.launched = "starting", None, event["time"]
-                self.waits_for = event
-            case "started":
-                self.state, self.reason, self.started = "running", None, event
+        self.heard = event.time
+        if self.state == "running" and self.attempts and not isinstance(event, Launched | Retry):
+            self.attempts_heard[-1] = event.time
+        match event:
+            case Launched() if self.state != "finished":  # another sweep may have finished it in between
+                self.state, self.reason, self.launched = "starting", None, event
+            case Started():
+                self.state, self.reason = "running", None
                 self.attempts.append(event)
-                self.attempts_heard.append(event["time"])
+                self.attempts_heard.append(event.time)
                 self.resumed_at = 0
-            case "model":
+            case ModelReady():
                 self.model = event
-            case "resume":
-                self.resumed_at = event["step"]
-            case "step":
-                self.steps[event["step"]] = event
-            case "eval":
-                self.evals[event["context_length"], event["step"]] = event
-            case "saved":
-                self.saved_step = event["step"]
-            case "finished":
-                self.state, self.reason, self.ended = "finished", None, event["time"]
-            case "stopped" if self.state != "finished":
-                self.state, self.reason, self.stopped = "stopped", event["reason"], event
-                self.ended = event["time"]
-            case "failed" if event.get("attempt") != self.failed_attempt or self.state != "failed":
+            case Resumed():
+                self.resumed_at = event.step
+            case Step():
+                self.steps[event.step] = event
+            case Eval():
+                self.evals[event.context_length, event.step] = event
+            case Saved():
+                self.saved_step = event.step
+            case Finished():
+                self.state, self.reason, self.ended = "finished", None, event.time
+            case Stopped() if self.state != "finished":
+                self.state, self.reason, self.stopped, self.ended = "stopped", event.reason, event, event.time
+            case Failed() if event.attempt != self.failed_attempt or self.state != "failed":
                 # Of several workers' errors in one attempt the first is the cause.
-                self.state, self.reason, self.failed_attempt = "failed", event["reason"], event.get("attempt")
-                self.failure_kind = event.get("kind", "error")
-                self.ended = event["time"]
-            case "retry":
-                self.state, self.pause_ends = "starting", event["time"] + event.get("pause", 0)
-                self.remedies.append(f"{event['kind'].replace('_', ' ')}: {event['remedy']}")
-            case "preempted":
-                self.state, self.preempted_attempt = "starting", event["attempt"]
-            case "cancelled" if self.state != "finished":
-                self.state, self.reason, self.cancelled = "cancelled", f"by {event['by']}", event
-                self.ended = event["time"]
+                self.state, self.reason, self.ended = "failed", event.reason, event.time
+                self.failure_kind, self.failed_attempt = event.kind, event.attempt
+            case Retry():
+                self.state, self.pause_ends = "starting", event.time + event.pause
+                self.remedies.append(f"{event.kind.replace('_', ' ')}: {event.remedy}")
+            case Preempted():
+                self.state, self.preempted_attempt = "starting", event.attempt
+            case Cancelled() if self.state != "finished":
+                self.state, self.reason, self.cancelled = "cancelled", f"by {event.by}", event
+                self.ended = event.time
 
-    def curve(self, context_length: int) -> list[dict[str, Any]]:
+    @property
+    def started(self) -> Started | None:
+        """The last attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+    def curve(self, context_length: int) -> list[Eval]:
         """The evaluations at a length, by step."""
         return [self.evals[key] for key in sorted(self.evals) if key[0] == context_length]
 
     def scores(self, context_length: int, step: int | None = None) -> DocumentScores | None:
-        """What was scored at a length at a step, by default the last; None if nothing was."""
-        events = [event for event in self.curve(context_length) if step is None or event["step"] == step]
-        return DocumentScores.of(events[-1]) if events else None
+        """The scores at a length and step, by default the last; None if there are none."""
+        evals = [each for each in self.curve(context_length) if step is None or each.step == step]
+        return evals[-1].scores if evals else None
 
     @property
     def last_step(self) -> int:
+        """The last step trained, 0 if none was."""
         return max(self.steps, default=0)
 
     @property
     def start_up_seconds(self) -> float | None:
-        """From the start of the trial's driver until its model stands ready to be evaluated; None if unknown."""
-        if self.launched is None or not self.model or self.model["time"] < self.launched:
+        """From the start of the trial's driver until its model is ready to be evaluated; None if unknown."""
+        if self.launched is None or self.model is None or self.model.time < self.launched.time:
             return None
-        return self.model["time"] - self.launched
+        return self.model.time - self.launched.time
 
     @property
     def train_seconds(self) -> float:
-        return sum(step["seconds"] for step in self.steps.values())
+        """Seconds of all training steps; a repeated step counts once."""
+        return sum(step.seconds for step in self.steps.values())
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over all steps, so that each process's first, which also warms up, does not count."""
-        speeds = sorted(step["tokens_per_second"] for step in self.steps.values())
-        return speeds[len(speeds) // 2] if speeds else None
+        """The median over all steps (the upper of two), so that the first of each process, a warm-up, has no weight."""
+        return statistics.median_high(each.tokens_per_second for each in self.steps.values()) if self.steps else None
 
     @property
     def peak_memory_gib(self) -> float | None:
-        return max((step["peak_memory_gib"] for step in self.steps.values()), default=None)
+        """The highest of any step, in GiB of one worker."""
+        return max((step.peak_memory_gib for step in self.steps.values()), default=None)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.records.events import as_line
+from orchestrator.records.events import Eval, Event, Finished, Saved, Step, as_line
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease, LeaseLost
 from orchestrator.records.object_store import PATIENCE_S, ObjectStore, patiently
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # A process that dies loses at most so much of its journal's steps and evaluations; all other lines are sent at once.
 FLUSH_S = 2.0
-CAN_WAIT = ("step", "eval")
+CAN_WAIT = (Step, Eval)
 LOG_EVERY_S = 30.0
 # A damaged newest checkpoint has one before it to fall back to, whatever the folder on this machine holds.
 LEAST_STORED = 2
@@ -47,14 +47,14 @@ class LocalWriter:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def append(self, event: str, **fields: Any) -> None:
+    def append(self, event: Event) -> None:
         """Adds a line to the journal.
 
         Raises:
             LeaseLost: another process trains the trial now.
         """
         self.lease.check()
-        self.journal.append(event, **fields)
+        self.journal.append(event)
 
 
 class Uploader:
@@ -108,7 +108,7 @@ class Uploader:
         if self._error and error is None:
             raise self._error
 
-    def append(self, event: str, **fields: Any) -> None:
+    def append(self, event: Event) -> None:
         """Adds a line to the journal; "saved" has the checkpoint sent before its line is, "finished" waits for it.
 
         Raises:
@@ -117,18 +117,18 @@ class Uploader:
         """
         if self.lease.lost:
             raise self.lease.lost
-        line = as_line(event, fields)
+        line = as_line(event)
         with self._changed:
-            if event == "finished":
+            if isinstance(event, Finished):
                 self._ended_at = time.monotonic()
                 self._changed.wait_for(lambda: self._error or not (self._next or self._sending))
             if self._error:
                 raise self._error
-            if event == "saved":
+            if isinstance(event, Saved):
                 # Instead of one that is still waiting.
-                self._next, self._in_a_hurry = (self._stage(fields["step"]), line, self._told), True
+                self._next, self._in_a_hurry = (self._stage(event.step), line, self._told), True
             else:
-                self._tell(line, hurry=event not in CAN_WAIT)
+                self._tell(line, hurry=not isinstance(event, CAN_WAIT))
             self._changed.notify_all()
 
     def _tell(self, line: str, hurry: bool) -> None:

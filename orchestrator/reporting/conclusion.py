@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import EXIT_FAILED_TRIALS
 from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.records.events import Started
 from orchestrator.records.mlflow_tracking import without_password
 from orchestrator.records.storage import read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
@@ -65,13 +66,13 @@ class Conclusion:
             self.sweep.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
         for outcome in outcomes:
             if outcome.record.state == "stopped":
-                step = f"step {outcome.record.stopped['step']} of {outcome.trial.training.steps}"
+                step = f"step {outcome.record.stopped.step} of {outcome.trial.training.steps}"
                 self.sweep.console.print(
                     f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
                 )
         cancelled = [o for o in outcomes if o.record.state == "cancelled"]
         for outcome in cancelled:
-            step = f"step {outcome.record.cancelled['step']} of {outcome.trial.training.steps}"
+            step = f"step {outcome.record.cancelled.step} of {outcome.trial.training.steps}"
             self.sweep.console.print(
                 f"cancelled: {outcome.trial.label} at {step}, {outcome.record.reason}", markup=False
             )
@@ -115,8 +116,8 @@ class Conclusion:
         for context in contexts:
             for described in context["trials"]:
                 described["mlflow_run_id"] = run_ids[described["fingerprint"]]
-        started = next((o.record.started for o in outcomes if o.record.started), {})
-        parameters = next((o.record.model["parameters"] for o in outcomes if o.record.model), None)
+        started = next((o.record.started for o in outcomes if o.record.started), Started())
+        parameters = next((o.record.model.parameters for o in outcomes if o.record.model), None)
         documents = self.sweep.validation_documents()
         peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
         return {
@@ -145,9 +146,9 @@ class Conclusion:
             "confidence": CONFIDENCE,
             "as_good": as_good,
             "learning_rates_chosen": self.describe_learning_rates(),
-            "price": started.get("price_source"),
-            "driver": f"{started['driver']}, CUDA {started['cuda']}" if started.get("driver") else None,
-            "hardware": started.get("hardware", "unknown"),
+            "price": started.price_source,
+            "driver": f"{started.driver}, CUDA {started.cuda}" if started.driver else None,
+            "hardware": started.hardware or "unknown",
             "packages": {name: v for name, v in self.sweep.provenance.packages.items() if name != "longspan"},
             "git_commit": self.sweep.provenance.git_commit,
             "git_diff": self.sweep.provenance.diff_name,

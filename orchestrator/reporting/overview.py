@@ -103,7 +103,8 @@ class Overview:
             state=_state(command, runs, trials),
             runs=runs,
             host=command["owner"]["host"] if command else None,
-            began=command.get("began") or min((t for r in rows.values() if (t := r.record.launched)), default=None),
+            began=command.get("began")
+            or min((r.record.launched.time for r in rows.values() if r.record.launched), default=None),
             ended=command.get("ended") or max((t for r in rows.values() if (t := r.record.heard)), default=None),
             doing=command.get("doing") if runs and not trials else None,
             trials=trials,
@@ -186,7 +187,7 @@ class Overview:
 
     def _is_silent(self, record: TrialRecord, holder: dict[str, Any]) -> bool:
         """Whether the holder of a lease, on another machine, seems to be gone."""
-        steps = sorted(step["seconds"] for step in record.steps.values())
+        steps = sorted(step.seconds for step in record.steps.values())
         limit = max(SILENT_S, SILENT_STEPS * steps[len(steps) // 2] if steps else 0)
         return not is_here(holder) and self.now - (record.heard or 0) > limit
 
@@ -205,8 +206,9 @@ def _left(
 ) -> dict[str, float | None]:
     """What is to come, by trial: at its own pace where it trains, else at that of all, else as planned."""
     pace = seconds_a_token(rows.values())
-    devices = {f: row.record.started["devices"] for f, row in rows.items() if "devices" in row.record.started}
-    prices = [p for row in rows.values() if (p := row.record.started.get("usd_per_device_hour")) is not None]
+    started = {f: row.record.started for f, row in rows.items() if row.record.started}
+    devices = {f: each.devices for f, each in started.items() if each.devices is not None}
+    prices = [each.usd_per_device_hour for each in started.values() if each.usd_per_device_hour is not None]
     each, hours, usd = [], 0.0, 0.0
     for trial in trials:
         if trial.state in ENDED:

@@ -13,11 +13,12 @@ from typing import Any
 
 from orchestrator.plan import Planned, Totals, duration
 from orchestrator.planning.cluster import Cluster
+from orchestrator.records.events import Event, Failed, Finished, Launched, Preempted, Started, Step, Stopped
 from orchestrator.records.storage import Storage
 
 GIB = 2**30
 FILE = "plan-and-truth.json"
-ENDS = ("finished", "stopped", "failed", "preempted")
+ENDS = (Finished, Stopped, Failed, Preempted)
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,17 @@ class Took:
     peak_memory_gib: float | None
 
     @classmethod
-    def of(cls, events: Iterable[dict[str, Any]], since: float) -> Took:
-        events = [event for event in events if event["time"] >= since]
-
-        def times(*names: str) -> list[float]:
-            return [event["time"] for event in events if event["event"] in names]
-
-        steps = [event for event in events if event["event"] == "step"]
-        ends = [event for event in events if event["event"] in ENDS]
+    def of(cls, events: Iterable[Event], since: float) -> Took:
+        events = [event for event in events if event.time >= since]
+        steps = [event for event in events if isinstance(event, Step)]
+        ends = [event for event in events if isinstance(event, ENDS)]
         return cls(
-            launched=min(times("launched"), default=None),
-            started=min(times("started"), default=None),
-            ended=ends[-1]["time"] if ends else None,
-            outcome=ends[-1]["event"] if ends else None,
-            tokens_per_second=statistics.median(step["tokens_per_second"] for step in steps) if steps else None,
-            peak_memory_gib=max((step["peak_memory_gib"] for step in steps), default=None),
+            launched=min((event.time for event in events if isinstance(event, Launched)), default=None),
+            started=min((event.time for event in events if isinstance(event, Started)), default=None),
+            ended=ends[-1].time if ends else None,
+            outcome=ends[-1].name if ends else None,
+            tokens_per_second=statistics.median(step.tokens_per_second for step in steps) if steps else None,
+            peak_memory_gib=max((step.peak_memory_gib for step in steps), default=None),
         )
 
 
@@ -91,8 +88,7 @@ def plan_and_truth(
 
 
 def _took(storage: Storage, planned: Planned, since: float) -> Took:
-    events, _ = storage.trial(planned.trial.fingerprint).journal.read()
-    return Took.of(events, since)
+    return Took.of(storage.trial(planned.trial.fingerprint).journal.read().events, since)
 
 
 def _seconds(trained: list[tuple[Planned, Took]]) -> dict[str, float | None]:

@@ -94,13 +94,13 @@ def progress(
         step=record.last_step if began else record.saved_step,
         steps=trial.training.steps,
         elsewhere=_elsewhere(record, sweep) if state in AT_WORK else None,
-        loss=last["loss"] if last else None,
-        perplexity=curve[-1]["perplexity"] if curve else None,
+        loss=last.loss if last else None,
+        perplexity=curve[-1].perplexity if curve else None,
         tokens_per_second=record.tokens_per_second if last else None,
         seconds_left=trial_seconds_left(row) if record.state == "running" and alive and not row.known else None,
         attempts=len(record.attempts),
         remedies=tuple(record.remedies),
-        host=record.started.get("host"),
+        host=record.started.host if record.started else None,
         saved_step=record.saved_step or None,
         heard=record.heard,
     )
@@ -130,7 +130,7 @@ def _state(
 
 
 def _doing(trial: TrialSpec, record: TrialRecord) -> str:
-    if record.model.get("time", 0) < record.started.get("time", 0):
+    if record.started and (record.model is None or record.model.time < record.started.time):
         return "loading"
     due = trial.training.eval_every
     if not trial.training.steps:
@@ -142,15 +142,17 @@ def _doing(trial: TrialSpec, record: TrialRecord) -> str:
 
 def _elsewhere(record: TrialRecord, sweep: str) -> str | None:
     """Who trains it, where this sweep waits for another, which has the trial's lease."""
-    trainer = record.started.get("sweep", sweep)
-    return None if trainer == sweep else f"by {trainer} on {record.started['host']}"
+    started = record.started
+    if started is None or started.sweep in (None, sweep):
+        return None
+    return f"by {started.sweep} on {started.host}"
 
 
 def _waits_for(record: TrialRecord) -> str | None:
     """What a trial needs before its worker begins: it is not told whether that is there and it only starts up."""
-    resources = record.waits_for.get("resources")
-    if resources is None:
+    if record.launched is None or record.launched.resources is None:
         return None
+    resources = record.launched.resources
     each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources['cpus']:g} CPU"
     workers = resources["workers"]
     return f"for {workers} worker{'s' * (workers > 1)} with {each}, or their start"
@@ -181,7 +183,7 @@ def _since_it_started(row: Row) -> tuple[int, float] | None:
     if record.last_step <= record.resumed_at or not record.started:
         return None
     # One that has just begun again has not said yet from which step: the last one known is the lost attempt's.
-    seconds = record.steps[record.last_step]["time"] - record.started["time"]
+    seconds = record.steps[record.last_step].time - record.started.time
     return (record.last_step - record.resumed_at, seconds) if seconds > 0 else None
 
 

@@ -7,7 +7,7 @@
     error               anything else that Python raises                 final: it would come again
     out_of_memory       the device's                                     once more with the next smaller memory plan
     out_of_host_memory  what cannot be pinned; Ray's own limit           once more, with no activations there
-    hiccup              a hub or storage that does not answer            again after a pause, which grows
+    transient           a hub or storage that does not answer            again after a pause, which grows
     lost                a worker, its node, or a peer that went silent   again at once, ``max_failures`` times
     preempted           a node that is about to be taken away            again at once, ``max_preemptions`` times
 
@@ -25,21 +25,17 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from orchestrator.records.events import DISK_FULL
+from orchestrator.records.events import FaultKind
+from orchestrator.records.journal import DISK_FULL
 from workloads.budget import less_memory
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 
-Kind = Literal[
-    "configuration", "not_finite", "disk_full", "error", "out_of_memory", "out_of_host_memory", "hiccup", "lost",
-    "preempted",
-]  # fmt: skip
-
-# Pauses before each further try after a hiccup, in seconds: two and a half minutes in all, which outlasts the restart
+# Pauses before each further try after a transient fault, in seconds: two and a half minutes in all, which outlasts the restart
 # of a file server and most throttling.
-HICCUP_PAUSES = (5, 10, 20, 40, 80)
+TRANSIENT_PAUSES = (5, 10, 20, 40, 80)
 
 TRANSIENT = {
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET,
@@ -65,7 +61,7 @@ LOST_PEER = re.compile(
 )
 
 
-def classify(error: BaseException) -> Kind:
+def classify(error: BaseException) -> FaultKind:
     """What kind of fault an error is, from itself or what caused it."""
     chain = list(_causes(error))
     for cause in chain:
@@ -84,9 +80,9 @@ def classify(error: BaseException) -> Kind:
         if type(cause) in (RuntimeError, ValueError) and LOST_PEER.search(text):
             return "lost"
         if number in TRANSIENT or name in TRANSIENT_NAMES or isinstance(cause, (ConnectionError, TimeoutError)):
-            return "hiccup"
+            return "transient"
         if _http_status(cause) in (408, 429) or (_http_status(cause) or 0) >= 500:
-            return "hiccup"
+            return "transient"
     return "configuration" if any(isinstance(cause, InputError) for cause in chain) else "error"
 
 
@@ -123,7 +119,9 @@ class Remedy:
     words: str
 
 
-def remedy(kind: Kind, execution: ExecutionConfig, share: int, layers: int, earlier: list[Kind]) -> Remedy | None:
+def remedy(
+    kind: FaultKind, execution: ExecutionConfig, share: int, layers: int, earlier: list[FaultKind]
+) -> Remedy | None:
     """How to go on after a fault, or None where it is final.
 
     Args:
@@ -132,8 +130,8 @@ def remedy(kind: Kind, execution: ExecutionConfig, share: int, layers: int, earl
         layers: decoder layers that have a backward pass.
         earlier: the kinds of fault that this run of the command has found a remedy for already, in this trial.
     """
-    if kind == "hiccup" and (tried := earlier.count("hiccup")) < len(HICCUP_PAUSES):
-        pause = HICCUP_PAUSES[tried]
+    if kind == "transient" and (tried := earlier.count("transient")) < len(TRANSIENT_PAUSES):
+        pause = TRANSIENT_PAUSES[tried]
         return Remedy(execution, pause, f"tried again after {pause} s")
     if kind in ("out_of_memory", "out_of_host_memory") and kind not in earlier:
         smaller = less_memory(execution, share, layers, of_host=kind == "out_of_host_memory")

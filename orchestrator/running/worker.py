@@ -24,6 +24,7 @@ from orchestrator.planning.early_stopping import Rungs
 from orchestrator.ray_internals import preemption_announced
 from orchestrator.records import leases
 from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
+from orchestrator.records.events import Cancelled, Event, Failed, Finished, Preempted, Started, make_event
 from orchestrator.records.leases import LeaseLost
 from orchestrator.records.object_store import StoreAway
 from orchestrator.records.provenance import describe_machine
@@ -65,13 +66,19 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             "sees, or an object store"
         )
     keep_compiled(storage.compiled)
-    judge = cancellation = None
+    judge: Judge | None = None
+    cancellation: Cancellation | None = None
 
-    def emit(event: str, **fields: Any) -> None:
+    def record(event: Event) -> None:
         if first:
-            writer.append(event, **fields)
-        for listener in filter(None, (judge, cancellation)):
-            listener.event(event, fields)
+            writer.append(event)
+        if judge:
+            judge.event(event)
+        if cancellation:
+            cancellation.event(event)
+
+    def emit(name: str, **fields: Any) -> None:
+        record(make_event(name, **fields))
 
     notice = PreemptionNotice()
     asks = [notice.asked]
@@ -81,9 +88,9 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             lease = stack.enter_context(folder.lease(leases.owner(job.id, job.sweep)))
         rungs = _rungs(job, storage) if first else None
         if not _agree(first and _is_to_train(folder, job.attempt), workers):
-            record = TrialRecord.of(folder.journal)
-            if rungs and record.state == "finished":
-                rungs.enter(trial, record)
+            so_far = TrialRecord.of(folder.journal)
+            if rungs and so_far.state == "finished":
+                rungs.enter(trial, so_far)
             return
         if _agree(first and cancelled_before_its_start(storage, folder), workers):
             return
@@ -104,7 +111,8 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
                 "node": ray.get_runtime_context().get_node_id(),
                 "placement_group": get_current_placement_group().id.hex(),
             }
-            emit("started", **machine, **where, **job.provenance, execution=dataclasses.asdict(job.execution))
+            execution = dataclasses.asdict(job.execution)
+            record(Started(**machine, **where, **job.provenance, execution=execution))
             _fetch_checkpoint(folder, first, workers)
             untuned = TrialRecord.of(storage.trial(trial.untuned().fingerprint).journal)
             ended = run(
@@ -119,13 +127,13 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
                 asked=lambda: next((answer for each in asks if (answer := each())), None),
             )
             if ended:
-                emit("finished")
+                record(Finished())
             elif judge and judge.verdict:
-                emit("stopped", **judge.verdict)
+                record(judge.verdict)
             elif notice.given:
-                emit("preempted", attempt=job.attempt)
-            elif first:
-                emit("cancelled", step=cancellation.step, by=cancellation.request["by"])
+                record(Preempted(attempt=job.attempt))
+            elif cancellation and cancellation.request:
+                record(Cancelled(step=cancellation.step, by=cancellation.request["by"]))
         except (LeaseLost, StoreAway):
             # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
             raise
@@ -134,7 +142,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             if kind == "lost" or ending.is_set():
                 raise  # Ray Train starts the workers again, if it is to go on
             reason = f"{type(error).__name__}: {error}"
-            (writer if first else folder.journal).append("failed", kind=kind, reason=reason, attempt=job.attempt)
+            (writer if first else folder.journal).append(Failed(kind=kind, reason=reason, attempt=job.attempt))
             if workers > 1:
                 raise  # the others wait for this one
             logging.getLogger(__name__).error("the attempt ended in an error", exc_info=error)

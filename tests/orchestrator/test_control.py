@@ -81,7 +81,7 @@ def test_a_sweep_is_watched_killed_begun_anew_and_cancelled(tmp_path, text_folde
     assert other_terminal("cancel", f"long/{first}", *where)[0] == 0
     wait_for(lambda: states()[first] == "cancelled", process, "the first trial is cancelled")
     stopped = TrialRecord.of(folder.journal)
-    assert stopped.saved_step == stopped.last_step == stopped.cancelled["step"] > 5
+    assert stopped.saved_step == stopped.last_step == stopped.cancelled.step > 5
     wait_for(lambda: sorted(states().values())[1:] != ["waiting"] * 2, process, "the second trial begins")
 
     # The whole sweep: what waits does not begin.

@@ -41,13 +41,11 @@ def test_two_trials_share_a_gpu_at_the_same_time(tmp_path, text_folder):
     assert status == 0, output
     one, other = records(tmp_path / "runs").values()
     assert one.state == other.state == "finished"
-    times = [
-        [event["time"] for event in record.journal.read()[0] if event["event"] == "step"] for record in (one, other)
-    ]
+    times = [[event.time for event in record.journal.read().events if event.name == "step"] for record in (one, other)]
     assert max(times[0][0], times[1][0]) < min(times[0][-1], times[1][-1]), "they trained one after the other"
     for record in (one, other):
-        assert record.started["driver"] and record.started["cuda"] and record.started["device"] == "gpu"
-        assert record.started["allocator"] == "expandable_segments:True"
+        assert record.started.driver and record.started.cuda and record.started.device == "gpu"
+        assert record.started.allocator == "expandable_segments:True"
 
 
 def test_memory_that_another_job_has_taken_costs_one_attempt(tmp_path, text_folder):

@@ -11,8 +11,10 @@ from orchestrator.options import RunOptions
 from orchestrator.plan import duration
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.spending import Spending
+from orchestrator.records.events import Finished, Launched, ModelReady, Saved, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
+from tests.support.events import a_step
 from workloads.data import Corpus
 
 
@@ -127,16 +129,15 @@ def test_an_unknown_cluster_is_named_with_the_known_ones(plan):
 
 def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 1 CPU thread (this one)"):
     journal = storage.add_trial(trial).journal
-    journal.append("launched")
+    journal.append(Launched())
     # As an earlier version wrote it, which knew all layers or none.
-    journal.append("started", hardware=hardware, workers=1, execution={"gradient_checkpointing": False})
-    journal.append("model", parameters=1, trainable_parameters=1)
+    journal.append(Started(hardware=hardware, workers=1, execution={"gradient_checkpointing": False}))
+    journal.append(ModelReady(parameters=1, trainable_parameters=1))
     for step in (1, 2, 3):
-        journal.append("step", step=step, tokens=step, loss=1.0, seconds=1.0, tokens_per_second=tokens_per_second,
-                       learning_rate=1e-3, grad_norm=1.0, peak_memory_gib=0.5)  # fmt: skip
-    journal.append("saved", step=3)
+        journal.append(Step(**a_step(step) | {"seconds": 1.0, "tokens_per_second": tokens_per_second}))
+    journal.append(Saved(step=3))
     if finished:
-        journal.append("finished")
+        journal.append(Finished())
     return TrialRecord.of(journal)
 
 
@@ -212,8 +213,8 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
     journals = [storage.add_trial(trial).journal for trial in trials]
 
     def attempt(journal, sweep, hours):
-        journal.append("started", sweep=sweep, workers=1, devices=2, usd_per_device_hour=3.0)
-        began = journal.read()[0][-1]["time"]
+        journal.append(Started(sweep=sweep, workers=1, devices=2, usd_per_device_hour=3.0))
+        began = journal.read().events[-1].time
         with journal.path.open("a") as file:  # a line of that much later
             file.write(json.dumps({"event": "saved", "step": 5, "time": began + 3600 * hours}) + "\n")
 

@@ -11,6 +11,7 @@ import pytest
 from orchestrator import cancel, status
 from orchestrator.plan import plan
 from orchestrator.records import cancellation, leases
+from orchestrator.records.events import make_event
 from orchestrator.records.heartbeat import Presence
 from orchestrator.records.leases import owner
 from orchestrator.records.storage import Storage
@@ -23,6 +24,7 @@ from tests.support.events import a_step, evaluation
 from workloads.errors import InputError
 
 NOW = time.time()
+MODEL = {"parameters": 1, "trainable_parameters": 1}
 STARTED = {"host": "node-7", "workers": 1, "devices": 8, "device": "gpu", "device_name": "H200", "sweep": "mine"}
 
 
@@ -58,7 +60,7 @@ def running(storage, sweep):
 def write(journal, *events, began=NOW - 100):
     """Events a second apart."""
     for second, (event, fields) in enumerate(events):
-        journal.append(event, time=began + second, **fields)
+        journal.append(make_event(event, time=began + second, **fields))
 
 
 def launched(**fields):
@@ -82,7 +84,9 @@ def test_a_trial_trains_while_its_worker_lives_restarts_without_it_and_is_interr
     storage, trials
 ):
     folder = storage.trial(trials["lora"].fingerprint)
-    write(folder.journal, launched(), ("started", STARTED), ("model", {}), ("eval", evaluation(0, 9.0)), *steps(1, 20))
+    write(
+        folder.journal, launched(), ("started", STARTED), ("model", MODEL), ("eval", evaluation(0, 9.0)), *steps(1, 20)
+    )
     with running(storage, "mine"):
         with held(folder):
             training = seen(storage, trials["lora"])
@@ -106,7 +110,7 @@ def test_a_worker_elsewhere_is_known_by_its_journal_alone(storage, trials):
     """Whether a process on another machine lives is not to be seen; one that has written nothing for long is gone."""
     for method, silent in (("lora", 200), ("full", 2000)):
         folder = storage.trial(trials[method].fingerprint)
-        events = [launched(), ("started", STARTED), ("model", {}), ("eval", evaluation(0, 9.0)), *steps(1, 3)]
+        events = [launched(), ("started", STARTED), ("model", MODEL), ("eval", evaluation(0, 9.0)), *steps(1, 3)]
         write(folder.journal, *events, began=time.time() - silent)
         held(folder, machine="elsewhere").acquire()
     assert seen(storage, trials["lora"]).state == "training"
@@ -115,7 +119,7 @@ def test_a_worker_elsewhere_is_known_by_its_journal_alone(storage, trials):
 
 def test_what_waits_says_for_what(storage, trials):
     journals = {method: storage.trial(trial.fingerprint).journal for method, trial in trials.items()}
-    retry = {"kind": "hiccup", "remedy": "tried again after 80 s", "pause": 10_000}
+    retry = {"kind": "transient", "remedy": "tried again after 80 s", "pause": 10_000}
     write(journals["lora+"], launched())
     write(journals["full"], launched(), ("started", STARTED), ("failed", {"reason": "OSError"}), began=NOW - 10)
     write(journals["full"], ("retry", retry), began=time.time() - 5)  # its pause is told as what is left of it
@@ -123,15 +127,15 @@ def test_what_waits_says_for_what(storage, trials):
         told = {method: seen(storage, trial) for method, trial in trials.items()}
     assert (told["lora"].state, told["lora"].why) == ("waiting", "for its turn")
     assert (told["lora+"].state, told["lora+"].why) == ("starting", "for 2 workers with 4 GPU, or their start")
-    assert told["full"].state == "pausing" and told["full"].remedies == ("hiccup: tried again after 80 s",)
-    assert told["full"].why.startswith("hiccup: tried again after 80 s, 2h4")
+    assert told["full"].state == "pausing" and told["full"].remedies == ("transient: tried again after 80 s",)
+    assert told["full"].why.startswith("transient: tried again after 80 s, 2h4")
     assert seen(storage, trials["lora"]).state == "not begun"
 
 
 def test_a_trial_that_another_sweep_trains_names_it(storage, trials):
     folder = storage.trial(trials["lora"].fingerprint)
     listed(storage, "theirs", [trials["lora"]])
-    write(folder.journal, launched(sweep="theirs"), ("started", {**STARTED, "sweep": "theirs"}), ("model", {}))
+    write(folder.journal, launched(sweep="theirs"), ("started", {**STARTED, "sweep": "theirs"}), ("model", MODEL))
     with running(storage, "mine"), running(storage, "theirs"), held(folder, "theirs"):
         assert seen(storage, trials["lora"]).elsewhere == "by theirs on node-7"
         write(folder.journal, launched(), began=NOW - 50)
@@ -181,7 +185,7 @@ def test_a_command_on_another_machine_runs_while_it_beats(storage, trials):
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_page_fits_its_width_and_holds_what_there_is_to_know(storage, trials, width, monkeypatch, capsys):
     journals = {method: storage.trial(trial.fingerprint).journal for method, trial in trials.items()}
-    write(journals["lora"], launched(), ("started", STARTED), ("model", {}), *steps(1, 50), ("saved", {"step": 50}))
+    write(journals["lora"], launched(), ("started", STARTED), ("model", MODEL), *steps(1, 50), ("saved", {"step": 50}))
     write(journals["full"], launched(), ("started", STARTED), ("failed", {"reason": "NonFiniteLoss: step 3"}))
     write(journals["lora+"], launched(), ("started", STARTED), *steps(1, 2), ("saved", {"step": 2}))
     write(journals["lora+"], ("cancelled", {"step": 2, "by": "somebody on head"}))
@@ -224,8 +228,8 @@ def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, tri
         cancel.main(digits, where)
         assert cancellation.requested(storage, f"trials/{trials['lora'].fingerprint}")["by"]
         assert seen(storage, trials["lora"]).state == "cancelling"
-        assert cancel.cancelled_before_its_start(storage, storage.trial(trials["lora"].fingerprint))
-        assert not cancel.cancelled_before_its_start(storage, storage.trial(trials["full"].fingerprint))
+        assert cancellation.cancelled_before_its_start(storage, storage.trial(trials["lora"].fingerprint))
+        assert not cancellation.cancelled_before_its_start(storage, storage.trial(trials["full"].fingerprint))
         cancel.main("mine", where)
     assert seen(storage, trials["lora"]).state == "cancelled"
     assert cancellation.requested(storage, f"trials/{trials['full'].fingerprint}")

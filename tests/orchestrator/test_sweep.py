@@ -54,9 +54,9 @@ def test_each_trial_has_a_whole_record(finished):
         trained = json.loads((record.journal.path.parent / "trial.json").read_text())["training"]
         steps = trained["steps"]
         assert sorted(record.steps) == list(range(1, steps + 1))
-        assert [e["step"] for e in record.curve(1024)] == ([0, 2, 4] if steps else [0])
-        assert [e["step"] for e in record.curve(512)] == [steps]
-        assert record.started["execution"]["engine"] == "auto" and "checkpoint_minutes" in record.started["execution"]
+        assert [e.step for e in record.curve(1024)] == ([0, 2, 4] if steps else [0])
+        assert [e.step for e in record.curve(512)] == [steps]
+        assert record.started.execution["engine"] == "auto" and "checkpoint_minutes" in record.started.execution
 
 
 def test_mlflow_has_one_run_a_trial_and_one_of_the_sweep_with_its_report(finished):
@@ -110,9 +110,9 @@ def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder):
     status, output = command.run()
     assert status == 0, output
     ((fingerprint, together),) = records(command.storage).items()
-    assert together.started["workers"] == 2
-    expected = {step: event["loss"] for step, event in records(alone.storage)[fingerprint].steps.items()}
-    assert {step: event["loss"] for step, event in together.steps.items()} == pytest.approx(expected, rel=1e-3)
+    assert together.started.workers == 2
+    expected = {step: event.loss for step, event in records(alone.storage)[fingerprint].steps.items()}
+    assert {step: event.loss for step, event in together.steps.items()} == pytest.approx(expected, rel=1e-3)
 
 
 def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_folder):
@@ -150,9 +150,9 @@ def test_two_sweeps_at_once_train_a_shared_trial_once(tmp_path, text_folder):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
     (record,) = records(tmp_path / "runs").values()
-    events = record.journal.read()[0]
+    events = record.journal.read().events
     assert record.state == "finished"
-    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 7))
+    assert [event.step for event in events if event.name == "step"] == list(range(1, 7))
     client, (run,), sweeps = mlflow_runs(tmp_path / "runs")
     assert {sweep.data.tags["longspan.sweep"] for sweep in sweeps} == {"one", "other"}
     assert sorted(run.data.tags["longspan.sweeps"].split(", ")) == ["one", "other"]
@@ -174,6 +174,6 @@ def test_a_trial_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path,
     failed = next(record for record in records(command.storage).values() if record.state == "failed")
     log = (failed.journal.path.parent / "log.txt").read_text()
     assert "NonFiniteLoss" in log and "Traceback" in log
-    assert sum(event["event"] == "started" for event in failed.journal.read()[0]) == 1  # it was not tried again
+    assert sum(event.name == "started" for event in failed.journal.read().events) == 1  # it was not tried again
     _, trials, _ = mlflow_runs(command.storage)
     assert {run.info.run_name: run.info.status for run in trials} == {"full 1024": "FAILED", "lora 1024": "FINISHED"}

@@ -1,6 +1,11 @@
-"""Fields of journal events."""
+"""Fields of journal events, and what writes them."""
+
+from collections.abc import Callable
 
 import numpy as np
+
+from orchestrator.records.events import make_event
+from orchestrator.records.journal import Journal
 
 # Six documents: their tokens, and how hard each is.
 TOKENS = np.array([1000, 1500, 1200, 900, 1100, 1300])
@@ -29,3 +34,8 @@ def a_step(step, loss=1.0):
         "step": step, "tokens": step * 10, "loss": loss, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 2.0,
         "tokens_per_second": 5.0, "peak_memory_gib": 1.0,
     }  # fmt: skip
+
+
+def emit_to(journal: Journal) -> Callable[..., None]:
+    """What ``workloads.training.loop`` calls with each event, writing it to a journal."""
+    return lambda name, **fields: journal.append(make_event(name, **fields))

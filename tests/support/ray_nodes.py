@@ -118,7 +118,7 @@ def children(pid: int) -> list[int]:
 
 def worker_processes(record: TrialRecord) -> list[int]:
     """The trial's workers, rank 0 first."""
-    first = record.started["pid"]
+    first = record.started.pid
     return [first, *sorted(set(processes_beside(first, "RayTrainWorker")) - {first})]
 
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
+from tests.support.events import emit_to
 from tests.support.models import small_llama
 from tests.support.texts import prepare_texts
 from workloads import export
@@ -111,7 +112,7 @@ def train(corpus, tmp_path_factory):
             device = torch.device("cuda", 0) if bits == "nf4" and torch.cuda.is_available() else CPU
             engine, execution = Engine(device, precision), ExecutionConfig(checkpoint_every=2)
             model = build_model(source, config, engine, execution)
-            Trial(model, config, execution, corpus, folder.checkpoints, engine, folder.journal.append).run()
+            Trial(model, config, execution, corpus, folder.checkpoints, engine, emit_to(folder.journal)).run()
             done[key] = Trained(folder.path, model, source)
         return done[key]
 

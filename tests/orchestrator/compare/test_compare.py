@@ -1,15 +1,17 @@
 """The answer: from journals whose outcome is known to what the comparison says of them."""
 
+import dataclasses
 from typing import get_args
 
 import numpy as np
 import pytest
 
 from orchestrator.compare import Outcome, compare, effort, summarise
+from orchestrator.records.events import Cancelled, Eval, Finished, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import Identities, SweepSpec, TrainedMethod
-from tests.support.events import TOKENS, document_evaluation
+from tests.support.events import TOKENS, a_step, document_evaluation
 from workloads.config import Positions, TrainingConfig
 
 
@@ -25,17 +27,17 @@ def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), mac
         name = training.positions if training.method == "untuned" else training.method
         journal = Journal(folder / trial.fingerprint)
         if name in curves:
-            journal.append("started", **{"hardware": "test", "workers": 1, **(machine or {})})
+            journal.append(Started(**{"hardware": "test", "workers": 1, **(machine or {})}))
             factor = (1 + 0.001 * training.seed) * (rates or {}).get(training.learning_rate, 1)
             for step in range(1, max(curves[name]) + 1):
-                journal.append("step", step=step, seconds=36.0, tokens_per_second=100.0, peak_memory_gib=1.0)
+                journal.append(Step(**a_step(step) | {"seconds": 36.0, "tokens_per_second": 100.0}))
             for step, perplexity in curves[name].items():
-                journal.append("eval", **document_evaluation(step, perplexity * factor, context_length))
+                journal.append(Eval(**document_evaluation(step, perplexity * factor, context_length)))
                 if step == max(curves[name]):
                     at_512 = 1.9 if name == "none" else 2.0 + step / 100
-                    journal.append("eval", **document_evaluation(step, at_512, 512))
+                    journal.append(Eval(**document_evaluation(step, at_512, 512)))
             if finished is True or name in finished:
-                journal.append("finished")
+                journal.append(Finished())
         made.append(Outcome(trial, TrialRecord.of(journal), "log.txt"))
     return made
 
@@ -127,7 +129,8 @@ def test_a_gap_that_the_documents_do_not_establish_is_called_that(tmp_path):
     made = outcomes(tmp_path, {"full": {0: 9.0, 10: 2.4}, "lora": {0: 9.0, 10: 2.401}})
     lora = next(o for o in made if o.trial.training.method == "lora")
     event = lora.record.evals[1024, 10]
-    event["nll"] = (np.array(event["nll"]) + TOKENS * np.array([0.05, -0.05, 0.04, -0.06, 0.03, -0.02])).tolist()
+    nll = np.array(event.nll) + TOKENS * np.array([0.05, -0.05, 0.04, -0.06, 0.03, -0.02])
+    lora.record.evals[1024, 10] = dataclasses.replace(event, nll=nll.tolist())
     (context,) = compare(made, original_length=512)
     assert "do not establish" in " ".join(context["sentences"])
 
@@ -168,9 +171,10 @@ def test_gaps_at_every_evaluation_of_every_pair_are_the_paired_bootstrap_over_se
     for outcome in made:
         for (length, step), event in outcome.record.evals.items():
             if length == 1024 and step:
-                event["nll"] = (np.array(event["nll"]) + TOKENS * 0.02 * generator.standard_normal(6)).tolist()
+                nll = np.array(event.nll) + TOKENS * 0.02 * generator.standard_normal(6)
+                outcome.record.evals[length, step] = dataclasses.replace(event, nll=nll.tolist())
                 key = outcome.trial.training.method, step
-                noise.setdefault(key, {})[outcome.trial.training.seed] = np.array(event["nll"])
+                noise.setdefault(key, {})[outcome.trial.training.seed] = nll
     (context,) = compare(made, original_length=512)
     pairs = {(gap["method"], gap["baseline"]): gap for gap in context["gaps"]}
     assert set(pairs) == {("lora+", "full"), ("lora", "full"), ("lora", "lora+")}
@@ -246,14 +250,14 @@ def test_hours_follow_each_attempts_devices_and_of_other_hardware_are_not_compar
     made = outcomes(tmp_path, CURVES, machine={"device": "gpu", "devices": 4, "device_name": "NVIDIA L4"})
     record = next(o.record for o in made if o.trial.training.method == "full")
     # From step 21 on it went on with 2 GPUs.
-    record.attempts.append({**record.started, "devices": 2, "time": record.steps[20]["time"] + 0.5})
+    record.attempts.append(dataclasses.replace(record.started, devices=2, time=record.steps[20].time + 0.5))
     for step in range(21, 31):
-        record.steps[step]["time"] += 1
+        record.steps[step] = dataclasses.replace(record.steps[step], time=record.steps[step].time + 1)
     (context,) = compare(made, original_length=512)
     hours = {trial["method"]: trial["hours"] for trial in context["trials"]}
     assert hours["full"] == pytest.approx((20 * 4 + 10 * 2) * 36 / 3600)
     assert hours["lora"] == pytest.approx(30 * 4 * 36 / 3600)
-    record.attempts[-1]["device_name"] = "NVIDIA H200"
+    record.attempts[-1] = dataclasses.replace(record.started, device_name="NVIDIA H200")
     (context,) = compare(made, original_length=512)
     assert context["hours_unit"] is None
     assert all(each["hours"] is None for each in [*context["trials"], *context["settings"]])
@@ -297,7 +301,7 @@ def test_a_trial_that_was_stopped_early_is_shown_and_does_not_compete(tmp_path):
 def test_a_cancelled_trial_is_shown_as_unfinished_with_who_cancelled_it(tmp_path):
     made = outcomes(tmp_path, CURVES | {"lora+": {0: 10.0, 10: 2.0}}, finished={"none", "yarn", "full", "lora"})
     next(o for o in made if o.trial.training.method == "lora+").record.journal.append(
-        "cancelled", step=10, by="somebody on head"
+        Cancelled(step=10, by="somebody on head")
     )
     for outcome in made:
         outcome.record.follow()

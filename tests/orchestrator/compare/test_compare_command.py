@@ -10,10 +10,11 @@ import pytest
 
 from orchestrator.compare import __main__ as command
 from orchestrator.compare.runs import find_run
+from orchestrator.records.events import Eval, Finished, Started, Step
 from orchestrator.records.storage import Storage, write_json
 from orchestrator.spec import Identities, SweepSpec
 from tests.support.commands import ROOT
-from tests.support.events import TOKENS, document_evaluation
+from tests.support.events import TOKENS, a_step, document_evaluation
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import RESAMPLES
 
@@ -28,14 +29,14 @@ def add(storage, perplexities, data="d", finished=True, machine=MACHINE, **field
     spec = SweepSpec(**{"context_lengths": (1024,), "methods": ("lora",), "references": (), **fields})
     (trial,) = spec.trials(Identities(model="m", tokenizer="t", data=data), "float32")
     folder = storage.add_trial(trial)
-    folder.journal.append("started", **machine)
+    folder.journal.append(Started(**machine))
     for step, perplexity in perplexities.items():
         event = document_evaluation(step, perplexity, trial.training.context_length)
         event["nll"] = (np.array(event["nll"]) + 0.001 * TOKENS * np.sin(step + np.arange(6))).tolist()
-        folder.journal.append("eval", **event)
-    folder.journal.append("step", step=max(perplexities), seconds=3600.0, tokens_per_second=1.0, peak_memory_gib=1.0)
+        folder.journal.append(Eval(**event))
+    folder.journal.append(Step(**a_step(max(perplexities)) | {"seconds": 3600.0}))
     if finished:
-        folder.journal.append("finished")
+        folder.journal.append(Finished())
     return trial
 
 
@@ -76,7 +77,7 @@ def test_the_curves_stand_side_by_side_with_the_paired_gap(storage, pair, capsys
     curves = [find_run(trial.fingerprint, storage).record.curve(1024) for trial in pair]
     drawn = np.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
     for row, ours, theirs in zip(found["curve"], *curves[::-1]):
-        difference = (np.array(ours["nll"]) - np.array(theirs["nll"]))[drawn].sum(axis=1) / TOKENS[drawn].sum(axis=1)
+        difference = (np.array(ours.nll) - np.array(theirs.nll))[drawn].sum(axis=1) / TOKENS[drawn].sum(axis=1)
         (gap,) = row["gaps"]
         assert [gap["low"], gap["high"]] == pytest.approx(100 * np.quantile(np.expm1(difference), [0.025, 0.975]))
     assert found["winner"] == 1

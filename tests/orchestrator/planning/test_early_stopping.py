@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.plan import plan
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.records.events import Eval, Finished, Saved, Started, Step, Stopped
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -93,9 +94,9 @@ def test_the_median_rule_compares_bests_so_far(arriving, least):
 
 def tell(judge, journal, step, perplexity):
     """What a trial tells of a step with an evaluation, to its journal and its judge, as the worker does."""
-    for event, fields in (("step", a_step(step)), ("eval", evaluation(step, perplexity))):
-        journal.append(event, **fields)
-        judge.event(event, fields)
+    for event in (Step(**a_step(step)), Eval(**evaluation(step, perplexity))):
+        journal.append(event)
+        judge.event(event)
 
 
 def play(folder, rule, curves, order, restarts=()):
@@ -180,10 +181,10 @@ def test_a_sweep_in_any_order_and_with_restarts_stops_whom_the_reference_stops(r
     for killed in ((), restarts):
         with tempfile.TemporaryDirectory() as folder:
             stopped = play(Path(folder), rule, curves, order, killed)
-        assert {number: verdict["step"] for number, verdict in stopped.items()} == expected
+        assert {number: verdict.step for number, verdict in stopped.items()} == expected
         for verdict in stopped.values():
-            assert verdict["score"] > verdict["cutoff"]
-            assert verdict["rung"] == verdict["step"] * 2 * 1024 and len(verdict["compared_with"]) >= 2
+            assert verdict.score > verdict.cutoff
+            assert verdict.rung == verdict.step * 2 * 1024 and len(verdict.compared_with) >= 2
 
 
 def test_one_killed_between_its_checkpoint_and_its_judgement_is_judged_a_step_later(tmp_path):
@@ -191,11 +192,11 @@ def test_one_killed_between_its_checkpoint_and_its_judgement_is_judged_a_step_la
     for number in (1, 2):
         rungs.judge(trial(number), 10, {10: 2.0})
     journal = Journal(tmp_path / "journal.jsonl")
-    journal.append("eval", **evaluation(10, 9.0))
+    journal.append(Eval(**evaluation(10, 9.0)))
     judge = Judge(rungs, trial(0), TrialRecord.of(journal))
-    judge.event("step", a_step(11))
+    judge.event(Step(**a_step(11)))
     assert judge.asked() == "stop"
-    assert (judge.verdict["step"], judge.verdict["rung"]) == (11, 10 * 2 * 1024)
+    assert (judge.verdict.step, judge.verdict.rung) == (11, 10 * 2 * 1024)
 
 
 def test_only_trials_that_were_scored_alike_are_compared(tmp_path):
@@ -225,7 +226,7 @@ def test_trials_finished_by_an_earlier_sweep_count_at_every_rung(tmp_path):
     for number in (1, 2):
         journal = Journal(tmp_path / f"{number}.jsonl")
         for step in range(0, 90, 10):
-            journal.append("eval", **evaluation(step, 2.0))
+            journal.append(Eval(**evaluation(step, 2.0)))
         rungs.enter(trial(number), TrialRecord.of(journal))
     for step in ASHA.rungs(trial().training):
         assert rungs.judge(trial(100 + step), step, {step: 9.0})["stop"]
@@ -258,13 +259,13 @@ def test_values_that_judge_nothing_sensibly_are_refused(values):
 def test_the_sweep_that_stopped_a_trial_leaves_it_and_any_other_goes_on_with_it(tmp_path):
     storage = Storage.open(str(tmp_path))
     journal = storage.add_trial(trial()).journal
-    journal.append("started")
-    journal.append("saved", step=10)
-    journal.append("stopped", step=10, sweep="mine", reason="worse")
+    journal.append(Started())
+    journal.append(Saved(step=10))
+    journal.append(Stopped(step=10, sweep="mine", reason="worse"))
     for stopping, action in (("mine", "stopped"), ("other", "resume"), (None, "resume")):
         (planned,) = plan([trial()], storage, stopping=stopping)
         assert planned.action == action
-    journal.append("finished")
+    journal.append(Finished())
     assert plan([trial()], storage, stopping="mine")[0].action == "known"
 
 
@@ -286,8 +287,8 @@ def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_ne
     bad, good = sorted(records(stopping.storage).values(), key=lambda record: -len(record.curve(512)))[::-1]
     assert (bad.state, good.state) == ("stopped", "finished")
     assert (bad.saved_step, sorted(bad.steps), good.last_step) == (2, [1, 2], 8)
-    assert bad.stopped["compared_with"] == {good.journal.path.parent.name: good.curve(512)[1]["perplexity"]}
-    assert bad.stopped["score"] == bad.curve(512)[1]["perplexity"] > bad.stopped["cutoff"]
+    assert bad.stopped.compared_with == {good.journal.path.parent.name: good.curve(512)[1].perplexity}
+    assert bad.stopped.score == bad.curve(512)[1].perplexity > bad.stopped.cutoff
     rung = stopping.storage / "sweeps" / "stops" / "rungs" / "512" / str(2 * 2 * 512)
     assert len(list(rung.glob("*.json"))) == 2
     _, runs, _ = mlflow_runs(stopping.storage)
@@ -310,8 +311,8 @@ def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_ne
     assert status == 0, output
     ((name, whole),) = records(tmp_path / "whole").items()
     assert name == bad.journal.path.parent.name
-    assert [e["nll"] for e in resumed.curve(512)] == [e["nll"] for e in whole.curve(512)]
-    assert [e["loss"] for e in resumed.steps.values()] == [e["loss"] for e in whole.steps.values()]
+    assert [e.nll for e in resumed.curve(512)] == [e.nll for e in whole.curve(512)]
+    assert [e.loss for e in resumed.steps.values()] == [e.loss for e in whole.steps.values()]
     ours, theirs = (load_checkpoint(r.journal.path.parent / "checkpoints", 8)[0] for r in (resumed, whole))
     assert ours.keys() == theirs.keys()  # weights, optimiser and random state
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

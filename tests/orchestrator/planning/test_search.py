@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.cli import parse
 from orchestrator.planning.search import Search, Space
+from orchestrator.records.events import Eval, Failed, Finished, Stopped
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, SweepSpec
 from tests.support.commands import SweepCommand, wait_for
@@ -40,11 +41,11 @@ def perplexity(training):
 def train(storage, trial, outcome="finished"):
     journal = storage.add_trial(trial).journal
     if outcome == "diverged":
-        journal.append("failed", reason="NonFiniteLoss: step 3: loss nan", attempt="a")
+        journal.append(Failed(reason="NonFiniteLoss: step 3: loss nan", attempt="a"))
         return
     scored = evaluation(trial.training.steps, perplexity(trial.training), trial.training.context_length)
-    journal.append("eval", **scored)
-    journal.append(outcome, reason="worse", step=1, sweep="s")
+    journal.append(Eval(**scored))
+    journal.append(Finished() if outcome == "finished" else Stopped(reason="worse", step=1, sweep="s"))
 
 
 def run(folder, spec, killed_after=(), outcome=lambda trial: "finished"):
@@ -71,8 +72,8 @@ def test_one_that_died_after_writing_a_suggestion_down_trains_that_one(tmp_path)
     written = search.next()
     _, again = open_search(tmp_path, spec())
     assert again.trials == [written] and again.to_come == 23
-    (line,) = again.journal.read()[0]
-    assert (line["study"], line["number"], line["fingerprint"]) == ("lora 1024", 0, written.fingerprint)
+    (line,) = again.journal.read().events
+    assert (line.study, line.number, line.fingerprint) == ("lora 1024", 0, written.fingerprint)
 
 
 def test_tpe_looks_where_it_was_good_and_random_does_not(tmp_path):
@@ -204,8 +205,8 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
     after = records(command.storage)
     assert {name: after[name].journal.path.read_bytes() for name in before} == before
     assert [record.state for record in after.values()] == ["finished"] * 4
-    lines = Storage(command.storage).search_journal("searches").read()[0]
-    assert [line["number"] for line in lines] == [0, 1, 2, 3]
-    assert {line["fingerprint"] for line in lines} == set(after)
+    lines = Storage(command.storage).search_journal("searches").read().events
+    assert [line.number for line in lines] == [0, 1, 2, 3]
+    assert {line.fingerprint for line in lines} == set(after)
     listed = json.loads((command.storage / "sweeps" / "searches" / "sweep.json").read_text())["trials"]
     assert sorted(listed) == sorted(after)

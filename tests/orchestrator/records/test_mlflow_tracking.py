@@ -8,6 +8,7 @@ import time
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.records.events import Cancelled, Eval, Failed, Finished, ModelReady, Started, Step, Stopped
 from orchestrator.records.mlflow_tracking import Tracker, TrackingThread, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
@@ -54,19 +55,19 @@ def history(client, run, name):
 
 
 def write_some_steps(journal, first=1, last=3):
-    journal.append("started", **STARTED)
+    journal.append(Started(**STARTED))
     if first == 1:
-        journal.append("eval", **evaluation(0, 20.0))
-        journal.append("eval", **evaluation(0, 2.0, context_length=512))
+        journal.append(Eval(**evaluation(0, 20.0)))
+        journal.append(Eval(**evaluation(0, 2.0, context_length=512)))
     for step in range(first, last + 1):
-        journal.append("step", **a_step(step, loss=10.0 - step))
+        journal.append(Step(**a_step(step, loss=10.0 - step)))
 
 
 def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
     write_some_steps(journal)
-    journal.append("model", parameters=1, trainable_parameters=1, attention_backend="cudnn")
-    journal.append("finished")
+    journal.append(ModelReady(parameters=1, trainable_parameters=1, attention_backend="cudnn"))
+    journal.append(Finished())
     tracker = connect(storage)
     tracker.follow([trial], "first", PROVENANCE)
 
@@ -88,9 +89,9 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
 
 def test_utilisation_is_logged_where_a_step_tells_it(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
-    journal.append("started", **STARTED)
-    journal.append("step", **a_step(1))
-    journal.append("step", **a_step(2), mfu=0.4)
+    journal.append(Started(**STARTED))
+    journal.append(Step(**a_step(1)))
+    journal.append(Step(**a_step(2), mfu=0.4))
     tracker = connect(storage)
     tracker.follow([trial], "first", PROVENANCE)
     client, (run,) = runs(tracker.uri)
@@ -104,7 +105,7 @@ def test_restarts_and_a_second_sweep_add_no_run_and_no_point(storage, trial):
     connect(storage).follow([trial], "first", PROVENANCE)
     # The trial goes on from step 1 and tells of steps 2 and 3 again; another process follows, in another sweep.
     write_some_steps(journal, first=2, last=4)
-    journal.append("finished")
+    journal.append(Finished())
     tracker = connect(storage)
     for _ in range(2):
         tracker.follow([trial], "second", PROVENANCE)
@@ -114,8 +115,8 @@ def test_restarts_and_a_second_sweep_add_no_run_and_no_point(storage, trial):
 
     client, (run,) = runs(tracker.uri)
     assert run.info.status == "FINISHED"
-    (finished,) = (event for event in journal.read(0)[0] if event["event"] == "finished")
-    assert run.info.end_time == int(finished["time"] * 1000)
+    (finished,) = (event for event in journal.read().events if event.name == "finished")
+    assert run.info.end_time == int(finished.time * 1000)
     assert history(client, run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
     assert run.data.tags["longspan.sweeps"] == "first, second"
 
@@ -150,7 +151,7 @@ def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(stor
     assert runs(tracker.uri)[1][0].info.status == "RUNNING"
     tracker.interrupted()
     assert runs(tracker.uri)[1][0].info.status == "KILLED"
-    journal.append("failed", reason="NonFiniteLoss: step 4", attempt="a")
+    journal.append(Failed(reason="NonFiniteLoss: step 4", attempt="a"))
     tracker.follow([trial], "first", PROVENANCE)
     (run,) = runs(tracker.uri)[1]
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "NonFiniteLoss: step 4")
@@ -159,16 +160,16 @@ def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(stor
 def test_a_trial_that_was_stopped_early_is_killed_with_its_reason_until_it_is_finished(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
     write_some_steps(journal)
-    journal.append("stopped", step=3, tokens=30, sweep="first", reason="perplexity 9 is not among the best 1 of 3")
+    journal.append(Stopped(step=3, tokens=30, sweep="first", reason="perplexity 9 is not among the best 1 of 3"))
     tracker = connect(storage)
     tracker.follow([trial], "first", PROVENANCE)
     tracker.interrupted()  # the sweep may still be: this trial has ended all the same
     (run,) = runs(tracker.uri)[1]
-    (stopped,) = (event for event in journal.read(0)[0] if event["event"] == "stopped")
-    assert (run.info.status, run.info.end_time) == ("KILLED", int(stopped["time"] * 1000))
+    (stopped,) = (event for event in journal.read().events if event.name == "stopped")
+    assert (run.info.status, run.info.end_time) == ("KILLED", int(stopped.time * 1000))
     assert run.data.tags["stopped_early"] == "perplexity 9 is not among the best 1 of 3"
     write_some_steps(journal, first=4, last=5)
-    journal.append("finished")
+    journal.append(Finished())
     connect(storage).follow([trial], "second", PROVENANCE)
     (run,) = runs(tracker.uri)[1]
     assert (run.info.status, run.data.tags["stopped_early"]) == ("FINISHED", "no: it went on, and finished")
@@ -177,13 +178,13 @@ def test_a_trial_that_was_stopped_early_is_killed_with_its_reason_until_it_is_fi
 def test_a_cancelled_trial_is_killed_by_name_until_it_is_finished(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
     write_some_steps(journal)
-    journal.append("cancelled", step=3, by="somebody on head")
+    journal.append(Cancelled(step=3, by="somebody on head"))
     tracker = connect(storage)
     tracker.follow([trial], "first", PROVENANCE)
     (run,) = runs(tracker.uri)[1]
     assert (run.info.status, run.data.tags["cancelled"]) == ("KILLED", "at step 3, by somebody on head")
     write_some_steps(journal, first=4, last=5)
-    journal.append("finished")
+    journal.append(Finished())
     connect(storage).follow([trial], "first", PROVENANCE)
     (run,) = runs(tracker.uri)[1]
     assert (run.info.status, run.data.tags["cancelled"]) == ("FINISHED", "no: it went on, and finished")
@@ -192,7 +193,7 @@ def test_a_cancelled_trial_is_killed_by_name_until_it_is_finished(storage, trial
 def test_a_trial_that_begins_anew_has_one_run_and_its_earlier_points_stay_in_another(storage, trial):
     folder = storage.trial(trial.fingerprint)
     write_some_steps(folder.journal)
-    folder.journal.append("finished")
+    folder.journal.append(Finished())
     tracker = connect(storage)
     tracker.follow([trial], "first", PROVENANCE)
     folder.put_aside()
@@ -238,7 +239,7 @@ def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, tria
     server.wait()
     for step in range(6, 10):
         began = time.time()
-        journal.append("step", **a_step(step, loss=10.0 - step))
+        journal.append(Step(**a_step(step, loss=10.0 - step)))
         assert time.time() - began < 0.5  # training does not wait for the server
     deadline = time.time() + 60
     while thread.trouble is None and time.time() < deadline:
@@ -246,7 +247,7 @@ def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, tria
     assert "nothing is lost" in thread.trouble
 
     server = start_mlflow_server(tmp_path, port)
-    journal.append("finished")
+    journal.append(Finished())
     thread.stop()
     assert thread.trouble is None
     client, (run,) = runs(tracker.uri)

@@ -41,7 +41,7 @@ def only_record(bucket):
 
 
 def losses(record):
-    return {step: event["loss"] for step, event in record.steps.items()}
+    return {step: event.loss for step, event in record.steps.items()}
 
 
 def is_gone(pid):
@@ -62,7 +62,7 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     record = wait_for(
         lambda: (r := only_record(bucket)) and r.saved_step >= 4 and r, process, "the checkpoint of step 4"
     )
-    worker = record.started["pid"]
+    worker = record.started.pid
     os.killpg(process.pid, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)  # Ray would end it too, but so late that it might finish the trial before
     process.communicate()
@@ -73,7 +73,7 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     shutil.rmtree(tmp_path / "one")
 
     process = SweepCommand(bucket, *flags, environment=mirrors["other"]).start()
-    wait_for(lambda: only_record(bucket).started["pid"] != worker, process, "the second worker")
+    wait_for(lambda: only_record(bucket).started.pid != worker, process, "the second worker")
     s3.stop()
     threading.Timer(3, s3.start).start()
     output, _ = process.communicate(timeout=200)
@@ -86,7 +86,7 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     found = only_record(bucket)
     assert (found.state, found.resumed_at >= 4) == ("finished", True)
     assert losses(found) == losses(expected)
-    assert [e["nll"] for e in found.curve(1024)] == [e["nll"] for e in expected.curve(1024)]
+    assert [e.nll for e in found.curve(1024)] == [e.nll for e in expected.curve(1024)]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
     fingerprint = expected.journal.path.parent.name
     tensors, _ = load_newest(fetch(bucket, fingerprint) / "checkpoints")
@@ -119,9 +119,9 @@ def test_two_sweeps_at_once_on_two_machines_train_a_shared_trial_once(bucket, tm
         assert process.returncode == 0, output
     record = only_record(bucket)
     assert record.state == "finished"
-    events = record.journal.read()[0]
-    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 7))
-    assert sum(event["event"] == "started" for event in events) == 1
+    events = record.journal.read().events
+    assert [event.step for event in events if event.name == "step"] == list(range(1, 7))
+    assert sum(event.name == "started" for event in events) == 1
 
 
 PLANTED = "hf_planted0123456789token"

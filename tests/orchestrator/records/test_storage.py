@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.fetch import fetch
 from orchestrator.records import object_store
+from orchestrator.records.events import Cancelled, Eval, Finished, Saved, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import LeaseLost, owner
 from orchestrator.records.object_store import ObjectStore, StoreAway, patiently
@@ -41,7 +42,7 @@ def on_node(name, bucket, tmp_path, monkeypatch):
 
 
 def events(journal):
-    return [(event["event"], event.get("step")) for event in journal.read()[0]]
+    return [(event.name, getattr(event, "step", None)) for event in journal.read().events]
 
 
 def save(folder, step):
@@ -112,7 +113,7 @@ def test_writers_of_one_journal_lose_nothing_and_a_follower_sees_each_line_once(
     def write(writer):
         journal = SegmentedJournal(store, "journal")
         for number in range(10):
-            journal.append("line", writer=writer, number=number)
+            journal.append(Cancelled(step=number, by=str(writer)))
 
     threads = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
     for thread in threads:
@@ -121,41 +122,41 @@ def test_writers_of_one_journal_lose_nothing_and_a_follower_sees_each_line_once(
         seen += follower.follow()
     seen += follower.follow()
     for writer in range(3):
-        assert [event["number"] for event in seen if event["writer"] == writer] == list(range(10))
+        assert [event.step for event in seen if event.by == str(writer)] == list(range(10))
     assert len(seen) == 30
-    assert seen == SegmentedJournal(store, "journal").read()[0]
+    assert seen == SegmentedJournal(store, "journal").read().events
 
 
 def test_a_record_says_the_same_of_a_journal_in_a_store_as_of_one_in_a_file(bucket, tmp_path):
     file, segments = Journal(tmp_path / "journal.jsonl"), SegmentedJournal(ObjectStore.at(bucket), "journal")
     for journal in (file, segments):
         assert not journal.exists()
-        journal.append("started", hardware="one")
+        journal.append(Started(hardware="one"))
         for step in (1, 2):
-            journal.append("step", **a_step(step))
-        journal.append("eval", **evaluation(2, 5.0))
-        journal.append("saved", step=2)
-        journal.append("finished")
+            journal.append(Step(**a_step(step)))
+        journal.append(Eval(**evaluation(2, 5.0)))
+        journal.append(Saved(step=2))
+        journal.append(Finished())
         assert journal.exists()
     one, other = (TrialRecord.of(journal) for journal in (file, segments))
     assert (one.state, one.saved_step, one.last_step) == (other.state, other.saved_step, other.last_step)
-    assert [e["perplexity"] for e in one.curve(1024)] == [e["perplexity"] for e in other.curve(1024)] == [5.0]
+    assert [e.perplexity for e in one.curve(1024)] == [e.perplexity for e in other.curve(1024)] == [5.0]
     segments.save(tmp_path / "saved.jsonl")
-    assert Journal(tmp_path / "saved.jsonl").read()[0] == segments.read()[0]
+    assert Journal(tmp_path / "saved.jsonl").read().events == segments.read().events
 
 
 def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(training, s3, bucket, tmp_path, monkeypatch):
     _, folder, writer = training
     with writer() as writer:
-        writer.append("started", hardware="here")
+        writer.append(Started(hardware="here"))
         s3.stop()
         for step in range(1, 7):
-            writer.append("step", **a_step(step))
+            writer.append(Step(**a_step(step)))
             if step % 2 == 0:
                 save(folder, step)
-                writer.append("saved", step=step)
+                writer.append(Saved(step=step))
         s3.start()
-        writer.append("finished")
+        writer.append(Finished())
     elsewhere = on_node("other", bucket, tmp_path, monkeypatch).trial(TRIAL.fingerprint)
     told = events(elsewhere.journal)
     assert [step for event, step in told if event == "step"] == [1, 2, 3, 4, 5, 6]
@@ -176,10 +177,10 @@ def test_a_checkpoint_is_sent_after_all_that_came_before_it(training, monkeypatc
 
     monkeypatch.setattr(storage.store, "upload_folder", upload_folder)
     with writer() as writer:
-        writer.append("step", **a_step(1))
-        writer.append("eval", **evaluation(1, 5.0))
+        writer.append(Step(**a_step(1)))
+        writer.append(Eval(**evaluation(1, 5.0)))
         save(folder, 1)
-        writer.append("saved", step=1)
+        writer.append(Saved(step=1))
     assert stored_before == [[("step", 1), ("eval", 1)]]
 
 
@@ -188,8 +189,8 @@ def test_a_damaged_checkpoint_is_passed_over_on_another_node(training, bucket, t
     with writer() as writer:
         for step in (1, 2, 3):
             save(folder, step)
-            writer.append("saved", step=step)
-            writer.append("finished")  # waits until it is stored
+            writer.append(Saved(step=step))
+            writer.append(Finished())  # waits until it is stored
     names = storage.store.names(folder.name)
     assert {name.split("/")[-2] for name in names if "checkpoints" in name} == {"step-00000002", "step-00000003"}
     tensors = f"{folder.name}/checkpoints/step-00000003/tensors.safetensors"
@@ -210,13 +211,13 @@ def test_a_damaged_checkpoint_is_passed_over_on_another_node(training, bucket, t
 def test_who_lost_the_lease_sends_nothing_more(training, monkeypatch):
     storage, folder, writer = training
     with pytest.raises(LeaseLost), writer() as writer:
-        writer.append("started")
-        writer.append("finished")
+        writer.append(Started())
+        writer.append(Finished())
         with folder.lease(owner("attempt", "another start")):
-            writer.append("step", **a_step(1))  # not known yet
+            writer.append(Step(**a_step(1)))  # not known yet
             with pytest.raises(LeaseLost):
                 writer.lease._beat()
-            writer.append("step", **a_step(2))
+            writer.append(Step(**a_step(2)))
     assert "step" not in [event for event, _ in events(SegmentedJournal(storage.store, f"{folder.name}/journal"))]
 
 
@@ -247,19 +248,21 @@ def test_a_corpus_is_prepared_once_and_fetched_once_a_node(bucket, tmp_path, tex
 
 KILLED = """
 import os, signal, sys, torch
+from orchestrator.records.events import Saved, Started, Step
 from orchestrator.records.leases import owner
 from orchestrator.records.storage import Storage
+from tests.support.events import a_step
 from workloads.training.checkpoint import save_checkpoint
 
 folder = Storage.at(sys.argv[1]).trial(sys.argv[2])
 assert folder.is_visible()
 folder.log.write_text("")
 with folder.lease(owner("attempt", "sweep")) as lease, folder.writer(lease) as writer:
-    writer.append("started")
+    writer.append(Started())
     for step in range(1, 1000):
-        writer.append("step", step=step)
+        writer.append(Step(**a_step(step)))
         save_checkpoint(folder.checkpoints, step, {"weight": torch.full((1000,), float(step))}, {})
-        writer.append("saved", step=step)
+        writer.append(Saved(step=step))
         print(step, flush=True)
 """
 

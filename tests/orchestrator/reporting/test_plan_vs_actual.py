@@ -6,9 +6,11 @@ from orchestrator.options import RunOptions
 from orchestrator.plan import plan, totals
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.estimate import Estimator
+from orchestrator.records.events import Failed, Finished, Launched, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import plan_and_truth
 from orchestrator.spec import Identities, SweepSpec
+from tests.support.events import a_step
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource
 
@@ -16,12 +18,13 @@ BEGAN = 1_000.0
 
 
 def write(journal, launched, started, ended, end="finished", speeds=(), peak=None):
-    journal.append("launched", time=launched)
-    journal.append("started", time=started, hardware="as planned", workers=1)
+    journal.append(Launched(time=launched))
+    journal.append(Started(time=started, hardware="as planned", workers=1))
     for number, speed in enumerate(speeds, start=1):
-        journal.append("step", time=started + number, step=number, tokens_per_second=speed, peak_memory_gib=peak)
+        measured = {"tokens_per_second": speed, "peak_memory_gib": peak}
+        journal.append(Step(time=started + number, **a_step(number) | measured))
     if ended:
-        journal.append(end, time=ended, reason="because")
+        journal.append(Finished(time=ended) if end == "finished" else Failed(time=ended, reason="because"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.faults import HICCUP_PAUSES, classify, remedy
+from orchestrator.running.faults import TRANSIENT_PAUSES, classify, remedy
 from tests.support.commands import ONE_TRIAL, ROOT, SweepCommand, wait_for
 from tests.support.ray_nodes import processes_beside, worker_processes
 from tests.support.storage import mlflow_runs, running_trial
@@ -43,8 +43,8 @@ def raised_from(error, cause):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
         (MemoryError(), "out_of_host_memory"),
         (raised_from(OSError("checkpoint of 5 bytes"), OSError(errno.ENOSPC, "No space left")), "disk_full"),
-        (raised_from(InputError("model x could not be loaded"), ConnectionResetError()), "hiccup"),
-        (OSError(errno.ESTALE, "Stale file handle"), "hiccup"),
+        (raised_from(InputError("model x could not be loaded"), ConnectionResetError()), "transient"),
+        (OSError(errno.ESTALE, "Stale file handle"), "transient"),
         (torch.distributed.DistBackendError("NCCL communicator was aborted"), "lost"),
         (ValueError("Default process group has not been initialized, please make sure to call"), "lost"),
         (KeyError("weight"), "error"),
@@ -84,7 +84,7 @@ def test_what_the_cpu_allocator_and_gloo_really_raise():
         peers[1].wait()
 
 
-def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
+def test_memory_is_saved_step_by_step_and_transient_faults_are_waited_out():
     pieces = []
     execution = ExecutionConfig(engine="zero2")
     while plan := remedy("out_of_memory", execution, 8, 32, []):
@@ -103,9 +103,11 @@ def test_memory_is_saved_step_by_step_and_hiccups_are_waited_out():
     given_up = remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
     assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
     assert remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
-    pauses = [remedy("hiccup", execution, 8, 32, ["hiccup"] * tried).pause for tried in range(len(HICCUP_PAUSES))]
+    pauses = [
+        remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))
+    ]
     assert pauses == sorted(pauses) and sum(pauses) > 120
-    assert remedy("hiccup", execution, 8, 32, ["hiccup"] * len(HICCUP_PAUSES)) is None
+    assert remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
     for final in ("configuration", "not_finite", "disk_full", "error"):
         assert remedy(final, execution, 8, 32, []) is None
 
@@ -147,7 +149,7 @@ def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothin
         record = wait_for(partial(in_attempt, command.storage, attempt, at_step), process, f"step {at_step}")
         for file in (path for path in (command.storage / ".ray").rglob("*") if path.is_file()):
             os.truncate(file, file.stat().st_size // 2)
-        ranks, (driver,) = worker_processes(record), processes_beside(record.started["pid"], "ImplicitFunc")
+        ranks, (driver,) = worker_processes(record), processes_beside(record.started.pid, "ImplicitFunc")
         os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
         struck_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=200)
@@ -204,7 +206,7 @@ def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_f
     command = SweepCommand(tmp_path / "runs", *flags, environment=small_blocks)
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 2), process, "step 2")
-    pid = record.started["pid"]
+    pid = record.started.pid
     resource.prlimit(pid, resource.RLIMIT_DATA, (2**20, resource.RLIM_INFINITY))
     output, _ = process.communicate(timeout=200)
     record = TrialRecord.of(record.journal)

@@ -71,7 +71,7 @@ def test_trials_go_on_where_there_is_room_when_their_node_goes_without_a_word(cl
     process = command.start()
     wait_for(lambda: len([r for r in records(command.storage).values() if r.last_step > 3]) > 1, process, "two trials")
     lost = full(command.storage)
-    cluster.kill(cluster.node_of(lost.started["pid"]))
+    cluster.kill(cluster.node_of(lost.started.pid))
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert [record.state for record in records(command.storage).values()] == ["finished"] * 3
@@ -90,16 +90,16 @@ def test_a_trial_goes_on_elsewhere_after_a_notice_and_trains_nothing_twice(clust
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
     # A quick machine would end the trial before Ray Train's watcher for notices has started.
-    with paused(record.started["pid"]):
+    with paused(record.started.pid):
         wait_for(lambda: cluster.runs("PreemptionWatcher"), process, "who watches for notices")
-        cluster.drain(record.started["node"], seconds=30)
+        cluster.drain(record.started.node, seconds=30)
         time.sleep(2)  # it looks ten times in that: PREEMPTION_POLL of ray_nodes
     lost_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
     assert record.state == "finished" and len(record.attempts) == 2
-    events = [event["event"] for event in record.journal.read()[0]]
+    events = [event.name for event in record.journal.read().events]
     assert "preempted" in events and record.resumed_at >= lost_at
     assert events.count("step") == 40, "no step was trained twice"
     one, other = results["full"], weights(record)

@@ -11,6 +11,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from orchestrator.records.events import make_event
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
 from tests.support.models import small_llama, small_model
@@ -306,7 +307,7 @@ def trial(training, corpus, storage, **asking):
     events = []
 
     def emit(event, **fields):
-        folder.journal.append(event, **fields)
+        folder.journal.append(make_event(event, **fields))
         events.append({"event": event, **fields})
 
     run(TINY, training, ExecutionConfig(), corpus, folder.checkpoints, Engine(CPU, "bfloat16"), emit, **asking)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.records.storage import Storage
 from orchestrator.spec import Identities, TrialSpec
+from tests.support.events import emit_to
 from tests.support.models import small_model
 from tests.support.texts import prepare_texts
 from workloads.attention import full_attention
@@ -56,7 +57,7 @@ def train(source, positions, corpus, root):
     folder = Storage(root).add_trial(spec, source.location)
     engine, execution = Engine(torch.device("cpu"), "float32"), ExecutionConfig()
     model = build_model(source, config, engine, execution)
-    Trial(model, config, execution, corpus, folder.checkpoints, engine, folder.journal.append).run()
+    Trial(model, config, execution, corpus, folder.checkpoints, engine, emit_to(folder.journal)).run()
     return folder.path, model
 
 
