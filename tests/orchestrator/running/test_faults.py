@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.faults import TRANSIENT_PAUSES, classify, remedy
+from orchestrator.running.faults import TRANSIENT_PAUSES, classify, find_remedy
 from tests.support.commands import ONE_TRIAL, ROOT, SweepCommand, wait_for
 from tests.support.ray_nodes import processes_beside, worker_processes
 from tests.support.storage import mlflow_runs, running_trial
@@ -87,29 +87,29 @@ def test_what_the_cpu_allocator_and_gloo_really_raise():
 def test_memory_is_saved_step_by_step_and_transient_faults_are_waited_out():
     pieces = []
     execution = ExecutionConfig(engine="zero2")
-    while plan := remedy("out_of_memory", execution, 8, 32, []):
+    while plan := find_remedy("out_of_memory", execution, 8, 32, []):
         execution = plan.execution
         pieces.append((execution.micro_batch, execution.gradient_checkpointing, execution.offload))
     assert pieces == [(2, 0, False), (1, 0, False), *((1, n, False) for n in (16, 24, 28, 32)), (1, 32, True)]
     for before, words in ((0, "gradient checkpointing 16"), (13, "gradient checkpointing 23"), (31, "32")):
-        again = remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
-        assert again.words.endswith(words)
+        again = find_remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
+        assert again.description.endswith(words)
     whole = ExecutionConfig(gradient_checkpointing="all")
-    assert remedy("out_of_memory", whole, 1, 32, []) is None
-    assert remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
-    assert remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
+    assert find_remedy("out_of_memory", whole, 1, 32, []) is None
+    assert find_remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
+    assert find_remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
     with_host = ExecutionConfig(gradient_checkpointing=14, offload_activations=8)
-    assert remedy("out_of_memory", with_host, 1, 32, []).words == "tried again with gradient checkpointing 19"
-    given_up = remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
+    assert find_remedy("out_of_memory", with_host, 1, 32, []).description == "tried again with gradient checkpointing 19"
+    given_up = find_remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
     assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
-    assert remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
+    assert find_remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
     pauses = [
-        remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))
+        find_remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))
     ]
     assert pauses == sorted(pauses) and sum(pauses) > 120
-    assert remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
+    assert find_remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
     for final in ("configuration", "not_finite", "disk_full", "error"):
-        assert remedy(final, execution, 8, 32, []) is None
+        assert find_remedy(final, execution, 8, 32, []) is None
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
     import atexit, threading
     atexit.register(lambda: worker.join(60))
     import torch
-    from orchestrator.running.faults import notice_the_end
+    from orchestrator.running.faults import watch_exit
     from workloads.attention.grouped import grouped_attention
 
     def train():
@@ -187,9 +187,9 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
             while True:
                 grouped_attention(x, x, x, 16, 2, 1.0, "cpu")
         except Exception:
-            print("error", ending.is_set(), flush=True)
+            print("error", exiting.is_set(), flush=True)
 
-    ending, begun = notice_the_end(), threading.Event()
+    exiting, begun = watch_exit(), threading.Event()
     worker = threading.Thread(target=train, daemon=True)
     worker.start()
     begun.wait()
