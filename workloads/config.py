@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from workloads.attention.patterns import PATTERNS, Attention
 from workloads.errors import InputError
 
 # RESULT_VERSION is raised by hand when this package is meant to give other numbers for the same configuration; it is
@@ -21,7 +22,6 @@ from workloads.errors import InputError
 RESULT_VERSION = 2
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
-Attention = Literal["s2", "full", "s2-layers", "short", "shifted", "dilated", "block-sparse", "stride-sparse"]
 AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"]
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
@@ -44,7 +44,7 @@ class TrainingConfig:
         method: ``lora``; ``lora+norm`` and ``lora+embed``, where norms or embeddings train too; ``lora+`` (the paper's
             improved LoRA: both); ``full``; or ``untuned``, which trains nothing and is evaluated as it is.
         attention: the pattern in training: ``s2`` (shifted sparse attention), ``full``, or another of those that
-            workloads/attention/patterns.py defines. Evaluation is always full.
+            workloads/attention/patterns defines. Evaluation is always full.
         group_size: tokens in a group (window, block) of the pattern; even, and the context length is a multiple of it.
             None with ``full``.
         document_mask: in training, attention stops at the boundaries of the documents in a sequence; positions go on.
@@ -134,11 +134,7 @@ class TrainingConfig:
             )
         if self.method == "untuned" and self.steps:
             raise InputError(f"steps is {self.steps}, but the method 'untuned' trains nothing; set it to 0")
-        if self.attention not in get_args(Attention):
-            raise InputError(
-                f"attention {self.attention!r} is unknown; expected one of {', '.join(get_args(Attention))}"
-            )
-        if (self.group_size is None) != (self.attention == "full"):
+        if (self.group_size is None) == PATTERNS[self.attention].has_group_size:
             expected = "every pattern but full has a group size, and full has none"
             raise InputError(f"group_size is {self.group_size} with attention {self.attention!r}; {expected}")
         if self.group_size is not None and self.context_length % self.group_size:

@@ -27,7 +27,8 @@ from workloads import export
 from workloads.adaptation.lora_fusion import spare_passes
 from workloads.adaptation.methods import adapt
 from workloads.ask import load_model
-from workloads.attention import AttentionPattern, full_attention, use_pattern
+from workloads.attention.interface import full_attention, use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine

@@ -32,7 +32,9 @@ from workloads.adaptation.methods import (
     keep_autocast_dtype,
     trainable_parameters,
 )
-from workloads.attention import AttentionPattern, backend_of, document_ids, use_pattern
+from workloads.attention.documents import document_ids
+from workloads.attention.interface import backend_of, use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.budget import Device, ModelShape, model_flops_utilisation
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus

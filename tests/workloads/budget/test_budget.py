@@ -18,7 +18,10 @@ from tests.support.models import plain_losses, random_tokens, small_model
 from tests.support.traffic import count_traffic, family_config
 from workloads.adaptation.lora_fusion import spare_passes
 from workloads.adaptation.methods import adapt, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, dense_mask, shifted, use_pattern
+from workloads.attention import shifted
+from workloads.attention.interface import use_pattern
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.budget import (
     Device,
     ModelShape,

@@ -12,7 +12,7 @@ from orchestrator.spec import Identities, TrialSpec
 from tests.support.events import emit_to
 from tests.support.models import small_model
 from tests.support.texts import prepare_texts
-from workloads.attention import full_attention
+from workloads.attention.interface import full_attention
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError

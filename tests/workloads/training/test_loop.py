@@ -13,7 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.support.models import plain_losses
 from tests.support.texts import prepare_texts
-from workloads.attention import AttentionPattern, dense_mask, document_ids
+from workloads.attention.documents import document_ids
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import PackedCorpus
 from workloads.engines.engine import Engine

@@ -9,7 +9,8 @@ import torch
 
 from tests.support.models import small_llama
 from tests.support.workers import run_workers
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention.interface import use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, Instructions, prepare_examples
 from workloads.engines.engine import Engine
