@@ -125,7 +125,7 @@ class Observer:
         """The training loop's ``emit``."""
         self.record(make_event(name, **fields))
 
-    def poll_request(self) -> Request | None:
+    def poll_request(self) -> Asked | None:
         """The training loop's ``poll_request``: stop for a preemption, for the judge or for a person.
 
         Before a node is preempted the trial stops with a checkpoint, and its driver starts it again elsewhere: what it
@@ -177,7 +177,7 @@ def _run(
         make_engine(job.execution, device, trial.training.precision),
         observer.emit,
         _broadcast(_scores_at_step_0(trial, untuned), workers),
-        poll_request=observer.poll_request,
+        asked=observer.poll_request,
     )
 
 

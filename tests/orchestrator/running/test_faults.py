@@ -96,15 +96,20 @@ def test_memory_is_saved_step_by_step_and_transient_faults_are_waited_out():
         assert again.description.endswith(words)
     whole = ExecutionConfig(gradient_checkpointing="all")
     assert find_remedy("out_of_memory", whole, 1, 32, []) is None
-    assert find_remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
+    assert find_remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, (
+        "an untuned trial has nothing to recompute"
+    )
     assert find_remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
     with_host = ExecutionConfig(gradient_checkpointing=14, offload_activations=8)
-    assert find_remedy("out_of_memory", with_host, 1, 32, []).description == "tried again with gradient checkpointing 19"
+    assert (
+        find_remedy("out_of_memory", with_host, 1, 32, []).description == "tried again with gradient checkpointing 19"
+    )
     given_up = find_remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
     assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
     assert find_remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
     pauses = [
-        find_remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))
+        find_remedy("transient", execution, 8, 32, ["transient"] * tried).pause
+        for tried in range(len(TRANSIENT_PAUSES))
     ]
     assert pauses == sorted(pauses) and sum(pauses) > 120
     assert find_remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
