@@ -22,7 +22,7 @@ from orchestrator.ray_internals import (
     release_placement_group,
 )
 from orchestrator.records.cancellation import cancelled_before_its_start
-from orchestrator.records.events import Failed, FaultKind, Launched, Resources, Retry
+from orchestrator.records.events import Failed, FaultKind, Launched, Retry
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Remedy, find_remedy
@@ -60,9 +60,8 @@ def drive_trial(config: dict[str, Any]) -> None:
 def _attempt(job: TrialJob, storage: Storage, folders: list[TrialFolder]) -> None:
     """One run of Ray Train, which itself replaces lost workers."""
     _release_earlier_reservation(job, folders)
-    resources = Resources(workers=job.resources.workers, cpus=job.resources.cpus, gpus=job.resources.gpus)
     for folder in folders:
-        folder.journal.append(Launched(sweep=job.sweep, resources=resources))
+        folder.journal.append(Launched(sweep=job.sweep, resources=dataclasses.asdict(job.resources)))
     try:
         _make_trainer(job, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Literal
 from orchestrator.planning.early_stopping import Rungs, curve_of
 from orchestrator.records.events import Eval, Event, Step, Stopped
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 
 
 class Judge:

@@ -37,14 +37,14 @@ from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, watch_exit
 from orchestrator.running.job import TrialJob
 from orchestrator.running.judge import Judge
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory
-from workloads.engines.engine import make_engine
+from workloads.engines.choose import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.training.compile_cache import keep_compiled
-from workloads.training.loop import Asked, run
+from workloads.training.loop import Request, run
 
 
 def train_worker(job: TrialJob) -> None:
@@ -72,7 +72,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
     with contextlib.ExitStack() as stack:
         stack.enter_context(log_to(folder.log))
         lease = stack.enter_context(folder.lease(leases.owner(job.id, job.sweep))) if is_first else None
-        rungs = Rungs(storage, job.sweep, job.early_stopping) if is_first and job.early_stopping else None
+        rungs = Rungs(storage, job.sweep, job.early_stopping) if lease and job.early_stopping else None
         if not _broadcast(is_first and _is_to_train(folder, job.attempt), workers):
             record = TrialRecord.of(folder.journal)
             if rungs and record.state == "finished":
@@ -80,11 +80,12 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             return
         if _broadcast(is_first and cancelled_before_its_start(storage, folder), workers):
             return
-        observer = Observer(
-            stack.enter_context(folder.writer(lease)) if lease else None,
-            Judge(rungs, trial, TrialRecord.of(folder.journal)) if rungs else None,
-            stack.enter_context(Cancellation(storage, trial.fingerprint)) if is_first else None,
-        )
+        observer = Observer()
+        if lease:
+            observer.writer = folder.writer(lease)
+            stack.enter_context(observer.writer)
+            observer.judge = Judge(rungs, trial, TrialRecord.of(folder.journal)) if rungs else None
+            observer.cancellation = stack.enter_context(Cancellation(storage, trial.fingerprint))
         try:
             observer.record(_started(job, device, workers))
             finished = _run(trial, storage, job, device, workers, observer)
@@ -105,11 +106,11 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
 
 @dataclass
 class Observer:
-    """What worker 0 does with a trial's events, and who may stop it. On other workers all parts are None."""
+    """Records the events of a trial on worker 0, and polls what may stop it. On other workers it does nothing."""
 
-    writer: LocalWriter | Uploader | None
-    judge: Judge | None
-    cancellation: Cancellation | None
+    writer: LocalWriter | Uploader | None = None
+    judge: Judge | None = None
+    cancellation: Cancellation | None = None
     preempted: bool = False
 
     def record(self, event: Event) -> None:
@@ -125,7 +126,7 @@ class Observer:
         """The training loop's ``emit``."""
         self.record(make_event(name, **fields))
 
-    def poll_request(self) -> Asked | None:
+    def poll_request(self) -> Request | None:
         """The training loop's ``poll_request``: stop for a preemption, for the judge or for a person.
 
         Before a node is preempted the trial stops with a checkpoint, and its driver starts it again elsewhere: what it
@@ -134,7 +135,9 @@ class Observer:
         self.preempted = preemption_announced()
         if self.preempted:
             return "stop"
-        return (self.judge and self.judge.poll_request()) or (self.cancellation and self.cancellation.poll_request())
+        if self.judge and self.judge.poll_request():
+            return "stop"
+        return self.cancellation.poll_request() if self.cancellation else None
 
     def record_end(self, finished: bool, attempt: str) -> None:
         """Records how the attempt ended: the trial finished, or one of those who may stop it did."""
@@ -177,7 +180,7 @@ def _run(
         make_engine(job.execution, device, trial.training.precision),
         observer.emit,
         _broadcast(_scores_at_step_0(trial, untuned), workers),
-        asked=observer.poll_request,
+        poll_request=observer.poll_request,
     )
 
 
