@@ -18,9 +18,11 @@ from orchestrator.records.storage import read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, plan_and_truth
 from orchestrator.terminal import shown_path
+from workloads.attention.patterns import PATTERNS
 from workloads.command import EXIT_INTERRUPTED
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
-from workloads.wording import POSITIONS, shared_settings
+from workloads.models.positions import POSITIONS
+from workloads.wording import shared_settings
 
 if TYPE_CHECKING:
     from orchestrator.sweep import Sweep
@@ -177,19 +179,17 @@ class Conclusion:
     def describe_settings(self) -> dict[str, str]:
         """What all that is trained has in common; the report has a place of its own for attention and seeds."""
         shared = shared_settings([trial.training for trial in self.sweep.trials if trial.training.method != "untuned"])
-        positions = {"Positions": POSITIONS[self.sweep.spec.positions]} if self.sweep.spec.positions != "none" else {}
+        kind = POSITIONS[self.sweep.spec.positions]
+        positions = {"Positions": kind.label} if kind.parameters else {}
         return positions | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
 
     def describe_attention(self) -> str:
         inside = ", inside documents" if self.sweep.spec.document_mask else ""
-        if self.sweep.spec.attention == "full":
+        if not PATTERNS[self.sweep.spec.attention].has_group_size:
             return f"full attention in training{inside}"
         size = self.sweep.spec.group_size
         group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
-        pattern = (
-            "shifted sparse attention (S²-Attn)" if self.sweep.spec.attention == "s2" else self.sweep.spec.attention
-        )
-        return f"{pattern} in training, groups of {group}{inside}"
+        return f"{PATTERNS[self.sweep.spec.attention].label}, in training, groups of {group}{inside}"
 
     def describe_learning_rates(self) -> str:
         chosen = self.sweep.spec.learning_rates_chosen

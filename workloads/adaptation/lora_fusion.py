@@ -16,8 +16,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear
 
-# Names of modules of one parent that every supported family calls with the same tensor, the first of them first.
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from workloads.models.families import SAME_INPUT
 
 
 def spare_passes(model: nn.Module) -> None:
