@@ -36,9 +36,10 @@ from orchestrator.records.events import make_event
 from orchestrator.records.provenance import cpu_name
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import Identities, SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
 from orchestrator.sweep import Sweep
 from orchestrator.terminal import make_console
+from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.data import Corpus, prepare
 from workloads.engines.engine import Engine

@@ -21,8 +21,8 @@ from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.estimate import GIB, Estimate, Estimator, makespan
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
 from orchestrator.terminal import duration, number_or_dash
+from orchestrator.trial_spec import TrialSpec
 from workloads.command import EXIT_USER_ERROR
 from workloads.errors import InputError
 

@@ -48,8 +48,9 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion
 from orchestrator.reporting.overview import Overview
 from orchestrator.running.sweep_runner import Running
-from orchestrator.spec import Identities, SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
 from orchestrator.terminal import make_console, shown_path
+from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR

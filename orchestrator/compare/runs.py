@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.records.events import Started
 from orchestrator.records.storage import Storage, TrialFolder, read_json
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 EXPECTED = (
@@ -56,7 +56,7 @@ class Run:
                 "text column": trial.text_column,
                 **{f"{name} identity": value for name, value in dataclasses.asdict(trial.identities).items()},
             },
-            "training": {name: getattr(trial.training, name) for name in trial.training.__slots__},
+            "training": dataclasses.asdict(trial.training),
             "execution": execution,
             "code": {name: getattr(started, name) for name in code},
             "packages": started.packages,

@@ -16,8 +16,8 @@ from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
 from orchestrator.records.events import Started
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
 from orchestrator.terminal import and_list
+from orchestrator.trial_spec import TrialSpec
 from workloads.budget import (
     Device,
     Memory,

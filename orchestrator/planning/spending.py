@@ -9,7 +9,7 @@ from orchestrator.compare.effort import held
 from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 
 POLL_S = 2.0
 

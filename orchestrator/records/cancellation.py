@@ -45,7 +45,7 @@ def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
 class Cancellation:
     """Looks for a request while a trial trains, in a thread of its own: a storage that is slow delays no step.
 
-    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s.
+    ``event`` is told all that the trial tells; ``asked`` is a ``poll_request`` of :func:`workloads.training.loop.run`.
     """
 
     def __init__(self, storage: Storage, fingerprint: str) -> None:

@@ -9,6 +9,7 @@ MLflow blocks for minutes on a server that does not answer and imports slowly: i
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -34,7 +35,7 @@ from orchestrator.records.events import (
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage, TrialFolder, read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class TrialRun:
             "data": self.trial.data,
             "model_identity": self.trial.identities.model,
             "data_identity": self.trial.identities.data,
-            **{name: getattr(training, name) for name in training.__slots__},
+            **dataclasses.asdict(training),
         }
         self.tracker.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         return run.info.run_id

@@ -19,7 +19,7 @@ from orchestrator.running.credentials import share_token
 from orchestrator.running.driver import drive_trial
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
 from orchestrator.running.scheduling import Job, JobQueue
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.sweep import Sweep

@@ -18,7 +18,8 @@ from orchestrator.records.storage import Storage
 from orchestrator.reporting.disk_usage import disk_usage
 from orchestrator.reporting.gpus import gpus
 from orchestrator.reporting.overview import Overview
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.commands import ROOT
 from tests.support.events import a_step, evaluation
 from workloads.errors import InputError

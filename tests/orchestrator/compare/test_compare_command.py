@@ -12,7 +12,8 @@ from orchestrator.compare import __main__ as command
 from orchestrator.compare.runs import find_run
 from orchestrator.records.events import Eval, Finished, Started, Step
 from orchestrator.records.storage import Storage, write_json
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.commands import ROOT
 from tests.support.events import TOKENS, a_step, document_evaluation
 from workloads.errors import InputError

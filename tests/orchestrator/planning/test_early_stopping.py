@@ -18,7 +18,7 @@ from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.judge import Judge
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.commands import SweepCommand
 from tests.support.events import a_step, evaluation
 from tests.support.storage import mlflow_runs, records

@@ -9,7 +9,8 @@ from orchestrator.planning.estimate import Estimator
 from orchestrator.records.events import Failed, Finished, Launched, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import plan_and_truth
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.events import a_step
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource

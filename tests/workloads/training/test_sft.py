@@ -17,7 +17,8 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
 from workloads.models.source import ModelSource
-from workloads.training.loop import build_model, run
+from workloads.training.loop import run
+from workloads.training.setup import build_model
 
 SOURCE = ModelSource.parse("builtin:tiny")
 CONTEXT = 96
