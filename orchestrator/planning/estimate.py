@@ -25,8 +25,8 @@ from workloads.budget import (
     calibrated,
     checkpoint_bytes,
     fewest_recomputed,
-    in_numbers,
     needed,
+    resolve_auto,
     smallest_change_that_fits,
     step_seconds,
     trial_seconds,
@@ -50,7 +50,7 @@ class Estimate:
     devices: float  # of all its workers together: GPUs, or threads of CPUs
     execution: ExecutionConfig
     memory: Memory
-    has: int  # bytes of the device for each worker
+    device_memory: int  # bytes for each worker
     tokens_per_second: float | None
     seconds: float | None  # until its end, start-up and evaluations included
     usd: float | None
@@ -115,7 +115,7 @@ class Estimator:
             self.start_up = statistics.median(starts)
         self._as_fast_as.clear()
 
-    def of(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
+    def estimate(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
         """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
         smallest change that makes it fit.
         """
@@ -127,11 +127,11 @@ class Estimator:
     def _place(self, training: TrainingConfig, fit: bool) -> Placed:
         options = self.options
         workers = options.workers if training.steps else 1
-        asked = in_numbers(self.shape, training, options.execution())
+        asked = resolve_auto(self.shape, training, options.execution())
         execution = replace(asked, offload_activations=asked.layers_offloaded)
         # With --fit, recompute is one of the changes that are weighed against each other.
         if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
-            every = in_numbers(self.shape, training, replace(execution, gradient_checkpointing="all"))
+            every = resolve_auto(self.shape, training, replace(execution, gradient_checkpointing="all"))
             execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
         needs = needed(self.shape, training, execution, workers, self.device)
         if execution.layers_offloaded and 0 < self.device.host_memory < needs.host:
@@ -183,7 +183,7 @@ class Estimator:
             devices=devices,
             execution=execution,
             memory=placed.memory,
-            has=self.device.memory,
+            device_memory=self.device.memory,
             tokens_per_second=tokens_per_second,
             seconds=seconds,
             usd=usd,
