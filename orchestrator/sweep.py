@@ -40,7 +40,7 @@ from orchestrator.planning.search import Search, Space
 from orchestrator.planning.spending import Spending
 from orchestrator.process import enable_gc, log_libraries_to, stop_on_sigterm
 from orchestrator.records import cancellation
-from orchestrator.records.heartbeat import Presence
+from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance, own_prices
 from orchestrator.records.storage import Storage, write_json
@@ -129,7 +129,7 @@ class Sweep:
 
     def run(self) -> int:
         self.check()
-        with Presence(self.storage, self.name, self.tell):
+        with Heartbeat(self.storage, self.name, self.tell):
             return self.run_checked()
 
     def tell(self) -> dict[str, Any]:
@@ -410,7 +410,7 @@ class Sweep:
 
     def is_cancelled(self) -> bool:
         """Whether a person has asked for the end of the whole sweep."""
-        return cancellation.requested(self.storage, f"sweeps/{self.name}") is not None
+        return cancellation.pending_request(self.storage, f"sweeps/{self.name}") is not None
 
     def stop(self, reason: str) -> None:
         """Ends all that runs, each trial with a checkpoint, and begins nothing more."""

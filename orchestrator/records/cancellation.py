@@ -22,7 +22,7 @@ def request(storage: Storage, what: str, by: str) -> None:
     storage.write(f"{what}/cancel.json", {"by": by, "time": time.time()})
 
 
-def requested(storage: Storage, what: str) -> dict[str, Any] | None:
+def pending_request(storage: Storage, what: str) -> dict[str, Any] | None:
     """by, time; or None where nobody has asked."""
     return storage.read(f"{what}/cancel.json")
 
@@ -31,9 +31,9 @@ def withdraw(storage: Storage, what: str) -> None:
     storage.remove(f"{what}/cancel.json")
 
 
-def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
+def cancel_before_start(storage: Storage, folder: TrialFolder) -> bool:
     """Whether a trial is not to begin, which its journal is then told."""
-    asked = requested(storage, folder.name)
+    asked = pending_request(storage, folder.name)
     if asked is None:
         return False
     record = TrialRecord.of(folder.journal)
@@ -73,6 +73,6 @@ class Cancellation:
     def _look(self) -> None:
         while not (self.request or self._stop.wait(POLL_S)):
             try:
-                self.request = requested(self.storage, self.what)
+                self.request = pending_request(self.storage, self.what)
             except Exception as error:  # a storage that is away, or a request that is just being written
                 logger.debug("no request to cancel can be read: %s", error)

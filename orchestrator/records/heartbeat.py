@@ -23,7 +23,7 @@ BEAT_S = 10.0
 LIMIT_S = 60.0
 
 
-class Presence:
+class Heartbeat:
     """A context in which a sweep's command says that it runs. A storage that is away, or full, disturbs nobody."""
 
     def __init__(self, storage: Storage, sweep: str, describe: Callable[[], dict[str, Any]]) -> None:
@@ -32,7 +32,7 @@ class Presence:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="presence", daemon=True)
 
-    def __enter__(self) -> Presence:
+    def __enter__(self) -> Heartbeat:
         self._beat()
         self._thread.start()
         return self
@@ -56,7 +56,7 @@ class Presence:
         self._beat()
 
 
-def command_of(storage: Storage, sweep: str) -> dict[str, Any] | None:
+def read_command(storage: Storage, sweep: str) -> dict[str, Any] | None:
     """What the command that runs the sweep, or ran it last, has said."""
     return storage.read(f"sweeps/{sweep}/command.json")
 

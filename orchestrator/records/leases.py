@@ -24,7 +24,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.object_store import LocalStore, ObjectStore, patiently
+from orchestrator.records.object_store import LocalStore, ObjectStore, retry
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,12 @@ class Lease:
         """Waits until the lease is free or its owner dead, and takes it.
 
         Raises:
-            StoreAway: the store has not answered for minutes.
+            StoreUnavailable: the store has not answered for minutes.
         """
         seen, since, looked = None, time.monotonic(), time.monotonic()
         while True:
-            newest = patiently(self._newest)
-            content = patiently(lambda number=newest: self.store.read(self._name(number))) if newest else None
+            newest = retry(self._newest)
+            content = retry(lambda number=newest: self.store.read(self._name(number))) if newest else None
             now = time.monotonic()
             # While the store was away its holder could not show itself either.
             if content != seen or now - looked > self.limit_s / 2:
@@ -137,12 +137,12 @@ class Lease:
         content, began = self._content(released=False), time.monotonic()
         name = self._name(generation)
         # A creation whose answer was lost on its way is found to be ours when it is tried again.
-        if not patiently(lambda: self.store.create(name, content) or self.store.read(name) == content):
+        if not retry(lambda: self.store.create(name, content) or self.store.read(name) == content):
             return False
         self.generation, self._beat_at = generation, began
         # The newest always stays, so that numbers never begin again; the one before, in case a reader is at it.
-        older = [self._name(number) for number in patiently(self._generations) if number < generation - 1]
-        patiently(lambda: self.store.remove(older))
+        older = [self._name(number) for number in retry(self._generations) if number < generation - 1]
+        retry(lambda: self.store.remove(older))
         return True
 
     def _keep_beating(self) -> None:

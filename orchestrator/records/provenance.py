@@ -212,23 +212,17 @@ def own_prices(options: RunOptions) -> dict[str, float]:
 
 
 def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver, such as 580.65.06: from the kernel where it tells, else from nvidia-smi."""
+    """The version of the NVIDIA driver, such as 580.65.06; None without one."""
+    import pynvml
+
     try:
-        return driver_version(Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        pass
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        pynvml.nvmlInit()
+        try:
+            return pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
         return None
-    return driver_version(done.stdout)
-
-
-def driver_version(text: str) -> str | None:
-    """The version in what the kernel's module or nvidia-smi says."""
-    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
-    return found[0] if found else None
 
 
 def hardware(device: torch.device, workers: int) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from orchestrator.records.events import Event, Parsed, as_line, parse
 from orchestrator.records.journal import Read
-from orchestrator.records.object_store import ObjectStore, is_passing, patiently, reason
+from orchestrator.records.object_store import ObjectStore, is_transient, reason, retry
 
 # A follower asks for a trial's next segment at most this often.
 POLL_S = 2.0
@@ -41,7 +41,7 @@ class SegmentedJournal:
     def append(self, event: Event) -> None:
         """Adds a line and has it stored before returning; waits for a store that is away."""
         content = as_line(event).encode()
-        patiently(lambda: self.write(content))
+        retry(lambda: self.write(content))
 
     def write(self, content: bytes) -> None:
         """Stores whole lines as the next segment. Raises at once where the store is away; may be called again then."""
@@ -60,7 +60,7 @@ class SegmentedJournal:
         away.
         """
         with self._lock:
-            patiently(self._catch_up)
+            retry(self._catch_up)
             return self._after(offset)
 
     def poll(self, offset: int) -> Read:
@@ -71,7 +71,7 @@ class SegmentedJournal:
                 self._catch_up()
                 self.store.trouble = None
             except Exception as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 self._asked_at = time.monotonic()
                 self.store.trouble = f"the storage does not answer ({reason(error)}); training goes on, trying again"
@@ -85,9 +85,9 @@ class SegmentedJournal:
     def save(self, file: Path) -> None:
         """Writes the journal into one local file, as it lies where the storage is local."""
         with self._lock:
-            patiently(self._catch_up)
+            retry(self._catch_up)
             names = self.store.names(self.folder)
-            file.write_bytes(b"".join(patiently(lambda: self.store.read_many(names))))
+            file.write_bytes(b"".join(retry(lambda: self.store.read_many(names))))
 
     def _catch_up(self) -> None:
         if not self._segments:

@@ -34,7 +34,7 @@ from filelock import FileLock
 from orchestrator.records import leases
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease
-from orchestrator.records.object_store import MANIFEST, LocalStore, ObjectStore, patiently
+from orchestrator.records.object_store import MANIFEST, LocalStore, ObjectStore, retry
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.records.writer import LocalWriter, Uploader, stored_checkpoints
@@ -119,7 +119,7 @@ class TrialFolder:
         """Whether this node sees what the sweep has written of the trial; fetches it from a store."""
         if self.store:
             try:
-                patiently(lambda: self.store.download(f"{self.name}/trial.json", self.path / "trial.json"))
+                retry(lambda: self.store.download(f"{self.name}/trial.json", self.path / "trial.json"))
             except FileNotFoundError:
                 return False
         return (self.path / "trial.json").is_file()
@@ -133,7 +133,7 @@ class TrialFolder:
     def holder(self) -> dict[str, Any] | None:
         """Who trains the trial (see :func:`orchestrator.records.leases.owner`), or None where nobody does."""
         if self.store:
-            return patiently(lambda: leases.holder(self.store, f"{self.name}/lease"))
+            return retry(lambda: leases.holder(self.store, f"{self.name}/lease"))
         return leases.holder(LocalStore(self.path), "lease")
 
     def writer(self, lease: Lease) -> LocalWriter | Uploader:
@@ -146,7 +146,7 @@ class TrialFolder:
         """Has the newest whole checkpoint of the store, and no other, in this node's mirror; returns its name, or None
         if there is none. A damaged one is reported and passed over.
         """
-        stored = patiently(lambda: stored_checkpoints(self.store, self.name))
+        stored = retry(lambda: stored_checkpoints(self.store, self.name))
         found = next((name for name in reversed(stored) if self.fetch_checkpoint(name)), None)
         for folder in self.checkpoints.glob("*"):
             if folder.name != found:
@@ -160,7 +160,7 @@ class TrialFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         folder = self.checkpoints / name
         with FileLock(self.path / ".fetch.lock"):  # several workers on a node
-            stored = patiently(lambda: self.store.read(f"{self.name}/checkpoints/{name}/{MANIFEST}"))
+            stored = retry(lambda: self.store.read(f"{self.name}/checkpoints/{name}/{MANIFEST}"))
             here = folder / MANIFEST
             if stored and here.exists() and here.read_bytes() == stored and damage(folder) is None:
                 return True
@@ -236,12 +236,12 @@ class Storage:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.is_file():
                     name = file.relative_to(self.root).as_posix()
-                    patiently(lambda file=file, name=name: self.store.upload(file, name))
+                    retry(lambda file=file, name=name: self.store.upload(file, name))
 
     def push_data(self, folder: Path) -> None:
         """Sends a prepared corpus to the store, if there is one and it is not there."""
         name = f"data/{folder.name}"
-        if self.store and patiently(lambda: self.store.read(f"{name}/{MANIFEST}")) is None:
+        if self.store and retry(lambda: self.store.read(f"{name}/{MANIFEST}")) is None:
             self.store.upload_folder(folder, name)
 
     def fetch_data(self, name: str, folder: Path) -> bool:
@@ -252,7 +252,7 @@ class Storage:
             return False
         whole = self.store.download_folder(f"data/{name}", folder)
         if not whole:
-            patiently(lambda: self.store.remove([f"data/{name}/{MANIFEST}"]))
+            retry(lambda: self.store.remove([f"data/{name}/{MANIFEST}"]))
         return whole
 
     def corpus(self, name: str) -> Path:
@@ -320,7 +320,7 @@ class Storage:
         """Writes a small JSON file below the root, for every node to see: whole or not at all."""
         if self.store:
             encoded = json.dumps(content, default=str).encode()
-            patiently(lambda: self.store.write(name, encoded))
+            retry(lambda: self.store.write(name, encoded))
         else:
             write_json(self.root / name, content)
 
@@ -328,27 +328,27 @@ class Storage:
         """A JSON file below the root, or None where there is none."""
         if self.store is None:
             return read_json(self.root / name)
-        content = patiently(lambda: self.store.read(name))
+        content = retry(lambda: self.store.read(name))
         return None if content is None else json.loads(content)
 
     def remove(self, name: str) -> None:
         """Removes a file below the root, if it is there."""
         if self.store:
-            patiently(lambda: self.store.remove([name]))
+            retry(lambda: self.store.remove([name]))
         else:
             (self.root / name).unlink(missing_ok=True)
 
     def sweeps(self) -> list[str]:
         """The names of all sweeps, in no order."""
         if self.store:
-            names = patiently(lambda: self.store.names("sweeps"))
+            names = retry(lambda: self.store.names("sweeps"))
             return sorted({name.split("/")[1] for name in names if name.count("/") > 1})
         return sorted(path.name for path in (self.root / "sweeps").glob("*") if path.is_dir())
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file below the root, by its name."""
         if self.store:
-            return patiently(self.store.sizes)
+            return retry(self.store.sizes)
         sizes = {}
         for folder, _, files in os.walk(self.root):
             for file in files:
@@ -360,8 +360,8 @@ class Storage:
     def read_folder(self, name: str) -> dict[str, Any]:
         """The content of each JSON file in a folder below the root, by the file's name without its ending."""
         if self.store:
-            names = [found for found in patiently(lambda: self.store.names(name)) if found.endswith(".json")]
-            contents = patiently(lambda: self.store.read_many(names))
+            names = [found for found in retry(lambda: self.store.names(name)) if found.endswith(".json")]
+            contents = retry(lambda: self.store.read_many(names))
             return {Path(found).stem: json.loads(content) for found, content in zip(names, contents)}
         contents = {file.stem: read_json(file) for file in sorted((self.root / name).glob("*.json"))}
         return {stem: content for stem, content in contents.items() if content is not None}

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from orchestrator.records.events import Eval, Event, Finished, Saved, Step, as_line
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease, LeaseLost
-from orchestrator.records.object_store import PATIENCE_S, ObjectStore, patiently
+from orchestrator.records.object_store import RETRY_LIMIT_S, ObjectStore, retry
 from orchestrator.records.segments import SegmentedJournal
 
 logger = logging.getLogger(__name__)
@@ -207,9 +207,9 @@ class Uploader:
             return call()
 
         def give_up(waited: float) -> bool:
-            return self._ended_at is not None and time.monotonic() - self._ended_at > PATIENCE_S
+            return self._ended_at is not None and time.monotonic() - self._ended_at > RETRY_LIMIT_S
 
-        return patiently(held, give_up)
+        return retry(held, give_up)
 
     def _send_log(self) -> None:
         try:

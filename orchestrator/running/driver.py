@@ -21,7 +21,7 @@ from orchestrator.ray_internals import (
     no_process_group,
     release_placement_group,
 )
-from orchestrator.records.cancellation import cancelled_before_its_start
+from orchestrator.records.cancellation import cancel_before_start
 from orchestrator.records.events import Failed, FaultKind, Launched, Retry
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -44,7 +44,7 @@ def drive_trial(config: dict[str, Any]) -> None:
     folders = [storage.trial(trial.fingerprint) for trial in job.trials]
     mended: list[FaultKind] = []
     # A list, so that each that is cancelled says so in its journal.
-    while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
+    while not all([cancel_before_start(storage, folder) for folder in folders]):
         # Names this attempt, so that what went wrong in it is told from what went wrong before.
         job = dataclasses.replace(job, attempt=uuid.uuid4().hex)
         _attempt(job, storage, folders)

@@ -23,10 +23,10 @@ from ray.util import get_current_placement_group
 from orchestrator.planning.early_stopping import Rungs
 from orchestrator.ray_internals import preemption_announced
 from orchestrator.records import leases
-from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
+from orchestrator.records.cancellation import Cancellation, cancel_before_start
 from orchestrator.records.events import Cancelled, Event, Failed, Finished, Preempted, Started, make_event
 from orchestrator.records.leases import LeaseLost
-from orchestrator.records.object_store import StoreAway
+from orchestrator.records.object_store import StoreUnavailable
 from orchestrator.records.provenance import describe_machine
 from orchestrator.records.storage import Storage, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -92,7 +92,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             if rungs and so_far.state == "finished":
                 rungs.enter(trial, so_far)
             return
-        if _agree(first and cancelled_before_its_start(storage, folder), workers):
+        if _agree(first and cancel_before_start(storage, folder), workers):
             return
         if first:
             writer = stack.enter_context(folder.writer(lease))
@@ -134,7 +134,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
                 record(Preempted(attempt=job.attempt))
             elif cancellation and cancellation.request:
                 record(Cancelled(step=cancellation.step, by=cancellation.request["by"]))
-        except (LeaseLost, StoreAway):
+        except (LeaseLost, StoreUnavailable):
             # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
             raise
         except Exception as error:
