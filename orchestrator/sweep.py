@@ -41,9 +41,10 @@ from orchestrator.planning.spending import Spending
 from orchestrator.process import enable_gc, log_libraries_to, stop_on_sigterm
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat
+from orchestrator.records.json_files import write_json
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance, own_prices
-from orchestrator.records.storage import Storage, write_json
+from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion
 from orchestrator.reporting.overview import Overview

@@ -64,7 +64,7 @@ def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waite
     began = time.monotonic()
 
     def unavailable(state: RetryCallState) -> NoReturn:
-        error = state.outcome and state.outcome.exception()
+        error = state.outcome.exception() if state.outcome else None
         waited = time.monotonic() - began
         raise StoreUnavailable(f"the storage has not answered for {waited:.0f} s ({reason(error)})") from error
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cli import EXIT_FAILED_TRIALS
 from orchestrator.compare import Outcome, compare, summarise
 from orchestrator.records.events import Started
+from orchestrator.records.json_files import read_json, write_json
 from orchestrator.records.mlflow_tracking import without_password
-from orchestrator.records.storage import read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, plan_and_truth
 from orchestrator.terminal import shown_path

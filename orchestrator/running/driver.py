@@ -23,7 +23,8 @@ from orchestrator.ray_internals import (
 )
 from orchestrator.records.cancellation import cancel_before_start
 from orchestrator.records.events import Failed, FaultKind, Launched, Retry
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Remedy, remedy
 from orchestrator.running.job import TrialJob

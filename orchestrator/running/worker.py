@@ -28,7 +28,8 @@ from orchestrator.records.events import Cancelled, Event, Failed, Finished, Pree
 from orchestrator.records.leases import LeaseLost
 from orchestrator.records.object_store import StoreUnavailable
 from orchestrator.records.provenance import describe_machine
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, notice_the_end
