@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 5.0
 METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 
-# MLflow's status for a trial's state; a trial that has not begun has no run. A trial stopped early counts as killed: its
-# last perplexity is of fewer tokens, so a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
+# MLflow's status for a trial's state; a trial that has not begun has no run. One stopped early counts as killed: its last
+# perplexity is of fewer tokens, and a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
 STATUS = {
     "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
     "cancelled": "KILLED", "failed": "FAILED",
@@ -80,7 +80,7 @@ def metrics_of(event: Step | Eval, context_length: int, workers: int) -> dict[st
 
 
 def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """(name, value, step) of a comparison's numbers for one context length; a method's are those of its best setting."""
+    """(name, value, step) of a comparison's numbers for a context length; a method's are those of its best setting."""
     length = context["context_length"]
     for setting in context["settings"]:
         method, step = setting["method"], setting["final"]["step"]
