@@ -14,8 +14,9 @@ from typing import get_args
 import torch
 import tyro
 
-from workloads.attention import AttentionPattern, attention, choose_backend, dense_mask
-from workloads.attention.backends import BACKENDS
+from workloads.attention.backends import BACKENDS, attention, choose_backend
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import Attention, AttentionBackend
 from workloads.errors import InputError
 

@@ -20,8 +20,8 @@ import tyro
 
 from benchmarks.baselines import published_s2
 from benchmarks.timing import in_words, machine, seconds_of, write_json
-from workloads.attention import AttentionPattern, attention, choose_backend
-from workloads.attention.backends import BACKENDS
+from workloads.attention.backends import BACKENDS, attention, choose_backend
+from workloads.attention.patterns import AttentionPattern
 from workloads.budget import attended_pairs
 from workloads.budget.flops import BACKWARD_BY_FORWARD, RECOMPUTED_SCORES
 from workloads.errors import InputError

@@ -31,10 +31,11 @@ from workloads.adaptation.methods import trainable_parameters
 from workloads.command import quiet_transformers, run_command
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
-from workloads.engines.engine import make_engine
+from workloads.engines.choose import make_engine
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_newest
-from workloads.training.loop import Trial, build_model, run
+from workloads.training.loop import Trial, run
+from workloads.training.setup import build_model
 
 Way = Literal["bfloat16", "fp8", "not-compiled"]
 EVERY = 50  # steps of which the mean loss is printed
@@ -115,7 +116,7 @@ def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: Packe
     with torch.no_grad():
         for name, parameter in trainable_parameters(trial.model).items():
             parameter.copy_(trained[f"model/{name}"])
-    exported = trial.score(training.context_length).perplexity
+    exported = trial.evaluator.score(training.context_length).perplexity
     return replace(curve, exported=exported, seconds=seconds, tokens_per_second=statistics.median(speeds))
 
 

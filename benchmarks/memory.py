@@ -22,12 +22,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from benchmarks.live import LiveTensors
-from workloads.adaptation.methods import trainable_parameters
 from workloads.budget import Device, Loop, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
-from workloads.engines.engine import make_engine
-from workloads.training.loop import Emit, Trial, set_up
-from workloads.training.optimization import build_optimizer
+from workloads.engines.choose import make_engine
+from workloads.training.loop import Emit, Trial
+from workloads.training.setup import prepare_model
 
 GIB = 2**30
 # Llama-2-7B and Llama-3.2-1B, as their configurations tell.
@@ -131,9 +130,8 @@ def start_trial(
     with device:
         model = AutoModelForCausalLM.from_config(model_config, dtype=engine.dtype)
     model.config.use_cache = False
-    model = set_up(model, training, engine, execution)
+    model = prepare_model(model, training, engine, execution)
     trial = Trial(model, training, execution, RandomTokens(model_config.vocab_size), folder, engine, emit)
-    trial.parameters, trial.optimizer = trainable_parameters(model), build_optimizer(model, training)
     training_model = trial.start()
     training_model.train()
     return trial, training_model

@@ -35,7 +35,7 @@ from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Way, baselin
 from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
 from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
-from workloads.attention import backend_of
+from workloads.attention.interface import backend_of
 from workloads.budget import (
     Device,
     ModelShape,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, prepare
-from workloads.engines.engine import make_engine
+from workloads.engines.choose import make_engine
 from workloads.models.source import ModelSource
 from workloads.training.loop import run
 

@@ -1,9 +1,8 @@
-"""The command line of a sweep: a recipe by its name, then flags for each of its fields and for where it runs."""
+"""The command line of a sweep: a recipe's name, then flags for its fields and for where it runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,29 +13,29 @@ from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.spec import SweepSpec
 from workloads.errors import InputError
 
-EXIT_FAILED_TRIALS = 1  # beside the exit statuses of every command (workloads.command)
+EXIT_FAILED_TRIALS = 1  # in addition to the exit statuses of every command (workloads.command)
 
 
 @dataclass(frozen=True)
 class Command:
+    """All flags: the sweep's and the run's."""
+
     sweep: tyro.conf.OmitArgPrefixes[SweepSpec]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
 def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, RunOptions]:
-    """(name of the sweep, the sweep, how to run it) from command-line arguments; ``plan``: of the command that only
-    plans.
+    """The name of the sweep, the sweep, and how to run it, from command-line arguments.
 
-    ``[RECIPE] [flags]`` or ``--spec FILE [flags]``. An unknown flag, or a value of the wrong type, prints what was
-    expected and exits with status 2, as command lines do.
+    Arguments are ``[RECIPE] [flags]`` or ``--spec FILE [flags]``; ``plan`` is true for the command that only plans. An
+    unknown flag, or a value of the wrong type, prints what was expected and exits with status 2.
 
     Raises:
         InputError: an unknown recipe, a saved sweep that cannot be read, or values that no sweep can have.
     """
-    recipe, arguments = DEFAULT, list(arguments)
+    arguments = list(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
-    if arguments and not arguments[0].startswith("-"):
-        recipe = arguments.pop(0)
+    recipe = arguments.pop(0) if named else DEFAULT
     default = find_recipe(recipe)()
     file, arguments = _take_spec_flag(arguments)
     if file is not None:
@@ -50,12 +49,15 @@ def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, Run
         default=Command(default, RunOptions()),
         args=arguments,
     )
-    sweep = _with_true_words_on_rates(default, command.sweep)
+    sweep = _correct_learning_rates_chosen(default, command.sweep)
     return command.run.name or _name(recipe, sweep), sweep, command.run
 
 
-def _with_true_words_on_rates(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:
-    """What a recipe says of how it chose its learning rates does not hold for rates that are given as flags."""
+def _correct_learning_rates_chosen(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:
+    """A recipe's statement of how it chose its learning rates does not hold for rates given as flags.
+
+    The text enters the hash in the sweep's name: whoever changes it gives such sweeps another name.
+    """
     fields = [
         field.name
         for field in dataclasses.fields(sweep)
@@ -68,14 +70,14 @@ def _with_true_words_on_rates(default: SweepSpec, sweep: SweepSpec) -> SweepSpec
 
 
 def _name(recipe: str, sweep: SweepSpec) -> str:
-    """The recipe's name, with a hash where fields differ from it: the same command is always the same sweep."""
+    """The recipe's name, with a hash if fields differ from it: the same command is always the same sweep."""
     if sweep == find_recipe(recipe)():
         return recipe
-    return f"{recipe}-{hashlib.sha256(sweep.to_json().encode()).hexdigest()[:6]}"
+    return f"{recipe}-{sweep.digest()}"
 
 
 def _take_spec_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """--spec takes the place of a recipe, so it is read before the flags whose defaults it sets."""
+    """--spec replaces a recipe: it is read before the flags whose defaults it sets."""
     for index, argument in enumerate(arguments):
         if argument == "--spec":
             if index + 1 == len(arguments):
@@ -94,20 +96,19 @@ def _read(file: Path) -> str:
 
 
 def _description(plan: bool) -> str:
-    lines = (
-        f"  {name}{' (default)' if name == DEFAULT else ''}: {make.__doc__.splitlines()[0]}"
-        for name, make in RECIPES.items()
+    summaries = {name: (make.__doc__ or "").partition("\n")[0] for name, make in RECIPES.items()}
+    recipes = "\n".join(
+        f"  {name}{' (default)' if name == DEFAULT else ''}: {summary}" for name, summary in summaries.items()
     )
-    recipes = "\n".join(lines)
     what = (
-        "What a sweep would do with each of its trials, and what that takes. Nothing is started."
+        "Show what a sweep would do with each of its trials, and what that costs. Nothing is started."
         if plan
-        else "Sweep ways to give a language model a longer context, and compare them."
+        else "Compare ways to give a language model a longer context."
     )
     return (
         f"{what}\n\n"
         f"usage: python -m orchestrator.{'plan' if plan else 'sweep'} [RECIPE | --spec FILE] [flags]\n\n"
         f"RECIPE is one of\n{recipes}\n\n"
         "--spec FILE reruns a saved sweep (the spec.json of its folder) exactly. Every field can be overridden below. "
-        "The same command always continues: what is finished is not trained again."
+        "The same command always resumes: finished trials are not trained again."
     )

@@ -1,7 +1,9 @@
 """What one trial trains, as data: typed, frozen, checked where it is made. Imports neither torch nor transformers.
 
-Every field of :class:`TrainingConfig` changes the result and so belongs to a trial's identity; what only changes how
-fast or where it runs is in :class:`ExecutionConfig`.
+A field that a sweep passes on to its trials is defined once, with its type, default, help and label:
+:class:`TrainingFields` change a trial's result and so belong to its identity, :class:`ExecutionFields` only change how
+fast or how safely it runs. The trial (:class:`TrainingConfig`, :class:`ExecutionConfig`), the sweep and its command
+line (orchestrator/spec.py, orchestrator/options.py) inherit them.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from workloads.attention.patterns import PATTERNS, Attention
 from workloads.errors import InputError
 
-# RESULT_VERSION is raised by hand when this package is meant to give other numbers for the same configuration; it is
-# part of every trial's identity. Golden losses in tests/workloads/training/test_loop.py say when that is so.
+# Raise RESULT_VERSION by hand when this package is meant to give other numbers for the same configuration: it is part
+# of every trial's identity. Golden losses in tests/workloads/training/test_loop.py show when numbers change.
 RESULT_VERSION = 2
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
-Attention = Literal["s2", "full", "s2-layers", "short", "shifted", "dilated", "block-sparse", "stride-sparse"]
 AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"]
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
@@ -35,83 +37,109 @@ GradientCheckpointing = int | Literal["all"]
 OffloadActivations = int | Literal["auto"]
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What reports call a field; ``short`` is for the label of a trial among others, such as ``lr 3e-3``."""
+
+    text: str
+    short: str = ""
+
+
+def labels(fields: type) -> dict[str, Label]:
+    """The label of each field of a dataclass: the one in its annotation, else its name in words."""
+    hints = get_type_hints(fields, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(fields):
+        own = (one for one in getattr(hints[field.name], "__metadata__", ()) if isinstance(one, Label))
+        found[field.name] = next(own, Label(field.name.replace("_", " ").capitalize()))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
+class TrainingFields:
+    """What a sweep hands to each of its trials unchanged; all of it changes the result."""
+
+    task: Task = "pretraining"
+    """pretraining on packed documents; or sft, supervised fine-tuning on the answers of instruction data: rows with
+    messages, or with instruction and output (.json, .jsonl, .parquet, or a Hugging Face id such as
+    Yukang/LongAlpaca-12k)."""
+    long_examples: Annotated[LongExamples, Label("Examples longer than the context")] = "drop"
+    """What sft does with training examples longer than the context: drop or truncate."""
+    train_layers: Annotated[str, Label("Layers that train")] = "all"
+    """Layers that train: all, 'last 4', 'every 2', or a list such as 0,5,11; full then trains nothing outside them."""
+    quantization: Annotated[Quantization, Label("Frozen weights in training")] = "none"
+    """Of the frozen linear weights of the LoRA methods; references are not quantised. nf4: 4 bits (QLoRA; needs a GPU).
+    fp8: multiplied in FP8, all layers but the last, attention's in the backward pass alone; faster where layers are
+    compiled (GPUs from compute capability 8.9 on; slow on CPUs)."""
+    attention: Annotated[Attention, Label("Attention in training")] = "s2"
+    """Attention in training: s2 (shifted sparse attention) across heads, or across layers (s2-layers); only unshifted
+    (short) or only shifted groups; dilated, block-sparse, stride-sparse; or full. Evaluation is always full."""
+    document_mask: bool = False
+    """In training, stop attention at the boundaries of the documents in a sequence; positions continue across them."""
+    positions: Positions = "linear"
+    """How positions extend beyond the original length: linear interpolation, ntk (NTK-aware), dynamic (dynamic NTK),
+    yarn, llama3 (Llama 3's scaling), or none."""
+    lora_rank: Annotated[int, Label("LoRA rank", "r")] = 8
+    """Rank of the LoRA methods (paper: 8)."""
+    lora_alpha: Annotated[float, Label("LoRA alpha", "alpha")] = 16.0
+    """LoRA's alpha: updates are scaled by alpha / rank (the authors' code: 16)."""
+    lora_targets: Annotated[tuple[str, ...] | None, Label("LoRA targets")] = None
+    """Linear modules that LoRA adapts, by the last part of their names, such as q_proj v_proj; by default the attention
+    projections."""
+    batch: int = 64
+    """Sequences in an optimiser step, over all workers of a trial."""
+    learning_rate_embeddings: Annotated[float | None, Label("Learning rate of embeddings")] = None
+    """Peak learning rate of embeddings where they train; by default the method's own."""
+    learning_rate_norms: Annotated[float | None, Label("Learning rate of norms")] = None
+    """Peak learning rate of norms where they train; by default the method's own."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    schedule: Schedule = "constant"
+    """Learning rate after warm-up: constant, or down to zero at the last step by cosine or linear."""
+    beta1: float = 0.9
+    """AdamW's beta1 (paper: 0.9)."""
+    beta2: float = 0.95
+    """AdamW's beta2 (paper: 0.95)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay (paper: 0)."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None does not clip."""
+    eval_every: int = 100
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+    eval_documents: int = 100
+    """Held-out documents to score; for sft, held-out examples that fit into the context, scored whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(TrainingFields):
     """One trial's training and evaluation.
 
-    Args:
-        context_length: tokens in a training sequence, and in an evaluation window.
-        method: ``lora``; ``lora+norm`` and ``lora+embed``, where norms or embeddings train too; ``lora+`` (the paper's
-            improved LoRA: both); ``full``; or ``untuned``, which trains nothing and is evaluated as it is.
-        attention: the pattern in training: ``s2`` (shifted sparse attention), ``full``, or another of those that
-            workloads/attention/patterns.py defines. Evaluation is always full.
-        group_size: tokens in a group (window, block) of the pattern; even, and the context length is a multiple of it.
-            None with ``full``.
-        document_mask: in training, attention stops at the boundaries of the documents in a sequence; positions go on.
-        positions: ``linear`` (position interpolation), ``ntk`` (NTK-aware), ``dynamic`` (dynamic NTK), ``yarn``,
-            ``llama3`` or ``none``: see :mod:`workloads.models.positions`.
-        lora_rank, lora_alpha: of all LoRA methods (paper: rank 8; the authors' code: alpha 16).
-        lora_targets: the linear modules that LoRA adapts, by the last part of their names; None: the attention
-            projections. In whatever order they are given, they are kept sorted.
-        train_layers: the decoder layers that train, see :func:`trained_layers`. It restricts LoRA matrices, norms of
-            layers and ``full``; embeddings and the final norm of the LoRA methods follow the method alone, and
-            ``full`` with a choice other than ``all`` trains nothing outside the chosen layers.
-        quantization: of the frozen linear weights of a LoRA method. ``nf4`` keeps them in 4 bits (QLoRA): needs a GPU.
-            ``fp8`` multiplies with those of all layers but the last in FP8, with attention's in the backward pass alone
-            (workloads/adaptation/float8.py): faster on a GPU that has it, slow on a CPU.
-        steps: optimiser steps.
-        batch: sequences in an optimiser step, over all workers.
-        learning_rate: peak, reached after ``warmup_steps`` of linear warm-up.
-        learning_rate_embeddings, learning_rate_norms: peaks of their own for embeddings and norms that train;
-            None: the same as ``learning_rate``.
-        schedule: from the peak on ``constant``, or to zero at ``steps`` along half a ``cosine`` or a line (``linear``):
-            see :func:`workloads.training.optimization.learning_rate`.
-        beta1, beta2, weight_decay: AdamW's (paper: 0.9, 0.95, 0).
-        max_grad_norm: gradients are clipped to this norm; None does not clip.
-        precision: ``bfloat16`` keeps frozen weights in bfloat16 and computes in it; trainable parameters and the
-            optimiser's state are float32 either way.
-        seed: of the LoRA initialisation and of the order of the data.
-        eval_every: steps between evaluations; step 0 and the last are always evaluated.
-        eval_documents: held-out documents that are scored.
-        eval_span: tokens scored of each, from its start; a multiple of the context length.
-        task: ``pretraining`` on packed documents, or ``sft``: supervised fine-tuning on the answers of instruction
-            data, where the loss is the mean over all answer tokens of the batch, and ``eval_documents`` held-out
-            examples that fit into the context are scored, whole (``eval_span`` means nothing).
-        long_examples: what ``sft`` does with training examples longer than the context: ``drop`` or ``truncate``.
+    ``train_layers`` restricts LoRA matrices, norms of layers and ``full``; embeddings and the final norm of the LoRA
+    methods follow the method alone, and ``full`` with a choice other than ``all`` trains nothing outside the chosen
+    layers. ``lora_targets`` are kept sorted.
     """
 
-    context_length: int
+    context_length: Annotated[int, Label("Context length in training")]
+    """Tokens in a training sequence, and in an evaluation window."""
     method: Method
-    attention: Attention = "s2"
-    group_size: int | None = None
-    document_mask: bool = False
-    positions: Positions = "linear"
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] | None = None
-    train_layers: str = "all"
-    quantization: Quantization = "none"
+    """``lora``; ``lora+norm`` and ``lora+embed``, where norms or embeddings train too; ``lora+`` (the paper's improved
+    LoRA: both); ``full``; or ``untuned``, which trains nothing and is evaluated as it is."""
+    group_size: Annotated[int | None, Label("Group size", "g")] = None
+    """Tokens in a group (window, block) of the pattern: even, a divisor of the context length; None with ``full``."""
     steps: int = 0
-    batch: int = 64
-    learning_rate: float = 2e-5
-    learning_rate_embeddings: float | None = None
-    learning_rate_norms: float | None = None
-    schedule: Schedule = "constant"
-    warmup_steps: int = 20
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
+    """Optimiser steps."""
+    learning_rate: Annotated[float, Label("Learning rate", "lr")] = 2e-5
+    """The peak, reached after ``warmup_steps``: see :func:`workloads.training.optimization.learning_rate`."""
     precision: Precision = "float32"
-    seed: int = 0
-    eval_every: int = 100
-    eval_documents: int = 100
+    """``bfloat16`` keeps frozen weights in bfloat16 and computes in it; trainable parameters and the optimiser's state
+    are float32 either way."""
+    seed: Annotated[int, Label("Seed", "seed")] = 0
+    """Of the LoRA initialisation and of the order of the data."""
     eval_span: int
-    task: Task = "pretraining"
-    long_examples: LongExamples = "drop"
+    """Tokens scored of each held-out document, from its start: a multiple of the context length. Unused by ``sft``."""
 
     def not_at_default(self) -> dict[str, Any]:
-        """The fields that are not at their default: what a trial is known by, so that a new field orphans none."""
+        """The fields that differ from their default: they identify a trial, so that a new field orphans none."""
         return {
             field.name: value
             for field in dataclasses.fields(self)
@@ -130,15 +158,11 @@ class TrainingConfig:
         self._check_what_trains()
         if self.document_mask and self.task == "sft":
             raise InputError(
-                "document_mask has no meaning with the task 'sft': an example is one document; leave it out"
+                "document_mask has no effect with the task 'sft': an example is one document; leave it out"
             )
         if self.method == "untuned" and self.steps:
             raise InputError(f"steps is {self.steps}, but the method 'untuned' trains nothing; set it to 0")
-        if self.attention not in get_args(Attention):
-            raise InputError(
-                f"attention {self.attention!r} is unknown; expected one of {', '.join(get_args(Attention))}"
-            )
-        if (self.group_size is None) != (self.attention == "full"):
+        if (self.group_size is None) == PATTERNS[self.attention].has_group_size:
             expected = "every pattern but full has a group size, and full has none"
             raise InputError(f"group_size is {self.group_size} with attention {self.attention!r}; {expected}")
         if self.group_size is not None and self.context_length % self.group_size:
@@ -157,7 +181,7 @@ class TrainingConfig:
             )
 
     def _check_what_trains(self) -> None:
-        trained_layers(self.train_layers, sys.maxsize)  # its form; its range once the model is known
+        trained_layers(self.train_layers, sys.maxsize)  # checks the form; the range is checked once the model is known
         if self.lora_targets is not None:
             if not self.lora_targets:
                 raise InputError("lora_targets is empty; name at least one linear module, such as q_proj")
@@ -189,45 +213,47 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExecutionConfig:
-    """How a trial runs; none of it changes the result beyond rounding.
-
-    Args:
-        micro_batch: sequences in one forward and backward on one worker; None takes the worker's whole share.
-        gradient_checkpointing: how many decoder layers recompute their activations in the backward pass to save memory,
-            counted from the first that has one; a number or ``all`` (workloads/training/recompute.py).
-        offload_activations: how many decoder layers keep their activations in pinned host memory until the backward
-            pass, spread evenly (workloads/training/offload.py); the others recompute theirs, or keep them. ``auto``: as many as
-            a plan chooses (workloads/budget/fitting.py), none where nothing is planned.
-        checkpoint_every: steps between checkpoints; the last step is always saved.
-        checkpoint_minutes: a checkpoint is also written when the last one is this old.
-        keep_last: so many of the newest checkpoints stay; with one there is none to fall back to if it is damaged.
-        keep_best: the checkpoint of the evaluation with the lowest perplexity at the trained length stays too; each
-            such evaluation is followed by a checkpoint.
-        keep_every: and the checkpoints of each so-manieth step, which are written whatever ``checkpoint_every`` is.
-        eval_batch_tokens: about how many tokens one evaluation forward takes.
-        attention_backend: what computes the attention pattern (workloads/attention/backends.py); ``auto`` takes the
-            fastest that can serve.
-        compile_layers: run decoder layers through torch.compile in training; ``auto`` where the trial is long enough to
-            pay for it (workloads/training/compilation.py).
-        engine: how several workers train one model: ``ddp``; ``zero2`` or ``zero3`` (DeepSpeed); ``auto`` is ``ddp``
-            where there are several.
-        offload: keep in host memory what ZeRO shares out: gradients and optimiser state, with ``zero3`` the weights.
-    """
+class ExecutionFields:
+    """What a sweep's options hand to each of its trials unchanged; none of it changes the result beyond rounding."""
 
     micro_batch: int | None = None
-    gradient_checkpointing: GradientCheckpointing = 0
-    offload_activations: OffloadActivations = 0
-    checkpoint_every: int = 100
-    checkpoint_minutes: float = 10.0
-    keep_last: int = 2
-    keep_best: bool = False
-    keep_every: int | None = None
-    eval_batch_tokens: int = 8192
+    """Sequences in one forward and backward pass of a worker; by default the worker's whole share of the batch."""
     attention_backend: AttentionBackend = "auto"
+    """What computes the attention pattern (workloads/attention/backends.py); auto: the fastest that the worker has."""
     compile_layers: CompileLayers = "auto"
+    """Run decoder layers through torch.compile in training: faster steps after a slow first one. auto: on a GPU, where
+    a trial is long enough to gain by it."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, and so the most that a crash or Ctrl-C loses; the last step is always saved."""
+    checkpoint_minutes: float = 10.0
+    """Where steps are slow, a checkpoint is also written when the last one is this old."""
+    keep_last: int = 2
+    """Newest checkpoints to keep of each trial, which resumes from the newest intact one; with 1 there is no fallback
+    if that one is damaged."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest perplexity at the trained length; each such evaluation writes one."""
+    keep_every: int | None = None
+    """Also write and keep a checkpoint every N steps, whatever --checkpoint-every is."""
     engine: EngineName = "auto"
+    """How several workers train one model: ddp; zero2, zero3 (DeepSpeed); auto: ddp if there are several."""
     offload: bool = False
+    """Keep what zero2 or zero3 partitions in host memory (gradients and optimiser state, with zero3 the weights), and
+    update it there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionConfig(ExecutionFields):
+    """How a trial runs; none of it changes the result beyond rounding."""
+
+    gradient_checkpointing: GradientCheckpointing = 0
+    """How many decoder layers recompute their activations in the backward pass to save memory, counted from the first
+    that has one; a number or ``all`` (workloads/training/recompute.py)."""
+    offload_activations: OffloadActivations = 0
+    """How many decoder layers keep their activations in pinned host memory until the backward pass, spread evenly
+    (workloads/training/offload.py); the others recompute theirs, or keep them. ``auto``: as many as a plan chooses
+    (workloads/budget/fitting.py), none if there is no plan."""
+    eval_batch_tokens: int = 8192
+    """About how many tokens one evaluation forward takes."""
 
     def __post_init__(self) -> None:
         if self.attention_backend not in get_args(AttentionBackend):
@@ -235,7 +261,7 @@ class ExecutionConfig:
             raise InputError(f"attention_backend is {self.attention_backend!r}; expected one of {known}")
         if self.compile_layers not in get_args(CompileLayers):
             raise InputError(f"compile_layers is {self.compile_layers!r}; expected auto, on or off")
-        if isinstance(self.gradient_checkpointing, bool):  # as journals of earlier versions have it
+        if isinstance(self.gradient_checkpointing, bool):  # in journals of earlier versions
             object.__setattr__(self, "gradient_checkpointing", "all" if self.gradient_checkpointing else 0)
         layers = self.gradient_checkpointing
         if layers != "all" and not (isinstance(layers, int) and layers >= 0):
@@ -245,7 +271,7 @@ class ExecutionConfig:
             raise InputError(f"offload_activations is {offloaded!r}; expected a number of decoder layers, or auto")
         if self.layers_offloaded and self.engine.startswith("zero"):
             raise InputError(
-                f"offload_activations is {offloaded} with the engine {self.engine!r}, which moves tensors by itself; "
+                f"offload_activations is {offloaded} with the engine {self.engine!r}, which moves tensors itself; "
                 "choose the engine ddp, or offload_activations 0"
             )
         if not self.checkpoint_minutes > 0:
@@ -258,7 +284,7 @@ class ExecutionConfig:
 
     @property
     def layers_offloaded(self) -> int:
-        """``offload_activations`` as a number: an ``auto`` that no plan has settled is none."""
+        """``offload_activations`` as a number; ``auto`` that no plan has resolved counts as 0."""
         return 0 if self.offload_activations == "auto" else self.offload_activations
 
 
@@ -278,22 +304,26 @@ def group_size_in_tokens(group_size: int | float, context_length: int) -> int:
 
 
 def trains_norms(method: Method) -> bool:
+    """Whether the method trains norms."""
     return method in ("lora+norm", "lora+", "full")
 
 
 def trains_embeddings(method: Method, train_layers: str = "all") -> bool:
+    """Whether the method trains embeddings; ``full`` does so only if all layers train."""
     return method in ("lora+embed", "lora+") or (method == "full" and train_layers == "all")
 
 
 def trained_layers(choice: str, num_layers: int) -> Sequence[int]:
-    """The layers that train, counted from 0, by a choice: ``all``; ``last 4``; ``every 2`` (0, 2, 4 and so on); or a
-    list such as ``0,5,11``, in increasing order.
+    """The layers that train, counted from 0, as ``train_layers`` chooses them.
+
+    A choice is ``all``; ``last 4``; ``every 2`` (0, 2, 4 and so on); or a list such as ``0,5,11``, in increasing order.
 
     Raises:
-        InputError: the choice has none of these forms, or goes beyond the model's number of layers.
+        InputError: the choice has none of these forms, or exceeds the model's number of layers.
     """
     if choice == "all":
         return range(num_layers)
+    layers: Sequence[int]
     listed = [int(number) for number in re.findall(r"\d+", choice)]
     if re.fullmatch(r"last [1-9]\d*", choice):
         layers, fits = range(num_layers - listed[0], num_layers), listed[0] <= num_layers

@@ -240,11 +240,11 @@ def merge(model: nn.Module) -> PreTrainedModel:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from workloads.adaptation.lora_fusion import compute_apart
+    from workloads.adaptation.lora_fusion import unfuse_lora
 
     if not isinstance(model, PeftModel):
         return model
-    compute_apart(model)
+    unfuse_lora(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             weight = module.get_base_layer().weight

@@ -25,9 +25,8 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
-from workloads.training.loop import build_model
-
-PARAMETER = "model/"  # what training.Trial.save puts before a parameter's name in a checkpoint
+from workloads.training.setup import build_model
+from workloads.training.trial_state import PARAMETER
 
 
 @dataclass(frozen=True)

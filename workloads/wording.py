@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from workloads.attention.patterns import PATTERNS
 from workloads.config import TrainingConfig
 
 METHODS = {
@@ -19,16 +20,6 @@ POSITIONS = {
     "dynamic": "dynamic NTK",
     "yarn": "YaRN",
     "llama3": "Llama-3 scaling",
-}
-ATTENTION = {
-    "full": "full",
-    "s2": "shifted sparse attention (S²-Attn), shifted in half of the heads",
-    "s2-layers": "shifted sparse attention (S²-Attn), shifted in every other layer",
-    "short": "groups that are not shifted",
-    "shifted": "groups that are all shifted",
-    "dilated": "dilated",
-    "block-sparse": "block-sparse",
-    "stride-sparse": "stride-sparse",
 }
 QUANTIZATION = {
     "nf4": "quantised to 4 bits (nf4)",
@@ -66,7 +57,7 @@ def _of_training(training: TrainingConfig) -> dict[str, str]:
     inside = ", inside documents" if training.document_mask else ""
     rows = {
         "Context length in training": f"{training.context_length:,} tokens",
-        "Attention in training": f"{ATTENTION[training.attention]}{groups}{inside}",
+        "Attention in training": f"{PATTERNS[training.attention].label}{groups}{inside}",
     }
     if training.method.startswith("lora"):
         targets = ", ".join(training.lora_targets) if training.lora_targets else "the attention projections"

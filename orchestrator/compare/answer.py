@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.compare import effort, words
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import TrainingConfig
 from workloads.evaluation.bootstrap import DocumentScores, Interval, gap_interval, perplexity_interval
 

@@ -17,7 +17,7 @@ from orchestrator.records.json_files import read_json
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 EXPECTED = (
@@ -58,7 +58,7 @@ class Run:
                 "text column": trial.text_column,
                 **{f"{name} identity": value for name, value in dataclasses.asdict(trial.identities).items()},
             },
-            "training": {name: getattr(trial.training, name) for name in trial.training.__slots__},
+            "training": dataclasses.asdict(trial.training),
             "execution": execution,
             "code": {name: getattr(started, name) for name in code},
             "packages": started.packages,

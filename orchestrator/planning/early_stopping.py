@@ -32,7 +32,8 @@ from typing import Any, Literal
 from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 

@@ -23,7 +23,8 @@ from orchestrator.records.events import Suggested
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import group_size_in_tokens
 from workloads.errors import InputError
 

@@ -1,6 +1,7 @@
-"""Recipes: functions without arguments that return a complete sweep. The command line names one, overrides its fields.
+"""Recipes: functions without arguments that return a complete sweep.
 
-A recipe belongs in the file of its family; a new one is a function there and a line in ``RECIPES``.
+The command line names one and overrides its fields. A new recipe is a function in its family's file and a line in
+``RECIPES``; the first line of its docstring is its help.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ DEFAULT = "convergence"
 
 
 def find_recipe(name: str) -> Callable[[], SweepSpec]:
+    """The recipe of that name.
+
+    Raises:
+        InputError: there is none; the message names the nearest.
+    """
     if name not in RECIPES:
         nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0)[0]
         raise InputError(f"recipe {name!r} is unknown; did you mean {nearest}? Known: {', '.join(RECIPES)}")

@@ -47,7 +47,7 @@ def cancel_before_start(storage: Storage, folder: TrialFolder) -> bool:
 class Cancellation:
     """Watches for a request while a trial trains, in its own thread: a slow storage delays no step.
 
-    ``event`` takes all events of the trial; ``asked`` is an argument of :func:`workloads.training.loop.run`.
+    ``event`` takes all events of the trial; ``asked`` is a ``poll_request`` of :func:`workloads.training.loop.run`.
     """
 
     def __init__(self, storage: Storage, fingerprint: str) -> None:

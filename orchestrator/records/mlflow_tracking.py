@@ -9,6 +9,7 @@ MLflow blocks for minutes on a server that does not answer and imports slowly: o
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -36,7 +37,7 @@ from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 5.0
 METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 
-# MLflow's status for a trial's state; a trial that has not begun has no run. One stopped early counts as killed: its last
-# perplexity is of fewer tokens, and a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
+# MLflow's status for a trial's state; a trial that has not begun has no run. One stopped early counts as killed: its
+# last perplexity is of fewer tokens, and a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
 STATUS = {
     "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
     "cancelled": "KILLED", "failed": "FAILED",
@@ -267,7 +268,7 @@ class TrialRun:
             "data": self.trial.data,
             "model_identity": self.trial.identities.model,
             "data_identity": self.trial.identities.data,
-            **{name: getattr(training, name) for name in training.__slots__},
+            **dataclasses.asdict(training),
         }
         self.tracker.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
         return run.info.run_id

@@ -34,7 +34,7 @@ from orchestrator.records.object_store import MANIFEST, ObjectStore, retry
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_folder import JOURNAL, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 from workloads.files.cache import user_cache
 from workloads.files.once import make_once

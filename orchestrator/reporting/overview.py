@@ -16,7 +16,7 @@ from orchestrator.records.leases import is_here
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_token, tokens_left
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 # A worker on another machine that has been silent for so long, or for so many of its steps, counts as gone: nothing

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
 from orchestrator.terminal import duration
+from orchestrator.trial_spec import TrialSpec
 
 # States of a trial that trains, or that a command which runs now is to train.
 AT_WORK = {"starting", "loading", "training", "evaluating", "cancelling", "pausing", "restarting"}

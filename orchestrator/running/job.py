@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.planning.early_stopping import EarlyStopping
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.models.source import ModelSource
 

@@ -7,14 +7,14 @@ from typing import Literal
 from orchestrator.planning.early_stopping import Rungs, curve_of
 from orchestrator.records.events import Eval, Event, Step, Stopped
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 
 
 class Judge:
     """Follows one trial from inside its worker 0 and says at each rung whether it is to stop.
 
-    ``event`` is told all that the trial tells; ``asked`` is :func:`workloads.training.loop.run`'s. Where it has said "stop",
-    ``verdict`` holds the event for the journal.
+    ``event`` is told all that the trial tells; ``asked`` is a ``poll_request`` of :func:`workloads.training.loop.run`.
+    Where it has said "stop", ``verdict`` holds the event for the journal.
     """
 
     def __init__(self, rungs: Rungs, trial: TrialSpec, record: TrialRecord) -> None:

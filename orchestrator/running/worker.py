@@ -35,14 +35,14 @@ from orchestrator.running.credentials import receive_token
 from orchestrator.running.faults import classify, notice_the_end
 from orchestrator.running.job import TrialJob
 from orchestrator.running.judge import Judge
-from orchestrator.spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory
-from workloads.engines.engine import make_engine
+from workloads.engines.choose import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.training.compile_cache import keep_compiled
-from workloads.training.loop import Asked, run
+from workloads.training.loop import Request, run
 
 
 def train_worker(job: TrialJob) -> None:
@@ -125,7 +125,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
                 make_engine(job.execution, device, trial.training.precision),
                 emit,
                 _agree(_scores_at_step_0(trial, untuned), workers),
-                asked=lambda: next((answer for each in asks if (answer := each())), None),
+                poll_request=lambda: next((answer for each in asks if (answer := each())), None),
             )
             if ended:
                 record(Finished())
@@ -156,7 +156,7 @@ class PreemptionNotice:
 
     given = False
 
-    def asked(self) -> Asked | None:
+    def asked(self) -> Request | None:
         self.given = preemption_announced()
         return "stop" if self.given else None
 

@@ -21,7 +21,8 @@ from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, 
 from benchmarks.training_speed import Results, Row, line, measure, read, row_of, table
 from benchmarks.unsloth_way import measure_apart
 from workloads.adaptation.methods import adapt, trainable_parameters
-from workloads.attention import AttentionPattern, dense_mask
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.budget import ModelShape, training_flops
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import pytest
 
 from orchestrator.cli import parse
 from orchestrator.recipes import RECIPES
-from orchestrator.spec import Identities, SweepSpec, TrialSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
 
@@ -24,8 +25,8 @@ def trial(**training):
     )
 
 
-# Whatever this test pins is trained in somebody's storage: a change of it makes them train again. Raise RESULT_VERSION
-# if results are meant to change; otherwise keep it as it is.
+# Users have trials with this fingerprint in storage: a change makes them train again. Raise RESULT_VERSION if
+# results are meant to change; otherwise keep it.
 def test_the_fingerprint_is_stable():
     assert trial().fingerprint == "ab62c51cdc5ff310"
 
@@ -162,6 +163,12 @@ def test_the_command_line_overrides_any_field_and_names_the_sweep_after_it():
     assert parse([*flags, "--name", "mine"])[0] == "mine"
 
 
+# Sweeps in storage have these names: another name makes the same command start a new sweep.
+def test_the_name_of_a_sweep_is_stable():
+    assert parse(["--steps", "7"])[0] == "convergence-2ae118"
+    assert parse(["--methods", "full", "--learning-rate-full", "1e-4"])[0] == "convergence-69f865"
+
+
 def test_a_saved_sweep_is_rerun_exactly_and_can_be_overridden(tmp_path):
     _, spec, _ = parse(["--steps", "9", "--references"])
     file = tmp_path / "spec.json"
@@ -198,7 +205,7 @@ def test_a_file_that_is_no_sweep(tmp_path):
         (["--contxt-lengths", "8"], "--context-lengths"),
         (["--steps", "many"], "--steps"),
         (["--methods", "lora++"], "choice"),
-        (["--context-lengths", "1024", "1024"], "none of the values twice"),
+        (["--context-lengths", "1024", "1024"], "each value once"),
         (["--methods"], "--methods is empty"),
         (["--steps", "0"], "expected at least 1"),
         (["--methods", "lora", "--learning-rate-norms", "1e-4"], "none of the methods lora trains them"),

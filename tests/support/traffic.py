@@ -12,7 +12,7 @@ from tests.support.models import plain_losses, small_model
 from workloads.attention import grouped
 from workloads.config import ExecutionConfig
 from workloads.engines.engine import Engine
-from workloads.training.loop import set_up
+from workloads.training.setup import prepare_model
 
 CONFIG = dict(
     vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, head_dim=32
@@ -64,7 +64,7 @@ def count_traffic(model_config, training, checkpointing=0):
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     model.config.use_cache = False
     execution = ExecutionConfig(gradient_checkpointing=checkpointing)
-    model = set_up(model, training, Engine(torch.device("cpu"), training.precision), execution).train()
+    model = prepare_model(model, training, Engine(torch.device("cpu"), training.precision), execution).train()
     tokens = torch.randint(8, 512, (1, training.context_length))
     with CountTraffic() as moved, patch.object(grouped, "LARGEST_BY_PRODUCTS", 0):
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext():

@@ -6,7 +6,7 @@ from tests.support.models import random_tokens, small_model
 from workloads.adaptation.methods import decoder_layers
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
-from workloads.training.loop import set_up
+from workloads.training.setup import prepare_model
 
 LAYERS = 4
 
@@ -21,7 +21,7 @@ def set_up_model(method, train_layers="all", count=0, family="llama", **settings
     model = small_model(family, num_hidden_layers=LAYERS, **layer_types(family))
     model.config.use_cache = False
     engine = Engine(torch.device("cpu"), training.precision)
-    return set_up(model, training, engine, ExecutionConfig(gradient_checkpointing=count)).train(), training
+    return prepare_model(model, training, engine, ExecutionConfig(gradient_checkpointing=count)).train(), training
 
 
 def layer_types(family):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.texts import write_texts
 from workloads.ask import load_model
 from workloads.config import ExecutionConfig, TrainingConfig

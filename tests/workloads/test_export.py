@@ -19,15 +19,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.events import emit_to
 from tests.support.models import small_llama
 from tests.support.texts import prepare_texts
 from workloads import export
-from workloads.adaptation.lora_fusion import spare_passes
+from workloads.adaptation.lora_fusion import fuse_lora
 from workloads.adaptation.methods import adapt
 from workloads.ask import load_model
-from workloads.attention import AttentionPattern, full_attention, use_pattern
+from workloads.attention.interface import full_attention, use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
@@ -38,7 +39,8 @@ from workloads.models import quantization
 from workloads.models.source import ModelSource
 from workloads.trained import TrainedTrial
 from workloads.training.checkpoint import load_newest, save_checkpoint
-from workloads.training.loop import Trial, build_model
+from workloads.training.loop import Trial
+from workloads.training.setup import build_model
 
 TINY = ModelSource.parse("builtin:tiny")
 CPU = torch.device("cpu")
@@ -622,7 +624,7 @@ def test_the_command_says_how_near_the_export_is_and_ends_a_mistake_in_one_line(
 
 def test_where_lora_adapts_some_of_what_computes_together_the_merged_model_is_plain():
     model, tokens = adapt(small_llama(), "lora", lora_targets=("q_proj", "v_proj")), torch.arange(16)[None]
-    spare_passes(model)
+    fuse_lora(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,10 @@
-"""Attention patterns for long-context training: their definition, the fast paths, and the way models reach them.
+"""Attention patterns for long-context training: their definition, the fast paths, and how models use them.
 
-``patterns``   what each pattern is: a predicate and its dense boolean mask, slow and obvious, the one definition of it
+This file imports nothing, so ``patterns`` can be read without torch; import from the modules.
+
+``pattern``    what a pattern is: its predicate, the pairs it attends, its groups, its label and source
+``patterns``   the registry of patterns, one file a pattern or kind of pattern; a pattern with its settings
+``masks``      a pattern's definition on tensors, and its dense boolean mask: slow and obvious
 ``backends``   what computes a pattern, which backends can serve, and the one function that calls them
 ``shifted``    groups as batches of ordinary causal attention (S²-Attn and its kin by PyTorch's own kernels)
 ``grouped``    the same as one operator of torch that copies nothing twice, forward and backward
@@ -9,23 +13,6 @@
 ``groups``     what ``shifted``, ``grouped`` and ``varlen`` share
 ``documents``  which document each token belongs to
 ``interface``  transformers' attention interface: a model is given a pattern by name, no class is patched
-``families``   the model families that take a pattern, and why others do not
+
+workloads/models/families.py has the model families that take a pattern, and why others do not.
 """
-
-from workloads.attention.backends import attention, choose_backend
-from workloads.attention.documents import document_ids
-from workloads.attention.interface import backend_of, full_attention, use_pattern
-from workloads.attention.patterns import AttentionPattern, dense_mask
-from workloads.attention.shifted import shifted_sparse_attention
-
-__all__ = [
-    "AttentionPattern",
-    "attention",
-    "backend_of",
-    "choose_backend",
-    "dense_mask",
-    "document_ids",
-    "full_attention",
-    "shifted_sparse_attention",
-    "use_pattern",
-]

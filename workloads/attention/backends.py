@@ -8,7 +8,7 @@
 ``varlen``   torch's own FlashAttention-2, variable-length
 ``flex``     FlexAttention: any pattern, compiled
 
-All compute the same function, that of :func:`workloads.attention.patterns.attends`.
+All compute the same function, that of :func:`workloads.attention.masks.attends`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from workloads.attention.flex import flexible_attention
 from workloads.attention.grouped import flash4_writes_into_views
-from workloads.attention.groups import GROUPED
-from workloads.attention.patterns import AttentionPattern, dense_mask
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import PATTERNS, AttentionPattern
 from workloads.attention.shifted import attention_in_groups
 from workloads.attention.varlen import flash_attention_2, flash_attention_3, torch_flash_attention, varlen_attention
 from workloads.config import AttentionBackend
@@ -77,7 +77,7 @@ def attention(
     settings["dropout"] = dropout
     if backend in VARLEN_KERNELS:
         return varlen_attention(VARLEN_KERNELS[backend], query, key, value, pattern, **settings)
-    if pattern.name in GROUPED:
+    if pattern.definition.is_grouped:
         return attention_in_groups(query, key, value, pattern, preferred=backend, **settings)
     return masked_attention(query, key, value, pattern, **settings)
 
@@ -135,7 +135,7 @@ def choose_backend(
     facts = (pattern, device, dtype, head_dim, dropout)
     if requested == "auto":
         order = PREFERRED_WITH_DOCUMENTS if documents else PREFERRED
-        order = order if pattern.name in GROUPED else PREFERRED_WITHOUT_GROUPS
+        order = order if pattern.definition.is_grouped else PREFERRED_WITHOUT_GROUPS
         return next(b for b in order if (b != "flash4" or _is_hopper(device)) and missing(b, *facts) is None)
     if requested not in BACKENDS:
         raise InputError(f"attention backend {requested!r} is unknown; expected one of auto, {', '.join(BACKENDS)}")
@@ -165,8 +165,9 @@ def missing(
         if head_dim < 16:
             return f"a head dimension of at least 16 (this is {head_dim})"
         return f"a model without dropout in its attention (this has {dropout:g})" if dropout else None
-    if pattern.name not in GROUPED:
-        return f"a pattern made of groups, one of {', '.join(GROUPED)} (this is {pattern.name})"
+    if not pattern.definition.is_grouped:
+        grouped = ", ".join(name for name, known in PATTERNS.items() if known.is_grouped)
+        return f"a pattern made of groups, one of {grouped} (this is {pattern.name})"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"computation in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')})"
     major, minor = torch.cuda.get_device_capability(device)

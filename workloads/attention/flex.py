@@ -13,7 +13,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from workloads.attention.patterns import AttentionPattern, attends
+from workloads.attention.masks import attends
+from workloads.attention.patterns import AttentionPattern
 
 
 def flexible_attention(
@@ -28,7 +29,7 @@ def flexible_attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Any pattern; arguments as in :func:`workloads.attention.backends.attention`, without dropout."""
-    if pattern.name != "s2-layers":
+    if not pattern.definition.varies_by_layer:
         layer = 0  # one mask serves all layers
     what = (pattern, query.shape[1], query.shape[2], layer % 2, lengths, query.device)
     if document_ids is None:

@@ -1,7 +1,7 @@
 """Patterns that are made of groups of consecutive tokens, as the fast backends take them.
 
-In ``full``, ``short``, ``shifted``, ``s2`` and ``s2-layers`` every head attends causally inside groups of consecutive
-tokens: kernels for causal attention serve them without any mask.
+In a grouped pattern (workloads/attention/patterns/grouped.py) every head attends causally inside groups of consecutive
+tokens: kernels for causal attention serve it without any mask.
 """
 
 from __future__ import annotations
@@ -11,17 +11,6 @@ from functools import lru_cache
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from workloads.attention.patterns import AttentionPattern
-
-GROUPED = ("full", "short", "shifted", "s2", "s2-layers")
-
-
-def first_shifted_head(pattern: AttentionPattern, num_heads: int, layer: int) -> int:
-    """Query heads from this index on have their groups shifted by half a group; ``num_heads`` where none have."""
-    if pattern.name == "s2":
-        return num_heads // 2
-    return 0 if pattern.name == "shifted" or (pattern.name == "s2-layers" and layer % 2) else num_heads
 
 
 def head_shifts(num_heads: int, first_shifted: int, group_size: int) -> list[tuple[slice, int]]:

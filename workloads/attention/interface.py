@@ -166,7 +166,7 @@ def _attention_forward(
             "sequences; generate inside `with full_attention(model):`"
         )
     options = {
-        "layer": getattr(module, LAYER_FIELD) if pattern.name == "s2-layers" else 0,
+        "layer": getattr(module, LAYER_FIELD) if pattern.definition.varies_by_layer else 0,
         "document_ids": document_ids,
         "scale": scaling,
         "dropout": dropout,

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from workloads.attention.grouped import grouped_attention, kernel_for
-from workloads.attention.groups import first_shifted_head, head_shifts, shared_heads
+from workloads.attention.groups import head_shifts, shared_heads
 from workloads.attention.patterns import AttentionPattern
 
 
@@ -38,7 +38,7 @@ def shifted_sparse_attention(
     Query heads before index ``heads // 2`` attend inside groups [0, G), [G, 2G), ...; the others (5 of 9 where the
     count is odd) inside [0, G/2), [G/2, 3G/2), ..., so that information flows between neighbouring groups from layer to
     layer. No group wraps around: no query sees a later key. LongLoRA (arXiv 2309.12307) section 3.2; the grouping is
-    its appendix's variant without leakage. The definition is :func:`workloads.attention.patterns.attends`.
+    its appendix's variant without leakage. The definition is in workloads/attention/patterns/grouped.py.
 
     Args:
         query: (batch, heads, tokens, head_dim).
@@ -96,7 +96,7 @@ def attention_in_groups(
         attend = partial(_attend, scale=scale, dropout=dropout, prefer_cudnn=preferred == "cudnn")
         compute = partial(_by_autograd, group_size, attend)
 
-    first_shifted = heads if num_tokens <= group_size else first_shifted_head(pattern, heads, layer)
+    first_shifted = heads if num_tokens <= group_size else pattern.definition.first_shifted_head(heads, layer)
     num_short = sum(length <= group_size for length in lengths or ())
     if first_shifted == heads or num_short == 0:
         return compute(query, key, value, ids, first_shifted)

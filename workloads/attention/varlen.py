@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from workloads.attention.groups import first_shifted_head, group_boundaries, head_shifts, shared_heads
+from workloads.attention.groups import group_boundaries, head_shifts, shared_heads
 from workloads.attention.patterns import AttentionPattern
 
 # (query, key, value, boundaries, longest group, scale, dropout), each of (all tokens, heads, head_dim), to the output.
@@ -64,7 +64,7 @@ def varlen_attention(
     group_size = min(pattern.group_size or num_tokens, num_tokens)
     scale = head_dim**-0.5 if scale is None else scale
     outputs = []
-    for part, shift in head_shifts(heads, first_shifted_head(pattern, heads, layer), group_size):
+    for part, shift in head_shifts(heads, pattern.definition.first_shifted_head(heads, layer), group_size):
         boundaries = group_boundaries(batch, num_tokens, group_size, shift, lengths, document_ids, query.device)
         for q, kv in shared_heads(part, heads // key.shape[1]):
             laid_out = (x.transpose(1, 2).flatten(0, 1) for x in (query[:, q], key[:, kv], value[:, kv]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+from workloads.attention.patterns import PATTERNS
 from workloads.budget.shape import GEMMA, Linear, Reads, Training
 from workloads.config import Precision
 
@@ -218,7 +219,7 @@ class Activations:
         config = self.trains.config
         if config.group_size is None or config.group_size >= config.context_length:
             return 0.0
-        return {"s2": 0.5, "shifted": 1.0, "s2-layers": float(layer % 2)}.get(config.attention, 0.0)
+        return PATTERNS[config.attention].shifted_share_in(layer)
 
     def _moved_groups(self, layer: int) -> float:
         """Copies of what shifted heads read: of several sequences their whole groups do not lie evenly in memory. The

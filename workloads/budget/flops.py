@@ -8,10 +8,10 @@ A multiplication with its addition is 2 FLOPs. Two ways to count attention:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from workloads.attention.patterns import PATTERNS
 from workloads.budget.shape import ATTENTION, Linear, ModelShape, Training, what_trains
 from workloads.config import Attention, GradientCheckpointing, TrainingConfig
 
@@ -59,58 +59,10 @@ def paper_flops(shape: ModelShape, tokens: int, group_size: int | None = None) -
 def attended_pairs(attention: Attention, group_size: int | None, num_heads: int, tokens: int, layer: int = 0) -> int:
     """How many (query, key) pairs attend, over all heads of a layer, in a sequence without padding.
 
-    The sum of :func:`workloads.attention.patterns.dense_mask` in closed form. Documents are not known here: where
+    The sum of :func:`workloads.attention.masks.dense_mask` in closed form. Documents are not known here: where
     attention stops at their boundaries it is less.
     """
-    first, second = num_heads // 2, num_heads - num_heads // 2
-    size = min(group_size or tokens, tokens)
-    short, shifted = _in_groups(tokens, size, 0), _in_groups(tokens, size, size // 2 if size < tokens else 0)
-    match attention:
-        case "full" | "short":
-            return num_heads * short
-        case "shifted":
-            return num_heads * shifted
-        case "s2":
-            return first * short + second * shifted
-        case "s2-layers":
-            return num_heads * (shifted if layer % 2 else short)
-        case "dilated":
-            return first * _in_window(tokens, group_size, 1) + second * _in_window(tokens, group_size, 2)
-        case "stride-sparse":
-            stride = math.isqrt(tokens)
-            return first * _in_window(tokens, group_size, 1) + second * _in_window(tokens, tokens, stride)
-        case "block-sparse":
-            return sum(_in_blocks(tokens, group_size, head) for head in range(num_heads))
-
-
-def _causal(tokens: int) -> int:
-    return tokens * (tokens + 1) // 2
-
-
-def _in_groups(tokens: int, size: int, first: int) -> int:
-    """Groups [0, first), [first, first + size), ...; the last one may be shorter."""
-    whole, rest = divmod(tokens - first, size)
-    return _causal(first) + whole * _causal(size) + _causal(rest)
-
-
-def _in_window(tokens: int, size: int, dilation: int) -> int:
-    """The keys query, query - d, query - 2d, ..., at most ``size`` of them: query number q has q // d + 1 in all."""
-    growing = min(tokens, size * dilation)
-    whole, rest = divmod(growing, dilation)
-    return dilation * _causal(whole) + rest * (whole + 1) + (tokens - growing) * size
-
-
-def _in_blocks(tokens: int, size: int, head: int) -> int:
-    blocks = -(-tokens // size)
-    number = head % blocks
-    pairs = 0
-    for i in range(blocks):
-        rows = min(size, tokens - i * size)
-        keys = {(i + number) % blocks, (i - number) % blocks}
-        before = sum(j < i for j in keys)  # whole blocks of keys: only the last may be shorter, and it has none after
-        diagonal = i in keys or (number > i and i + number < blocks)
-        pairs += before * rows * size + (_causal(rows) if diagonal else rows)
-    return pairs
+    return PATTERNS[attention].attended_pairs(tokens, group_size or tokens, num_heads, layer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

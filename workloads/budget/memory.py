@@ -21,6 +21,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
+from workloads.attention.patterns import PATTERNS
 from workloads.budget.activations import FLOAT32, Activations
 from workloads.budget.loop import CHUNK_LOGITS, Loop
 from workloads.budget.shape import ModelShape, what_trains
@@ -149,8 +150,7 @@ class _Moments:
         self.rows = micro_batch(training, execution, workers)
         self.tokens = self.rows * training.context_length
         self.accumulates = training.batch > self.rows * workers
-        grouped = training.attention in ("full", "short", "shifted", "s2", "s2-layers")
-        masked = execution.attention_backend == "sdpa" and not grouped
+        masked = execution.attention_backend == "sdpa" and not PATTERNS[training.attention].is_grouped
         self.kept = Activations(self.trains, loop.widths, self.rows, masked, loop.compiled, loop.one_operator)
         self.stage = int(execution.engine[-1]) if execution.engine.startswith("zero") else 0
         # Bytes of the logits that last: a chunk's are gone with it.

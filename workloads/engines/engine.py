@@ -1,7 +1,7 @@
-"""Where a trial runs and how its workers train one model together: alone, or with DDP; with ZeRO in ``deepspeed.py``.
+"""Where a trial runs and how its workers train one model: alone, or with DDP; with ZeRO in ``zero.py``.
 
-The training loop is written once, for every engine: it computes this worker's part of the loss, and the engine knows
-how to turn it into an update that is the same on all workers, and into a checkpoint that any engine can take up.
+The training loop is written once, for every engine: it computes this worker's part of the loss. The engine turns that
+into an update that is the same on all workers, and into a checkpoint that any engine can load.
 """
 
 from __future__ import annotations
@@ -18,40 +18,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from workloads.adaptation.methods import compute_dtype, trainable_parameters
-from workloads.config import ExecutionConfig, Precision
+from workloads.config import Precision
 from workloads.training.loss import NextTokenLoss
 
-# What AdamW remembers of a parameter, and so what a checkpoint holds of it beside the weight.
+# AdamW's state of a parameter, which a checkpoint holds beside the weight.
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def make_engine(execution: ExecutionConfig, device: torch.device, precision: Precision) -> Engine:
-    """The engine of ``execution``, for this worker.
+class AsyncScalars:
+    """Numbers that a device is still computing, on their way to the host."""
 
-    Raises:
-        InputError: ZeRO is asked for and DeepSpeed is not installed.
-    """
-    if execution.engine in ("zero2", "zero3"):
-        from workloads.engines.zero import ZeroEngine  # DeepSpeed is optional, and takes seconds to import
-
-        return ZeroEngine(device, precision, stage=int(execution.engine[-1]), offload=execution.offload)
-    return Engine(device, precision)
-
-
-class Awaited:
-    """Numbers that a device is still computing: nobody waits before they are read."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._numbers = numbers.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if numbers.is_cuda else None
+    def __init__(self, scalars: torch.Tensor) -> None:
+        self._scalars = scalars.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if scalars.is_cuda else None
         if self._arrived:
-            self._arrived.record(torch.cuda.current_stream(numbers.device))
+            self._arrived.record(torch.cuda.current_stream(scalars.device))
 
     def read(self) -> list[float]:
-        """The numbers, once the device has come to them and to all that it was given before."""
+        """Waits until the device has computed them and everything that it was given before."""
         if self._arrived:
             self._arrived.synchronize()
-        return self._numbers.tolist()
+        return self._scalars.tolist()
 
 
 class Engine:
@@ -64,8 +51,8 @@ class Engine:
         precision: of what does not train.
 
     Attributes:
-        runs_ahead: whether the host gives the device a step before it knows how the last one ended: a device that works
-            by itself would wait for it in between.
+        runs_ahead: whether the host gives the device a step before it knows the result of the last one; an asynchronous
+            device would otherwise idle in between.
     """
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
@@ -75,33 +62,41 @@ class Engine:
         self.rank = dist.get_rank() if together else 0
         self.num_workers = dist.get_world_size() if together else 1
         self.runs_ahead = device.type == "cuda"
+        self._optimizer: Optimizer | None = None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimiser that :meth:`prepare` was given."""
+        if self._optimizer is None:
+            raise RuntimeError("the engine was prepared without an optimizer, so it cannot train")
+        return self._optimizer
 
     @property
     def home(self) -> torch.device:
-        """Where :meth:`prepare` wants a model, and its weights are best loaded to: this worker's device."""
+        """Where weights are loaded to, and :meth:`prepare` expects a model: this worker's device."""
         return self.device
 
     def place(self, model: nn.Module) -> nn.Module:
-        """All of the model at :attr:`home`."""
+        """Moves the model to :attr:`home`."""
         return model.to(self.home)
 
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | None = None, max_grad_norm: float | None = None
     ) -> nn.Module:
-        """The module whose forward pass to call in training: a :class:`NextTokenLoss`, or what stands around it.
+        """The module to call in training: a :class:`NextTokenLoss`, or a wrapper around it.
 
-        Without an optimizer nothing is trained, and only ``model`` itself is of use afterwards. Weights that a
-        checkpoint holds are in the model by now; the optimiser's state comes after, :meth:`load_optimizer_state`. It is
-        a fused one (:func:`workloads.training.optimization.build_optimizer`): others cannot clip, nor leave an update out.
+        Without an optimizer nothing is trained, and only ``model`` itself is of use afterwards. A checkpoint's weights
+        are loaded before; the optimiser's state after, by :meth:`load_optimizer_state`. It is a fused optimiser
+        (:func:`workloads.training.optimization.build_optimizer`): others can neither clip nor skip an update.
         """
-        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self._optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.parameters = trainable_parameters(model)
         self.diverged = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
         if self.num_workers == 1 or not self.parameters:
             return NextTokenLoss(model)
         devices = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers (positions, half of what FP8 weights are) are the same on all workers and stay so: broadcast once, not
-        # in each step.
+        # Buffers (positions, half of an FP8 weight) are constant and the same on all workers: broadcast once, not in
+        # each step.
         return DistributedDataParallel(NextTokenLoss(model), device_ids=devices, broadcast_buffers=False)
 
     def autocast(self) -> AbstractContextManager:
@@ -111,7 +106,7 @@ class Engine:
         return torch.autocast(self.device.type, self.dtype)
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Around one of the forward and backward passes that make up a step; after the last comes the update."""
+        """Around one of the forward and backward passes of a step; the update follows the last."""
         if last or not isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext()
         return model.no_sync()
@@ -120,28 +115,28 @@ class Engine:
         """Adds the gradients of this worker's part of the loss; the step's loss is the sum over passes and workers."""
         (loss * self.num_workers).backward()  # DDP takes the mean of the workers' gradients
 
-    def update(self, loss: torch.Tensor) -> Awaited:
+    def update(self, loss: torch.Tensor) -> AsyncScalars:
         """Clips the gradients, updates the parameters, and forgets the gradients.
 
         Args:
             loss: this worker's part of the step's loss.
 
         Returns the step's loss, and the norm of the whole gradient before clipping: the same on every worker. If one
-        of them is not finite nothing is updated, on any worker, then or later.
+        of them is not finite, no worker updates anything, in this step or later.
         """
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        numbers = torch.stack([self.sum(loss), norm])
-        self.diverged = torch.maximum(self.diverged, 1 - numbers.isfinite().all().float())
-        # As torch's GradScaler tells an optimiser to leave all as it is: on the device, which need not wait for a host
-        # that looks at the numbers. By the time the host does, the next step may be under way.
+        scalars = torch.stack([self.sum(loss), norm])
+        self.diverged = torch.maximum(self.diverged, 1 - scalars.isfinite().all().float())
+        # As torch's GradScaler tells an optimiser to skip an update: on the device, without waiting for the host, which
+        # may already have given it the next step.
         self.optimizer.found_inf = self.diverged
         if self.max_grad_norm is not None:
-            # What the optimiser divides gradients by while it reads them: clipping them first would pass over them once
-            # more. The small number is clip_grad_norm_'s.
+            # The optimiser divides gradients by this while it reads them; clipping them first would be another pass.
+            # The small number is clip_grad_norm_'s.
             self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Awaited(numbers)
+        return AsyncScalars(scalars)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trainable parameters by name, whole, in float32. All workers call it; worker 0 gets them."""
@@ -156,9 +151,9 @@ class Engine:
         }
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes up what :meth:`optimizer_state` of any engine, with any number of workers, gave."""
+        """Loads what :meth:`optimizer_state` of any engine, with any number of workers, returned."""
         for name, parameter in self.parameters.items():
-            # A copy: what is loaded may lie in a file. The fused optimiser keeps its counter where the parameter is.
+            # A copy: the tensor may be mapped from a file. The fused optimiser keeps its counter beside the parameter.
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].to(parameter.device, torch.float32, copy=True) for key in OPTIMIZER_STATE
             }
@@ -172,11 +167,11 @@ class Engine:
         return on_device.to(tensor.device)
 
     def any(self, condition: bool) -> bool:
-        """Whether it holds on any worker. Every worker waits here for all."""
+        """Whether it holds on any worker. Every worker waits here for all others."""
         return bool(self.sum(torch.tensor(int(condition))))
 
     def synchronize(self) -> None:
-        """Waits for the device, so that a clock read next means something."""
+        """Waits until the device has done everything that it was given, as a clock read next needs."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

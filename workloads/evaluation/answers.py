@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from workloads.attention import full_attention
+from workloads.attention.interface import full_attention
 from workloads.data import Batch, ValidationExample
 from workloads.engines.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from workloads.attention import full_attention
+from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from workloads.attention import full_attention
+from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores
 from workloads.training.loss import next_token_losses

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from workloads.attention import full_attention
+from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 

@@ -21,7 +21,8 @@ from rich.progress import Progress
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention.interface import use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import Positions
 from workloads.data import Corpus
 from workloads.engines.allocator import keep_freed_memory

@@ -1,14 +1,14 @@
 """Activations of some decoder layers in pinned host memory, between a layer's forward pass and its backward pass.
 
-What such a layer saves for its backward pass is copied to the host while the layers after it compute, and back while
-theirs do; only what is on its way is on the device. How many layers is chosen before a trial runs
-(workloads/budget/fitting.py), which ones and when is the rule of workloads/budget/offloading.py.
+What such a layer saves for its backward pass is copied to the host while later layers compute, and back while their
+backward passes do; only what is being copied is on the device. How many layers is chosen before a trial runs
+(workloads/budget/fitting.py); which ones and when is the rule of workloads/budget/offloading.py.
 
-How memory is kept safe without the host ever waiting. All device memory belongs to the stream that computes; two side
-streams only copy, one out and one back. A side stream waits for what the computing one has been given before it begins,
-and the computing stream waits for the copy before it goes on to use or give up that memory. So what is given up is free
-for the very next kernel, in the order of the program: with ``record_stream`` it would be free once the host happens to
-see that the copy is done, and the host is seconds ahead.
+Memory stays safe without the host ever waiting. All device memory belongs to the compute stream; two side streams only
+copy, one out and one back. A side stream waits for what the compute stream was given before it begins, and the compute
+stream waits for the copy before it uses or frees that memory. Freed memory is then available to the very next kernel,
+in program order: with ``record_stream`` it would be once the host happens to see that the copy is done, and the host is
+seconds ahead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +26,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from workloads.adaptation.methods import decoder_layers
+from workloads.adaptation.wrapping import Position, Wrapper, wrap
 from workloads.budget.offloading import offloaded_layers
 from workloads.errors import InputError
 from workloads.training.recompute import layers_with_backward
 
-SMALLEST = 2**20  # bytes: what is smaller stays, a copy of it would cost more than its memory is worth
+SMALLEST = 2**20  # bytes: smaller memory stays on the device, a copy of it would cost more than it saves
 
 
 def layers_to_offload(model: nn.Module, count: int) -> list[nn.Module]:
@@ -47,16 +47,15 @@ def layers_to_offload(model: nn.Module, count: int) -> list[nn.Module]:
 
 
 def offload_activations(model: nn.Module, count: int, device: torch.device) -> None:
-    """Has ``count`` of the layers that have a backward pass, spread evenly, keep their activations in host memory, in
-    training; at most all but the last.
+    """Makes ``count`` layers that have a backward pass keep their activations in host memory, in training.
 
-    Parameters and buffers stay where they are, and so does what all layers share: what they are called with by keyword
-    (rotary positions, masks). A tensor that is saved several times, or in several views, is copied once. The result is
-    bit for bit the same. Buffers are pinned in the first step, as large as what they take, and used again in each step;
-    on a CPU they are ordinary memory, and copies are done when they are begun.
+    The layers are spread evenly; at most all but the last. Parameters and buffers stay where they are, and so does what
+    all layers share: keyword arguments of their calls (rotary positions, masks). A tensor that is saved several times,
+    or in several views, is copied once. The result is bit for bit the same. Buffers are pinned in the first step, as
+    large as what they take, and reused in each step; on a CPU they are ordinary memory, and copies are synchronous.
 
     Args:
-        model: as :func:`workloads.adaptation.methods.adapt` returns it; layers that recompute do so already.
+        model: as :func:`workloads.adaptation.methods.adapt` returns it.
         device: where it trains.
 
     Raises:
@@ -67,58 +66,55 @@ def offload_activations(model: nn.Module, count: int, device: torch.device) -> N
     layers = layers_with_backward(model)
     plan = offloaded_layers(layers, count)
     copies = _Copies(device)
-    away = {each.layer: _Away(copies, device) for each in plan}
+    offloaded = {each.layer: _HostActivations(copies, device) for each in plan}
     for layer in layers:
-        layer._offloading = _Place(
-            away=away.get(layer),
-            forget=[*away.values()] if layer is layers[0] else [],
-            release=[away[each.layer] for each in plan if each.released is layer],
-            fetch=[away[each.layer] for each in plan if each.fetched is layer],
+        layer.offload_schedule = _Schedule(
+            own=offloaded.get(layer),
+            discard=[*offloaded.values()] if layer is layers[0] else [],
+            release=[offloaded[each.layer] for each in plan if each.released is layer],
+            fetch=[offloaded[each.layer] for each in plan if each.fetched is layer],
         )
-        layer.__class__ = _offloading(type(layer))
+        wrap(layer, _Offload)
 
 
-class _Offloading:
-    """In front of a module's class, outside of what recomputes or compiles it: what is due before and after a call."""
+class _Offload(Wrapper):
+    """Around a layer's call: does what is due before and after it."""
+
+    position = Position.OFFLOAD
+    offload_schedule: _Schedule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return super().__call__(*args, **kwargs)
-        return self._offloading.call(super().__call__, self, args, kwargs)
-
-
-@cache  # one class for all layers that are alike, so that torch.compile serves them with the same code
-def _offloading(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Offloading, kind), {"__module__": kind.__module__})
+        return self.offload_schedule.call(super().__call__, self, args, kwargs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """What is to be done at one layer: with its own activations, and with those of others that it is the time of.
+class _Schedule:
+    """What is due at one layer: for its own activations, and for those of other layers.
 
     Args:
-        away: where its own activations go; None: they stay.
-        forget: what a step before has left, if it was broken off.
-        release: what must have left the device before this layer's forward pass.
-        fetch: what begins to come back with its backward pass.
+        own: where the layer's own activations go; None: they stay.
+        discard: activations to discard, if an interrupted step has left any.
+        release: activations that must have left the device before this layer's forward pass.
+        fetch: activations whose copies back begin with this layer's backward pass.
     """
 
-    away: _Away | None
-    forget: list[_Away]
-    release: list[_Away]
-    fetch: list[_Away]
+    own: _HostActivations | None
+    discard: list[_HostActivations]
+    release: list[_HostActivations]
+    fetch: list[_HostActivations]
 
     def call(self, forward: Callable[..., Any], layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        for each in self.forget:
-            each.forget()
+        for each in self.discard:
+            each.discard()
         for each in self.release:
             each.release()
-        saving = self.away.saving(layer, kwargs) if self.away else contextlib.nullcontext()
-        with saving:
+        with self.own.saving(layer, kwargs) if self.own else contextlib.nullcontext():
             output = forward(*args, **kwargs)
         if self.fetch:
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(self._fetch)  # its gradient is what the layer's backward pass begins with
+            hidden.register_hook(self._fetch)  # the layer's backward pass begins with the gradient of its output
         return output
 
     def _fetch(self, gradient: torch.Tensor) -> None:
@@ -128,16 +124,16 @@ class _Place:
 
 @dataclass(slots=True)
 class _Stored:
-    """A piece of memory that a layer saved tensors in: in host memory, and while it is wanted on the device."""
+    """A piece of memory that a layer saved tensors in: in host memory, and on the device while it is needed there."""
 
     host: torch.Tensor
     uses: int = 0  # saved tensors in it that the backward pass has not asked for yet
     device: torch.Tensor | None = None
-    overwritten: bool = False  # by what a later forward pass saved
+    overwritten: bool = False  # by a later forward pass
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps of a tensor that is away: how it lies in its memory."""
+    """What autograd keeps of an offloaded tensor: its layout in its memory."""
 
     stored: _Stored
     dtype: torch.dtype
@@ -146,31 +142,32 @@ class _Saved(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Away:
-    """The activations of one layer: in host memory, or on their way."""
+class _HostActivations:
+    """The activations of one layer: in host memory, or being copied."""
 
     def __init__(self, copies: _Copies, device: torch.device) -> None:
         self.copies, self.device = copies, device
-        self.buffers: list[torch.Tensor] = []  # of every step: the first for what a layer saves first, and so on
-        self.staying: set[int] = set()
-        self.stored: dict[int, _Stored] = {}  # by the address that it has on the device while it leaves
+        self.buffers: list[torch.Tensor] = []  # reused by every step, in the order in which a layer saves
+        self.excluded: set[int] = set()  # addresses of what stays on the device
+        self.stored: dict[int, _Stored] = {}  # by address on the device at the time of saving
         self.leaving: list[torch.Tensor] = []
-        self.last: torch.cuda.Event | None = None  # the end of the last copy out
-        self.back: torch.cuda.Event | None = None  # and of the last one back
+        self.last_out: torch.cuda.Event | None = None  # the end of the last copy out
+        self.last_back: torch.cuda.Event | None = None
 
     @contextlib.contextmanager
     def saving(self, layer: nn.Module, shared: dict[str, Any]) -> Iterator[None]:
-        """Around the layer's forward pass. ``shared``: what other layers are given too."""
-        self.forget()
+        """Around the layer's forward pass. ``shared``: what other layers are called with too."""
+        self.discard()
         tensors = [*layer.parameters(), *layer.buffers(), *tree_leaves(shared)]
-        self.staying = {_address(each) for each in tensors if isinstance(each, torch.Tensor)}
+        self.excluded = {_address(each) for each in tensors if isinstance(each, torch.Tensor)}
         with saved_tensors_hooks(self.pack, self.unpack):
             yield
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+        """Begins to copy a saved tensor to the host, unless it stays."""
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         plain &= tensor.device.type == self.device.type
-        if not plain or tensor.untyped_storage().nbytes() < SMALLEST or _address(tensor) in self.staying:
+        if not plain or tensor.untyped_storage().nbytes() < SMALLEST or _address(tensor) in self.excluded:
             # Detached, since an operation that saved its own result would never be freed.
             return tensor.detach() if tensor.grad_fn is not None else tensor
         address = _address(tensor)
@@ -178,12 +175,13 @@ class _Away:
             memory = _bytes(tensor)
             self.stored[address] = _Stored(self._buffer(len(self.stored), memory.numel()))
             self.leaving.append(memory)
-            self.last = self.copies.out([(self.stored[address].host, memory)])
+            self.last_out = self.copies.out([(self.stored[address].host, memory)])
         stored = self.stored[address]
         stored.uses += 1
         return _Saved(stored, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
 
     def unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
+        """The saved tensor, on the device."""
         if isinstance(saved, torch.Tensor):
             return saved
         stored = saved.stored
@@ -192,10 +190,10 @@ class _Away:
                 "the activations of an offloaded layer were overwritten: its backward pass has to come before its next "
                 "forward pass"
             )
-        if stored.device is None:
-            self._bring([stored])
-        self.copies.wait(self.back)
         memory = stored.device
+        if memory is None:
+            (memory,) = self._copy_back([stored])
+        self.copies.wait(self.last_back)
         stored.uses -= 1
         if stored.uses <= 0:
             stored.device = None
@@ -203,40 +201,42 @@ class _Away:
         return whole.set_(memory.untyped_storage(), saved.offset, saved.size, saved.stride)
 
     def release(self) -> None:
-        """Gives up the device's memory once all is copied."""
-        self.copies.wait(self.last)
+        """Frees the device's memory once all is copied."""
+        self.copies.wait(self.last_out)
         self.leaving.clear()
 
     def fetch(self) -> None:
         """Begins to copy back what the backward pass will ask for."""
-        self._bring([each for each in self.stored.values() if each.uses > 0 and each.device is None])
+        self._copy_back([each for each in self.stored.values() if each.uses > 0 and each.device is None])
 
-    def forget(self) -> None:
-        """What a step that was broken off has left, and what none has asked for."""
+    def discard(self) -> None:
+        """Drops what an interrupted step has left, and what no backward pass has asked for."""
         self.release()
-        self.copies.wait(self.back)
+        self.copies.wait(self.last_back)
         for each in self.stored.values():
             each.device, each.overwritten = None, True
         self.stored.clear()
 
-    def _bring(self, wanted: list[_Stored]) -> None:
-        self.release()  # after it a copy back begins
-        for each in wanted:
-            each.device = torch.empty(each.host.numel(), dtype=torch.uint8, device=self.device)
-        self.back = self.copies.back([(each.device, each.host) for each in wanted])
+    def _copy_back(self, wanted: list[_Stored]) -> list[torch.Tensor]:
+        self.release()  # a copy back begins after the last copy out
+        memories = [torch.empty(each.host.numel(), dtype=torch.uint8, device=self.device) for each in wanted]
+        for each, memory in zip(wanted, memories):
+            each.device = memory
+        self.last_back = self.copies.back([(memory, each.host) for each, memory in zip(wanted, memories)])
+        return memories
 
-    def _buffer(self, number: int, num_bytes: int) -> torch.Tensor:
-        """Host memory of this size: that of the step before, or new where it had less."""
-        if number == len(self.buffers):
+    def _buffer(self, index: int, num_bytes: int) -> torch.Tensor:
+        """Host memory of this size: that of the step before, or a new one where it was smaller."""
+        if index == len(self.buffers):
             self.buffers.append(_host_memory(num_bytes, self.device))
-        elif len(self.buffers[number]) < num_bytes:
-            self.buffers[number] = torch.empty(0)  # first given back, then asked for
-            self.buffers[number] = _host_memory(num_bytes, self.device)
-        return self.buffers[number][:num_bytes]
+        elif len(self.buffers[index]) < num_bytes:
+            self.buffers[index] = torch.empty(0)  # freed before the larger one is allocated
+            self.buffers[index] = _host_memory(num_bytes, self.device)
+        return self.buffers[index][:num_bytes]
 
 
 class _Copies:
-    """Copies beside the stream that computes: one side stream for each direction; on a CPU there is none."""
+    """Copies beside the compute stream: one side stream for each direction; on a CPU there is none."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -250,7 +250,7 @@ class _Copies:
 
     @staticmethod
     def wait(event: torch.cuda.Event | None) -> None:
-        """Has what is computed from here on wait for it; the host does not."""
+        """Makes all later computation wait for the event; the host does not wait."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
@@ -258,7 +258,7 @@ class _Copies:
     def _copy(
         stream: torch.cuda.Stream | None, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.cuda.Event | None:
-        """Copies (to, from) once all is done that the device has been given; returns the end of it."""
+        """Copies (to, from) after everything the compute stream was given so far; returns the event of its end."""
         if stream is None:
             for to, source in pairs:
                 to.copy_(source)
@@ -275,15 +275,15 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """All of the memory that it lies in."""
+    """The whole memory that holds a tensor."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Bytes that the device copies to and from by itself.
+    """Pinned memory, which the device copies to and from by itself; ordinary memory on a CPU.
 
-    torch's own pinned memory is rounded up to a power of two, which would waste up to half; so pages are taken from the
-    system, in large ones where it has them, and pinned as they are.
+    torch's own pinned memory is rounded up to a power of two, which would waste up to half. Pages are taken from the
+    system instead, large ones where it has them, and pinned as they are.
 
     Raises:
         MemoryError: it cannot be had.
@@ -305,8 +305,8 @@ def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def _unpin(address: int, pages: mmap.mmap) -> None:
-    """``pages`` is here so that they are not unmapped before."""
-    torch.cuda.synchronize()  # a copy may be on its way
+    """Unpins memory; ``pages`` is an argument so that they are not unmapped before."""
+    torch.cuda.synchronize()  # a copy may be running
     torch.cuda.cudart().cudaHostUnregister(address)
 
 

@@ -10,7 +10,8 @@ from orchestrator.compare import Outcome, compare, effort, summarise
 from orchestrator.records.events import Cancelled, Eval, Finished, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import Identities, SweepSpec, TrainedMethod
+from orchestrator.spec import SweepSpec, TrainedMethod
+from orchestrator.trial_spec import Identities
 from tests.support.events import TOKENS, a_step, document_evaluation
 from workloads.config import Positions, TrainingConfig
 

@@ -13,7 +13,8 @@ from orchestrator.compare.runs import find_run
 from orchestrator.records.events import Eval, Finished, Started, Step
 from orchestrator.records.json_files import write_json
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.commands import ROOT
 from tests.support.events import TOKENS, a_step, document_evaluation
 from workloads.errors import InputError

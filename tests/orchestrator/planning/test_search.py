@@ -12,7 +12,8 @@ from orchestrator.cli import parse
 from orchestrator.planning.search import Search, Space
 from orchestrator.records.events import Eval, Failed, Finished, Stopped
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.commands import SweepCommand, wait_for
 from tests.support.events import evaluation
 from tests.support.storage import records

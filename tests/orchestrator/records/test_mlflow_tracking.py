@@ -12,7 +12,8 @@ from orchestrator.records.events import Cancelled, Eval, Failed, Finished, Model
 from orchestrator.records.mlflow_tracking import Tracker, TrackingThread, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.events import a_step, evaluation
 from tests.support.mlflow_server import start_mlflow_server
 from workloads.errors import InputError

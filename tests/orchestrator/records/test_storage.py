@@ -22,7 +22,8 @@ from orchestrator.records.object_store import ObjectStore, StoreUnavailable, ret
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.spec import Identities, SweepSpec
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.events import a_step, evaluation
 from workloads.data import Corpus, prepare
 from workloads.errors import InputError

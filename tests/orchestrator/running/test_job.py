@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.planning.early_stopping import EarlyStopping
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.models.source import ModelSource
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.records.events import make_event
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.models import small_llama, small_model
 from tests.support.texts import prepare_texts
 from tests.support.traffic import count_traffic
@@ -31,7 +31,8 @@ from workloads.export import export_trial
 from workloads.models.families import SUPPORTED
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_newest
-from workloads.training.loop import run, set_up
+from workloads.training.loop import run
+from workloads.training.setup import prepare_model
 
 TINY = ModelSource.parse("builtin:tiny")
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def llama(quantization="fp8", device=CPU, checkpointing=0, lora_targets=None, **
     """A small Llama that a trial would train."""
     shape = dict(hidden_size=64, intermediate_size=128, num_key_value_heads=2, use_cache=False, initializer_range=0.1)
     model = small_llama(**{**shape, **overrides}).to(torch.bfloat16)
-    return set_up(
+    return prepare_model(
         model,
         config(quantization, lora_targets=lora_targets),
         Engine(device, "bfloat16"),
@@ -327,7 +328,7 @@ def test_a_trial_learns_as_in_bfloat16_resumes_bit_equal_and_exports_over_the_or
     assert losses(events)[-1] < losses(events)[0] - 0.1
 
     answers = iter([None, None, "stop"])
-    first = trial(training, corpus, tmp_path / "halves", asked=lambda: next(answers))[1]
+    first = trial(training, corpus, tmp_path / "halves", poll_request=lambda: next(answers))[1]
     halves, second = trial(training, corpus, tmp_path / "halves")
     assert losses(first) + losses(second) == losses(events)
     (whole, _), (again, _) = (load_newest(each.checkpoints) for each in (folder, halves))
@@ -413,7 +414,7 @@ def test_flops_and_bytes_are_what_a_pass_takes(method):
     predicted = traffic(shape, training, 0, loop)
     assert 256 * predicted.training + predicted.micro_batch() == pytest.approx(moved, rel=0.1)
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
-    model = set_up(model, training, Engine(CPU, "bfloat16"), ExecutionConfig())
+    model = prepare_model(model, training, Engine(CPU, "bfloat16"), ExecutionConfig())
     tokens = torch.randint(512, (1, 256))
     with FlopCounterMode(display=False) as counted, torch.autocast("cpu", torch.bfloat16):
         model.train()(tokens).logits.sum().backward()

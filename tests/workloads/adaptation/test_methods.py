@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from tests.support.models import small_llama, small_model
-from workloads.adaptation.lora_fusion import spare_passes
+from workloads.adaptation.lora_fusion import fuse_lora
 from workloads.adaptation.methods import (
     adapt,
     check_adaptation,
@@ -251,7 +251,7 @@ def what_runs_through(model, tokens):
 def test_under_autocast_all_that_runs_through_a_model_is_bfloat16(family, method):
     """Also where embeddings and norms are float32. Where they are not, nothing is rounded otherwise."""
     model, tokens = adapt(small_model(family).bfloat16(), method), torch.arange(16)[None]
-    spare_passes(model)
+    fuse_lora(model)
     with torch.autocast("cpu", torch.bfloat16):
         expected, expected_gradients, _ = what_runs_through(model, tokens)
         keep_autocast_dtype(model)
@@ -265,7 +265,7 @@ def test_under_autocast_all_that_runs_through_a_model_is_bfloat16(family, method
 
 def test_without_autocast_nothing_is_cast():
     model, tokens = adapt(small_llama(), "lora+"), torch.arange(16)[None]
-    spare_passes(model)
+    fuse_lora(model)
     expected, expected_gradients, _ = what_runs_through(model, tokens)
     keep_autocast_dtype(model)
     logits, gradients, given = what_runs_through(model, tokens)
@@ -285,7 +285,7 @@ def test_lora_computes_what_pefts_own_layers_do(targets, family):
     for peft_as_it_is in (True, False):
         model = adapt(small_model(family).double(), "lora", lora_alpha=12, lora_targets=targets)
         if not peft_as_it_is:
-            spare_passes(model)
+            fuse_lora(model)
         layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
@@ -311,7 +311,7 @@ def test_gradients_are_those_of_autocast_also_where_what_it_is_given_is_float32(
     for spared in (False, True):
         model = adapt(small_llama().bfloat16(), "lora+")
         if spared:
-            spare_passes(model)
+            fuse_lora(model)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(tokens).logits.float().square().mean()
         loss.backward()
@@ -323,7 +323,7 @@ def test_gradients_are_those_of_autocast_also_where_what_it_is_given_is_float32(
 def test_layers_that_share_an_input_read_it_once_and_keep_nothing():
     """Of q, k and v together A is one product forwards; and an input that comes twice is computed twice."""
     model = adapt(small_llama(), "lora")
-    spare_passes(model)
+    fuse_lora(model)
     attention = decoder_layers(model)[1][0].self_attn
     x = torch.randn(2, 5, attention.q_proj.in_features)
     given = []
@@ -335,4 +335,4 @@ def test_layers_that_share_an_input_read_it_once_and_keep_nothing():
     assert not given
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection(x)
-    assert attention.q_proj.together.input is None and not attention.q_proj.together.waiting
+    assert attention.q_proj.fused_group.input is None and not attention.q_proj.fused_group.pending

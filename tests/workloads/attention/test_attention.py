@@ -1,7 +1,6 @@
 """Attention patterns: what they are, by hand; and that every backend computes what their dense masks say."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -12,23 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.attention_error import CASES, max_errors
-from workloads.attention import (
-    AttentionPattern,
-    attention,
-    backends,
-    choose_backend,
-    dense_mask,
-    grouped,
-    shifted_sparse_attention,
-)
-from workloads.attention.backends import BACKENDS, masked_attention, missing
+from workloads.attention import backends, grouped
+from workloads.attention.backends import BACKENDS, attention, choose_backend, masked_attention, missing
 from workloads.attention.documents import document_ids
-from workloads.attention.groups import GROUPED
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import PATTERNS, AttentionPattern
+from workloads.attention.shifted import shifted_sparse_attention
 from workloads.attention.varlen import varlen_attention
-from workloads.config import Attention
 from workloads.errors import InputError
 
-PATTERNS = get_args(Attention)
+GROUPED = [name for name, pattern in PATTERNS.items() if pattern.is_grouped]
 
 
 def make_pattern(name, group_size):

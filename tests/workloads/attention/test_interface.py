@@ -8,7 +8,10 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.support.models import random_tokens, small_model
-from workloads.attention import AttentionPattern, backend_of, dense_mask, document_ids, full_attention, use_pattern
+from workloads.attention.documents import document_ids
+from workloads.attention.interface import backend_of, full_attention, use_pattern
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import Attention
 from workloads.errors import InputError
 from workloads.models.families import SUPPORTED

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.memory import MODELS, POINTS, Point, RandomTokens, as_json, compare, configure, measure, table
 from tests.support.models import plain_losses, random_tokens, small_model
 from tests.support.traffic import count_traffic, family_config
-from workloads.adaptation.lora_fusion import spare_passes
-from workloads.adaptation.methods import adapt, count_parameters, trainable_parameters
-from workloads.attention import AttentionPattern, dense_mask, shifted, use_pattern
+from workloads.adaptation.lora_fusion import fuse_lora
+from workloads.adaptation.methods import adapt, count_parameters
+from workloads.attention import shifted
+from workloads.attention.interface import use_pattern
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.budget import (
     Device,
     ModelShape,
@@ -46,9 +49,9 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.families import SUPPORTED
 from workloads.models.source import ModelSource
-from workloads.training.loop import Trial, set_up
-from workloads.training.optimization import build_optimizer
+from workloads.training.loop import Trial
 from workloads.training.recompute import recompute_activations
+from workloads.training.setup import prepare_model
 
 GIB = 2**30
 LLAMA2_7B = ModelShape.of(
@@ -155,7 +158,7 @@ def test_linear_flops_of_a_step_are_what_torch_counts(family, checkpointing):
         use_pattern(model, AttentionPattern())
         shape = ModelShape.of(model.config)
         model = adapt(model, method, train_layers=train_layers)
-        spare_passes(model)
+        fuse_lora(model)
         model.config.use_cache = False
         recompute_activations(model, checkpointing)
         with flop_counter() as forward:
@@ -202,7 +205,7 @@ def kept_for_backward(model_config, training):
     bfloat16 = training.precision == "bfloat16"
     model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     model.config.use_cache = False
-    model = set_up(model, training, Engine(torch.device("cpu"), training.precision), ExecutionConfig())
+    model = prepare_model(model, training, Engine(torch.device("cpu"), training.precision), ExecutionConfig())
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -346,10 +349,9 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_a_checkpoint_has_the_size_that_was_said(tmp_path):
     model_config, training = family_config("llama"), config(32, "lora+")
     engine = Engine(torch.device("cpu"), "float32")
-    model = set_up(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
+    model = prepare_model(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
     corpus = RandomTokens(512)
     trial = Trial(model, training, ExecutionConfig(), corpus, tmp_path, engine, lambda event, **fields: None)
-    trial.parameters, trial.optimizer = trainable_parameters(model), build_optimizer(model, training)
     trial.train_step(trial.start())
     trial.save()
     written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
@@ -653,13 +655,12 @@ class OnAnH200(Engine):
 def test_a_step_tells_its_utilisation_where_the_device_is_known(engine, told, tmp_path):
     model_config, training = family_config("llama"), config(32, "lora+")
     engine = engine(torch.device("cpu"), "float32")
-    model = set_up(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
+    model = prepare_model(AutoModelForCausalLM.from_config(model_config), training, engine, ExecutionConfig())
     events = []
     trial = Trial(
         model, training, ExecutionConfig(), RandomTokens(512), tmp_path, engine,
         lambda event, **fields: events.append(fields),
     )  # fmt: skip
-    trial.parameters, trial.optimizer = trainable_parameters(model), build_optimizer(model, training)
     trial.train_step(trial.start())
     (step,) = events
     assert ("mfu" in step) == told

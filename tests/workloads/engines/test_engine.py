@@ -15,12 +15,14 @@ import torch.distributed as dist
 from tests.support.workers import run_workers, this_device
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Corpus, PackedCorpus, prepare
-from workloads.engines.engine import Engine, make_engine
+from workloads.engines.choose import make_engine
+from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
 from workloads.training import compilation, loss, offload
 from workloads.training.checkpoint import load_checkpoint
-from workloads.training.loop import NonFiniteLoss, Trial, build_model, run
+from workloads.training.loop import NonFiniteLoss, Trial, run
+from workloads.training.setup import build_model
 
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

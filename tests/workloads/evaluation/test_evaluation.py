@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.support.models import small_llama
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention.interface import use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.data import Corpus, ValidationDocument, prepare
 from workloads.engines.engine import Engine
 from workloads.errors import InputError

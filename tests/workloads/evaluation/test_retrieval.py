@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention.interface import use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.passkey import passkey_tests

@@ -8,18 +8,19 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.records.storage import Storage
-from orchestrator.spec import Identities, TrialSpec
+from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.events import emit_to
 from tests.support.models import small_model
 from tests.support.texts import prepare_texts
-from workloads.attention import full_attention
+from workloads.attention.interface import full_attention
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import export_trial
 from workloads.models.families import SUPPORTED
 from workloads.models.source import ModelSource
-from workloads.training.loop import Trial, build_model
+from workloads.training.loop import Trial
+from workloads.training.setup import build_model
 
 TINY = ModelSource.parse("builtin:tiny")
 ORIGINAL, CONTEXT = 32, 64

@@ -12,8 +12,8 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.quantization import nf4_loading
 from workloads.models.source import ModelSource
-from workloads.training.loop import build_model
 from workloads.training.optimization import build_optimizer, set_learning_rate
+from workloads.training.setup import build_model
 
 
 def config(method="lora+", quantization="nf4", **overrides):

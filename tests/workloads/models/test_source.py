@@ -12,7 +12,7 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.positions import original_context_length
 from workloads.models.source import ModelSource
-from workloads.training.loop import build_model
+from workloads.training.setup import build_model
 
 
 def test_a_local_copy_is_the_same_model_wherever_it_lies(tmp_path):

@@ -14,7 +14,8 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.training import compilation
 from workloads.training.compilation import compile_layers, layers_compile
-from workloads.training.loop import Trial, set_up
+from workloads.training.loop import Trial
+from workloads.training.setup import prepare_model
 
 NUM_LAYERS = 12  # more than the versions of one function that dynamo makes by default (8)
 
@@ -71,7 +72,7 @@ def losses(folder, training, execution, device="cpu"):
 
     engine = Engine(torch.device(device), training.precision)
     model = small_llama(num_hidden_layers=NUM_LAYERS, use_cache=False, max_position_embeddings=32).to(engine.dtype)
-    model = set_up(model, training, engine, execution)
+    model = prepare_model(model, training, engine, execution)
     names = [name for name, _ in model.named_parameters()]
     Trial(model, training, execution, RandomWindows(), folder, engine, emit).run()
     assert [name for name, _ in model.named_parameters()] == names
@@ -150,10 +151,10 @@ LONG = dict(context_length=8192, group_size=2048, eval_span=8192, steps=1000, ba
 )
 def test_auto_compiles_where_a_long_trial_gains_by_it(overrides, execution, expected, monkeypatch):
     """On a GPU with Triton, which this machine need not have; the plan says so too."""
-    monkeypatch.setattr(compilation, "_can_compile", lambda engine: True)
+    monkeypatch.setattr(compilation, "_can_compile", lambda device: True)
     training, engine = config(**{**LONG, **overrides}), Engine(torch.device("cuda"), "bfloat16")
     execution = ExecutionConfig(**execution)
-    assert layers_compile(LLAMA_2_7B, training, execution, engine) == expected
+    assert layers_compile(LLAMA_2_7B, training, execution, engine.device, engine.num_workers) == expected
     assert planned(training, execution, device=Device.named("NVIDIA H200")) == expected
 
 
@@ -170,7 +171,7 @@ def test_each_worker_has_its_share_of_the_work_to_gain_by():
 
 def test_auto_compiles_nothing_on_a_cpu():
     engine, cpu = Engine(torch.device("cpu"), "bfloat16"), Device.cpu(cores=2, memory=2**33)
-    assert not layers_compile(LLAMA_2_7B, config(**LONG), ExecutionConfig(), engine)
+    assert not layers_compile(LLAMA_2_7B, config(**LONG), ExecutionConfig(), engine.device, engine.num_workers)
     assert not planned(config(**LONG), ExecutionConfig(), device=cpu)
     assert planned(config(**LONG), ExecutionConfig(compile_layers="on"), device=cpu)
 
@@ -178,6 +179,6 @@ def test_auto_compiles_nothing_on_a_cpu():
 def test_compiled_layers_with_zero3_are_refused():
     engine, execution = Engine(torch.device("cpu"), "bfloat16"), ExecutionConfig(engine="zero3", compile_layers="on")
     with pytest.raises(InputError, match="compile_layers is on with the engine zero3"):
-        layers_compile(LLAMA_2_7B, config(**LONG), execution, engine)
+        layers_compile(LLAMA_2_7B, config(**LONG), execution, engine.device, engine.num_workers)
     with pytest.raises(InputError, match="compile_layers is on with the engine zero3"):
         planned(config(**LONG), execution)

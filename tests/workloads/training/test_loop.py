@@ -13,14 +13,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.support.models import plain_losses
 from tests.support.texts import prepare_texts
-from workloads.attention import AttentionPattern, dense_mask, document_ids
+from workloads.attention.documents import document_ids
+from workloads.attention.masks import dense_mask
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import PackedCorpus
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_newest, whole_steps
-from workloads.training.loop import NonFiniteLoss, Trial, build_model, run
+from workloads.training.loop import NonFiniteLoss, Trial, run
+from workloads.training.setup import build_model
 
 SOURCE = ModelSource.parse("builtin:tiny")
 
@@ -134,7 +137,7 @@ def test_a_run_saves_and_stops_when_asked_and_goes_on_from_there(corpus, tmp_pat
     trial = config(context_length=256, group_size=64, eval_span=256, steps=6, eval_every=3)
     execution = ExecutionConfig(checkpoint_every=5)
     answers = iter([None, "save", None, "stop"])
-    first = train(trial, corpus, tmp_path / "parts", execution, asked=lambda: next(answers))
+    first = train(trial, corpus, tmp_path / "parts", execution, poll_request=lambda: next(answers))
     assert [event["step"] for event in first if event["event"] == "saved"] == [2, 4]
     assert max(losses(first)) == 4
     second = train(trial, corpus, tmp_path / "parts", execution)
@@ -156,7 +159,7 @@ def test_the_best_checkpoint_is_saved_where_it_was_found_and_kept_over_a_restart
     trial = config("full", steps=6, warmup_steps=4, **small)
     keep = ExecutionConfig(checkpoint_every=100, keep_last=1, keep_best=True, keep_every=4)
     answers = iter([None] * 4 + ["stop"])
-    first = train(trial, corpus, tmp_path, keep, asked=lambda: next(answers))
+    first = train(trial, corpus, tmp_path, keep, poll_request=lambda: next(answers))
     second = train(trial, corpus, tmp_path, keep)
     scores = {step: perplexity for _, step, perplexity in perplexities(first + second) if step}
     best = min(scores, key=scores.get)

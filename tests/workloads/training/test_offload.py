@@ -56,7 +56,7 @@ def offloading(method="lora+", count=2, recomputed=0, compiled=False, **settings
     """(a trial's model, its configuration, the layers that are offloaded)."""
     model, training = set_up_model(method, **settings)
     away = layers_to_offload(model, count)
-    recompute_activations(model, recomputed, besides=away)
+    recompute_activations(model, recomputed, exclude=away)
     offload_activations(model, count, CPU)
     if compiled:
         torch._dynamo.reset()
@@ -126,7 +126,7 @@ def test_every_family_is_offloaded_whole(family):
     expected = [x.untyped_storage().nbytes() for address, x in found["saved"].items() if address not in staying]
     model, _, (layer,) = offloading("lora", 1, family=family)
     model(random_tokens())
-    assert sorted(map(len, layer._offloading.away.buffers)) == sorted(expected)
+    assert sorted(map(len, layer.offload_schedule.own.buffers)) == sorted(expected)
 
 
 def test_layers_are_those_of_the_plan_and_either_offloaded_or_recomputed():
@@ -145,7 +145,7 @@ def test_evaluation_offloads_nothing():
     model.eval()(random_tokens())
     with torch.no_grad():
         model.train()(random_tokens())
-    assert not any(layer._offloading.away.buffers for layer in away)
+    assert not any(layer.offload_schedule.own.buffers for layer in away)
 
 
 def eight_layers():
@@ -171,8 +171,8 @@ def live_in_the_second_step(training, execution, tmp_path):
 
 
 def host_buffers(model):
-    places = [getattr(layer, "_offloading", None) for layer in decoder_layers(model)[1]]
-    return [buffer for place in places if place and place.away for buffer in place.away.buffers]
+    places = [getattr(layer, "offload_schedule", None) for layer in decoder_layers(model)[1]]
+    return [buffer for place in places if place and place.own for buffer in place.own.buffers]
 
 
 @pytest.mark.parametrize(("method", "batch"), [("lora+", 1), ("lora", 2), ("full", 1)])
@@ -211,7 +211,7 @@ def test_a_step_that_breaks_off_leaves_the_next_one_right():
     model(tokens, labels=tokens).loss.backward()
     gradients = [{name: x.grad for name, x in trainable_parameters(each).items()} for each in (model, expected)]
     assert_equal(*gradients)
-    assert not any(each.device is not None for layer in away for each in layer._offloading.away.stored.values())
+    assert not any(each.device is not None for layer in away for each in layer.offload_schedule.own.stored.values())
 
 
 def test_gradients_may_be_asked_for_twice_but_not_after_another_forward_pass():
@@ -232,7 +232,7 @@ def test_longer_sequences_get_larger_buffers():
     sizes = []
     for length in (16, 32, 24):
         model(random_tokens(1, length)).logits.sum().backward()
-        sizes.append(sum(map(len, layer._offloading.away.buffers)))
+        sizes.append(sum(map(len, layer.offload_schedule.own.buffers)))
     assert sizes[0] < sizes[1] == sizes[2]
 
 
@@ -340,7 +340,7 @@ def test_what_cannot_be_offloaded_is_refused():
         with pytest.raises(InputError, match="expected a number of decoder layers, or auto"):
             ExecutionConfig(offload_activations=wrong)
     for engine in ("zero2", "zero3"):
-        with pytest.raises(InputError, match=f"with the engine '{engine}', which moves tensors by itself"):
+        with pytest.raises(InputError, match=f"with the engine '{engine}', which moves tensors itself"):
             ExecutionConfig(engine=engine, offload_activations=1)
         ExecutionConfig(engine=engine, offload_activations="auto")
 

@@ -9,14 +9,16 @@ import torch
 
 from tests.support.models import small_llama
 from tests.support.workers import run_workers
-from workloads.attention import AttentionPattern, use_pattern
+from workloads.attention.interface import use_pattern
+from workloads.attention.patterns import AttentionPattern
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.data import Batch, ExampleCorpus, Instructions, prepare_examples
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import score_answers, to_device
 from workloads.models.source import ModelSource
-from workloads.training.loop import build_model, run
+from workloads.training.loop import run
+from workloads.training.setup import build_model
 
 SOURCE = ModelSource.parse("builtin:tiny")
 CONTEXT = 96

@@ -1,0 +1,60 @@
+"""Wrappers: modules of a loaded model get another forward pass, and keep their names, parameters and class name.
+
+A wrapper is a class put in front of a module's own class. However many a module has, and in whatever order they were
+put on, it gets one class, with its wrappers in the order of :class:`Position`. All alike modules share that class, so
+that torch.compile serves them with the same code; a wrapper set on each module (``module.forward = ...``) would be
+compiled once a module.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache
+from typing import ClassVar
+
+from torch import nn
+
+
+class Position(IntEnum):
+    """Where a wrapper runs, from the outside in.
+
+    A decoder layer is offloaded around its ``__call__``, outside of what torch.compile makes of it: copies between
+    streams are no part of compiled code. It recomputes around its ``forward``, inside of that, where the compiler can
+    choose what to compute again. Fused LoRA wraps the ``forward`` of linear modules, inside of their layer.
+    """
+
+    OFFLOAD = 0
+    RECOMPUTE = 1
+    FUSED_LORA = 2
+
+
+class Wrapper(nn.Module):
+    """Base of wrappers, which override ``__call__`` or ``forward`` and call ``super()`` for the module's own."""
+
+    position: ClassVar[Position]
+
+
+def wrap(module: nn.Module, wrapper: type[Wrapper]) -> None:
+    """Puts ``wrapper`` around a module, at its position among the module's other wrappers."""
+    _set_wrappers(module, {*_wrappers(module), wrapper})
+
+
+def unwrap(module: nn.Module, wrapper: type[Wrapper]) -> None:
+    """Takes ``wrapper`` off a module, if it has it; its other wrappers stay."""
+    _set_wrappers(module, {*_wrappers(module)} - {wrapper})
+
+
+def _wrappers(module: nn.Module) -> tuple[type[Wrapper], ...]:
+    return getattr(type(module), "_wrappers", ())
+
+
+def _set_wrappers(module: nn.Module, wrappers: set[type[Wrapper]]) -> None:
+    own: type = getattr(type(module), "_unwrapped", type(module))
+    ordered = tuple(sorted(wrappers, key=lambda wrapper: wrapper.position))
+    module.__class__ = _wrapped_class(own, ordered) if ordered else own
+
+
+@cache
+def _wrapped_class(own: type, wrappers: tuple[type[Wrapper], ...]) -> type:
+    attributes = {"__module__": own.__module__, "_wrappers": wrappers, "_unwrapped": own}
+    return type(own.__name__, (*wrappers, own), attributes)
