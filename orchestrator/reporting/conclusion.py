@@ -174,8 +174,9 @@ class Conclusion:
         }
 
     def _compare_with_plan(self) -> list[str]:
-        """Writes planned and actual values to the sweep's folder, and returns a sentence on them. What an earlier run
-        wrote stays if this one has trained nothing.
+        """Writes planned and actual values to the sweep's folder, and returns a sentence on them.
+
+        What an earlier run wrote stays if this one has trained nothing.
         """
         file = self.sweep.folder / FILE
         if self.announced:
