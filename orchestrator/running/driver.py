@@ -21,9 +21,10 @@ from orchestrator.ray_internals import (
     no_process_group,
     release_placement_group,
 )
-from orchestrator.records.cancellation import cancelled_before_its_start
+from orchestrator.records.cancellation import cancel_before_start
 from orchestrator.records.events import Failed, FaultKind, Launched, Retry
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Remedy, find_remedy
 from orchestrator.running.job import TrialJob
@@ -47,7 +48,7 @@ def drive_trial(config: dict[str, Any]) -> None:
     folders = [storage.trial(trial.fingerprint) for trial in job.trials]
     remedied: list[FaultKind] = []
     # A list and no generator: each cancelled trial is to record it in its journal.
-    while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
+    while not all([cancel_before_start(storage, folder) for folder in folders]):
         job = dataclasses.replace(job, attempt=uuid.uuid4().hex)
         _attempt(job, storage, folders)
         remedy = _remedy(job, folders, remedied)
