@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 import re
@@ -29,29 +28,28 @@ def evaluate(options: Options, console: Console) -> list[Path]:
     """Runs every task, prints its table, and returns the files written.
 
     Raises:
-        InputError: whatever the user gave that cannot work.
+        InputError: an option of any task cannot work; it is raised before the first task runs.
     """
     if options.cases and options.tasks == ("topics",) and not options.lengths:
-        options = _with_lengths_of_cases(options)
+        options = _with_lengths_of_cases(options, options.cases)
     subject = load_subject(options, console)
-    # What cannot work, of any task, is found before the first one runs.
     ready = {task: TASKS[task](subject, options, console) for task in dict.fromkeys(options.tasks)}
     files = []
     for task, run in {} if options.dry_run else ready.items():
         result = {"task": task, "model": subject.about, **run(), "seed": options.seed, "confidence": CONFIDENCE}
-        result |= {"options": asked(options), "environment": environment(subject.engine)}
+        result |= {"options": recorded_options(options), "environment": environment(subject.engine)}
         for part in tables.TABLES[task](result):
             console.print(part)
         files += _write(result, task, options)
     return files
 
 
-def _with_lengths_of_cases(options: Options) -> Options:
-    """LongChat's cases have lengths of their own, so positions have to reach the longest of them."""
+def _with_lengths_of_cases(options: Options, cases: Path) -> Options:
+    """Sets the length of LongChat's longest case, to which positions are extended."""
     if (Path(options.model) / "trial.json").is_file():
         return options
     prompter = Prompter(ModelSource.parse(options.model).tokenizer(), options.chat)
-    return replace(options, lengths=(max(t.length for t in longchat_tests(prompter, options.cases, options.tests)),))
+    return replace(options, lengths=(max(t.length for t in longchat_tests(prompter, cases, options.tests)),))
 
 
 def _write(result: dict[str, Any], task: str, options: Options) -> list[Path]:
@@ -60,43 +58,46 @@ def _write(result: dict[str, Any], task: str, options: Options) -> list[Path]:
     stretched = options.positions != "none" and result["model"]["positions"] != "none"
     suffix = f"-{options.positions}" if stretched else ""
     options.output.mkdir(parents=True, exist_ok=True)
-    path = _place(options.output, f"{task}-{name}{suffix}", result)
+    path = _result_path(options.output, f"{task}-{name}{suffix}", result)
     path.write_text(json.dumps(result, indent=1))
     return [path, pictures.PICTURES[task](result, path.with_suffix(".png"))]
 
 
-def _place(folder: Path, name: str, result: dict[str, Any]) -> Path:
-    """Where a result goes: ``name.json``, else ``name-2.json`` and so on, the first that is free or holds an earlier
-    answer to the same question. What was found with other lengths, data or weights is kept.
+def _result_path(folder: Path, name: str, result: dict[str, Any]) -> Path:
+    """The file of a result: ``name.json``, else ``name-2.json`` and so on.
+
+    It is the first that does not exist or holds an earlier result of the same model and options. Results of other
+    lengths, data or weights are kept.
     """
-    question = json.loads(json.dumps([result["model"], result["options"]]))
-    for number in itertools.count(1):
-        path = folder / (f"{name}-{number}.json" if number > 1 else f"{name}.json")
+    ours = json.loads(json.dumps([result["model"], result["options"]]))
+    number, path = 1, folder / f"{name}.json"
+    while path.exists():
         try:
-            there = json.loads(path.read_text())
-            if [there["model"], there["options"]] == question:
-                return path
-        except FileNotFoundError:
-            return path
+            earlier = json.loads(path.read_text())
+            if [earlier["model"], earlier["options"]] == ours:
+                break
         except (ValueError, KeyError, TypeError):
-            continue  # something else that has this name
+            pass  # another file with this name
+        number += 1
+        path = folder / f"{name}-{number}.json"
+    return path
 
 
-def asked(options: Options) -> dict[str, Any]:
-    """What was asked for, and with that all that a result depends on beside the model and the data."""
-    no_matter = ("model", "tasks", "output", "dry_run", "batch_tokens")
-    fields = {field: value for field, value in asdict(options).items() if field not in no_matter}
+def recorded_options(options: Options) -> dict[str, Any]:
+    """The options that a result depends on, beside the model and the data."""
+    irrelevant = ("model", "tasks", "output", "dry_run", "batch_tokens")
+    fields = {field: value for field, value in asdict(options).items() if field not in irrelevant}
     return fields | {field: str(value) for field, value in fields.items() if isinstance(value, Path)}
 
 
 def environment(engine: Engine) -> dict[str, Any]:
-    """What the numbers were computed with."""
+    """The software and hardware that computed the numbers."""
     packages = {}
     for package in ("longspan", "torch", "transformers", "tokenizers"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
-            continue  # longspan itself, where it is run from its source tree
+            continue  # longspan itself, if it runs from its source tree
     gpu = engine.device.type == "cuda"
     return {
         "hardware": torch.cuda.get_device_name(engine.device) if gpu else f"{torch.get_num_threads()} CPU threads",

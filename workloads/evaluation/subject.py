@@ -1,4 +1,4 @@
-"""The model under evaluation: loaded from wherever it is, its positions reaching the longest length."""
+"""The model under evaluation: a trial, an exported model, an adapter or any other, extended to the longest length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation. ``about`` is what the results say of it."""
+    """The model under evaluation. ``about`` describes it in the results."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -39,11 +39,11 @@ class Subject:
 
 
 def load_subject(options: Options, console: Console) -> Subject:
-    """The model on its device, its positions reaching the longest length.
+    """Loads the model on its device, its positions extended to the longest length.
 
     Raises:
-        InputError: the model cannot be loaded, its positions are its own, or its tokenizer has more tokens than it has
-            embeddings.
+        InputError: the model cannot be loaded, its positions cannot be replaced, or its tokenizer has more tokens than
+            it has embeddings.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; leave the flag out to compute on the CPU")
@@ -53,7 +53,7 @@ def load_subject(options: Options, console: Console) -> Subject:
     precision = ("bfloat16" if gpu else "float32") if options.precision == "auto" else options.precision
     engine = Engine(torch.device("cuda" if gpu else "cpu"), precision)
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what is wrong with a model is said in one error
+    transformers_logging.set_verbosity_error()  # a model's problems are reported in one error
     path = Path(options.model)
     about: dict[str, Any] = {"name": options.model, "label": path.resolve().name if path.exists() else options.model}
     if (path / "trial.json").is_file():
@@ -103,10 +103,10 @@ def load_subject(options: Options, console: Console) -> Subject:
 
 
 def _positions(config: Any, longest: int, options: Options, console: Console) -> Positions:
-    """How the positions of a model that is no trial are to reach ``longest`` tokens.
+    """How the positions of a model that is no trial are extended to ``longest`` tokens.
 
     Raises:
-        InputError: it was trained with extended positions of its own, which others would replace.
+        InputError: it was trained with extended positions of its own, which these would replace.
     """
     positions, reached = options.positions, reach(config)
     if positions == "none":

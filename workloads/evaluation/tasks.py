@@ -1,4 +1,4 @@
-"""The tasks of ``python -m workloads.evaluate``: each prepares its prompts or windows, prints its cost, and can be run."""
+"""The tasks of ``python -m workloads.evaluate``: each prepares prompts or windows and prints its cost, then runs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ Run = Callable[[], dict[str, Any]]
 
 
 def perplexity(subject: Subject, options: Options, console: Console) -> Run:
+    """Prepares windows of documents, to be scored by the rules ``all`` and ``last``."""
     longest = max(subject.lengths)
     span = options.span or (2 * longest if options.stride else longest)
     if span < longest:
@@ -43,11 +44,13 @@ def perplexity(subject: Subject, options: Options, console: Console) -> Run:
         corpus, subject.tokenizer, span, options.documents, held_out_only=options.split == "validation"
     )
     if len(documents) < options.documents:
-        console.print(f"note: {len(documents)} documents have {span:,} tokens, not {options.documents}")
+        console.print(
+            f"note: only {len(documents)} of the {options.documents} requested documents have {span:,} tokens"
+        )
     if len(subject.lengths) > 1 and not options.stride:
         console.print(
-            f"note: where windows do not overlap, their last {options.last_tokens} tokens are others at each length; "
-            f"compare lengths by every token, or with --stride {options.last_tokens}"
+            f"note: if windows do not overlap, their last {options.last_tokens} tokens differ between lengths; compare "
+            f"lengths by every token, or with --stride {options.last_tokens}"
         )
     generator = np.random.default_rng(options.seed)
     cut = {}
@@ -60,17 +63,20 @@ def perplexity(subject: Subject, options: Options, console: Console) -> Run:
             kept = np.sort(generator.choice(len(windows), options.max_windows, replace=False))
         cut[length] = windows[kept], owner[kept], len(windows)
     counts = {length: len(windows) for length, (windows, _, _) in cut.items()}
-    cost = _say_cost(subject, "perplexity", counts, 0, console)
+    cost = _print_cost(subject, "perplexity", counts, 0, console)
 
     def run() -> dict[str, Any]:
         rows = []
         with _progress(console, cost.tokens) as advance:
             for length, (windows, owner, num_windows) in cut.items():
                 scored = {"all": length - 1, "last": min(options.last_tokens, length - 1)}
+
+                def on_progress(num_windows: int, length: int = length) -> None:
+                    advance(num_windows * length)
+
                 nll = score_windows(
-                    subject.model, windows, list(scored.values()), subject.engine, options.batch_tokens,
-                    on_progress=lambda done, length=length: advance(done * length),
-                )  # fmt: skip
+                    subject.model, windows, list(scored.values()), subject.engine, options.batch_tokens, on_progress
+                )
                 rows.append(_perplexity_row(documents, length, owner, nll, scored, num_windows))
         return {
             "rules": {
@@ -100,10 +106,13 @@ def _perplexity_row(
     scored: dict[str, int],
     num_windows: int,
 ) -> dict[str, Any]:
-    """What one length gave: each rule's perplexity over all documents, and each document's summed nll.
+    """The results of one length: each rule's perplexity over all documents, and each document's summed nll.
 
-    ``owner`` (windows,) is the document of each scored window, ``nll`` (windows, rules) its scores, ``scored`` the
-    tokens that each rule scores of a window, and ``num_windows`` how many there were to draw from.
+    Args:
+        owner: each scored window's document by index, (windows,).
+        nll: its scores, (windows, rules).
+        scored: the tokens that each rule scores of a window.
+        num_windows: of which the scored ones were drawn.
     """
     row: dict[str, Any] = {"length": length, "windows": num_windows, "windows_scored": len(owner), "rules": {}}
     per_document: list[dict[str, Any]] = [{"name": document.name} for document in documents]
@@ -113,7 +122,7 @@ def _perplexity_row(
             entry[name] = {"nll": document_nll, "tokens": tokens}
         sampled = scores.tokens > 0
         interval = perplexity_interval(DocumentScores(scores.nll[sampled], scores.tokens[sampled]))
-        several = int(sampled.sum()) > 1  # the spread between documents cannot be told from one
+        several = int(sampled.sum()) > 1  # one document shows no spread between documents
         row["rules"][name] = {
             "perplexity": interval.value,
             "low": interval.low if several else None,
@@ -125,6 +134,7 @@ def _perplexity_row(
 
 
 def passkey(subject: Subject, options: Options, console: Console) -> Run:
+    """Prepares passkey prompts of each length."""
     prompter = Prompter(subject.tokenizer, options.chat)
     depths = [depth / 100 for depth in options.depths]
 
@@ -135,6 +145,7 @@ def passkey(subject: Subject, options: Options, console: Console) -> Run:
 
 
 def topics(subject: Subject, options: Options, console: Console) -> Run:
+    """Prepares topic or line prompts: generated ones of each length, or LongChat's cases."""
     prompter = Prompter(subject.tokenizer, options.chat)
     if options.cases is None:
 
@@ -147,7 +158,7 @@ def topics(subject: Subject, options: Options, console: Console) -> Run:
     short = [test for test in tests if test.length <= max(subject.lengths)]
     if len(short) < len(tests):
         console.print(
-            f"note: {len(tests) - len(short)} of {len(tests)} cases are left out: longer than "
+            f"note: {len(tests) - len(short)} of {len(tests)} cases are left out: they are longer than "
             f"{max(subject.lengths):,} tokens"
         )
     if not short:
@@ -158,7 +169,7 @@ def topics(subject: Subject, options: Options, console: Console) -> Run:
     return _retrieve(subject, options, console, f"LongChat's cases, {options.cases.name}", short)
 
 
-# Each finds what cannot work and says what it will cost; what it returns runs it.
+# Each raises InputError for what cannot work, prints its cost, and returns a function that runs it.
 TASKS: dict[Task, Callable[[Subject, Options, Console], Run]] = {
     "perplexity": perplexity,
     "passkey": passkey,
@@ -169,7 +180,7 @@ TASKS: dict[Task, Callable[[Subject, Options, Console], Run]] = {
 def _of_each_length(
     subject: Subject, options: Options, console: Console, make: Callable[[int], list[RetrievalTest]]
 ) -> list[RetrievalTest]:
-    """Tests of every length; one that was added because it is the original length may be too short for a prompt."""
+    """Tests of every length. The original length, if it was only added, may be too short for a prompt."""
     tests: list[RetrievalTest] = []
     for length in subject.lengths:
         try:
@@ -177,14 +188,14 @@ def _of_each_length(
         except InputError as error:
             if length in options.lengths or len(subject.lengths) == 1:
                 raise
-            console.print(f"note: nothing is asked at the original length: {error}")
+            console.print(f"note: no tests at the original length: {error}")
     return tests
 
 
 def _retrieve(subject: Subject, options: Options, console: Console, what: str, tests: list[RetrievalTest]) -> Run:
-    """Has the model answer the tests; accuracy by group, and by depth within it."""
+    """Runs the tests: accuracy by group, and by depth within it."""
     counts = Counter(len(test.tokens) for test in tests)
-    cost = _say_cost(subject, what, counts, max(test.answer_tokens for test in tests), console)
+    cost = _print_cost(subject, what, counts, max(test.answer_tokens for test in tests), console)
 
     def run() -> dict[str, Any]:
         with _progress(console, cost.tokens) as advance:
@@ -228,8 +239,8 @@ def _accuracies(results: list[RetrievalResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def _say_cost(subject: Subject, what: str, counts: dict[int, int], answer_tokens: int, console: Console) -> Cost:
-    """Prints what the forwards of ``counts`` (length to number) will take, before they are run."""
+def _print_cost(subject: Subject, what: str, counts: dict[int, int], answer_tokens: int, console: Console) -> Cost:
+    """Prints the cost of the forwards of ``counts`` (length to number) before they run."""
     seconds = seconds_per_forward(subject.model, counts, subject.engine, logits_to_keep=1 if answer_tokens else 0)
     cost = forward_cost(subject.model, counts, seconds)
     answers = f", and after each an answer of up to {answer_tokens} tokens" if answer_tokens else ""
