@@ -12,7 +12,7 @@ from torch import nn
 from workloads.adaptation.methods import compute_dtype
 from workloads.attention.interface import CONFIG_FIELD
 from workloads.config import Precision
-from workloads.models.positions import reach
+from workloads.models.positions import max_context_length
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -142,7 +142,7 @@ def _is_tied(model: nn.Module) -> bool:
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, out: Path) -> None:
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = reach(model.config)
+    tokenizer.model_max_length = max_context_length(model.config)
     tokenizer.save_pretrained(out)
     for weights in out.glob("*.safetensors"):  # safetensors ignores the umask and writes for the owner alone
         weights.chmod((out / "config.json").stat().st_mode)

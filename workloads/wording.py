@@ -13,14 +13,6 @@ METHODS = {
     "lora+": "LoRA with trained embeddings and norms (LongLoRA's improved LoRA)",
     "full": "full fine-tuning",
 }
-POSITIONS = {
-    "none": "no change",
-    "linear": "linear interpolation",
-    "ntk": "NTK-aware positions",
-    "dynamic": "dynamic NTK",
-    "yarn": "YaRN",
-    "llama3": "Llama-3 scaling",
-}
 QUANTIZATION = {
     "nf4": "quantised to 4 bits (nf4)",
     "fp8": "in FP8 (e4m3, a scale for each row), as was what they multiplied, but for the last layer's, and for "

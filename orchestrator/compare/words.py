@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from workloads.evaluation.bootstrap import CONFIDENCE, DocumentScores, gap_interval, perplexity_interval
+from workloads.models.positions import POSITIONS
 
 METHOD_NAMES = {
     "lora": "LoRA",
@@ -14,13 +15,7 @@ METHOD_NAMES = {
     "lora+": "LoRA+",
     "full": "full fine-tuning",
 }
-POSITIONS_NAMES = {
-    "linear": "linear interpolation",
-    "ntk": "NTK-aware positions",
-    "dynamic": "dynamic NTK",
-    "yarn": "YaRN",
-    "llama3": "Llama-3 scaling",
-}
+POSITIONS_NAMES = {name: kind.label for name, kind in POSITIONS.items() if name != "none"}
 REFERENCE_NAMES = {"none": "untuned, no change"} | {key: f"untuned, {name}" for key, name in POSITIONS_NAMES.items()}
 REFERENCE_PHRASES = {REFERENCE_NAMES["none"]: "the unchanged model"} | {
     REFERENCE_NAMES[key]: f"the untuned model with {name}" for key, name in POSITIONS_NAMES.items()

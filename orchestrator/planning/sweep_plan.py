@@ -63,8 +63,9 @@ class SweepPlan:
 
 
 def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
-    """Plans the trials of a sweep on a cluster. A search has suggested none yet: its studies' first trials stand for
-    those to come.
+    """Plans the trials of a sweep on a cluster.
+
+    A search has suggested no trials yet: one of each method and length stands for them.
 
     Raises:
         InputError: the cluster cannot run the sweep as asked.

@@ -18,9 +18,9 @@ from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.options import Options
-from workloads.models.adapters import is_adapter, load_adapter
-from workloads.models.positions import extended_by_longspan, is_extended, original_context_length, reach
-from workloads.models.source import ModelSource, check_vocabulary
+from workloads.models.adapters import load_adapter
+from workloads.models.positions import extended_by_longspan, is_extended, max_context_length, original_context_length
+from workloads.models.source import ModelSource, check_vocabulary, is_adapter
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         if options.checkpoint != "last":
             raise InputError(f"--checkpoint {options.checkpoint}: {options.model} is no trial's folder; leave it out")
         source = ModelSource.parse(options.model)
-        longest = max(options.lengths, default=reach(source.config()))
+        longest = max(options.lengths, default=max_context_length(source.config()))
         positions = _positions(source.config(), longest, options, console)
         if is_adapter(Path(source.location)):
             model = load_adapter(Path(source.location), dtype=engine.dtype)
@@ -85,10 +85,10 @@ def load_subject(options: Options, console: Console) -> Subject:
         model = model.to(engine.device)
     original = original_context_length(model.config)
     lengths = sorted({*(options.lengths or [longest]), *([original] if original < longest else [])})
-    if longest > reach(model.config):
+    if longest > max_context_length(model.config):
         console.print(
-            f"note: {longest:,} tokens lie beyond the {reach(model.config):,} that this model's positions are made for"
-            + ("" if is_extended(model.config) else "; --positions yarn or linear would stretch them")
+            f"note: {longest:,} tokens lie beyond the {max_context_length(model.config):,} that this model's positions "
+            "are made for" + ("" if is_extended(model.config) else "; --positions yarn or linear would extend them")
         )
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, options.model)
@@ -96,7 +96,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         "identity": source.identity,
         "positions": positions,
         "original_context_length": original,
-        "reach": reach(model.config),
+        "reach": max_context_length(model.config),
         "attention": "full",
     }
     return Subject(model, tokenizer, engine, lengths, about)
@@ -108,7 +108,7 @@ def _positions(config: Any, longest: int, options: Options, console: Console) ->
     Raises:
         InputError: it was trained with extended positions of its own, which these would replace.
     """
-    positions, reached = options.positions, reach(config)
+    positions, reached = options.positions, max_context_length(config)
     if positions == "none":
         return "none"
     if longest <= reached:
