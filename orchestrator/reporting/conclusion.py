@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import EXIT_FAILED_TRIALS
-from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.compare import Outcome, compare, method_labels, summarise
 from orchestrator.records.events import Started
 from orchestrator.records.mlflow_tracking import without_password
 from orchestrator.records.storage import read_json, write_json
@@ -124,7 +124,7 @@ class Conclusion:
             "sweep": self.sweep.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "longspan_version": self.sweep.provenance.packages.get("longspan", "unknown"),
-            "question": "Which way to adapt wins at each context length, and how near do the others come?",
+            "question": "Which method is best at each context length, and how close are the others?",
             "sentences": summarise(contexts, list(self.sweep.spec.seeds)) + self.lay_truth_beside_plan(),
             "rule": ANSWERS_RULE if self.sweep.spec.task == "sft" else RULE,
             "model": {
@@ -142,6 +142,7 @@ class Conclusion:
             },
             "attention": self.describe_attention(),
             "shared_settings": self.describe_settings(),
+            **method_labels(contexts),
             "seeds": list(self.sweep.spec.seeds),
             "confidence": CONFIDENCE,
             "as_good": as_good,
