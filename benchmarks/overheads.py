@@ -30,15 +30,15 @@ import torch
 import tyro
 
 from orchestrator.cli import parse
-from orchestrator.plan import plan
 from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.planner import plan_trials
+from orchestrator.planning.preparation import check_sweep, identify
+from orchestrator.planning.sweep_plan import SweepPlan, plan_sweep
 from orchestrator.records.events import make_event
 from orchestrator.records.provenance import cpu_name
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep import Sweep
-from orchestrator.terminal import make_console
 from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.data import Corpus, prepare
@@ -141,7 +141,7 @@ def planning(folder: Path) -> dict[str, float]:
     """Commands from start to end, then planning alone, as the sweep does it, in this process."""
     many = ["--seeds", *SEEDS]
     empty, full = (Storage.open(str(folder / name)) for name in ("empty", "full"))
-    for trial in planned_sweep(full, many).trials:
+    for trial in make_plan(full, many).trials:
         write_finished(full, trial)
     seconds = {}
     for name, storage, flags in (
@@ -150,21 +150,16 @@ def planning(folder: Path) -> dict[str, float]:
         wall, cpu = command("orchestrator.plan", "--storage", str(storage.root), *flags)
         seconds |= {name: wall, f"{name}, CPU": cpu}
     for name, storage in (("1,000 trials", empty), ("1,000 finished trials", full)):
-        sweep = planned_sweep(storage, many)
+        plan = make_plan(storage, many)
         began = time.perf_counter()
-        plan(sweep.trials, storage, sweep.estimator)
+        plan_trials(plan.trials, storage, plan.estimator)
         seconds[f"{name}, planning alone"] = time.perf_counter() - began
     return seconds
 
 
-def planned_sweep(storage: Storage, flags: list[str]) -> Sweep:
-    name, spec, options = parse([*flags, "--storage", str(storage.root)])
-    sweep = Sweep(name, spec, options, make_console())
-    sweep.check()
-    sweep.identify()
-    sweep.cluster = Cluster.this_machine()
-    sweep.plan_trials()
-    return sweep
+def make_plan(storage: Storage, flags: list[str]) -> SweepPlan:
+    sweep = parse([*flags, "--storage", str(storage.root)])
+    return plan_sweep(identify(check_sweep(*sweep)), Cluster.this_machine())
 
 
 def write_finished(storage: Storage, trial: TrialSpec) -> None:

@@ -15,19 +15,30 @@ EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 def run_command(main: Callable[..., None], module: str, arguments: list[str] | None = None) -> int:
-    """Reads ``main``'s parameters from the command line, runs it, and returns the exit status.
+    """Reads ``main``'s parameters from the command line, runs it, and returns the exit status."""
+    return exit_status(lambda: tyro.cli(main, prog=f"python -m {module}", args=arguments))
 
-    An InputError is one line on stderr and status 2, as it is for an unknown flag.
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def exit_status(command: Callable[[], int | None], print_line: Callable[[str], None] = _print_to_stderr) -> int:
+    """Runs a command and returns its exit status: its own, 0 if it has none.
+
+    An InputError is one line and status 2, as for an unknown flag. Ctrl-C is status 130, with what the interruption's
+    notes (``add_note``) say.
     """
     try:
-        tyro.cli(main, prog=f"python -m {module}", args=arguments)
+        return command() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}")
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("\ninterrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print_line("\ninterrupted.")
+        for note in getattr(interruption, "__notes__", ()):
+            print_line(note)
         return EXIT_INTERRUPTED
-    return 0
 
 
 def quiet_transformers() -> None:

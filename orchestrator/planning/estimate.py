@@ -50,7 +50,7 @@ class Estimate:
     devices: float  # of all its workers together: GPUs, or threads of CPUs
     execution: ExecutionConfig
     memory: Memory
-    has: int  # bytes of the device for each worker
+    device_memory: int  # bytes for each worker
     tokens_per_second: float | None
     seconds: float | None  # until its end, start-up and evaluations included
     usd: float | None
@@ -115,7 +115,7 @@ class Estimator:
             self.start_up = statistics.median(starts)
         self._as_fast_as.clear()
 
-    def of(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
+    def estimate(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
         """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
         smallest change that makes it fit.
         """
@@ -183,7 +183,7 @@ class Estimator:
             devices=devices,
             execution=execution,
             memory=placed.memory,
-            has=self.device.memory,
+            device_memory=self.device.memory,
             tokens_per_second=tokens_per_second,
             seconds=seconds,
             usd=usd,

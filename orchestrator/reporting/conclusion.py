@@ -7,210 +7,227 @@ import datetime
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.cli import EXIT_FAILED_TRIALS
+from rich.console import Console
+
 from orchestrator.compare import Outcome, compare, method_labels, summarise
+from orchestrator.planning.planner import Totals
+from orchestrator.planning.preparation import Prepared
+from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
-from orchestrator.records.mlflow_tracking import without_password
+from orchestrator.records.mlflow_tracking import Tracker, without_password
+from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.reporting.plan_vs_actual import FILE, plan_and_truth
+from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shown_path
-from workloads.command import EXIT_INTERRUPTED
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.wording import POSITIONS, shared_settings
 
-if TYPE_CHECKING:
-    from orchestrator.sweep import Sweep
 
-
+@dataclass(frozen=True, kw_only=True)
 class Conclusion:
-    """The end of one sweep whose trials have run."""
+    """The end of a sweep whose trials have run, or had run before.
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+    Args:
+        began: the command's start, Unix seconds.
+        announced: the totals that were printed before this command trained; None if there was nothing to train.
+    """
 
-    def tell(self) -> int:
-        """Compares the trials, writes and logs the report, and prints the answer."""
+    sweep: Prepared
+    plan: SweepPlan
+    began: float
+    announced: Totals | None
+    tracker: Tracker
+    provenance: Provenance
+    console: Console
+
+    def conclude(self) -> list[Outcome]:
+        """Compares the trials, writes and logs the report, and prints the answer; returns what became of each trial."""
         from dashboards.report import render
         from orchestrator.reporting.result_table import result_table, winners
 
-        folders = [self.sweep.storage.trial(trial.fingerprint) for trial in self.sweep.trials]
-        outcomes = [
-            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or shown_path(folder.log))
-            for trial, folder in zip(self.sweep.trials, folders)
-        ]
-        self.follow_in_mlflow()
-        comparison = self.describe(outcomes)
+        sweep = self.sweep
+        outcomes = self._outcomes()
+        with self._mlflow_may_be_down():
+            self.tracker.follow(self.plan.trials, sweep.name, self.provenance)
+        comparison = self._describe(outcomes)
         try:
-            write_json(self.sweep.folder / "comparison.json", comparison)
-            report = render(comparison, self.sweep.folder / "report")
-            diff = self.sweep.provenance.keep_diff(self.sweep.folder)
-            self.sweep.storage.push(self.sweep.folder)
-            kept = [self.sweep.folder / "comparison.json", self.sweep.folder / "spec.json", *([diff] if diff else [])]
-            self.log_to_mlflow(comparison, [*report, *kept])
+            write_json(sweep.folder / "comparison.json", comparison)
+            report = render(comparison, sweep.folder / "report")
+            diff = self.provenance.keep_diff(sweep.folder)
+            sweep.storage.push(sweep.folder)
+            kept = [sweep.folder / "comparison.json", sweep.folder / "spec.json", *([diff] if diff else [])]
+            with self._mlflow_may_be_down():
+                self.tracker.log_sweep(sweep.name, comparison, list(self.plan.trials), [*report, *kept])
         except OSError as error:
-            self.sweep.console.print(f"note: the report could not be written: {error}", markup=False)
+            self.console.print(f"note: the report could not be written: {error}", markup=False)
 
-        self.sweep.console.print(result_table(comparison))
+        self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
-            self.sweep.console.print(sentence, markup=False)
-        seconds = time.time() - self.sweep.began
-        self.sweep.console.print(f"\n{seconds:.0f} s in all.")
-        self.sweep.console.print(f"report: {shown_path(self.sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.sweep.console.print(f"MLflow: {self.mlflow_command(shown_path(self.sweep.storage.root))}", soft_wrap=True)
+            self.console.print(sentence, markup=False)
+        self.console.print(f"\n{time.time() - self.began:.0f} s in all.")
+        self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
+        self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         for trial in winners(comparison):
-            command = self.export_command(trial["fingerprint"])
-            self.sweep.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
+            command = self._export_command(trial["fingerprint"])
+            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
+        self._print_unfinished(outcomes)
+        return outcomes
+
+    def _outcomes(self) -> list[Outcome]:
+        folders = [self.sweep.storage.trial(trial.fingerprint) for trial in self.plan.trials]
+        return [
+            Outcome(trial, TrialRecord.of(folder.journal), folder.log_url or shown_path(folder.log))
+            for trial, folder in zip(self.plan.trials, folders)
+        ]
+
+    def _print_unfinished(self, outcomes: list[Outcome]) -> None:
+        """Prints which trials were stopped early, cancelled or failed, and why."""
+        num_cancelled = 0
         for outcome in outcomes:
-            if outcome.record.state == "stopped":
-                step = f"step {outcome.record.stopped.step} of {outcome.trial.training.steps}"
-                self.sweep.console.print(
-                    f"stopped early: {outcome.trial.label} at {step}: {outcome.record.reason}", markup=False
-                )
-        cancelled = [o for o in outcomes if o.record.state == "cancelled"]
-        for outcome in cancelled:
-            step = f"step {outcome.record.cancelled.step} of {outcome.trial.training.steps}"
-            self.sweep.console.print(
-                f"cancelled: {outcome.trial.label} at {step}, {outcome.record.reason}", markup=False
+            label, record = outcome.trial.label, outcome.record
+            if record.state == "stopped" and record.stopped:
+                step = f"step {record.stopped.step} of {outcome.trial.training.steps}"
+                self.console.print(f"stopped early: {label} at {step}: {record.reason}", markup=False)
+        for outcome in outcomes:
+            label, record = outcome.trial.label, outcome.record
+            if record.state == "cancelled" and record.cancelled:
+                num_cancelled += 1
+                step = f"step {record.cancelled.step} of {outcome.trial.training.steps}"
+                self.console.print(f"cancelled: {label} at {step}, {record.reason}", markup=False)
+        if num_cancelled:
+            self.console.print(
+                f"The sweep is unfinished: {num_cancelled} of {len(outcomes)} trials "
+                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command continues them."
             )
-        if cancelled:
-            self.sweep.console.print(
-                f"The sweep is unfinished: {len(cancelled)} of {len(outcomes)} trials "
-                f"{'was' if len(cancelled) == 1 else 'were'} cancelled. The same command goes on with them."
-            )
-        failed = [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]
-        for outcome in failed:
-            self.sweep.console.print(
-                f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}", style="red", markup=False
-            )
-        if self.sweep.is_cancelled():
-            return EXIT_INTERRUPTED
-        return EXIT_FAILED_TRIALS if failed else 0
-
-    def follow_in_mlflow(self) -> None:
-        with self.mlflow_may_be_away():
-            self.sweep.tracker.follow(self.sweep.trials, self.sweep.name, self.sweep.provenance)
-
-    def log_to_mlflow(self, comparison: dict[str, Any], artifacts: list[Path]) -> None:
-        with self.mlflow_may_be_away():
-            self.sweep.tracker.log_sweep(self.sweep.name, comparison, self.sweep.trials, artifacts)
+        for outcome in failures(outcomes):
+            line = f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}"
+            self.console.print(line, style="red", markup=False)
 
     @contextlib.contextmanager
-    def mlflow_may_be_away(self) -> Iterator[None]:
+    def _mlflow_may_be_down(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the results are on disk, and the next run of the command logs them
-            self.sweep.console.print(
+            self.console.print(
                 f"note: MLflow does not answer ({str(error).splitlines()[0][:120]}); the results are kept in "
                 f"{self.sweep.options.storage}, and the same command logs them later",
                 markup=False,
             )
 
-    def describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
-        as_good = self.sweep.options.as_good_within
-        contexts = compare(outcomes, self.sweep.original_length, as_good, self.sweep.options.target_perplexity)
-        run_ids = {trial.fingerprint: self.sweep.tracker.run_id(trial) for trial in self.sweep.trials}
+    def _describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
+        """The content of comparison.json, which the report and MLflow show."""
+        sweep, spec, trials = self.sweep, self.sweep.spec, self.plan.trials
+        as_good = sweep.options.as_good_within
+        contexts = compare(outcomes, sweep.original_length, as_good, sweep.options.target_perplexity)
+        run_ids = {trial.fingerprint: self.tracker.run_id(trial) for trial in trials}
         for context in contexts:
             for described in context["trials"]:
                 described["mlflow_run_id"] = run_ids[described["fingerprint"]]
         started = next((o.record.started for o in outcomes if o.record.started), Started())
         parameters = next((o.record.model.parameters for o in outcomes if o.record.model), None)
-        documents = self.sweep.validation_documents()
+        documents = sweep.scored_documents(trials)
         peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
         return {
-            "sweep": self.sweep.name,
+            "sweep": sweep.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "longspan_version": self.sweep.provenance.packages.get("longspan", "unknown"),
+            "longspan_version": self.provenance.packages.get("longspan", "unknown"),
             "question": "Which method is best at each context length, and how close are the others?",
-            "sentences": summarise(contexts, list(self.sweep.spec.seeds)) + self.lay_truth_beside_plan(),
-            "rule": ANSWERS_RULE if self.sweep.spec.task == "sft" else RULE,
+            "sentences": summarise(contexts, list(spec.seeds)) + self._compare_with_plan(),
+            "rule": ANSWERS_RULE if spec.task == "sft" else RULE,
             "model": {
-                "name": self.sweep.spec.model,
-                "original_context_length": self.sweep.original_length,
+                "name": spec.model,
+                "original_context_length": sweep.original_length,
                 "parameters": parameters,
-                "identity": self.sweep.identities.model,
+                "identity": sweep.identities.model,
             },
             "data": {
-                "name": self.sweep.spec.data,
-                "identity": self.sweep.identities.data,
+                "name": spec.data,
+                "identity": sweep.identities.data,
                 "validation_documents": len(documents),
                 # At the shortest context; at a longer one a few more, since a window's first token is not scored.
                 "scored_tokens": sum(document.num_scored for document in documents),
             },
-            "attention": self.describe_attention(),
-            "shared_settings": self.describe_settings(),
+            "attention": self._describe_attention(),
+            "shared_settings": self._describe_settings(),
             **method_labels(contexts),
-            "seeds": list(self.sweep.spec.seeds),
+            "seeds": list(spec.seeds),
             "confidence": CONFIDENCE,
             "as_good": as_good,
-            "learning_rates_chosen": self.describe_learning_rates(),
+            "learning_rates_chosen": self._describe_learning_rates(),
             "price": started.price_source,
             "driver": f"{started.driver}, CUDA {started.cuda}" if started.driver else None,
             "hardware": started.hardware or "unknown",
-            "packages": {name: v for name, v in self.sweep.provenance.packages.items() if name != "longspan"},
-            "git_commit": self.sweep.provenance.git_commit,
-            "git_diff": self.sweep.provenance.diff_name,
-            "wall_seconds": time.time() - self.sweep.began,
+            "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
+            "git_commit": self.provenance.git_commit,
+            "git_diff": self.provenance.diff_name,
+            "wall_seconds": time.time() - self.began,
             "peak_memory_gib": max(peaks, default=None),
-            "storage": self.sweep.storage.location,
-            "mlflow_command": self.mlflow_command(str(self.sweep.storage.root)),
+            "storage": sweep.storage.location,
+            "mlflow_command": self._mlflow_command(str(sweep.storage.root)),
             "contexts": contexts,
         }
 
-    def lay_truth_beside_plan(self) -> list[str]:
-        """Writes both to the sweep's folder and returns a sentence of it; what an earlier run wrote stays if this one
-        has trained nothing.
+    def _compare_with_plan(self) -> list[str]:
+        """Writes planned and actual values to the sweep's folder, and returns a sentence on them. What an earlier run
+        wrote stays if this one has trained nothing.
         """
         file = self.sweep.folder / FILE
-        if self.sweep.said:
-            price = self.sweep.estimator.price.usd_per_gpu_hour if self.sweep.estimator.price else None
-            both = plan_and_truth(
-                self.sweep.planned, self.sweep.said, self.sweep.storage, self.sweep.cluster, self.sweep.began, price
-            )
+        if self.announced:
+            price, cluster = self.plan.estimator.price, self.plan.cluster
+            both = compare_with_plan(
+                self.plan.planned, self.announced, self.sweep.storage, cluster, self.began,
+                price.usd_per_gpu_hour if price else None,
+            )  # fmt: skip
             write_json(file, both)
         else:
             both = read_json(file) or {}
         return [both["summary"]] if both.get("summary") else []
 
-    def describe_settings(self) -> dict[str, str]:
-        """What all that is trained has in common; the report has a place of its own for attention and seeds."""
-        shared = shared_settings([trial.training for trial in self.sweep.trials if trial.training.method != "untuned"])
-        positions = {"Positions": POSITIONS[self.sweep.spec.positions]} if self.sweep.spec.positions != "none" else {}
-        return positions | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
+    def _describe_settings(self) -> dict[str, str]:
+        """What all trained trials have in common; the report shows attention and seeds elsewhere."""
+        shared = shared_settings([trial.training for trial in self.plan.trials if trial.training.method != "untuned"])
+        positions = self.sweep.spec.positions
+        extended = {"Positions": POSITIONS[positions]} if positions != "none" else {}
+        return extended | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
 
-    def describe_attention(self) -> str:
-        inside = ", inside documents" if self.sweep.spec.document_mask else ""
-        if self.sweep.spec.attention == "full":
+    def _describe_attention(self) -> str:
+        spec = self.sweep.spec
+        inside = ", inside documents" if spec.document_mask else ""
+        if spec.attention == "full":
             return f"full attention in training{inside}"
-        size = self.sweep.spec.group_size
+        size = spec.group_size
         group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
-        pattern = (
-            "shifted sparse attention (S²-Attn)" if self.sweep.spec.attention == "s2" else self.sweep.spec.attention
-        )
+        pattern = "shifted sparse attention (S²-Attn)" if spec.attention == "s2" else spec.attention
         return f"{pattern} in training, groups of {group}{inside}"
 
-    def describe_learning_rates(self) -> str:
-        chosen = self.sweep.spec.learning_rates_chosen
-        if len(self.sweep.spec.learning_rate_sweep) == 1:
-            return chosen
-        multiples = ", ".join(f"{multiple:g}" for multiple in self.sweep.spec.learning_rate_sweep)
+    def _describe_learning_rates(self) -> str:
+        spec = self.sweep.spec
+        if len(spec.learning_rate_sweep) == 1:
+            return spec.learning_rates_chosen
+        multiples = ", ".join(f"{multiple:g}" for multiple in spec.learning_rate_sweep)
         return (
             f"for each method and context length the best of {multiples} times its own rate, by final perplexity on "
-            f"the scored documents themselves, which flatters every method; those rates: {chosen}"
+            f"the scored documents themselves, which flatters every method; those rates: {spec.learning_rates_chosen}"
         )
 
-    def mlflow_command(self, storage: str) -> str:
-        if self.sweep.tracker.uri.startswith("sqlite:"):
+    def _mlflow_command(self, storage: str) -> str:
+        if self.tracker.uri.startswith("sqlite:"):
             return f"{shown_path(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
-        return (
-            f"open {without_password(self.sweep.tracker.uri)} and choose the experiment {self.sweep.options.experiment}"
-        )
+        return f"open {without_password(self.tracker.uri)} and choose the experiment {self.sweep.options.experiment}"
 
-    def export_command(self, fingerprint: str) -> str:
-        python, folder = shown_path(Path(sys.executable)), shown_path(self.sweep.storage.trial(fingerprint).path)
-        if self.sweep.storage.store:
-            folder = f"$({python} -m orchestrator.fetch {self.sweep.storage.location} {fingerprint})"
+    def _export_command(self, fingerprint: str) -> str:
+        storage = self.sweep.storage
+        python, folder = shown_path(Path(sys.executable)), shown_path(storage.trial(fingerprint).path)
+        if storage.store:
+            folder = f"$({python} -m orchestrator.fetch {storage.location} {fingerprint})"
         return f"{python} -m workloads.export {folder} DIR"
+
+
+def failures(outcomes: list[Outcome]) -> list[Outcome]:
+    """The trials that came to no end: failed, or never run."""
+    return [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]

@@ -1,20 +1,22 @@
-"""The plan beside the truth: what trials were said to take and what they took, once a sweep has trained them.
+"""What a plan estimated beside what its trials took, once a sweep has trained them.
 
-It is written to the sweep's folder as ``plan-and-truth.json``, and one sentence of it goes into the comparison. A later
-run of the same command that trains nothing leaves it as it is.
+It is written to the sweep's folder as ``plan-and-truth.json``, where an estimate is called ``plan`` and what was
+measured ``truth``; one sentence of it goes into the comparison. A later run of the same command that trains nothing
+leaves it as it is.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.plan import Planned, Totals, duration
 from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.planner import Planned, Totals
 from orchestrator.records.events import Event, Failed, Finished, Launched, Preempted, Started, Step, Stopped
 from orchestrator.records.storage import Storage
+from orchestrator.terminal import duration
 
 GIB = 2**30
 FILE = "plan-and-truth.json"
@@ -22,11 +24,12 @@ ENDS = (Finished, Stopped, Failed, Preempted)
 
 
 @dataclass(frozen=True)
-class Took:
+class Actual:
     """What a trial took since a time, from its journal. None: it has not begun, has not ended, or was not measured.
 
     Args:
         launched, started, ended: Unix seconds: its driver's start, its worker's, and its last end.
+        outcome: the event of its last end.
         tokens_per_second: the median over steps; of all workers together.
         peak_memory_gib: of a worker.
     """
@@ -39,7 +42,8 @@ class Took:
     peak_memory_gib: float | None
 
     @classmethod
-    def of(cls, events: Iterable[Event], since: float) -> Took:
+    def of(cls, events: Iterable[Event], since: float) -> Actual:
+        """From a journal's events."""
         events = [event for event in events if event.time >= since]
         steps = [event for event in events if isinstance(event, Step)]
         ends = [event for event in events if isinstance(event, ENDS)]
@@ -53,75 +57,70 @@ class Took:
         )
 
 
-def plan_and_truth(
-    planned: list[Planned],
-    total: Totals,
+def compare_with_plan(
+    planned: Sequence[Planned],
+    announced: Totals,
     storage: Storage,
     cluster: Cluster,
     since: float,
     usd_per_hour: float | None = None,
 ) -> dict[str, Any]:
-    """Both of each trial that was to be trained, and of all together, as plain data.
+    """Planned and actual values of each trial that was to train, and of all together, as plain data.
 
-    Seconds of a trial are those from its driver's start to its end, lost attempts between them included; those of all
-    from the first such start to the last end. A total of what ran is None where nothing did.
+    A trial's seconds run from its driver's start to its end, lost attempts between them included; those of the sweep
+    from the first such start to the last end. An actual total is None where nothing ran.
 
     Args:
-        total: what was said at the start.
-        since: the sweep's own start, Unix seconds: what journals tell from before it is an earlier run's.
+        announced: the totals that were printed at the start.
+        since: the sweep's own start, Unix seconds: earlier events of the journals belong to an earlier run.
+        usd_per_hour: of one device.
     """
     trained = [p for p in planned if p.trains]
-    took = {p.trial.fingerprint: _took(storage, p, since) for p in trained}
-    seconds = _seconds([(p, took[p.trial.fingerprint]) for p in trained])
-    hours = sum(p.estimate.devices * seconds[p.trial.fingerprint] for p in trained if seconds[p.trial.fingerprint])
-    begins = [each.launched for each in took.values() if each.launched]
-    ends = [each.ended for each in took.values() if each.ended]
+    actuals = [Actual.of(storage.trial(p.trial.fingerprint).journal.read().events, since) for p in trained]
+    seconds = _seconds(list(zip(trained, actuals)))
+    hours = sum(p.estimate.devices * taken for p, taken in zip(trained, seconds) if taken) / 3600
+    begins = [actual.launched for actual in actuals if actual.launched]
+    ends = [actual.ended for actual in actuals if actual.ended]
     ran = bool(begins and ends)
     both = {
-        "trials": [_both(p, took[p.trial.fingerprint], seconds[p.trial.fingerprint], cluster) for p in trained],
-        "seconds": {"plan": total.makespan, "truth": max(ends) - min(begins) if ran else None},
-        "hours": {"plan": total.hours, "truth": hours / 3600 if ran else None},
-        "usd": {"plan": total.usd, "truth": usd_per_hour * hours / 3600 if ran and usd_per_hour else None},
+        "trials": [_trial(*each, cluster) for each in zip(trained, actuals, seconds)],
+        "seconds": {"plan": announced.makespan, "truth": max(ends) - min(begins) if ran else None},
+        "hours": {"plan": announced.hours, "truth": hours if ran else None},
+        "usd": {"plan": announced.usd, "truth": usd_per_hour * hours if ran and usd_per_hour else None},
         "unit": "GPU" if cluster.gpus else "CPU",
     }
     return both | {"summary": _summary(both)}
 
 
-def _took(storage: Storage, planned: Planned, since: float) -> Took:
-    return Took.of(storage.trial(planned.trial.fingerprint).journal.read().events, since)
-
-
-def _seconds(trained: list[tuple[Planned, Took]]) -> dict[str, float | None]:
-    """How long each took. Untuned models share one driver and follow each other in it: each begins where the one before
-    it ended.
-    """
-    ends = [took.ended for p, took in trained if p.trial.training.method == "untuned" and took.ended]
-    seconds = {}
-    for planned, took in trained:
-        begin = took.launched
-        if begin and took.started and planned.trial.training.method == "untuned":
-            begin = max(begin, *(end for end in (begin, *ends) if end <= took.started))
-        seconds[planned.trial.fingerprint] = took.ended - begin if begin and took.ended else None
+def _seconds(trained: list[tuple[Planned, Actual]]) -> list[float | None]:
+    """How long each took. Untuned models share a driver and follow each other: each begins where the last one ended."""
+    ends = [actual.ended for p, actual in trained if p.trial.training.method == "untuned" and actual.ended]
+    seconds: list[float | None] = []
+    for planned, actual in trained:
+        begin, started = actual.launched, actual.started
+        if begin and started and planned.trial.training.method == "untuned":
+            begin = max(begin, *(end for end in (begin, *ends) if end <= started))
+        seconds.append(actual.ended - begin if begin and actual.ended else None)
     return seconds
 
 
-def _both(planned: Planned, took: Took, seconds: float | None, cluster: Cluster) -> dict[str, Any]:
+def _trial(planned: Planned, actual: Actual, seconds: float | None, cluster: Cluster) -> dict[str, Any]:
     estimate = planned.estimate
     both = {
         "fingerprint": planned.trial.fingerprint,
         "label": planned.trial.label,
-        "outcome": took.outcome,
-        "tokens_per_second": {"plan": estimate.tokens_per_second, "truth": took.tokens_per_second},
+        "outcome": actual.outcome,
+        "tokens_per_second": {"plan": estimate.tokens_per_second, "truth": actual.tokens_per_second},
         "seconds": {"plan": estimate.seconds, "truth": seconds},
     }
-    if cluster.gpus:  # of a CPU the peak is that of the whole process, with all that it has imported
-        truth = took.peak_memory_gib and took.peak_memory_gib * GIB
-        both["peak_memory_bytes"] = {"plan": estimate.memory.allocated, "truth": truth}
+    if cluster.gpus:  # on a CPU the peak is that of the whole process, with all that it has imported
+        peak = actual.peak_memory_gib and actual.peak_memory_gib * GIB
+        both["peak_memory_bytes"] = {"plan": estimate.memory.allocated, "truth": peak}
     return both
 
 
 def _summary(both: dict[str, Any]) -> str | None:
-    """One sentence; None if nothing ran or nothing could be said before."""
+    """One sentence; None if nothing ran, or the plan had no time."""
     if both["seconds"]["truth"] is None or both["seconds"]["plan"] is None:
         return None
 
@@ -131,6 +130,6 @@ def _summary(both: dict[str, Any]) -> str | None:
             parts.append(f"{both['usd'][side]:,.2f} USD")
         return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
-    sentence = f"The plan said {words('plan', ' ' + both['unit'] + ' hours')}; it took {words('truth')}"
-    others = [trial for trial in both["trials"] if trial["outcome"] != "finished"]
-    return sentence + (f", with {len(others)} of {len(both['trials'])} trials unfinished." if others else ".")
+    sentence = f"The plan estimated {words('plan', ' ' + both['unit'] + ' hours')}; it took {words('truth')}"
+    unfinished = [trial for trial in both["trials"] if trial["outcome"] != "finished"]
+    return sentence + (f", with {len(unfinished)} of {len(both['trials'])} trials unfinished." if unfinished else ".")

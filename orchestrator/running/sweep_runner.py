@@ -1,18 +1,24 @@
-"""How a planned sweep is trained: one job after the other with Ray Tune, the terminal and MLflow following."""
+"""Trains a planned sweep with Ray Tune, while the terminal and MLflow follow."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
-from orchestrator.plan import Planned
+from rich.console import Console
+
 from orchestrator.planning.cluster import DRIVER_RESOURCES
+from orchestrator.planning.planner import Planned
+from orchestrator.planning.preparation import Prepared
+from orchestrator.planning.search import Search
+from orchestrator.planning.spending import BudgetWatch, Spending
+from orchestrator.planning.sweep_plan import SweepPlan, next_suggestion, write_plan
 from orchestrator.ray_internals import silent_progress
 from orchestrator.records import cancellation
-from orchestrator.records.mlflow_tracking import TrackingThread
+from orchestrator.records.mlflow_tracking import Tracker, TrackingThread
+from orchestrator.records.provenance import Provenance
 from orchestrator.reporting.live_view import LiveView
 from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
@@ -21,92 +27,127 @@ from orchestrator.running.job import FaultLimits, Resources, TrialJob
 from orchestrator.running.scheduling import Job, JobQueue
 from orchestrator.trial_spec import TrialSpec
 
-if TYPE_CHECKING:
-    from orchestrator.sweep import Sweep
 
+class SweepRunner:
+    """Runs the trials of a planned sweep, from the first that starts to the last that ends.
 
-class Running:
-    """The trials of a sweep that has been planned, from the first that starts to the last that ends."""
+    Args:
+        search: None without one; a search that suggests a trial replaces ``plan`` by a longer one.
+        on_plan: is given each plan that replaces the last.
+    """
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+    def __init__(
+        self,
+        sweep: Prepared,
+        plan: SweepPlan,
+        search: Search | None,
+        tracker: Tracker,
+        provenance: Provenance,
+        console: Console,
+        on_plan: Callable[[SweepPlan], None],
+    ) -> None:
+        self.sweep, self.plan, self.search = sweep, plan, search
+        self.tracker, self.provenance, self.console, self.on_plan = tracker, provenance, console, on_plan
+        self.trials = list(plan.trials)  # a search adds to it, and the threads of MLflow and of the budget see it
 
-    def train(self) -> None:
-        """Runs every trial that is not finished, with Tune over Train."""
+    def train(self) -> SweepPlan:
+        """Runs every trial that is not finished; returns the plan as it is in the end."""
         sweep = self.sweep
-        to_train = [p.trial for p in sweep.planned if p.trains]
-        # The largest first, so that none is left to run alone at the end.
-        to_train.sort(key=lambda trial: (sweep.estimates[trial.fingerprint].workers, self.work(trial)), reverse=True)
-        tracking = TrackingThread(sweep.tracker, sweep.trials, sweep.name, sweep.provenance)
-        rows = [Row(p.trial, p.record, known=p.action == "known") for p in sweep.planned]
-        view = LiveView(sweep.name, rows, sweep.concurrency, sweep.console)
+        tracking = TrackingThread(self.tracker, self.trials, sweep.name, self.provenance)
+        view = LiveView(
+            sweep.name, [_row(planned) for planned in self.plan.planned], self.plan.concurrency, self.console
+        )
         view.note = lambda: tracking.trouble or (sweep.storage.store and sweep.storage.store.trouble)
-        view.tokens_to_come = lambda: sweep.search.tokens_to_come if sweep.search else 0
+        view.tokens_to_come = lambda: self.plan.upcoming_tokens
+        budget = BudgetWatch(Spending(sweep.name, sweep.storage), self.trials, sweep.options, self._cancel)
         tracking.start()
         try:
-            with view, sweep.spending:
-                self.tune(self.jobs(to_train, view))
+            with view, budget:
+                self._tune(self._jobs(view))
         except KeyboardInterrupt:
             _end_ray()
             tracking.stop()
-            sweep.tracker.interrupted()
+            self.tracker.interrupted()
             raise
         tracking.stop()
         if tracking.trouble:
-            sweep.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
-        if sweep.spending.exhausted:
-            sweep.console.print(f"stopped: {sweep.spending.exhausted}; with a larger one the same command goes on")
+            self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
+        if budget.exhausted:
+            self.console.print(f"stopped: {budget.exhausted}; with a larger budget the same command continues")
+        return self.plan
 
-    def work(self, trial: TrialSpec) -> float:
-        """How much of it there is, in whatever is known of all trials."""
-        estimates = self.sweep.estimates
-        if all(estimate.seconds is not None for estimate in estimates.values()):
-            return estimates[trial.fingerprint].hours
-        return trial.training.steps * trial.training.batch * trial.training.context_length
+    def _cancel(self, reason: str) -> None:
+        """Stops all trials that run, each with a checkpoint, and starts no other."""
+        cancellation.request(self.sweep.storage, f"sweeps/{self.sweep.name}", reason)
+        for trial in list(self.trials):
+            cancellation.request(self.sweep.storage, self.sweep.storage.trial(trial.fingerprint).name, reason)
 
-    def jobs(self, trials: list[TrialSpec], view: LiveView) -> Iterator[Job]:
+    def _jobs(self, view: LiveView) -> Iterator[Job]:
         """One job after the other: first the planned trials, then what a search suggests meanwhile."""
-        for planned in self.sweep.planned:
-            self.enter_at_rungs(planned)
+        for planned in self.plan.planned:
+            self._enter_at_rungs(planned)
+        trials = self._largest_first([p.trial for p in self.plan.planned if p.trains])
         for trial in trials:
-            self.add_trial(trial)
+            self._add_trial(trial)
         # The untuned first: what they score is step 0 of the trials that start from them.
-        untuned = [trial for trial in trials if trial.training.method == "untuned"]
-        if untuned:
-            yield self.job(untuned)
+        if untuned := [trial for trial in trials if trial.training.method == "untuned"]:
+            yield self._job(untuned)
         for trial in trials:
             if trial not in untuned:
-                yield self.job([trial])
-        while not self.sweep.is_cancelled() and (planned := self.sweep.next_of_search()):
-            self.enter_at_rungs(planned)
-            view.rows.append(Row(planned.trial, planned.record, known=planned.action == "known"))
-            if planned.trains:
-                self.add_trial(planned.trial)
-                yield self.job([planned.trial], suggested=True)
+                yield self._job([trial])
+        while not self.sweep.is_cancelled() and (suggested := self._next_suggestion()):
+            self._enter_at_rungs(suggested)
+            view.rows.append(_row(suggested))
+            if suggested.trains:
+                self._add_trial(suggested.trial)
+                yield self._job([suggested.trial], suggested=True)
 
-    def add_trial(self, trial: TrialSpec) -> None:
+    def _next_suggestion(self) -> Planned | None:
+        """The next trial of the search, which is part of the sweep from now on."""
+        if self.search is None:
+            return None
+        planned, self.plan = next_suggestion(self.sweep, self.plan, self.search)
+        self.on_plan(self.plan)
+        if planned is not None:
+            self.trials.append(planned.trial)
+            write_plan(self.sweep, self.plan)
+        return planned
+
+    def _largest_first(self, trials: list[TrialSpec]) -> list[TrialSpec]:
+        """By workers, then by device hours, or by tokens if any trial's time is unknown: none runs alone at the end."""
+        estimates = self.plan.estimates
+        timed = all(estimate.hours is not None for estimate in estimates.values())
+
+        def size(trial: TrialSpec) -> tuple[int, float]:
+            estimate, training = estimates[trial.fingerprint], trial.training
+            tokens = training.steps * training.batch * training.context_length
+            return estimate.workers, (estimate.hours or 0.0) if timed else tokens
+
+        return sorted(trials, key=size, reverse=True)
+
+    def _add_trial(self, trial: TrialSpec) -> None:
         storage = self.sweep.storage
         folder = storage.add_trial(trial, self.sweep.source.location)
         cancellation.withdraw(storage, folder.name)
-        if diff := self.sweep.provenance.keep_diff(folder.path):
+        if diff := self.provenance.keep_diff(folder.path):
             storage.push(diff)
 
-    def enter_at_rungs(self, planned: Planned) -> None:
-        """Those that have finished before count at the rungs of early stopping too."""
+    def _enter_at_rungs(self, planned: Planned) -> None:
+        """Counts a trial that finished before at the rungs of early stopping too."""
         if self.sweep.rungs and planned.action == "known":
             self.sweep.rungs.enter(planned.trial, planned.record)
 
-    def job(self, trials: list[TrialSpec], suggested: bool = False) -> Job:
+    def _job(self, trials: list[TrialSpec], suggested: bool = False) -> Job:
         """What the scheduler knows of the job that trains these trials."""
-        each = [self.sweep.estimates[trial.fingerprint] for trial in trials]
+        each = [self.plan.estimates[trial.fingerprint] for trial in trials]
         seconds = sum(math.inf if estimate.seconds is None else estimate.seconds for estimate in each)
         workers = max(estimate.workers for estimate in each)
-        return Job(self.trial_job(trials).to_config(), workers, seconds, suggested)
+        return Job(self._trial_job(trials).to_config(), workers, seconds, suggested)
 
-    def trial_job(self, trials: list[TrialSpec]) -> TrialJob:
+    def _trial_job(self, trials: list[TrialSpec]) -> TrialJob:
         """What a driver and its workers need to train these trials, one after the other."""
         sweep, options = self.sweep, self.sweep.options
-        estimate = sweep.estimates[trials[0].fingerprint]
+        estimate = self.plan.estimates[trials[0].fingerprint]
         return TrialJob(
             id=uuid.uuid4().hex,
             sweep=sweep.name,
@@ -116,19 +157,19 @@ class Running:
             corpus=sweep.packed.folder.name,
             execution=estimate.execution,
             layers=estimate.layers,
-            resources=Resources(workers=estimate.workers, **sweep.cluster.worker_resources(options)),
+            resources=Resources(workers=estimate.workers, **self.plan.cluster.worker_resources(options)),
             limits=FaultLimits(
                 max_failures=options.max_failures,
                 max_preemptions=options.max_preemptions,
                 hang_timeout=options.hang_timeout,
             ),
-            own_cluster=sweep.cluster.own,
-            early_stopping=sweep.rungs.settings if sweep.rungs else None,
-            provenance=sweep.provenance.of_attempt(),
+            own_cluster=self.plan.cluster.own,
+            early_stopping=sweep.early_stopping,
+            provenance=self.provenance.of_attempt(),
             prices=sweep.prices,
         )
 
-    def tune(self, jobs: Iterator[Job]) -> None:
+    def _tune(self, jobs: Iterator[Job]) -> None:
         """Runs jobs with Tune, as many at a time as there is room for."""
         from ray import tune
 
@@ -139,9 +180,9 @@ class Running:
         tuner = tune.Tuner(
             tune.with_resources(drive_trial, tune.PlacementGroupFactory([DRIVER_RESOURCES])),
             tune_config=tune.TuneConfig(
-                search_alg=TuneQueue(JobQueue(jobs, sweep.cluster.slots_by_node(options))),
+                search_alg=TuneQueue(JobQueue(jobs, self.plan.cluster.slots_by_node(options))),
                 num_samples=-1,  # until the jobs end
-                max_concurrent_trials=options.max_concurrent or sweep.cluster.slots(options),
+                max_concurrent_trials=options.max_concurrent or self.plan.cluster.slots(options),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -153,12 +194,16 @@ class Running:
                 verbose=0,
             ),
         )
-        keeper = None if sweep.cluster.own else share_token()
+        keeper = None if self.plan.cluster.own else share_token()
         try:
             tuner.fit()
         finally:
             del keeper
             shutil.rmtree(sweep.storage.ray_train / name, ignore_errors=True)
+
+
+def _row(planned: Planned) -> Row:
+    return Row(planned.trial, planned.record, known=planned.action == "known")
 
 
 def _end_ray() -> None:

@@ -9,9 +9,9 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from orchestrator.options import RunOptions
+from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep import Sweep, main
-from orchestrator.terminal import make_console
+from orchestrator.sweep import main
 from tests.support.commands import ROOT, SweepCommand
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
@@ -103,10 +103,9 @@ def test_what_the_model_cannot_take_is_found_before_its_weights_are_loaded(chang
     shutil.copytree(ModelSource.parse("builtin:tiny").location, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"nobody reads this")
     spec = SweepSpec(context_lengths=(1024,), model=str(tmp_path / "model"), data=str(text_folder), **change)
-    sweep = Sweep("bad", spec, RunOptions(storage=str(tmp_path / "runs")), make_console())
-    sweep.check()
+    sweep = check_sweep("bad", spec, RunOptions(storage=str(tmp_path / "runs")))
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
-        sweep.prepare()
+        identify(sweep)
 
 
 def test_a_tokenizer_with_tokens_that_the_model_has_no_embeddings_for(tmp_path, text_folder):
@@ -116,10 +115,9 @@ def test_a_tokenizer_with_tokens_that_the_model_has_no_embeddings_for(tmp_path, 
     tokenizer.add_tokens([f"<extra {number}>" for number in range(7)])
     tokenizer.save_pretrained(folder)
     spec = SweepSpec(context_lengths=(1024,), model=str(folder), data=str(text_folder))
-    sweep = Sweep("bad", spec, RunOptions(storage=str(tmp_path / "runs")), make_console())
-    sweep.check()
+    sweep = check_sweep("bad", spec, RunOptions(storage=str(tmp_path / "runs")))
     with pytest.raises(InputError, match=rf"tokenizer of {folder} does not match.* id 264, .* 264 embeddings.*resize"):
-        sweep.prepare()
+        identify(sweep)
     assert not (tmp_path / "runs" / "data").exists()  # nothing was tokenised
 
 

@@ -7,13 +7,16 @@ import time
 import pytest
 
 from orchestrator import plan as planning
+from orchestrator.cli import parse
 from orchestrator.options import RunOptions
-from orchestrator.plan import duration
 from orchestrator.planning.cluster import Cluster, Node
-from orchestrator.planning.spending import Spending
+from orchestrator.planning.preparation import check_sweep, identify
+from orchestrator.planning.spending import BudgetWatch, Spending
+from orchestrator.planning.sweep_plan import plan_sweep
 from orchestrator.records.events import Finished, Launched, ModelReady, Saved, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.terminal import duration
 from tests.support.events import a_step
 from workloads.data import Corpus
 
@@ -100,9 +103,9 @@ def test_layers_that_are_offloaded_are_shown_and_refused_beyond_the_hosts_memory
 def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
     assert plan("--budget-hours", "100")[0] == 0
     status, told = plan("--budget-hours", "0.001")
-    assert status == 2 and "--budget-hours 0.001: what is left of this sweep takes about" in told
+    assert status == 2 and "--budget-hours 0.001: the rest of this sweep takes about" in told
     status, told = plan("--budget-usd", "1")
-    assert status == 2 and "it needs --price-per-hour" in told
+    assert status == 2 and "give --price-per-hour" in told
     assert plan("--budget-usd", "1", "--price-per-hour", "0.05")[0] == 0
 
 
@@ -141,35 +144,29 @@ def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 
     return TrialRecord.of(journal)
 
 
-def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothing(plan, tmp_path, monkeypatch):
+def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothing(
+    plan, tmp_path, text_folder, monkeypatch
+):
     monkeypatch.setattr("orchestrator.planning.cluster.cpu_name", lambda: "this one")
     flags = ("--methods", "lora", "full", "--references", "--context-lengths", "2048", "--steps", "30")
     _, before = plan(*flags)
-    trials = trials_of(plan, monkeypatch, flags)
+    trials = trials_of(tmp_path, text_folder, flags)
     assert "peak times an efficiency" in before
     storage = Storage.open(str(tmp_path / "runs"))
     write_trial(storage, trials["lora 2048"], 1234.0)
     status, told = plan(*flags)
     assert status == 0 and "2 trials: 1 to run, 1 finished before" in told
     assert "speeds as 1 trial here had on this hardware" in told
-    assert "cannot" not in told and "lora 2048 known - - - - - - -" in told
+    assert "infeasible" not in told and "lora 2048 known - - - - - - -" in told
     write_trial(storage, trials["full 2048"], 777.0, finished=False)
     _, told = plan(*flags)
     assert "full 2048 resume" in told and "777" in told and "from step 3 of 30" in told
 
 
-def trials_of(plan, monkeypatch, flags):
+def trials_of(tmp_path, text_folder, flags):
     """The trials of a sweep by their labels."""
-    found = {}
-    whole = planning.plan_table
-
-    def catch(planned, unit):
-        found.update({p.trial.label: p.trial for p in planned})
-        return whole(planned, unit)
-
-    monkeypatch.setattr("orchestrator.sweep.plan_table", catch)
-    plan(*flags)
-    return found
+    sweep = parse([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
+    return {trial.label: trial for trial in plan_sweep(identify(check_sweep(*sweep)), Cluster.this_machine()).trials}
 
 
 def test_workers_are_counted_machine_by_machine():
@@ -205,10 +202,10 @@ def test_durations(seconds, words):
 
 
 def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_are_not_its_own(
-    plan, tmp_path, monkeypatch
+    tmp_path, text_folder, monkeypatch
 ):
     flags = ("--methods", "lora", "full", "--references", "--context-lengths", "2048", "--steps", "30")
-    trials = list(trials_of(plan, monkeypatch, flags).values())
+    trials = list(trials_of(tmp_path, text_folder, flags).values())
     storage = Storage.open(str(tmp_path / "runs"))
     journals = [storage.add_trial(trial).journal for trial in trials]
 
@@ -223,8 +220,9 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
     reasons = []
     monkeypatch.setattr("orchestrator.planning.spending.POLL_S", 0.05)
     options = RunOptions(budget_usd=10.0, budget_hours=1000.0)
-    with Spending("mine", trials, storage, options, reasons.append) as spending:
-        assert spending.so_far() == (pytest.approx(1.0), pytest.approx(3.0))  # two devices for half an hour
+    spending = Spending("mine", storage)
+    with BudgetWatch(spending, trials, options, reasons.append):
+        assert spending.so_far(trials) == (pytest.approx(1.0), pytest.approx(3.0))  # two devices for half an hour
         time.sleep(0.5)
         assert not reasons
         attempt(journals[1], "mine", 2.0)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from orchestrator import cancel, status
-from orchestrator.plan import plan
+from orchestrator.planning.planner import plan_trials
 from orchestrator.records import cancellation, leases
 from orchestrator.records.events import make_event
 from orchestrator.records.heartbeat import Presence
@@ -22,6 +22,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
 from tests.support.commands import ROOT
 from tests.support.events import a_step, evaluation
+from tests.support.plans import an_estimator
 from workloads.errors import InputError
 
 NOW = time.time()
@@ -235,7 +236,7 @@ def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, tri
     assert seen(storage, trials["lora"]).state == "cancelled"
     assert cancellation.requested(storage, f"trials/{trials['full'].fingerprint}")
     # The same sweep goes on with it.
-    (planned,) = plan([trials["lora"]], storage)
+    (planned,) = plan_trials([trials["lora"]], storage, an_estimator())
     assert planned.action == "run" and planned.reason.startswith("cancelled before by ")
 
 
@@ -243,16 +244,16 @@ def test_what_is_put_aside_is_whole_also_where_that_was_interrupted(storage, tri
     folder = storage.trial(trials["lora"].fingerprint)
     write(folder.journal, launched(), *steps(1, 3), ("finished", {}))
     (folder.checkpoints / "step-00000003").mkdir(parents=True)
-    (planned,) = plan([trials["lora"]], storage, forced={trials["lora"].fingerprint})
+    (planned,) = plan_trials([trials["lora"]], storage, an_estimator(), forced={trials["lora"].fingerprint})
     assert (planned.action, planned.forced) == ("run", True) and "finished at step 3" in planned.reason
     # A process that died when it had moved the checkpoints alone: the trial is what it was, and the next one goes on.
     (folder.path / "earlier-1").mkdir()
     folder.checkpoints.rename(folder.path / "earlier-1" / "checkpoints")
-    assert folder.times_put_aside == 0 and plan([trials["lora"]], storage)[0].action == "known"
+    assert folder.times_put_aside == 0 and plan_trials([trials["lora"]], storage, an_estimator())[0].action == "known"
     assert folder.put_aside() == folder.path / "earlier-1"
     kept = {path.relative_to(folder.path).as_posix() for path in (folder.path / "earlier-1").glob("*")}
     assert kept == {"earlier-1/checkpoints", "earlier-1/journal.jsonl"}
-    assert plan([trials["lora"]], storage, forced={trials["lora"].fingerprint})[0].forced is False
+    assert plan_trials([trials["lora"]], storage, an_estimator(), forced={trials["lora"].fingerprint})[0].forced is False
     write(folder.journal, launched(), *steps(1, 3), ("finished", {}))
     assert folder.put_aside().name == "earlier-2" and (folder.path / "trial.json").exists()
 

@@ -129,7 +129,7 @@ def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_
         assert process.returncode == 130
         assert not kept or f"from step {kept} of 12" in output
         kept = int(re.search(r"full 1024 +kept up to step (\d+) of 12", output)[1])
-        assert kept >= at_step - 1 and "The same command goes on from there." in output
+        assert kept >= at_step - 1 and "The same command continues from there." in output
         assert "Traceback" not in output
         _, (run,), _ = mlflow_runs(command.storage)
         assert run.info.status == "KILLED"

@@ -24,9 +24,9 @@ class SweepCommand:
     def __init__(self, storage: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.storage = storage
         self.arguments = [sys.executable, "-m", "orchestrator.sweep", *flags, "--storage", str(storage)]
-        # A user's shell has none of what an earlier test of this process set before it started Ray. RAY_TMPDIR stays:
-        # it keeps tests without the marker ray from starting it.
-        removed = re.compile("RAY_(?!TMPDIR)|TUNE_|MLFLOW_TRACKING")
+        # A user's shell has nothing that tests set. RAY_TMPDIR stays: it keeps tests without the marker ray from
+        # starting it.
+        removed = re.compile("RAY_(?!TMPDIR)|TUNE_|MLFLOW_TRACKING|OMP_NUM_THREADS")
         own = {name: value for name, value in os.environ.items() if not removed.match(name)}
         self.environment = {**own, "COLUMNS": "110", **(environment or {})}
 

@@ -1,4 +1,4 @@
-"""What trains: LoRA, with norms and embeddings or without, or everything; in all layers or in some."""
+"""What trains: LoRA, with or without norms and embeddings, or all parameters; in all layers or in some."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def adapt(
     lora_targets: Sequence[str] | None = None,
     train_layers: str = "all",
 ) -> nn.Module:
-    """Marks what trains and returns the model to train: itself, or with LoRA a PEFT model around it.
+    """Marks what trains and returns the model to train: the model itself, or with LoRA a PEFT model around it.
 
-    Trainable parameters are float32 afterwards, whatever the rest of the model is: 1,000 AdamW steps at 2e-5 leave a
-    bfloat16 norm weight of 1.0 exactly where it was.
+    Trainable parameters become float32, whatever the dtype of the rest: 1,000 AdamW steps at 2e-5 leave a bfloat16 norm
+    weight of 1.0 exactly unchanged.
 
     ``lora+`` is the paper's improved LoRA (section 3.3): embeddings and norms train, ``lm_head`` stays frozen;
-    ``lora+norm`` and ``lora+embed`` train one of the two. Where a model ties its output to its embeddings, the two stay
-    tied and both move.
+    ``lora+norm`` and ``lora+embed`` train one of the two. Where a model ties its output layer to its embeddings, they
+    stay tied and both train.
 
     Args:
-        lora_targets: the linear modules of a layer that LoRA adapts; None: its attention projections.
+        lora_targets: the linear modules of a layer that LoRA adapts; None: the attention projections.
         train_layers: where LoRA matrices, a layer's norms and ``full`` train (:func:`workloads.config.trained_layers`).
             The final norm and the embeddings train wherever the method trains norms or embeddings; ``full`` with a
             choice other than ``all`` trains nothing outside the chosen layers.
@@ -80,7 +80,7 @@ def check_adaptation(
     lora_targets: Sequence[str] | None = None,
     train_layers: str = "all",
 ) -> None:
-    """What :func:`adapt` would refuse, from a model's configuration: no weights are loaded or made.
+    """Checks what :func:`adapt` checks, from a model's configuration, without loading or creating weights.
 
     Raises:
         InputError: as :func:`adapt`.
@@ -95,7 +95,7 @@ def check_adaptation(
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name; shared ones once."""
+    """The parameters that train, by name; a shared one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -108,27 +108,27 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """A model's decoder layers, and the name of their list (``layers``, or ``h`` in some families).
 
     Raises:
-        InputError: it has no list of as many modules as its configuration has layers.
+        InputError: no list in it has as many modules as its configuration has layers.
     """
     num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name.rpartition(".")[2], module
     raise InputError(
-        f"{type(model).__name__} has no list of decoder layers, so that longspan cannot tell what would train; "
+        f"{type(model).__name__} has no list of decoder layers, so longspan cannot tell what would train; "
         "choose a decoder-only language model of transformers"
     )
 
 
-def _lora_targets(model: nn.Module, asked: Sequence[str] | None, rank: int) -> list[str]:
+def _lora_targets(model: nn.Module, requested: Sequence[str] | None, rank: int) -> list[str]:
     """The modules of a layer that LoRA adapts, by the last part of their names, as present in the model."""
-    sides: dict[str, int] = {}  # the smaller side of each linear module; layers of one name may differ in shape
+    sides: dict[str, int] = {}  # the smallest side of the linear modules of a name, whose shapes may differ
     for name, module in decoder_layers(model)[1].named_modules():
         if isinstance(module, nn.Linear):
             last = name.rpartition(".")[2]
             sides[last] = min(module.in_features, module.out_features, sides.get(last, module.in_features))
     linear = ", ".join(sorted(sides))
-    if asked is None:
+    if requested is None:
         targets = sorted(sides.keys() & set(ATTENTION_PROJECTIONS))
         if not targets:
             raise InputError(
@@ -137,7 +137,7 @@ def _lora_targets(model: nn.Module, asked: Sequence[str] | None, rank: int) -> l
                 "train it with the method 'full'"
             )
     else:
-        targets = sorted(set(asked))
+        targets = sorted(set(requested))
         if unknown := [target for target in targets if target not in sides]:
             raise InputError(
                 f"lora_targets has {', '.join(unknown)}, which the layers of {type(model).__name__} do not "
@@ -153,7 +153,7 @@ def _lora_targets(model: nn.Module, asked: Sequence[str] | None, rank: int) -> l
 
 
 def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, only: dict) -> nn.Module:
-    # Imported here: full fine-tuning does without PEFT, whose import takes about a second of each trial's start.
+    # Imported here, since full fine-tuning needs no PEFT, whose import takes about a second of each trial's start.
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", **only)
@@ -162,23 +162,22 @@ def _with_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, on
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters of a model."""
+    """Counts (all, trainable) parameters of a model."""
     sizes = [(_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 def _size(parameter: nn.Parameter) -> int:
-    # A 4-bit weight is stored two to a byte; what it stands for is in its quantisation state.
+    # A 4-bit weight is stored two to a byte; its quantisation state has the shape.
     quantised = getattr(parameter, "quant_state", None)
     return quantised.shape.numel() if quantised else parameter.numel()
 
 
 def keep_autocast_dtype(model: nn.Module) -> None:
-    """Keeps what runs through ``model`` in autocast's dtype where autocast is on, also where its embeddings or norms
-    are float32; without autocast nothing changes.
+    """Keeps activations in autocast's dtype, also after float32 embeddings and norms; without autocast, no change.
 
-    A float32 embedding would make every residual of the model float32; what a float32 norm gives would be cast again by
-    each linear layer that takes it. Their own arithmetic stays in float32, and so do their gradients.
+    A float32 embedding would make every residual of the model float32; the output of a float32 norm would be cast again
+    by each linear layer that reads it. Their own arithmetic and gradients stay in float32.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding) or is_norm(module):
@@ -194,4 +193,5 @@ def _in_autocast_dtype(module: nn.Module, inputs: tuple, output: torch.Tensor) -
 
 
 def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of frozen weights and of autocast at a precision."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]

@@ -1,0 +1,1 @@
+"""Devices and workers: one device, DDP, ZeRO; the allocator."""

@@ -66,6 +66,7 @@ class ZeroEngine(Engine):
     def prepare(
         self, model: nn.Module, optimizer: Optimizer | None = None, max_grad_norm: float | None = None
     ) -> nn.Module:
+        """Shards the model and its training state; returns DeepSpeed's engine, which is the module to call."""
         if optimizer is None and self.stage == 2:
             return super().prepare(model)
         self.parameters = trainable_parameters(model)
@@ -109,13 +110,16 @@ class ZeroEngine(Engine):
         }
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Tells DeepSpeed whether the update follows."""
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of this worker's part of the loss, through DeepSpeed."""
         self.engine.backward(loss * self.num_workers, scale_wrt_gas=False)  # it takes the workers' mean, like DDP
 
     def update(self, loss: torch.Tensor) -> AsyncScalars:
+        """Clips, updates and clears through DeepSpeed, after waiting for the loss."""
         loss_value, norm = self.sum(loss).item(), math.nan
         if math.isfinite(loss_value):
             self.engine.step()  # finds the norm first, and skips the update if it is not finite
@@ -123,20 +127,22 @@ class ZeroEngine(Engine):
         return AsyncScalars(torch.tensor([loss_value, norm], dtype=torch.float64))
 
     def weights(self) -> dict[str, torch.Tensor]:
+        """The trainable parameters, gathered on worker 0."""
         return self._on_first(
             (name, self.deepspeed.utils.safe_get_full_fp32_param(parameter))
             for name, parameter in self.parameters.items()
         )
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state, gathered on worker 0."""
         step, *moments = OPTIMIZER_STATE
         if self.stage == 2:
-            # DeepSpeed links parameters to their state after the update of the first parameter group, when the others
-            # have none yet.
+            # DeepSpeed links parameters to their state after the first parameter group's update, when the other groups
+            # have no state yet.
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        taken = next(iter(self.optimizer.state.values()))[step]
-        return {f"{step}/{name}": taken.cpu().clone() for name in self.parameters} | self._on_first(
+        count = next(iter(self.optimizer.state.values()))[step]
+        return {f"{step}/{name}": count.cpu().clone() for name in self.parameters} | self._on_first(
             (f"{key}/{name}", self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key))
             for key in moments
             for name, parameter in self.parameters.items()
@@ -147,13 +153,14 @@ class ZeroEngine(Engine):
         return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if self.rank == 0}
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Shards a checkpoint's state of the optimiser."""
         step, *moments = OPTIMIZER_STATE
         zero = self.engine.optimizer
-        # DeepSpeed fills the state of its flat partitions in the first update; this is before it.
+        # DeepSpeed creates the state of its flat partitions in the first update, which comes later.
         flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        taken = tensors[f"{step}/{next(iter(self.parameters))}"]
+        count = tensors[f"{step}/{next(iter(self.parameters))}"]
         for partition in flat:
-            self.optimizer.state[partition] = {step: taken.to(partition.device, torch.float32, copy=True)} | {
+            self.optimizer.state[partition] = {step: count.to(partition.device, torch.float32, copy=True)} | {
                 key: torch.zeros_like(partition) for key in moments
             }
         if self.stage == 2:

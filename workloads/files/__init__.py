@@ -1,0 +1,1 @@
+"""Caches and hashes of files."""

@@ -1,4 +1,4 @@
-"""What is kept on disk between processes, outside of any sweep: where, and when it can be trusted."""
+"""This user's cache on disk, outside of any sweep: where it is, and when its files can be trusted."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ def user_cache() -> Path:
 
 
 def private_folder(folder: Path) -> Path | None:
-    """The folder, made if it is not there and with symbolic links resolved, if nobody but this user can change what is
-    in it; None if others can, or it cannot be made.
+    """The folder, created if absent, with symbolic links resolved; None if others could change what is in it.
 
-    It belongs to the user and is closed to all others, and no folder above it lets others put another one in its place
-    (root may, and in a folder with the sticky bit, such as /tmp, only the owner). A group of the user alone, which many
-    systems give everybody and let write by default, is not others.
+    It must belong to the user and be closed to all others, and no parent folder may let others replace it (root may;
+    in a folder with the sticky bit, such as /tmp, only the owner can). A group that holds the user alone, which many
+    systems create for every user with write access, does not count as others. None also if it cannot be created.
     """
     try:
-        for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-            missing.mkdir(mode=0o700, exist_ok=True)
+        for absent in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+            absent.mkdir(mode=0o700, exist_ok=True)
         folder = folder.resolve()
         return folder if _is_private(folder) else None
     except OSError:
@@ -47,7 +46,7 @@ def _is_private(folder: Path) -> bool:
 
 @functools.cache
 def _is_of_this_user_alone(group: int) -> bool:
-    """Whether it is the user's own group by its number, its name and who is in it."""
+    """Whether it is the user's own group by its number, its name and its members."""
     try:
         user, found = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
     except KeyError:  # in a container, perhaps

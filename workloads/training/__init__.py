@@ -1,0 +1,1 @@
+"""The training loop and its parts: loss, optimiser, checkpoints, compilation, recompute, offload."""

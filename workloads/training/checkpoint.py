@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: a manifest with size and SHA-256 of each file, verified before loading.
 
-A checkpoint is written into a folder with a temporary name, its manifest last, and renamed when all of it is on the
-disk, so that whatever dies on the way leaves nothing partial under a final name. Loading takes the newest one whose
-files match their manifest, and falls back to the one before. Tensors are safetensors; nothing is ever unpickled.
+A checkpoint is written into a folder with a temporary name, its manifest last, and renamed once all of it is on disk:
+a process that dies midway leaves nothing partial under a final name. Loading takes the newest one whose files match
+their manifest, and falls back to the one before. Tensors are safetensors; nothing is ever unpickled.
 
 A folder of checkpoints has one writer at a time.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
-# Of folders that are being written or discarded: what a process that died has left is removed by the next save.
+# Prefix of folders that are being written or discarded; the next save removes those of a process that died.
 TEMPORARY = ".partial-"
 
 
@@ -44,7 +44,7 @@ def save_checkpoint(
     """Writes checkpoint ``step`` under ``root`` and removes those that are not :func:`kept_steps`.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are untouched and nothing partial stays.
+        OSError: the disk is full or not writable; earlier checkpoints are untouched and nothing partial remains.
     """
     final = _folder(root, step)
     partial = root / f"{TEMPORARY}{final.name}"
@@ -55,7 +55,7 @@ def save_checkpoint(
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / TENSORS)
         (partial / STATE).write_text(json.dumps({"step": step, **state}))
-        # safetensors writes for the owner alone, whatever the umask; a shared storage has other readers.
+        # safetensors ignores the umask and writes for the owner alone; a shared storage has other readers.
         (partial / TENSORS).chmod((partial / STATE).stat().st_mode)
         manifest = {name: _describe(partial / name) for name in (TENSORS, STATE)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -78,9 +78,10 @@ def save_checkpoint(
 def kept_steps(
     steps: Iterable[int], newest: int, *, keep_last: int = 2, keep_every: int | None = None, best: int | None = None
 ) -> set[int]:
-    """Of the checkpoints of these steps those that stay once ``newest`` is written: the last so many, those of every
-    so-manieth step, and the best. Later ones do not: the run has come past them from an earlier one, since they were
-    damaged.
+    """Which of the checkpoints of these steps stay once ``newest`` is written.
+
+    These are the last ``keep_last``, one every ``keep_every`` steps, and the best. Later ones do not: they were
+    damaged, and the run has passed them again from an earlier one.
     """
     past = sorted(step for step in steps if step <= newest)
     kept = set(past[-keep_last:]) | {step for step in past if step == best}
@@ -88,19 +89,19 @@ def kept_steps(
 
 
 def load_newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """(tensors, state) of the newest checkpoint that is whole, or None. A damaged one is reported and passed over."""
+    """(tensors, state) of the newest whole checkpoint, or None. A damaged one is logged and skipped."""
     step = newest_step(root)
     return None if step is None else load_checkpoint(root, step)
 
 
 def load_checkpoint(root: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, state) of one that :func:`newest_step` has found whole; the tensors may lie in the file."""
+    """(tensors, state) of a checkpoint that :func:`newest_step` found whole; tensors may be mapped from the file."""
     folder = _folder(root, step)
     return load_file(folder / TENSORS), read_state(root, step)
 
 
 def read_state(root: Path, step: int) -> dict[str, Any]:
-    """The state alone of one that :func:`newest_step` has found whole."""
+    """The state alone of a checkpoint that :func:`newest_step` found whole."""
     return json.loads((_folder(root, step) / STATE).read_text())
 
 
@@ -110,7 +111,7 @@ def whole_steps(root: Path) -> list[int]:
 
 
 def newest_step(root: Path) -> int | None:
-    """The step of the newest whole checkpoint, or None. A damaged one is reported and passed over."""
+    """The step of the newest whole checkpoint, or None. A damaged one is logged and skipped."""
     for folder in reversed(_folders(root)):
         if problem := damage(folder):
             logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, problem)
@@ -120,7 +121,7 @@ def newest_step(root: Path) -> int | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if each of its files matches the manifest and it is of its step."""
+    """What is wrong with a checkpoint; None if its files match the manifest and its state has its step."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -155,7 +156,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's names, are on the disk."""
+    """Waits until a file, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,7 +165,7 @@ def _flush(path: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Removes a checkpoint; a process that dies in the middle leaves no half of it under its final name."""
+    """Removes a checkpoint; a process that dies midway leaves no part of it under its final name."""
     discarded = folder.with_name(f"{TEMPORARY}discarded-{folder.name}")
     folder.rename(discarded)
     shutil.rmtree(discarded, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""Where torch's compiler keeps what it has compiled, so that the next process takes it up and compiles nothing.
+"""Where torch's compiler caches compiled code, which the next process loads instead of compiling again.
 
 The compiler's caches (of graphs, of their backward passes, of kernels) are on by default and may be used by many
-processes and nodes at once: each file is written under another name and renamed. What is kept is pickles and machine
-code, which whoever loads them runs: so they lie only where nobody but the user himself can write, which excludes an
-object store, and torch's own default, a folder in /tmp under a name that anyone can guess and take first.
+processes and nodes at once: each file is written under another name and renamed. They hold pickles and machine code,
+which loading executes. They must therefore be where only the user can write: not in an object store, and not in torch's
+default, a folder in /tmp with a name that anyone can guess and create first.
 
-What is kept is of no use to another torch, machine or version of longspan, and may be removed at any time.
+They are of no use to another torch, machine or version of longspan, and may be removed at any time.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pathlib import Path
 
 from workloads.files.cache import private_folder, user_cache
 
-# torch reads it when it first compiles, and keeps Triton's cache below it unless TRITON_CACHE_DIR says otherwise.
+# torch reads it when it first compiles, and puts Triton's cache below it unless TRITON_CACHE_DIR is set.
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-TORCHS_DEFAULT = str(Path(tempfile.gettempdir(), "torchinductor_"))  # and the user's name
+TORCHS_DEFAULT = str(Path(tempfile.gettempdir(), "torchinductor_"))  # followed by the user's name
 SOURCE = Path(__file__).parents[1]
-# Whose operators and kernels the compiler takes as they are: their code is not in its keys.
+# Their operators and kernels are opaque to the compiler: its keys do not cover their code.
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "liger-kernel", "bitsandbytes")
 
 
 def keep_compiled(shared: Path | None = None) -> None:
-    """Has what this process compiles kept in ``shared``, a folder of the sweep's storage, if nobody but this user can
-    write there (:func:`workloads.files.cache.private_folder`); else in this user's cache on this node.
+    """Caches what this process compiles in ``shared``, a folder of the sweep's storage, or in this user's cache.
 
-    To be called before anything is compiled. A folder that the user has named himself (TORCHINDUCTOR_CACHE_DIR) stays.
+    ``shared`` is used if only this user can write there (:func:`workloads.files.cache.private_folder`), else the cache
+    on this node. Call it before anything is compiled. A folder that the user has set (TORCHINDUCTOR_CACHE_DIR) stays.
     """
-    # Torch names its own default there when its compiler is imported; the definition of an operator is enough for that.
+    # Torch sets its default when its compiler is imported; defining an operator is enough for that.
     if not os.environ.get(VARIABLE, TORCHS_DEFAULT).startswith(TORCHS_DEFAULT):
         return
     folders = (private_folder(each) for each in (shared, user_cache() / "compiled") if each)
@@ -43,13 +43,14 @@ def keep_compiled(shared: Path | None = None) -> None:
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="longspan-compiled-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[VARIABLE] = str(folder / _made_for())
+    os.environ[VARIABLE] = str(folder / _environment_hash())
 
 
-def _made_for() -> str:
-    """Names all that compiled code depends on beside what is in the compiler's own keys (the graph, its settings, the
-    GPU): machine code is for one kind of processor and C library; and of an operator that is not compiled the caches
-    hold how it was called, forwards and backwards, but not the code that says so.
+def _environment_hash() -> str:
+    """Hash of what compiled code depends on beside the compiler's own keys (the graph, its settings, the GPU).
+
+    Machine code is for one kind of processor and C library. Of an operator that is not compiled, the caches hold how it
+    was called, in the forward and the backward pass, but not the code that determines this.
     """
     known = [platform.python_version(), platform.machine(), *platform.libc_ver(), _processor()]
     for package in PACKAGES:
@@ -63,7 +64,7 @@ def _made_for() -> str:
 
 
 def _processor() -> str:
-    """The instructions that this machine's processor has, as the kernel tells them."""
+    """The processor's instruction set, as the kernel lists it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

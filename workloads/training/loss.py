@@ -1,9 +1,9 @@
 """Next-token cross-entropy of a causal language model, a chunk of tokens at a time.
 
-The logits of a whole sequence are never there: at 98k tokens and a vocabulary of 32k they would take 12 GB in float32,
-and their gradient as much again. The decoder runs as a whole, then the output layer and the cross-entropy run chunk by
-chunk. In training the gradient of a chunk is found right after its loss, so that its logits can go (as in Liger
-Kernel's fused linear cross-entropy, arXiv 2410.10989): nothing is computed twice.
+The logits of a whole sequence never exist at once: at 98k tokens and a vocabulary of 32k they would take 12 GB in
+float32, and their gradient as much again. The decoder runs as a whole, then the output layer and the cross-entropy run
+chunk by chunk. In training the gradient of a chunk is computed right after its loss, and its logits are freed (as in
+Liger Kernel's fused linear cross-entropy, arXiv 2410.10989): nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch.utils.checkpoint import checkpoint
 from workloads.budget.loop import CHUNK_LOGITS
 from workloads.training.compilation import compiled_like
 
-# A GPU computes matrix products in tiles of up to so many rows: chunks that are no multiple of it waste a part of one.
+# A GPU computes matrix products in tiles of up to this many rows; other chunk sizes would waste part of a tile.
 TILE = 256
-# (logits, targets) to each token's cross-entropy.
+# (logits, targets) -> each token's cross-entropy.
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class NextTokenLoss(nn.Module):
     """A causal language model as engines train it: tokens in, loss out.
 
-    The loss is computed inside, since DDP and DeepSpeed know only of what the forward pass of their module uses.
+    The loss is computed inside, since DDP and DeepSpeed see only what the forward pass of their module uses.
 
     Args:
-        model: of one of the families in workloads/models/families.py, with an adapter on it or without.
-        recompute: finds the gradients of a chunk in the backward pass, from its hidden states, and so computes its
-            logits twice: where parameters are whole only while their modules are called (ZeRO-3).
+        model: of one of the families in workloads/models/families.py, with or without an adapter.
+        recompute: computes the gradients of a chunk in the backward pass, from its hidden states, and its logits twice:
+            for parameters that are whole only while their modules are called (ZeRO-3).
     """
 
     def __init__(self, model: nn.Module, recompute: bool = False) -> None:
@@ -48,8 +48,8 @@ class NextTokenLoss(nn.Module):
 
         Args:
             tokens: (batch, N).
-            weights: (batch, N), float32; what they say of a sequence's first token, which has no context, is not read.
-            inputs: what else the model's call takes, such as ``attention_mask``.
+            weights: (batch, N), float32; a sequence's first token has no context, and its weight is not read.
+            inputs: other arguments of the model's call, such as ``attention_mask``.
         """
         hidden, targets = _hidden_states(self.model, tokens, inputs)
         head, entropy = self.model.get_output_embeddings(), self.cross_entropy
@@ -78,8 +78,9 @@ def next_token_losses(model: nn.Module, tokens: torch.Tensor, **inputs: Any) -> 
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The weighted loss, whose forward pass finds the gradients too, of the hidden states and of what trains in the
-    output layer: they are linear in the gradient that comes from behind, which is a number.
+    """The weighted loss, whose forward pass computes its gradients too.
+
+    They are of the hidden states and of what trains in the output layer, and linear in the incoming gradient, a scalar.
     """
 
     @staticmethod
@@ -105,9 +106,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _hidden_states(model: nn.Module, tokens: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the output layer takes, (batch x N, hidden size), and the token after each, (batch x N,).
+    """The output layer's input, (batch x N, hidden size), and the token after each position, (batch x N,).
 
-    A sequence's last token has none after it; leaving it out would copy the others. Its loss is not to be read.
+    A sequence's last position has no next token; its loss must not be read. Leaving it out would copy the others.
     """
     hidden = model.get_decoder()(input_ids=tokens, **inputs).last_hidden_state
     return hidden.flatten(0, 1), F.pad(tokens[:, 1:], (0, 1)).flatten()
@@ -120,7 +121,7 @@ def _chunks(head: nn.Module, num_tokens: int) -> Iterator[slice]:
 
 
 def _softcap(model: nn.Module) -> float | None:
-    """What Gemma 2 and 3 may bound their logits by; no other known family changes what its output layer gives."""
+    """The bound on the logits of Gemma 2 and 3; no other known family changes its output layer's result."""
     return getattr(model.config, "final_logit_softcapping", None)
 
 
@@ -133,5 +134,5 @@ def _loss(
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    # Whatever the matrix product is rounded to, the softmax is computed in float32 at least.
+    # The softmax is computed in float32 at least, whatever the dtype of the matrix product.
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")

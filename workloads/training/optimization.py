@@ -1,4 +1,4 @@
-"""The optimiser and its learning rates: AdamW, a rate for each kind of parameter, and their schedule."""
+"""AdamW, the learning rate of each kind of parameter, and its schedule."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from workloads.config import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over what trains in ``model``: LoRA matrices or all else, then embeddings, then norms.
+    """AdamW over what trains in ``model``, in three parameter groups: main, embeddings, norms.
 
-    Each is a parameter group, left out where nothing of its kind trains, with its ``name`` and its ``peak`` learning
-    rate. An output layer that is not tied to the embeddings does not count as one.
+    Main is LoRA matrices, or everything else. A group has its ``name`` and its ``peak`` learning rate, and is left out
+    where nothing of its kind trains. An output layer that is not tied to the embeddings belongs to main.
     """
     embeddings = {model.get_input_embeddings().weight}
     norms = {parameter for module in model.modules() if is_norm(module) for parameter in module.parameters()}
@@ -44,11 +44,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, 
 
 
 def learning_rate(config: TrainingConfig, step: int, peak: float | None = None) -> float:
-    """The learning rate of the update after ``step`` steps, of a group with this peak (by default the main one's).
+    """The learning rate of the update after ``step`` steps, for a group with this peak (default: the main group's).
 
-    Linear warm-up, which reaches the peak with its last update. Then, of the share p of the remaining steps that are
-    done: the peak (constant), peak * (1 - p) (linear), or peak * (1 + cos(pi * p)) / 2 (cosine). So the first update
-    after warm-up takes the whole peak, and zero would be the rate of the update after the last.
+    Warm-up is linear and reaches the peak with its last update. Then, with p the share of the remaining steps that is
+    done: the peak (constant), peak * (1 - p) (linear), or peak * (1 + cos(pi * p)) / 2 (cosine). The first update after
+    warm-up has the full peak; zero would be the rate of the update after the last.
     """
     peak = config.learning_rate if peak is None else peak
     if step < config.warmup_steps:

@@ -49,19 +49,24 @@ class PackedDocuments:
     config: TrainingConfig
 
     def batch(self, step: int) -> Batch:
+        """The sequences of the step after ``step`` steps."""
         config = self.config
         return Batch.whole(self.corpus.train_batch(step, config.batch, config.context_length, config.seed))
 
     def tokens_before(self, step: int) -> int:
+        """Tokens of the first ``step`` steps."""
         return step * self.config.batch * self.config.context_length
 
     def model_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Document boundaries, if attention stops at them."""
         return {"document_ids": document_ids(tokens, self.corpus.eos_token_id)} if self.config.document_mask else {}
 
     def can_score(self, length: int) -> bool:
+        """Whether windows of this length fill the span that is scored."""
         return self.config.eval_span % length == 0
 
     def score(self, model: nn.Module, length: int, engine: Engine, batch_tokens: int) -> DocumentScores:
+        """Scores windows of held-out documents."""
         windows = self.corpus.validation_windows(length, self.config.eval_span, self.config.eval_documents)
         return score_documents(model, windows, engine, batch_tokens)
 
@@ -74,22 +79,27 @@ class Examples:
     config: TrainingConfig
 
     def batch(self, step: int) -> Batch:
+        """The sequences of the step after ``step`` steps."""
         config = self.config
         return self.corpus.train_batch(step, config.batch, config.context_length, config.seed, config.long_examples)
 
     def tokens_before(self, step: int) -> int:
+        """Tokens of the first ``step`` steps."""
         config = self.config
         if not config.steps:
             return 0
         return self.corpus.tokens_before(step, config.batch, config.context_length, config.seed, config.long_examples)
 
     def model_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Nothing: an example is one document."""
         return {}
 
     def can_score(self, length: int) -> bool:
+        """Whether a held-out example fits."""
         return self.corpus.has_validation_examples(length)
 
     def score(self, model: nn.Module, length: int, engine: Engine, batch_tokens: int) -> DocumentScores:
+        """Scores the answers of held-out examples."""
         return score_answers(
             model, self.corpus.validation_examples(length, self.config.eval_documents), engine, batch_tokens
         )

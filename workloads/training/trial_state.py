@@ -65,5 +65,6 @@ def refuse_another_trial(
     if different or not shapes_agree:
         what = ", ".join(sorted(different)) or "the model's parameters"
         raise InputError(
-            f"the checkpoints in {folder} are another trial's: {what} differ. Move them away, or train in another folder"
+            f"the checkpoints in {folder} are another trial's: {what} differ. Move them away, or train in another "
+            "folder"
         )

@@ -11,8 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.plan import plan
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.planning.planner import plan_trials
 from orchestrator.records.events import Eval, Finished, Saved, Started, Step, Stopped
 from orchestrator.records.journal import Journal
 from orchestrator.records.storage import Storage
@@ -21,6 +21,7 @@ from orchestrator.running.judge import Judge
 from orchestrator.trial_spec import Identities, TrialSpec
 from tests.support.commands import SweepCommand
 from tests.support.events import a_step, evaluation
+from tests.support.plans import an_estimator
 from tests.support.storage import mlflow_runs, records
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
@@ -263,10 +264,10 @@ def test_the_sweep_that_stopped_a_trial_leaves_it_and_any_other_goes_on_with_it(
     journal.append(Saved(step=10))
     journal.append(Stopped(step=10, sweep="mine", reason="worse"))
     for stopping, action in (("mine", "stopped"), ("other", "resume"), (None, "resume")):
-        (planned,) = plan([trial()], storage, stopping=stopping)
+        (planned,) = plan_trials([trial()], storage, an_estimator(), stopping_sweep=stopping)
         assert planned.action == action
     journal.append(Finished())
-    assert plan([trial()], storage, stopping="mine")[0].action == "known"
+    assert plan_trials([trial()], storage, an_estimator(), stopping_sweep="mine")[0].action == "known"
 
 
 FLAGS = (

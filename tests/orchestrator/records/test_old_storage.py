@@ -9,9 +9,10 @@ import pytest
 from orchestrator.cli import parse
 from orchestrator.compare import Outcome, compare
 from orchestrator.compare.runs import find_run
-from orchestrator.plan import plan
+from orchestrator.planning.planner import plan_trials
 from orchestrator.records.storage import Storage
 from orchestrator.spec import SweepSpec
+from tests.support.plans import an_estimator
 from workloads.models.source import ModelSource
 
 STORAGE = Path(__file__).parents[2] / "data" / "b1875aa"
@@ -69,7 +70,7 @@ def test_a_default_sweep_still_has_these_trials(runs):
 
 
 def test_every_trial_is_finished_with_the_perplexity_it_had(storage, runs):
-    for planned in plan([run.trial for run in runs], storage):
+    for planned in plan_trials([run.trial for run in runs], storage, an_estimator()):
         assert (planned.action, planned.forced) == ("known", False)
     for run in runs:
         assert run.trial.fingerprint == run.folder.name and run.record.state == "finished"

@@ -3,12 +3,12 @@
 import pytest
 
 from orchestrator.options import RunOptions
-from orchestrator.plan import plan, totals
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.estimate import Estimator
+from orchestrator.planning.planner import plan_trials, sum_up
 from orchestrator.records.events import Failed, Finished, Launched, Started, Step
 from orchestrator.records.storage import Storage
-from orchestrator.reporting.plan_vs_actual import plan_and_truth
+from orchestrator.reporting.plan_vs_actual import compare_with_plan
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
 from tests.support.events import a_step
@@ -45,11 +45,11 @@ def sweep(tmp_path):
             self.cluster = cluster or Cluster((Node(cpus=2, memory=2**35),))
             options, self.price = RunOptions(), price
             self.estimator = Estimator(shape, 512, self.cluster, options, {"CPU": price} if price else {})
-            self.planned = plan(list(trials.values()), storage, self.estimator)
-            self.total = totals(self.planned, [], self.cluster, options)
+            self.planned = plan_trials(list(trials.values()), storage, self.estimator)
+            self.total = sum_up(self.planned, [], self.cluster, options)
 
         def both(self):
-            laid = plan_and_truth(self.planned, self.total, storage, self.cluster, BEGAN, self.price)
+            laid = compare_with_plan(self.planned, self.total, storage, self.cluster, BEGAN, self.price)
             return laid, {trial["label"]: trial for trial in laid["trials"]}
 
     return Laid
@@ -78,14 +78,14 @@ def test_each_trials_seconds_and_speed_stand_beside_the_plans(sweep):
         assert "peak_memory_bytes" not in trial
     assert both["seconds"]["truth"] == 1_130 - 1_010
     assert both["hours"]["truth"] == pytest.approx(178 / 3600)
-    assert both["summary"].startswith("The plan said ")
+    assert both["summary"].startswith("The plan estimated ")
     assert both["summary"].endswith("; it took 2m00s and 0.05.")
 
 
 def test_memory_is_compared_on_gpus_and_money_where_a_price_is_known(sweep):
     gpu = Node(cpus=8, gpus=1, memory=2**37, gpu="NVIDIA L4", gpu_memory=22 * 2**30)
     laid = sweep(Cluster((gpu,)), price=1.5)
-    laid.total = totals(laid.planned, [], laid.cluster, RunOptions())
+    laid.total = sum_up(laid.planned, [], laid.cluster, RunOptions())
     write(laid.journals["lora 1024"], 1_000, 1_010, 1_000 + 7_200, speeds=(5.0,), peak=3.0)
     both, trials = laid.both()
     planned = next(p for p in laid.planned if p.trial.label == "lora 1024")

@@ -1,0 +1,115 @@
+"""A plan as it is printed: a table of trials, a line of totals, and notes on what a user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.estimate import GIB, Estimate, Estimator
+from orchestrator.planning.notes import notes
+from orchestrator.planning.planner import Planned, Totals, summarise_actions
+from orchestrator.planning.preparation import Identified, Prepared
+from orchestrator.planning.sweep_plan import SweepPlan
+from orchestrator.terminal import duration, number_or_dash
+
+
+def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
+    """Prints what the sweep does with each trial, and what all of it takes."""
+    console.print(f"sweep {sweep.name}: {sweep.spec.model} on {sweep.spec.data}, storage {sweep.options.storage}")
+    console.print(summarise_actions(plan.planned))
+    console.print(plan_table(plan.planned, _unit(plan.cluster)))
+    if plan.upcoming:
+        console.print(f"  and {len(plan.upcoming)} more, which the search suggests ({sweep.spec.search})")
+    if plan.has_work:
+        console.print(totals_line(plan.totals, plan.cluster), markup=False)
+        console.print(f"  ({plan.estimator.source}; {_price(plan.estimator, plan.cluster)})", markup=False)
+
+
+def print_notes(sweep: Prepared, plan: SweepPlan, mlflow_uri: str, console: Console) -> None:
+    """Prints what a user should know before the sweep starts, although nothing of it is an error."""
+    scored = len(sweep.scored_documents(plan.trials))
+    for note in notes(sweep.spec, sweep.options, sweep.original_length, sweep.packed, scored):
+        console.print(f"note: {note}", markup=False)
+    if sweep.early_stopping and not any(sweep.early_stopping.rungs(trial.training) for trial in plan.trials):
+        console.print(
+            f"note: --early-stopping {sweep.options.early_stopping} never applies: no evaluation lies between the "
+            "first rung and the last step; lower --first-rung or --eval-every"
+        )
+    if sweep.storage.store and mlflow_uri.startswith("sqlite:"):
+        console.print(
+            f"note: MLflow's store is on this machine, in {sweep.storage.mlflow}, since an object store cannot hold a "
+            "database; --tracking-uri names a server instead",
+            soft_wrap=True,
+        )
+
+
+def plan_table(planned: Iterable[Planned], unit: str) -> Table:
+    """One row a trial.
+
+    Args:
+        unit: what the hours count, GPU or CPU.
+    """
+    table = Table(box=None, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
+    for name in ("workers", "memory", "recompute", "tokens/s", "time", f"{unit} h", "USD"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for each in planned:
+        table.add_row(each.trial.label, each.action, *_cells(each), each.reason, style=_style(each))
+    return table
+
+
+def _style(planned: Planned) -> str | None:
+    return {"known": "dim", "stopped": "dim", "infeasible": "red"}.get(planned.action)
+
+
+def _cells(planned: Planned) -> list[str]:
+    estimate = planned.estimate
+    if planned.action in ("known", "stopped"):
+        return ["-"] * 7
+    return [
+        str(estimate.workers),
+        f"{estimate.memory.total / GIB:.1f} of {estimate.device_memory / GIB:.0f} GiB",
+        _recompute(estimate),
+        number_or_dash(estimate.tokens_per_second, ",.0f"),
+        "-" if estimate.seconds is None else duration(estimate.seconds),
+        number_or_dash(estimate.hours, ".2f"),
+        number_or_dash(estimate.usd, ",.2f"),
+    ]
+
+
+def _recompute(estimate: Estimate) -> str:
+    """How many of the layers with a backward pass recompute their activations in it, or keep them in host memory."""
+    if not estimate.layers:
+        return "-"
+    layers, offloaded = estimate.execution.gradient_checkpointing, estimate.execution.layers_offloaded
+    recompute = f"{layers} of {estimate.layers}" if layers else "none"
+    return f"{recompute}, {offloaded} offloaded" if offloaded else recompute
+
+
+def totals_line(total: Totals, cluster: Cluster) -> str:
+    """One line: time, device hours, cost and disk space of what is left to do."""
+    parts = ["time unknown" if total.makespan is None else f"about {duration(total.makespan)}"]
+    parts.append(f"{number_or_dash(total.hours, ',.2f')} {_unit(cluster)} hours")
+    parts.append("cost unknown" if total.usd is None else f"{total.usd:,.2f} USD")
+    parts.append(f"{total.disk / GIB:.1f} GiB of checkpoints")
+    has = f"{cluster.gpus:g} x {_gpu_name(cluster)}" if cluster.gpus else f"{cluster.cpus:g} CPUs"
+    return f"to do: {', '.join(parts)}, on {has}"
+
+
+def _unit(cluster: Cluster) -> str:
+    return "GPU" if cluster.gpus else "CPU"
+
+
+def _gpu_name(cluster: Cluster) -> str:
+    return " and ".join(sorted({node.gpu or "unknown GPU" for node in cluster.nodes if node.gpus}))
+
+
+def _price(estimator: Estimator, cluster: Cluster) -> str:
+    if estimator.price is None:
+        return f"no price is known of {estimator.device.name}s here: --price-per-hour"
+    return f"{estimator.price.usd_per_gpu_hour:.2f} USD a {_unit(cluster)} hour: {estimator.price.source}"

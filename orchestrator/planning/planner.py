@@ -1,0 +1,231 @@
+"""What a sweep would do with each of its trials, why, and what that takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orchestrator.options import RunOptions
+from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.estimate import Estimate, Estimator, makespan
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.trial_spec import TrialSpec
+from workloads.errors import InputError
+
+Action = Literal["run", "resume", "known", "stopped", "infeasible"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial, what its sweep does with it and why, and what that takes.
+
+    Args:
+        action: known: finished before; stopped: this sweep stopped it early before; infeasible: it does not fit.
+        forced: its earlier results are put aside first (--force).
+    """
+
+    trial: TrialSpec
+    record: TrialRecord
+    action: Action
+    reason: str
+    estimate: Estimate
+    forced: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the sweep runs it, from its start or from a checkpoint."""
+        return self.action in ("run", "resume")
+
+
+def plan_trials(
+    trials: Sequence[TrialSpec],
+    storage: Storage,
+    estimator: Estimator,
+    *,
+    fit: bool = False,
+    stopping_sweep: str | None = None,
+    forced: Collection[str] = (),
+) -> list[Planned]:
+    """Decides what to do with each trial from what its journal says, and estimates what that takes.
+
+    Args:
+        fit: change a trial that does not fit into memory so that it does.
+        stopping_sweep: the sweep's name if it stops trials early. A trial that it has stopped before stays stopped; for
+            any other sweep the trial is unfinished.
+        forced: fingerprints of trials that start over whatever is known of them.
+    """
+    records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
+    estimator.learn([*zip(trials, records), *storage.others(list(trials))])
+    return [
+        _force(trial, record, estimator, fit)
+        if trial.fingerprint in forced and record.journal.exists()
+        else _plan(trial, record, estimator, fit, stopping_sweep)
+        for trial, record in zip(trials, records)
+    ]
+
+
+def _force(trial: TrialSpec, record: TrialRecord, estimator: Estimator, fit: bool) -> Planned:
+    planned = _plan(trial, TrialRecord(record.journal), estimator, fit, None)
+    if planned.action == "infeasible":
+        return planned
+    done = f"{record.state} at step {record.last_step}" if record.steps else record.state
+    reason = f"from the beginning (--force); what is {done} is put aside"
+    return dataclasses.replace(planned, reason=reason, forced=True)
+
+
+def _plan(
+    trial: TrialSpec, record: TrialRecord, estimator: Estimator, fit: bool, stopping_sweep: str | None
+) -> Planned:
+    estimate = estimator.estimate(trial, record, fit)
+
+    def planned(action: Action, reason: str) -> Planned:
+        return Planned(trial, record, action, reason, estimate)
+
+    if record.state == "finished":
+        return planned("known", f"finished before, in trials/{trial.fingerprint}")
+    if record.state == "stopped" and record.stopped and record.stopped.sweep == stopping_sweep:
+        return planned("stopped", f"stopped early at step {record.stopped.step}: {record.reason}")
+    if estimate.refusal:
+        return planned("infeasible", estimate.refusal)
+    changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate.changes else ""
+    if record.saved_step:
+        reason = f"from step {record.saved_step} of {trial.training.steps}"
+        if record.state == "cancelled":
+            reason += f", where it was cancelled {record.reason}"
+        return planned("resume", reason + changed)
+    if record.state == "failed":
+        return planned("run", f"failed before ({record.reason}), tried again" + changed)
+    if record.state == "cancelled":
+        return planned("run", f"cancelled before {record.reason}" + changed)
+    return planned("run", ("not trained yet" if trial.training.steps else "not evaluated yet") + changed)
+
+
+def find_forced(trials: Sequence[TrialSpec], options: RunOptions) -> set[str]:
+    """The fingerprints of the trials that --force and --force-trials start over.
+
+    Raises:
+        InputError: no trial of the sweep, or more than one, has the given first digits.
+    """
+    forced = {trial.fingerprint for trial in trials if options.force}
+    for digits in options.force_trials:
+        found = [trial.fingerprint for trial in trials if trial.fingerprint.startswith(digits)]
+        if len(found) != 1 or len(digits) < 4:
+            each = ", ".join(f"{trial.fingerprint} ({trial.label})" for trial in trials)
+            raise InputError(f"--force-trials {digits}: expected 4 or more digits of one of {each}")
+        forced.add(found[0])
+    return forced
+
+
+def summarise_actions(planned: Sequence[Planned]) -> str:
+    """One line: how many trials run, resume and are known already."""
+    words: dict[Action, str] = {
+        "run": "to run",
+        "resume": "to resume",
+        "known": "finished before, not trained again",
+        "stopped": "stopped early before",
+        "infeasible": "infeasible",
+    }
+    counts = {action: sum(p.action == action for p in planned) for action in words}
+    total = f"{len(planned)} trial" + ("s" if len(planned) != 1 else "")
+    return f"{total}: " + ", ".join(f"{n} {words[action]}" for action, n in counts.items() if n)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is left to do, of all trials together. None: unknown for at least one.
+
+    Args:
+        hours: of all devices together: GPU hours where there are GPUs, else CPU hours.
+        makespan: seconds until the last trial ends.
+        disk: bytes of checkpoints.
+    """
+
+    hours: float | None
+    usd: float | None
+    makespan: float | None
+    disk: int
+
+
+def sum_up(planned: Iterable[Planned], upcoming: Iterable[Estimate], cluster: Cluster, options: RunOptions) -> Totals:
+    """Adds up what is left to do.
+
+    Args:
+        upcoming: estimates of the trials that a search has not suggested yet.
+    """
+    to_do = [p.estimate for p in planned if p.trains] + list(upcoming)
+    jobs = [(e.workers, e.seconds) for e in to_do if e.seconds is not None]
+    return Totals(
+        hours=_sum(e.hours for e in to_do),
+        usd=_sum(e.usd for e in to_do),
+        makespan=makespan(jobs, cluster.slots(options), options.max_concurrent) if len(jobs) == len(to_do) else None,
+        disk=sum(e.disk for e in to_do),
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def refuse_infeasible(planned: Sequence[Planned]) -> None:
+    """Raises InputError if a trial does not fit into memory, with what would make it fit."""
+    if infeasible := [p for p in planned if p.action == "infeasible"]:
+        each = "\n".join(f"  {p.trial.label}: {p.reason}" for p in infeasible)
+        raise InputError(f"{len(infeasible)} of {len(planned)} trials do not fit into memory:\n{each}")
+
+
+def refuse_over_budget(total: Totals, spent: tuple[float, float | None], options: RunOptions) -> None:
+    """Refuses a plan that exceeds --budget-hours or --budget-usd.
+
+    Args:
+        spent: device hours and US dollars that earlier runs of this sweep have taken.
+
+    Raises:
+        InputError: the sweep would exceed its budget, or what it takes is unknown.
+    """
+    for flag, limit, before, left, unit in (
+        ("--budget-hours", options.budget_hours, spent[0], total.hours, "device hours"),
+        ("--budget-usd", options.budget_usd, spent[1], total.usd, "US dollars"),
+    ):
+        if limit is None:
+            continue
+        if left is None:
+            needed = "--price-per-hour" if flag == "--budget-usd" else "a device whose speed is known"
+            raise InputError(f"{flag} {limit:g}: the cost of this sweep is unknown; give {needed}, or leave it out")
+        if left and left + (before or 0) > limit:
+            raise InputError(
+                f"{flag} {limit:g}: the rest of this sweep takes about {left:,.3g} {unit}, after {before or 0:,.3g} "
+                "before; allow more, or sweep fewer lengths, methods or steps"
+            )
+
+
+def as_json(planned: Iterable[Planned], total: Totals) -> dict[str, Any]:
+    """The plan as plain data: kept with the sweep as ``plan.json``, to compare with what the trials take."""
+    return {
+        "totals": {"hours": total.hours, "usd": total.usd, "seconds": total.makespan, "disk_bytes": total.disk},
+        "trials": [
+            {
+                "fingerprint": p.trial.fingerprint,
+                "label": p.trial.label,
+                "action": p.action,
+                "reason": p.reason,
+                "workers": p.estimate.workers,
+                "memory_bytes": p.estimate.memory.total,
+                "allocated_bytes": p.estimate.memory.allocated,
+                "recomputed_layers": p.estimate.execution.gradient_checkpointing,
+                "offloaded_layers": p.estimate.execution.layers_offloaded,
+                "host_bytes": p.estimate.memory.host,
+                "tokens_per_second": p.estimate.tokens_per_second,
+                "seconds": p.estimate.seconds,
+                "usd": p.estimate.usd,
+            }
+            for p in planned
+        ],
+    }

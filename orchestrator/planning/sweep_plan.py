@@ -1,0 +1,152 @@
+"""The plan of a whole sweep on one cluster, frozen; a search that suggests a trial makes a new, longer plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.estimate import Estimate, Estimator
+from orchestrator.planning.planner import (
+    Planned,
+    Totals,
+    as_json,
+    find_forced,
+    plan_trials,
+    refuse_infeasible,
+    refuse_over_budget,
+    sum_up,
+)
+from orchestrator.planning.preparation import Identified
+from orchestrator.planning.search import Search
+from orchestrator.planning.spending import Spending
+from orchestrator.records.storage import write_json
+from orchestrator.trial_spec import TrialSpec
+from workloads.config import Precision
+from workloads.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """What a sweep does with each of its trials, on which machines, and what is left to do.
+
+    Args:
+        concurrency: trials that run at the same time.
+        upcoming: estimates of the trials that a search has not suggested yet.
+        upcoming_tokens: the tokens that those train on.
+    """
+
+    cluster: Cluster
+    concurrency: int
+    estimator: Estimator
+    planned: tuple[Planned, ...]
+    upcoming: tuple[Estimate, ...]
+    upcoming_tokens: int
+    totals: Totals
+
+    @cached_property
+    def trials(self) -> tuple[TrialSpec, ...]:
+        """All trials of the sweep so far, untuned references included."""
+        return tuple(p.trial for p in self.planned)
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """By the trials' fingerprints."""
+        return {p.trial.fingerprint: p.estimate for p in self.planned}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is left to train or to evaluate."""
+        return bool(self.upcoming) or any(p.trains for p in self.planned)
+
+
+def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
+    """Plans the trials of a sweep on a cluster. A search has suggested none yet: its studies' first trials stand for
+    those to come.
+
+    Raises:
+        InputError: the cluster cannot run the sweep as asked.
+    """
+    spec, options = sweep.spec, sweep.options
+    precision: Precision = cluster.precision if spec.precision == "auto" else spec.precision
+    if spec.quantization == "nf4" and not cluster.gpus:
+        raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
+    trials = spec.trials(sweep.identities, precision)
+    concurrency = cluster.concurrency(options)
+    estimator = Estimator(sweep.shape, sweep.original_length, cluster, options, sweep.prices)
+    if spec.quantization == "fp8" and not estimator.device.multiplies_float8:
+        raise InputError(
+            "--quantization fp8 needs GPUs that multiply in FP8 (compute capability 8.9 or higher), and "
+            f"{estimator.device.name} does not; leave it out"
+        )
+    sweep.storage.read_ahead([trial.fingerprint for trial in trials])
+    planned = _plan(sweep, estimator, trials)
+    upcoming: list[Estimate] = []
+    if spec.search != "none":
+        bases = [trial for trial in trials if trial.training.steps]
+        upcoming = [estimator.estimate(base) for base in bases for _ in range(spec.search_trials - 1)]
+    return SweepPlan(
+        cluster=cluster,
+        concurrency=concurrency,
+        estimator=estimator,
+        planned=tuple(planned),
+        upcoming=tuple(upcoming),
+        upcoming_tokens=0,
+        totals=sum_up(planned, upcoming, cluster, options),
+    )
+
+
+def begin_search(sweep: Identified, plan: SweepPlan) -> tuple[Search, SweepPlan]:
+    """Takes up the sweep's search, or starts it; returns it with a plan of what it has suggested so far."""
+    bases = [trial for trial in plan.trials if trial.training.steps]
+    search = Search(sweep.spec, bases, sweep.storage, sweep.storage.search_journal(sweep.name))
+    search.begin()
+    references = [trial for trial in plan.trials if not trial.training.steps]
+    planned = _plan(sweep, plan.estimator, [*references, *search.trials])
+    return search, _replan(sweep, plan, planned, search)
+
+
+def next_suggestion(sweep: Identified, plan: SweepPlan, search: Search) -> tuple[Planned | None, SweepPlan]:
+    """The next trial that the search suggests, None if there is no other, and the plan with it."""
+    trial = search.next()
+    added = _plan(sweep, plan.estimator, [trial]) if trial else []
+    return (added[0] if added else None), _replan(sweep, plan, [*plan.planned, *added], search)
+
+
+def _replan(sweep: Identified, plan: SweepPlan, planned: Sequence[Planned], search: Search) -> SweepPlan:
+    upcoming = tuple(plan.estimator.estimate(study.base) for study in search.studies for _ in range(study.to_come))
+    return dataclasses.replace(
+        plan,
+        planned=tuple(planned),
+        upcoming=upcoming,
+        upcoming_tokens=search.tokens_to_come,
+        totals=sum_up(planned, upcoming, plan.cluster, sweep.options),
+    )
+
+
+def _plan(sweep: Identified, estimator: Estimator, trials: Sequence[TrialSpec]) -> list[Planned]:
+    return plan_trials(
+        trials,
+        sweep.storage,
+        estimator,
+        fit=sweep.options.fit,
+        stopping_sweep=sweep.name if sweep.early_stopping else None,
+        forced=find_forced(trials, sweep.options),
+    )
+
+
+def refuse_impossible(sweep: Identified, plan: SweepPlan) -> None:
+    """Raises InputError if a trial does not fit into memory, or all together exceed the budget."""
+    refuse_infeasible(plan.planned)
+    if sweep.options.budget_hours is not None or sweep.options.budget_usd is not None:
+        refuse_over_budget(plan.totals, Spending(sweep.name, sweep.storage).so_far(plan.trials), sweep.options)
+
+
+def write_plan(sweep: Identified, plan: SweepPlan) -> None:
+    """Writes the sweep's list of trials (``sweep.json``) and its plan (``plan.json``) into its folder."""
+    listed = {"name": sweep.name, "trials": [trial.fingerprint for trial in plan.trials]}
+    write_json(sweep.folder / "sweep.json", listed)
+    write_json(sweep.folder / "plan.json", as_json(plan.planned, plan.totals))
+    sweep.storage.push(sweep.folder)
