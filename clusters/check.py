@@ -19,6 +19,8 @@ from typing import Any
 
 import ray
 import yaml
+
+# Private: Ray offers its check of a cluster file, which `ray up` runs, in no other way.
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 Config = dict[str, Any]

@@ -21,9 +21,9 @@ from workloads.command import quiet_transformers, run_command
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import cast_parameters, make_stock
-from workloads.models.adapters import is_adapter, load_adapter
-from workloads.models.positions import reach
-from workloads.models.source import ModelSource, check_vocabulary, load_whole
+from workloads.models.adapters import load_adapter
+from workloads.models.positions import max_context_length
+from workloads.models.source import ModelSource, check_vocabulary, is_adapter, load_whole
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
@@ -176,7 +176,9 @@ def prompt_tokens(
 def context_limit(config: Any) -> int | None:
     """Tokens that a model takes, prompt and answer together; None if its configuration does not say."""
     rope = getattr(config, "rope_parameters", None)
-    return reach(config) if rope and "rope_type" in rope else getattr(config, "max_position_embeddings", None)
+    if rope and "rope_type" in rope:
+        return max_context_length(config)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str) -> list[int]:

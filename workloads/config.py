@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from workloads.attention.patterns import PATTERNS, Attention
 from workloads.errors import InputError
+from workloads.models.positions import Positions
 
 # Raise RESULT_VERSION by hand when this package is meant to give other numbers for the same configuration: it is part
 # of every trial's identity. Golden losses in tests/workloads/training/test_loop.py show when numbers change.
@@ -25,7 +26,6 @@ RESULT_VERSION = 2
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
 AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"]
-Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]
 Quantization = Literal["none", "nf4", "fp8"]

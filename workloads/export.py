@@ -30,7 +30,7 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.model_card import model_card
 from workloads.models.adapters import base_of_adapter, note_base
-from workloads.models.positions import reach
+from workloads.models.positions import max_context_length
 from workloads.models.source import check_vocabulary
 from workloads.trained import TrainedTrial
 
@@ -327,7 +327,7 @@ def _is_tied(model: nn.Module) -> bool:
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, out: Path) -> None:
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = reach(model.config)
+    tokenizer.model_max_length = max_context_length(model.config)
     tokenizer.save_pretrained(out)
     for weights in out.glob("*.safetensors"):  # written for the owner alone, whatever the umask
         weights.chmod((out / "config.json").stat().st_mode)

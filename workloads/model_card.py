@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from workloads.models.positions import original_context_length, reach
+from workloads.models.positions import POSITIONS, max_context_length, original_context_length
 from workloads.models.source import ModelSource
 from workloads.trained import TrainedTrial
-from workloads.wording import METHODS, POSITIONS, settings
+from workloads.wording import METHODS, settings
 
 _IN_4_BITS = (
     "\nIn training the base was in 4 bits (NF4 with double quantisation). Loaded so (`quantization_config`) the model "
@@ -25,7 +25,7 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
 
     ``config`` is the exported model's configuration; ``rounding`` a sentence without its full stop.
     """
-    name = base.location if base.revision else Path(base.name).name
+    name, length = base.location if base.revision else Path(base.name).name, max_context_length(config)
     metadata = ModelCardData(
         library_name="peft" if what == "adapter" else "transformers",
         pipeline_tag="text-generation",
@@ -38,9 +38,9 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
     return "\n".join(
         [
             f"---\n{metadata.to_yaml()}\n---",
-            f"\n# {name} for {reach(config):,} tokens\n",
+            f"\n# {name} for {length:,} tokens\n",
             f"{name}, whose original context is {original_context_length(config):,} tokens, made to reach "
-            f"{reach(config):,} with longspan, which implements [LongLoRA](https://arxiv.org/abs/2309.12307).\n",
+            f"{length:,} with longspan, which implements [LongLoRA](https://arxiv.org/abs/2309.12307).\n",
             *_table(_facts(trial, base, config, step), "", ""),
             *_perplexities(trial, step),
             "\n## How to load it\n",
@@ -61,7 +61,7 @@ def _facts(trial: TrainedTrial, base: ModelSource, config: Any, step: int) -> li
         told["Attention in training"] += "; full attention in evaluation and from here on"
     return [
         ("Base", f"{name} (`{trial.model_identity}`)"),
-        ("Positions", f"{POSITIONS[training.positions]}: `{json.dumps(config.rope_parameters)}`"),
+        ("Positions", f"{POSITIONS[training.positions].label}: `{json.dumps(config.rope_parameters)}`"),
         ("Method", f"{training.method}: {METHODS[training.method]}"),
         *([("Data", f"{_data(trial)} (`{trial.data_identity}`)")] if training.steps else []),
         *told.items(),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from workloads.attention.patterns import PATTERNS
-from workloads.config import Method, Positions, TrainingConfig, labels
+from workloads.config import TrainingConfig, labels
 
-METHOD_LABELS: dict[Method, str] = {
+METHOD_LABELS: dict[str, str] = {
     "untuned": "untuned",
     "lora": "LoRA",
     "lora+norm": "LoRA+norm",
@@ -13,22 +13,14 @@ METHOD_LABELS: dict[Method, str] = {
     "lora+": "LoRA+",
     "full": "full fine-tuning",
 }
-METHODS: dict[Method, str] = {
+METHODS: dict[str, str] = {
     "untuned": "nothing is trained; only the positions are changed",
     "lora": "low-rank updates are trained",
     "lora+norm": "low-rank updates and norms are trained",
     "lora+embed": "low-rank updates and embeddings are trained",
-    "lora+": "low-rank updates, embeddings and norms are trained (the LongLoRA paper's improved LoRA, not the optimiser of "
-    "that name)",
+    "lora+": "low-rank updates, embeddings and norms are trained (the LongLoRA paper's improved LoRA, not the "
+    "optimiser of that name)",
     "full": "the weights themselves are trained",
-}
-POSITIONS: dict[Positions, str] = {
-    "none": "no change",
-    "linear": "linear interpolation",
-    "ntk": "NTK-aware positions",
-    "dynamic": "dynamic NTK",
-    "yarn": "YaRN",
-    "llama3": "Llama-3 scaling",
 }
 QUANTIZATION = {
     "nf4": "quantised to 4 bits (nf4)",

@@ -6,20 +6,22 @@ from collections import defaultdict
 from typing import Any
 
 from orchestrator.terminal import and_list
-from workloads.config import Method
 from workloads.evaluation.bootstrap import CONFIDENCE, DocumentScores, gap_interval, perplexity_interval
-from workloads.wording import LABELS, METHOD_LABELS, METHODS, POSITIONS
+from workloads.models.positions import POSITIONS
+from workloads.wording import LABELS, METHOD_LABELS, METHODS
 
-REFERENCE_LABELS = {positions: f"untuned, {label}" for positions, label in POSITIONS.items()}
-REFERENCE_PHRASES = {
-    REFERENCE_LABELS[positions]: "the unchanged model" if positions == "none" else f"the untuned model with {label}"
-    for positions, label in POSITIONS.items()
+UNCHANGED = f"untuned, {POSITIONS['none'].label}"
+REFERENCE_LABELS: dict[str, str] = {"none": UNCHANGED} | {
+    name: f"untuned, {kind.label}" for name, kind in POSITIONS.items()
 }
+REFERENCE_PHRASES = {
+    REFERENCE_LABELS[name]: f"the untuned model with {kind.label}" for name, kind in POSITIONS.items()
+} | {UNCHANGED: "the unchanged model"}
 
 
 def method_labels(contexts: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """The label and the description of each method that was trained, for the report."""
-    methods: dict[Method, None] = dict.fromkeys(trial["method"] for context in contexts for trial in context["trials"])
+    methods = dict.fromkeys(trial["method"] for context in contexts for trial in context["trials"])
     return {
         "method_labels": {method: capital(METHOD_LABELS[method]) for method in methods},
         "method_descriptions": {method: METHODS[method] for method in methods},

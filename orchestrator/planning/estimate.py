@@ -25,8 +25,8 @@ from workloads.budget import (
     calibrated,
     checkpoint_bytes,
     fewest_recomputed,
-    in_numbers,
     needed,
+    resolve_auto,
     smallest_change_that_fits,
     step_seconds,
     trial_seconds,
@@ -127,11 +127,11 @@ class Estimator:
     def _place(self, training: TrainingConfig, fit: bool) -> Placed:
         options = self.options
         workers = options.workers if training.steps else 1
-        asked = in_numbers(self.shape, training, options.execution())
+        asked = resolve_auto(self.shape, training, options.execution())
         execution = replace(asked, offload_activations=asked.layers_offloaded)
         # With --fit, recompute is one of the changes that are weighed against each other.
         if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
-            every = in_numbers(self.shape, training, replace(execution, gradient_checkpointing="all"))
+            every = resolve_auto(self.shape, training, replace(execution, gradient_checkpointing="all"))
             execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
         needs = needed(self.shape, training, execution, workers, self.device)
         if execution.layers_offloaded and 0 < self.device.host_memory < needs.host:

@@ -45,7 +45,7 @@ def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
 class Cancellation:
     """Looks for a request while a trial trains, in a thread of its own: a storage that is slow delays no step.
 
-    ``event`` is told all that the trial tells; ``asked`` is a ``poll_request`` of :func:`workloads.training.loop.run`.
+    ``on_event`` takes every event of the trial; the training loop calls ``poll_request`` between steps.
     """
 
     def __init__(self, storage: Storage, fingerprint: str) -> None:
@@ -62,12 +62,13 @@ class Cancellation:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
 
-    def event(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Notes the step that the trial is at."""
         if isinstance(event, Resumed | Step):
             self.step = event.step
 
-    def asked(self) -> Literal["stop"] | None:
+    def poll_request(self) -> Literal["stop"] | None:
+        """Asks the training loop to stop once a request was found."""
         return "stop" if self.request else None
 
     def _look(self) -> None:

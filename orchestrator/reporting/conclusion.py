@@ -24,8 +24,10 @@ from orchestrator.records.storage import read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shown_path
+from workloads.attention.patterns import PATTERNS
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
-from workloads.wording import POSITIONS, shared_settings
+from workloads.models.positions import POSITIONS
+from workloads.wording import shared_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,18 +194,17 @@ class Conclusion:
         """What all trained trials have in common; the report shows attention and seeds elsewhere."""
         shared = shared_settings([trial.training for trial in self.plan.trials if trial.training.method != "untuned"])
         positions = self.sweep.spec.positions
-        extended = {"Positions": POSITIONS[positions]} if positions != "none" else {}
+        extended = {"Positions": POSITIONS[positions].label} if positions != "none" else {}
         return extended | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
 
     def _describe_attention(self) -> str:
         spec = self.sweep.spec
         inside = ", inside documents" if spec.document_mask else ""
-        if spec.attention == "full":
+        if not PATTERNS[spec.attention].has_group_size:
             return f"full attention in training{inside}"
         size = spec.group_size
         group = f"{size:g} of the context" if size <= 1 else f"{size:,.0f} tokens"
-        pattern = "shifted sparse attention (S²-Attn)" if spec.attention == "s2" else spec.attention
-        return f"{pattern} in training, groups of {group}{inside}"
+        return f"{PATTERNS[spec.attention].label}, in training, groups of {group}{inside}"
 
     def _describe_learning_rates(self) -> str:
         spec = self.sweep.spec

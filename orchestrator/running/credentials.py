@@ -1,8 +1,9 @@
-"""The token for gated models, from the sweep's process to its workers on any node, and nowhere else.
+"""Hands the token for gated models from the sweep's process to its workers on any node, and to nothing else.
 
-A token in Ray's ``runtime_env``, in a trial's configuration or in a function's closure would be readable in job lists,
-or lie in Tune's files. Here it stays in the memory of two kinds of process: an actor beside the sweep, which ends with
-it, and the workers that ask it. On a cluster that the sweep has started itself, workers inherit the environment.
+In Ray's ``runtime_env``, in a trial's configuration or in a function's closure a token would be readable in job lists
+or be saved in Tune's files. Here it stays in the memory of two kinds of process: an actor beside the sweep, which ends
+with it, and the workers that ask the actor. On a cluster that the sweep started itself, workers inherit the
+environment.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ VARIABLE = "HF_TOKEN"
 
 
 class Token:
-    """A token that does not show itself."""
+    """A token whose ``repr`` hides it."""
 
     def __init__(self, value: str) -> None:
         self._value = value
 
     def reveal(self) -> str:
+        """The token itself. Keep it out of logs."""
         return self._value
 
     def __repr__(self) -> str:
@@ -28,7 +30,7 @@ class Token:
 
 
 class _Keeper:
-    """The actor. The token comes by a call, not to its constructor, which Ray's head node would keep."""
+    """The actor. It takes the token by a call: Ray's head node keeps the arguments of a constructor."""
 
     token: Token | None = None
 
@@ -40,8 +42,9 @@ class _Keeper:
 
 
 def share_token() -> Any | None:
-    """Makes this process's Hugging Face token (HF_TOKEN, or what ``hf auth login`` has stored) known to the workers of
-    this Ray job. They know it for as long as what is returned lives; None if there is no token.
+    """Shares this process's Hugging Face token (HF_TOKEN, or that of ``hf auth login``) with this Ray job's workers.
+
+    Returns a handle that keeps the token shared while it lives; None if there is no token.
     """
     from huggingface_hub import get_token
 
@@ -58,7 +61,7 @@ def share_token() -> Any | None:
 
 
 def receive_token() -> None:
-    """In a worker: puts the sweep's token where the hub's client looks for it. Without one its node's own holds."""
+    """In a worker: sets the sweep's token, if it has one, where the hub's client looks for it."""
     import ray
 
     try:

@@ -1,19 +1,19 @@
-"""What an error means for a trial: final, tried again, or tried again in less memory.
+"""What an error means for a trial: final, retried, or retried with less memory.
 
     kind                for example                                      what follows
     configuration       a rank larger than the layer                     final
     not_finite          NaN or infinity in the loss or a gradient        final
     disk_full           no space left for a checkpoint                   final; the checkpoint before is whole
-    error               anything else that Python raises                 final: it would come again
-    out_of_memory       the device's                                     once more with the next smaller memory plan
-    out_of_host_memory  what cannot be pinned; Ray's own limit           once more, with no activations there
-    transient           a hub or storage that does not answer            again after a pause, which grows
-    lost                a worker, its node, or a peer that went silent   again at once, ``max_failures`` times
-    preempted           a node that is about to be taken away            again at once, ``max_preemptions`` times
+    error               any other Python exception                       final: it would come again
+    out_of_memory       of the device                                    one retry with the next smaller memory plan
+    out_of_host_memory  memory that cannot be pinned; Ray's own limit    one retry without activations in host memory
+    transient           a hub or storage that does not answer            retried after pauses that grow
+    lost                a worker, its node, or a peer that went silent   retried at once, ``max_failures`` times
+    preempted           a node that is about to be taken away            retried at once, ``max_preemptions`` times
 
-A lost worker or node is Ray Train's to replace (and a lost driver Ray Tune's); the rest is decided here, by the driver
-of the trial (:mod:`orchestrator.running.driver`), from what the worker wrote into the journal. "Final" is final for this run of
-the command: the next one tries again, since the user may have mended the cause.
+Ray Train replaces a lost worker or node, and Ray Tune a lost driver. The trial's driver
+(:mod:`orchestrator.running.driver`) decides the rest, from what the worker wrote into the journal. "Final" holds for
+this run of the command: the next run tries again, since the user may have removed the cause.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from workloads.budget import less_memory
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 
-# Pauses before each further try after a transient fault, in seconds: two and a half minutes in all, which outlasts the restart
-# of a file server and most throttling.
+# Seconds before each retry after a transient fault: two and a half minutes in all, longer than the restart of a file
+# server and most throttling.
 TRANSIENT_PAUSES = (5, 10, 20, 40, 80)
 
-TRANSIENT = {
+TRANSIENT_ERRNOS = {
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EPIPE, errno.EREMOTEIO,
 }  # fmt: skip
-# Errors of libraries that are not imported here, by name: they may not be installed where this runs.
+# Errors of libraries that are not imported here, since they may not be installed, by class name.
 TRANSIENT_NAMES = {
     "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "PoolTimeout",  # httpx
     "ConnectionError", "Timeout", "ChunkedEncodingError",  # requests
     "EndpointConnectionError", "ConnectionClosedError", "ReadTimeoutError", "ConnectTimeoutError",  # botocore
     "ClientConnectorError", "ServerDisconnectedError", "ServerTimeoutError", "ClientPayloadError",  # aiohttp
 }  # fmt: skip
-# How torch says that memory is out where it has no class of its own for it: on the CPU, and in cuDNN and cuBLAS.
+# What torch says when memory runs out where it has no class for it: on the CPU, and in cuDNN and cuBLAS.
 OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
-# How gloo and NCCL say that another worker is gone or silent, where torch raises no error of a class of its own; and
-# what torch says in a worker that Ray Train is about to end because another one has died.
+# What gloo and NCCL say of a worker that is gone or silent, where torch has no class for it; and what torch says in a
+# worker that Ray Train is about to end because another one has died.
 LOST_PEER = re.compile(
     r"gloo|NCCL|Connection (closed|reset) by peer|Socket Timeout|Timed out waiting|Broken pipe"
     r"|Default process group has not been initialized",
@@ -62,7 +62,7 @@ LOST_PEER = re.compile(
 
 
 def classify(error: BaseException) -> FaultKind:
-    """What kind of fault an error is, from itself or what caused it."""
+    """The kind of fault that an error is, judged by the error and its causes."""
     chain = list(_causes(error))
     for cause in chain:
         name, number = type(cause).__name__, getattr(cause, "errno", None)
@@ -79,26 +79,28 @@ def classify(error: BaseException) -> FaultKind:
             return "lost"
         if type(cause) in (RuntimeError, ValueError) and LOST_PEER.search(text):
             return "lost"
-        if number in TRANSIENT or name in TRANSIENT_NAMES or isinstance(cause, (ConnectionError, TimeoutError)):
+        if number in TRANSIENT_ERRNOS or name in TRANSIENT_NAMES or isinstance(cause, ConnectionError | TimeoutError):
             return "transient"
-        if _http_status(cause) in (408, 429) or (_http_status(cause) or 0) >= 500:
+        status = _http_status(cause)
+        if status in (408, 429) or status >= 500:
             return "transient"
     return "configuration" if any(isinstance(cause, InputError) for cause in chain) else "error"
 
 
-def notice_the_end() -> threading.Event:
-    """Set when this process begins to end. An error in another of its threads may then be the end's and not the
-    trial's: torch takes the operators that Python defines away from under a step that is still running.
+def watch_exit() -> threading.Event:
+    """Returns an event that is set as soon as this process begins to exit.
 
-    Of what runs at a process's end the last registered comes first: this is to be called once all is imported.
+    An error in another thread may then come from the exit and not from the trial: torch removes the operators that
+    Python defines under a step that is still running. Exit handlers run in reverse order of registration, so call this
+    after all imports.
     """
-    ending = threading.Event()
-    atexit.register(ending.set)
-    return ending
+    exiting = threading.Event()
+    atexit.register(exiting.set)
+    return exiting
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it says it came from, outermost first."""
+    """The error and its causes, outermost first."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -106,41 +108,42 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _http_status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _http_status(error: BaseException) -> int:
+    """The status of the HTTP response that an error holds; 0 if it holds none."""
+    return getattr(getattr(error, "response", None), "status_code", None) or 0
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """What the next try does differently."""
+    """What the next attempt does differently, after ``pause`` seconds. ``description`` is for the journal."""
 
     execution: ExecutionConfig
-    pause: float  # seconds before it
-    words: str
+    pause: float
+    description: str
 
 
-def remedy(
-    kind: FaultKind, execution: ExecutionConfig, share: int, layers: int, earlier: list[FaultKind]
+def find_remedy(
+    kind: FaultKind, execution: ExecutionConfig, worker_batch: int, layers: int, remedied: list[FaultKind]
 ) -> Remedy | None:
-    """How to go on after a fault, or None where it is final.
+    """How to continue after a fault; None if it is final.
 
     Args:
         execution: how the trial ran.
-        share: sequences of the batch that each worker trains in a step.
+        worker_batch: sequences that each worker trains in a step.
         layers: decoder layers that have a backward pass.
-        earlier: the kinds of fault that this run of the command has found a remedy for already, in this trial.
+        remedied: the faults of this trial that had a remedy in this run of the command.
     """
-    if kind == "transient" and (tried := earlier.count("transient")) < len(TRANSIENT_PAUSES):
+    if kind == "transient" and (tried := remedied.count("transient")) < len(TRANSIENT_PAUSES):
         pause = TRANSIENT_PAUSES[tried]
         return Remedy(execution, pause, f"tried again after {pause} s")
-    if kind in ("out_of_memory", "out_of_host_memory") and kind not in earlier:
-        smaller = less_memory(execution, share, layers, of_host=kind == "out_of_host_memory")
+    if kind in ("out_of_memory", "out_of_host_memory") and kind not in remedied:
+        smaller = less_memory(execution, worker_batch, layers, of_host=kind == "out_of_host_memory")
         if smaller:
-            return Remedy(smaller, 0, "tried again with " + _difference(execution, smaller))
+            return Remedy(smaller, 0, "tried again with " + _describe_difference(execution, smaller))
     return None
 
 
-def _difference(before: ExecutionConfig, after: ExecutionConfig) -> str:
+def _describe_difference(before: ExecutionConfig, after: ExecutionConfig) -> str:
     changed: dict[str, Any] = {
         field.name: getattr(after, field.name)
         for field in dataclasses.fields(after)

@@ -72,7 +72,7 @@ class TrialJob:
     limits: FaultLimits
     own_cluster: bool
     early_stopping: EarlyStopping | None
-    provenance: dict[str, str | None]
+    provenance: dict[str, Any]
     prices: dict[str, float]
     attempt: str = ""
 

@@ -1,9 +1,9 @@
-"""Which trial begins next: the largest first, on whatever machines have room; none is starved, none waits for ever.
+"""Which job starts next: the largest first, on whichever machines have room; none starves, none waits for ever.
 
-A trial needs all of its workers at once. Ray gives them to it together or not at all, so that two trials never hold
-half of what each needs; what is decided here is the order. The largest waits at the head. Smaller ones may begin before
-it only where that does not put off the time at which it could begin, as far as is expected of those that run
-(backfilling with a reservation for the head, as batch schedulers do: Lifka, "The ANL/IBM SP scheduling system", 1995).
+A trial needs all of its workers at once. Ray reserves them together or not at all, so two trials never hold half of
+what each needs; this module decides the order. The largest job waits at the head. Smaller ones may start before it only
+if that does not delay the expected start of the head (backfilling with a reservation for the head, as in batch
+schedulers: Lifka, "The ANL/IBM SP scheduling system", 1995).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """What one driver trains, on how many workers, for how long.
+    """What one driver trains, on how many workers, and for how long.
 
     Args:
         config: plain data for :func:`orchestrator.running.driver.drive_trial`.
@@ -36,24 +36,31 @@ Placement = tuple[int, ...]  # workers on each machine
 
 @dataclass
 class Machines:
-    """How many workers each machine has room for, and who runs there until when."""
+    """How many workers each machine has room for, and which jobs run there until when.
+
+    Args:
+        running: by name of the job, its placement and expected end.
+    """
 
     slots: Placement
     running: dict[str, tuple[Placement, float]] = field(default_factory=dict)
 
     @property
     def free(self) -> list[int]:
+        """How many more workers fit on each machine."""
         held = [placement for placement, _ in self.running.values()]
         return [slots - sum(placement[machine] for placement in held) for machine, slots in enumerate(self.slots)]
 
-    def begin(self, name: str, placement: Placement, until: float) -> None:
+    def start(self, name: str, placement: Placement, until: float) -> None:
+        """Places a job that is expected to end at ``until``."""
         self.running[name] = (placement, until)
 
     def end(self, name: str) -> None:
+        """Frees the job's place; a job that is not running is ignored."""
         self.running.pop(name, None)
 
     def earliest(self, workers: int, now: float) -> float:
-        """When so many workers could begin together, if those that run end as expected and nothing else begins."""
+        """When so many workers could start together, if running jobs end as expected and no other starts."""
         free, later = self.free, sorted(self.running.values(), key=lambda each: each[1])
         if place(workers, free):
             return now
@@ -63,13 +70,16 @@ class Machines:
                 return max(until, now)
         return math.inf
 
-    def with_also(self, placement: Placement, until: float) -> Machines:
+    def with_job(self, placement: Placement, until: float) -> Machines:
+        """These machines with one more job; these stay as they are."""
         return Machines(self.slots, {**self.running, "": (placement, until)})
 
 
 def place(workers: int, free: list[int]) -> Placement | None:
-    """Where so many workers go, or None if there is no room: on the machine that they fill best, if one has room for
-    all, since they talk to each other; else on as few as possible.
+    """How many of the workers each machine takes; None if there is no room.
+
+    Workers of a trial communicate, so they go on one machine where one has room for all (the one with the least), else
+    on as few as possible.
     """
     fitting = [(room, machine) for machine, room in enumerate(free) if room >= workers]
     if fitting:
@@ -84,8 +94,11 @@ def place(workers: int, free: list[int]) -> Placement | None:
 
 
 class JobQueue:
-    """Jobs in the order in which they may begin. They come from an iterator, the largest first, that may go on by
-    what has finished until then.
+    """Jobs in the order in which they may start.
+
+    Args:
+        jobs: the largest first; a search's suggestions use earlier results, so each is taken as late as possible.
+        slots: how many workers fit on each machine.
     """
 
     def __init__(self, jobs: Iterator[Job], slots: Placement, clock: Callable[[], float] = time.time) -> None:
@@ -93,35 +106,37 @@ class JobQueue:
         self.waiting: list[Job] = []
 
     def next(self, name: str) -> Job | None:
-        """The job that begins now, under this name; None while there is no room, or when all have begun."""
+        """The job that starts now, under this name; None while none fits, or when all have started."""
         self._look_ahead()
         now = self.clock()
         for job in self.waiting:
             placement = place(job.workers, self.machines.free)
-            if placement and self._holds_up_nobody(job, placement, now):
+            if placement and self._keeps_reservation(job, placement, now):
                 self.waiting.remove(job)
-                self.machines.begin(name, placement, now + job.seconds)
+                self.machines.start(name, placement, now + job.seconds)
                 return job
         return None
 
     @property
-    def all_have_begun(self) -> bool:
+    def all_started(self) -> bool:
+        """Whether no job is left to start."""
         self._look_ahead()
         return not self.waiting
 
     def end(self, name: str) -> None:
-        """The job of this name has ended, in whatever way."""
+        """Frees the place of the job with this name, however it ended."""
         self.machines.end(name)
 
-    def _holds_up_nobody(self, job: Job, placement: Placement, now: float) -> bool:
+    def _keeps_reservation(self, job: Job, placement: Placement, now: float) -> bool:
+        """Whether the job at the head can still start as early as without this one."""
         head = self.waiting[0]
         if job is head:
             return True
-        beside = self.machines.with_also(placement, now + job.seconds)
+        beside = self.machines.with_job(placement, now + job.seconds)
         return beside.earliest(head.workers, now) <= self.machines.earliest(head.workers, now)
 
     def _look_ahead(self) -> None:
-        """Takes what is known to come. Of a search one suggestion at a time, and only with room for it."""
+        """Takes the jobs that are known; of a search one suggestion at a time, and only while there is room for it."""
         while not any(job.suggested for job in self.waiting):
             if self.waiting and not any(self.machines.free):
                 return

@@ -1,4 +1,4 @@
-"""What Tune starts next: the jobs of a :class:`orchestrator.running.scheduling.JobQueue`."""
+"""The scheduler's queue in the form that Tune takes: a search algorithm."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from orchestrator.running.scheduling import JobQueue
 
 
 class TuneQueue(Searcher):
-    """Hands Tune one job after the other, each when there is room for it.
+    """Hands Tune one job of a :class:`orchestrator.running.scheduling.JobQueue` after the other, each when it fits.
 
-    Tune pickles what it is given and would save its state. There is none: what has begun is told by the journals.
+    Tune pickles its search algorithm and would save its state. There is none to save: the journals have it.
     """
 
     def __init__(self, queue: JobQueue) -> None:
@@ -23,15 +23,17 @@ class TuneQueue(Searcher):
         return {**self.__dict__, "queue": None}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The configuration of the job that starts now; None while none fits."""
         if job := self.queue.next(trial_id):
             return job.config
-        return Searcher.FINISHED if self.queue.all_have_begun else None
+        return Searcher.FINISHED if self.queue.all_started else None
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Frees the job's place."""
         self.queue.end(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        pass
+        """Saves nothing; Tune requires the method."""
 
     def restore(self, checkpoint_path: str) -> None:
-        pass
+        """Restores nothing; Tune requires the method."""

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, to be killed and drained: each node is a raylet of its own."""
+"""A Ray cluster of several nodes on this machine, each with its own raylet, for tests that kill or drain a node."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pathlib import Path
 
 from orchestrator.records.trial_record import TrialRecord
 
-# Seconds between two looks of Ray Train for a notice that a node will go; Ray's own default is 5.
+# Seconds between Ray Train's checks for a preemption notice; Ray's default is 5.
 PREEMPTION_POLL = "0.2"
+# Ray names its processes after the classes of their actors: the class that Tune makes of a trial's driver, a worker of
+# Ray Train, and its watcher for preemption notices.
+DRIVER_TITLE, WORKER_TITLE, WATCHER_TITLE = "ImplicitFunc", "RayTrainWorker", "PreemptionWatcher"
 
 
 def free_port() -> int:
@@ -26,10 +29,10 @@ def free_port() -> int:
 
 
 class RayNodes:
-    """A head without CPUs, and nodes added one by one; own ports, own token, own temporary folder."""
+    """A head without CPUs, and nodes added one by one; with their own ports, token and temporary folder."""
 
     def __init__(self) -> None:
-        # Ray's sockets lie under its temporary folder, and their paths may be 107 bytes long.
+        # Ray's sockets are in its temporary folder; their paths may be 107 bytes long.
         self.folder = Path(f"/tmp/ls{os.getpid()}-{secrets.token_hex(2)}")
         self.folder.mkdir()
         token = self.folder / "token"
@@ -51,7 +54,7 @@ class RayNodes:
                     f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder / 'ray'}")  # fmt: skip
 
     def add(self, cpus: int) -> subprocess.Popen:
-        """A further node, once it has joined."""
+        """Starts one more node; returns once it has joined."""
         return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
 
     def _start(self, *flags: str) -> subprocess.Popen:
@@ -68,7 +71,7 @@ class RayNodes:
         return process
 
     def alive(self) -> list[str]:
-        """The ids of the nodes that are there, the head first."""
+        """The ids of the nodes that are alive, the head first."""
         code = f"""
 import json, ray
 try:
@@ -82,20 +85,20 @@ except ConnectionError:
         return json.loads(done.stdout.splitlines()[-1]) if done.stdout else []
 
     def node_of(self, pid: int) -> subprocess.Popen:
-        """The node that a process runs on."""
+        """The node that a process runs on, as the process that started it."""
         return next(process for process in self.processes if pid in descendants(process.pid))
 
     def runs(self, title: str) -> bool:
-        """Whether a process of this title is on any of the nodes."""
+        """Whether a process with this in its title runs on any of the nodes."""
         nodes = (process.pid for process in self.processes if process.poll() is None)
         return any(title in title_of(pid) for node in nodes for pid in descendants(node))
 
     def kill(self, node: subprocess.Popen) -> None:
-        """The machine is gone, with everything that ran on it."""
+        """Kills a node with everything that runs on it, as if the machine were gone."""
         kill_with_descendants(node)
 
     def drain(self, node_id: str, seconds: int) -> None:
-        """The notice that a cloud gives of a spot node."""
+        """Gives the notice that a cloud gives before it takes a spot node."""
         subprocess.run(
             ["ray", "drain-node", "--address", self.address, "--node-id", node_id, "--reason",
              "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the spot price rose",
@@ -104,7 +107,7 @@ except ConnectionError:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Ends what was started here, the head last, and nothing else on the host."""
+        """Ends what this class started, the head last, and nothing else on the host."""
         for process in reversed(self.processes):
             if process.poll() is None:
                 self.kill(process)
@@ -119,11 +122,11 @@ def children(pid: int) -> list[int]:
 def worker_processes(record: TrialRecord) -> list[int]:
     """The trial's workers, rank 0 first."""
     first = record.started.pid
-    return [first, *sorted(set(processes_beside(first, "RayTrainWorker")) - {first})]
+    return [first, *sorted(set(processes_beside(first, WORKER_TITLE)) - {first})]
 
 
 def processes_beside(pid: int, title: str) -> list[int]:
-    """Those of the same node whose titles say what they are: Ray's raylet is the parent of them all."""
+    """The processes on the node of ``pid`` with this in their title: the raylet is the parent of all."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return [child for child in children(parent) if title in title_of(child)]
 
@@ -136,7 +139,7 @@ def title_of(pid: int) -> str:
 
 
 def kill_with_descendants(process: subprocess.Popen) -> None:
-    """``process`` leads its own group; what it started may have groups of their own."""
+    """Kills the process group that ``process`` leads, and descendants that lead other groups."""
     below = descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
     for pid in below:

@@ -7,6 +7,7 @@ import pytest
 from workloads.attention.patterns import PATTERNS, Attention
 from workloads.attention.patterns.grouped import S2
 from workloads.errors import InputError
+from workloads.models.positions import POSITIONS, Positions
 from workloads.registry import Registry
 
 
@@ -24,3 +25,4 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
 
 def test_the_command_lines_choices_are_the_registered_names():
     assert get_args(Attention) == tuple(PATTERNS)
+    assert get_args(Positions) == tuple(POSITIONS)

@@ -16,9 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from workloads.adaptation.wrapping import Position, Wrapper, unwrap, wrap
-
-# Names of modules of one parent that every supported family calls with the same tensor, in the order of the calls.
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from workloads.models.families import SAME_INPUT
 
 
 def fuse_lora(model: nn.Module) -> None:

@@ -11,13 +11,10 @@ from torch import nn
 from workloads.config import Method, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
 from workloads.models.adapters import without_deprecations
+from workloads.models.families import ATTENTION_PROJECTIONS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-# The projections of the attention layers, by the names that model families give them (the paper adapts q, k, v, o;
-# GPT-NeoX joins the first three, and Phi calls the last dense).
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "query_key_value", "dense", "qkv_proj")
 
 
 def adapt(

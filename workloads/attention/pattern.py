@@ -1,8 +1,8 @@
 """What a pattern is: the predicate that defines it, and every fact about it that other modules need. Imports no torch.
 
-The patterns themselves are in ``patterns/``, one file each or one for several of a kind. Names and settings are those of
-LongLoRA (arXiv 2309.12307) section 4.3 and its figure of sparse attention variants. Where the paper leaves a definition
-open, the pattern's file says which reading it takes.
+The patterns themselves are in ``patterns/``. Names and settings are those of LongLoRA (arXiv 2309.12307) section 4.3
+and its figure of sparse attention variants. Where the paper leaves a definition open, the pattern's file says which
+reading it takes.
 """
 
 from __future__ import annotations

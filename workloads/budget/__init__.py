@@ -16,10 +16,10 @@ from workloads.budget.devices import Device, host_memory
 from workloads.budget.fitting import (
     Fit,
     fewest_recomputed,
-    in_numbers,
     less_memory,
     most_offloaded,
     needed,
+    resolve_auto,
     smallest_change_that_fits,
 )
 from workloads.budget.flops import attended_pairs, forward_flops, paper_flops, training_flops
@@ -48,7 +48,7 @@ __all__ = [
     "fewest_recomputed",
     "forward_flops",
     "host_memory",
-    "in_numbers",
+    "resolve_auto",
     "less_memory",
     "memory",
     "model_flops_utilisation",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import get_args
 
 from workloads.attention.patterns import PATTERNS
-from workloads.budget.shape import GEMMA, Linear, Reads, Training
+from workloads.budget.shape import Linear, Training
 from workloads.config import Precision
+from workloads.models.families import Reads
 
 FLOAT32 = 4
 
@@ -176,8 +177,8 @@ class Activations:
             return (number * width + 2 * FLOAT32 * statistics) * (reached or trained)
         # RMSNorm computes in float32: a copy of its input (or the input) and a root for each mean.
         kept = FLOAT32 * (width + statistics) * reached
-        # For the weight's gradient what it multiplies: cast back before, in Llama, or not, in Gemma.
-        return kept + width * trained * (FLOAT32 if self.trains.shape.family in GEMMA else given)
+        # For the weight's gradient what it multiplies: cast back before (Llama) or not (Gemma).
+        return kept + width * trained * (FLOAT32 if self.trains.shape.float32_norm_weights else given)
 
     def norm_output(self, trained: bool) -> int:
         shape = self.trains.shape
@@ -185,7 +186,7 @@ class Activations:
             return self.widths.compute
         if shape.norm_biases and self.widths.autocast:
             return FLOAT32
-        if shape.norm_biases or shape.family in GEMMA:
+        if shape.norm_biases or shape.float32_norm_weights:
             return self.residual
         return max(self.residual, self.widths.trained if trained else self.widths.frozen)
 

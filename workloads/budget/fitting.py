@@ -48,7 +48,7 @@ def needed(
     return memory(shape, training, execution, workers, loop=Loop.of(shape, training, execution, workers, device))
 
 
-def in_numbers(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> ExecutionConfig:
+def resolve_auto(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> ExecutionConfig:
     """The execution with its gradient checkpointing as the number of layers that do recompute: ``all`` are those that
     have a backward pass, of an untuned trial none.
 
@@ -68,7 +68,7 @@ def fewest_recomputed(
     Where ``offload_activations`` is ``auto``, of the numbers up to :func:`most_offloaded` the smallest with which the
     fewest layers recompute: none where none would have to.
     """
-    first = in_numbers(shape, training, execution).gradient_checkpointing
+    first = resolve_auto(shape, training, execution).gradient_checkpointing
     if execution.offload_activations != "auto":
         return _fewest_recomputed(shape, training, execution, workers, device)
     none = dataclasses.replace(execution, gradient_checkpointing=first, offload_activations=0)
@@ -117,7 +117,7 @@ def _fewest_recomputed(
     def fits(number: int) -> bool:
         return needed(shape, training, with_layers(number), workers, device).total <= device.memory
 
-    first = in_numbers(shape, training, execution).gradient_checkpointing
+    first = resolve_auto(shape, training, execution).gradient_checkpointing
     most = len(what_trains(shape, training, "all", execution.layers_offloaded).checkpointed)
     if fits(first):
         return with_layers(first)
@@ -177,7 +177,7 @@ def smallest_change_that_fits(
 
     What changes the result (quantisation, a shorter context) is never among them.
     """
-    asked = in_numbers(shape, training, execution)
+    asked = resolve_auto(shape, training, execution)
 
     def cost(candidate: ExecutionConfig, number: int) -> tuple:
         return _cost(shape, training, candidate, number, device), *_order(candidate, number)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from workloads.attention.patterns import PATTERNS
-from workloads.budget.shape import ATTENTION, Linear, ModelShape, Training, what_trains
+from workloads.budget.shape import Linear, ModelShape, Training, what_trains
 from workloads.config import Attention, GradientCheckpointing, TrainingConfig
+from workloads.models.families import ATTENTION
 
 # The matrix products of attention: two forward (scores, output); backward four, and the scores once more, which a
 # fused kernel does not keep (Dao, arXiv 2205.14135).

@@ -1,29 +1,22 @@
 """A model's shape: what its FLOPs, memory and parameters follow from, read off a transformers configuration alone.
 
-Read off, not measured: no weight is loaded and torch is not imported. The families are those of
-:mod:`workloads.models.families`; a test holds that the counts equal those of real models of each of them.
+Nothing is measured: no weight is loaded and torch is not imported. What a family's layers are made of is in
+:mod:`workloads.models.families`; a test holds that the counts equal those of real models of each family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from workloads.budget.offloading import Offloaded, offloaded_layers
 from workloads.config import GradientCheckpointing, TrainingConfig, trained_layers, trains_embeddings, trains_norms
 from workloads.errors import InputError
+from workloads.models.families import ATTENTION, INPUT_WIDTHS, Reads, Width, family_of, states
 
-# The linear modules of a decoder layer, by what they read: the first norm, attention's output, the second norm, or what
-# the activation function made.
-Reads = Literal["attention norm", "attention", "mlp norm", "activation"]
-ATTENTION: tuple[Reads, ...] = ("attention norm", "attention")
-
-GEMMA = ("gemma", "gemma2", "gemma3_text")
-FLOAT8_SIDES = 16  # what products in FP8 want both sides of a weight to be multiples of (torch._scaled_mm)
-NOT_FLOAT8 = 1  # the last decoder layers, which stay as they are: see workloads/adaptation/float8.py
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3", *GEMMA)
+FLOAT8_SIDES = 16  # both sides of a weight must be multiples of it for products in FP8 (torch._scaled_mm)
+NOT_FLOAT8 = 1  # the last decoder layers, which stay in bfloat16: see workloads/adaptation/float8.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +58,8 @@ class ModelShape:
     Args:
         family: its ``model_type``.
         linears: the linear modules of one layer.
-        norms: of one layer, how many of the hidden size (2; 4 in Gemma 2 and 3).
-        head_norms: whether queries and keys are normalised, each over a head's dimension.
-        norm_biases: whether norms have a bias as well (LayerNorm: GPT-NeoX).
-        parallel: attention and MLP both read the layer's input (GPT-NeoX).
+        norms, norm_biases, float32_norm_weights, head_norms, gated: as of :class:`workloads.models.families.Family`.
+        parallel: attention and MLP both read the layer's input.
         tied: whether the output layer is the embedding matrix.
         rotary: dimensions of a head that rotate.
     """
@@ -83,8 +74,10 @@ class ModelShape:
     vocab_size: int
     linears: tuple[Linear, ...]
     norms: int
-    head_norms: bool
     norm_biases: bool
+    float32_norm_weights: bool
+    head_norms: bool
+    gated: bool
     parallel: bool
     tied: bool
     rotary: int
@@ -94,22 +87,23 @@ class ModelShape:
         """The shape of a model with this transformers configuration.
 
         Raises:
-            InputError: its family is none of those that longspan knows.
+            InputError: longspan does not know its family.
         """
-        family = config.model_type
-        if family not in FAMILIES:
-            raise InputError(
-                f"model family {family}: longspan cannot tell what it costs; choose a model of the families "
-                f"{', '.join(FAMILIES)}"
-            )
+        family = family_of(config)
         heads = config.num_attention_heads
-        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if family == "gpt_neox":
-            key_value_heads, head_dim = heads, config.hidden_size // heads
+        key_value_heads, head_dim = heads, config.hidden_size // heads
+        if family.grouped_queries:
+            key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+            head_dim = getattr(config, "head_dim", None) or head_dim
+        widths: dict[Width, int] = {
+            "hidden": config.hidden_size,
+            "query": heads * head_dim,
+            "key": key_value_heads * head_dim,
+            "inner": config.intermediate_size,
+        }
         partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         return cls(
-            family=family,
+            family=family.model_type,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
@@ -117,11 +111,22 @@ class ModelShape:
             num_key_value_heads=key_value_heads,
             head_dim=head_dim,
             vocab_size=config.vocab_size,
-            linears=tuple(_linears(config, heads * head_dim, key_value_heads * head_dim)),
-            norms=4 if family in ("gemma2", "gemma3_text") else 2,
-            head_norms=family in ("qwen3", "gemma3_text"),
-            norm_biases=family == "gpt_neox",
-            parallel=family == "gpt_neox" and config.use_parallel_residual,
+            linears=tuple(
+                Linear(
+                    name=module.name,
+                    inputs=widths[INPUT_WIDTHS[module.reads]],
+                    outputs=sum(widths[width] for width in module.outputs),
+                    reads=module.reads,
+                    bias=states(config, module.bias),
+                )
+                for module in family.linears
+            ),
+            norms=family.norms,
+            norm_biases=family.norm_biases,
+            float32_norm_weights=family.float32_norm_weights,
+            head_norms=family.head_norms,
+            gated=family.gated,
+            parallel=states(config, family.parallel_residual),
             tied=bool(config.tie_word_embeddings),
             rotary=int(head_dim * partial),
         )
@@ -133,10 +138,6 @@ class ModelShape:
     @property
     def key_value_width(self) -> int:
         return self.num_key_value_heads * self.head_dim
-
-    @property
-    def gated(self) -> bool:
-        return self.family != "gpt_neox"
 
     @property
     def fused_qkv(self) -> bool:
@@ -171,32 +172,6 @@ class ModelShape:
         """All of the base model; tied embeddings once."""
         layers = self.num_layers * (self.linear_parameters + self.norm_parameters)
         return layers + self.final_norm_parameters + (1 if self.tied else 2) * self.embedding_parameters
-
-
-def _linears(config: Any, query_width: int, key_value_width: int) -> Iterator[Linear]:
-    family, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
-    attention_bias = bool(getattr(config, "attention_bias", False))
-    mlp_bias = bool(getattr(config, "mlp_bias", False))
-    if family == "gpt_neox":
-        yield Linear("query_key_value", hidden, 3 * hidden, "attention norm", attention_bias)
-        yield Linear("dense", hidden, hidden, "attention", attention_bias)
-        yield Linear("dense_h_to_4h", hidden, inner, "mlp norm", True)
-        yield Linear("dense_4h_to_h", inner, hidden, "activation", True)
-        return
-    if family == "phi3":
-        yield Linear("qkv_proj", hidden, query_width + 2 * key_value_width, "attention norm")
-        yield Linear("o_proj", query_width, hidden, "attention")
-        yield Linear("gate_up_proj", hidden, 2 * inner, "mlp norm")
-        yield Linear("down_proj", inner, hidden, "activation")
-        return
-    input_bias = {"qwen2": True, "mistral": False}.get(family, attention_bias)
-    output_bias = {"qwen2": False, "mistral": False}.get(family, attention_bias)
-    for name, width in (("q_proj", query_width), ("k_proj", key_value_width), ("v_proj", key_value_width)):
-        yield Linear(name, hidden, width, "attention norm", input_bias)
-    yield Linear("o_proj", query_width, hidden, "attention", output_bias)
-    yield Linear("gate_proj", hidden, inner, "mlp norm", mlp_bias and family == "llama")
-    yield Linear("up_proj", hidden, inner, "mlp norm", mlp_bias and family == "llama")
-    yield Linear("down_proj", inner, hidden, "activation", mlp_bias and family == "llama")
 
 
 @dataclass(frozen=True)

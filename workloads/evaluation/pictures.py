@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from workloads.wording import POSITIONS
+from workloads.models.positions import POSITIONS
 
 # The report's inks. Blue and orange stay apart with every colour vision deficiency, and each reads as text on white.
 INK, MUTED, LINE, BLUE, ORANGE = "#1b1f24", "#5c6670", "#dde2e7", "#1a4a8a", "#c24a1c"
@@ -174,7 +174,7 @@ def _figure(result: dict[str, Any], title: str, width: float, height: float, not
 
     figure = Figure(figsize=(width / 72, height / 72))
     model = result["model"]
-    name = model["label"] if model["positions"] == "none" else f"{model['label']}, {POSITIONS[model['positions']]}"
+    name = model["label"] if model["positions"] == "none" else f"{model['label']}, {POSITIONS[model['positions']].label}"
     figure.text(12 / width, 1 - 18 / height, title, size=12, weight="bold")
     figure.text(12 / width, 1 - 33 / height, name, color=INK, size=9.2)
     figure.text(12 / width, 1 - 46 / height, note, color=MUTED, size=8.6)

@@ -43,9 +43,9 @@ from workloads.evaluation.passkey import passkey_tests
 from workloads.evaluation.perplexity import by_document, cut_windows, score_windows
 from workloads.evaluation.retrieval import Prompter, RetrievalResult, RetrievalTest, run_tests
 from workloads.evaluation.topics import generated_tests, longchat_tests
-from workloads.models.adapters import is_adapter, load_adapter
-from workloads.models.positions import extended_by_longspan, is_extended, original_context_length, reach
-from workloads.models.source import ModelSource, check_vocabulary
+from workloads.models.adapters import load_adapter
+from workloads.models.positions import extended_by_longspan, is_extended, max_context_length, original_context_length
+from workloads.models.source import ModelSource, check_vocabulary, is_adapter
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         if options.checkpoint != "last":
             raise InputError(f"--checkpoint {options.checkpoint}: {options.model} is no trial's folder; leave it out")
         source = ModelSource.parse(options.model)
-        longest = max(options.lengths, default=reach(source.config()))
+        longest = max(options.lengths, default=max_context_length(source.config()))
         positions = _positions(source.config(), longest, options, console)
         if is_adapter(Path(source.location)):
             model = load_adapter(Path(source.location), dtype=engine.dtype)
@@ -134,9 +134,9 @@ def load_subject(options: Options, console: Console) -> Subject:
         model = model.to(engine.device)
     original = original_context_length(model.config)
     lengths = sorted({*(options.lengths or [longest]), *([original] if original < longest else [])})
-    if longest > reach(model.config):
+    if longest > max_context_length(model.config):
         console.print(
-            f"note: {longest:,} tokens lie beyond the {reach(model.config):,} that this model's positions are made for"
+            f"note: {longest:,} tokens lie beyond the {max_context_length(model.config):,} that this model's positions are made for"
             + ("" if is_extended(model.config) else "; --positions yarn or linear would stretch them")
         )
     tokenizer = source.tokenizer()
@@ -145,7 +145,7 @@ def load_subject(options: Options, console: Console) -> Subject:
         "identity": source.identity,
         "positions": positions,
         "original_context_length": original,
-        "reach": reach(model.config),
+        "reach": max_context_length(model.config),
         "attention": "full",
     }
     return Subject(model, tokenizer, engine, lengths, about)
@@ -157,7 +157,7 @@ def _positions(config: Any, longest: int, options: Options, console: Console) ->
     Raises:
         InputError: it was trained with extended positions of its own, which others would replace.
     """
-    positions, reached = options.positions, reach(config)
+    positions, reached = options.positions, max_context_length(config)
     if positions == "none":
         return "none"
     if longest <= reached:

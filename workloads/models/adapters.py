@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workloads.errors import InputError
+from workloads.models.source import ModelSource, load_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 
 BASE_FILE = "base.json"  # beside an exported adapter: which weights its base had, as ModelSource tells them apart
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
 
 
 def note_base(folder: Path, identity: str) -> None:
@@ -32,8 +29,6 @@ def refuse_another_base(folder: Path, base: str) -> None:
     """Raises InputError if an adapter was trained from another base than the one in this folder, where that is noted:
     on weights of the same shape it would go without a word.
     """
-    from workloads.models.source import ModelSource
-
     noted = folder / BASE_FILE
     if noted.is_file() and Path(base).is_dir():
         expected, found = json.loads(noted.read_text())["identity"], ModelSource.parse(base).identity
@@ -53,8 +48,6 @@ def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
     """
     from peft import PeftConfig
     from transformers import AutoConfig
-
-    from workloads.models.source import load_whole
 
     try:
         adapter, config = PeftConfig.from_pretrained(folder), AutoConfig.from_pretrained(folder)

@@ -1,34 +1,126 @@
-"""How a model's rotary positions reach beyond the length it was trained on.
+"""Extends a model's rotary positions beyond the length it was trained on.
 
-Everything goes through the model's own RoPE configuration, so that stock transformers computes it and loads what is
-exported. Factors are relative to the *original* context length, even if the base had been extended before (the
-published code puts the relative factor in the place of the old one: 4,096 x 8 stretched to 65,536 got 2, not 16).
-
-With a factor s, over an original length L, and theta_i the inverse frequency of one of d rotated dimensions:
-
-    linear   position interpolation (arXiv 2306.15595): theta_i / s, the paper's choice
-    ntk      NTK-aware (bloc97, 2023): the base grows by s ** (d / (d - 2)), so that the slowest dimension is stretched
-             by s and the fastest stays
-    dynamic  dynamic NTK (emozilla, 2023): the same, with s * l / L - (s - 1) for s at a sequence of l > L tokens and
-             nothing changed up to L. Stock transformers computes it anew when a longer sequence comes, and keeps it
-             until one shorter than L does
-    yarn     YaRN (arXiv 2309.00071): slow dimensions are stretched by s, fast ones stay, between them a ramp; cosine
-             and sine are scaled by 0.1 ln(s) + 1
-    llama3   Llama 3.1's: wavelengths over L are stretched by s, those below L / 4 stay, between them a blend
+Everything goes through the model's own RoPE configuration, so stock transformers computes it and loads what is
+exported. Factors are relative to the *original* context length, even if the base was extended before (the published
+code replaces the old factor by the relative one: 4,096 x 8 stretched to 65,536 got 2, not 16). Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from workloads.config import Positions
 from workloads.errors import InputError
+from workloads.registry import Registry
 
 # Kept in the configuration of a model that longspan extended: linear scaling has no field of its own for the length,
 # and NTK-aware scaling none for the base that it replaces.
 ORIGINAL_LENGTH_FIELD = "longspan_original_context_length"
 ORIGINAL_THETA_FIELD = "longspan_original_rope_theta"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """What is stretched.
+
+    Args:
+        original: the original context length L, in tokens.
+        factor: how many times as long the context becomes: s.
+        theta: the original base of the rotary frequencies.
+        dimensions: the rotated dimensions of a head: d.
+        kept: parameters of the model's rotary positions that stay as they are.
+    """
+
+    original: int
+    factor: float
+    theta: float
+    dimensions: int
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def scaled(self, rope_type: str) -> dict[str, Any]:
+        """Parameters of one of transformers' types that takes a factor."""
+        return {"rope_type": rope_type, "rope_theta": self.theta, "factor": self.factor, **self.kept}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionKind:
+    """A way to extend rotary positions. ``theta_i`` is the inverse frequency of a rotated dimension.
+
+    Args:
+        name: the name that ``--positions`` takes.
+        label: the name in reports and model cards.
+        source: what it does, and the paper or author it is from.
+        parameters: the ``rope_parameters`` that it writes into the configuration; None changes nothing.
+        keeps_length: whether transformers reads ``max_position_embeddings`` as the original length.
+    """
+
+    name: str
+    label: str
+    source: str
+    parameters: Callable[[Stretch], dict[str, Any]] | None
+    keeps_length: bool = False
+
+
+def _ntk_parameters(stretch: Stretch) -> dict[str, Any]:
+    dimensions = stretch.dimensions
+    stretched = stretch.theta * stretch.factor ** (dimensions / (dimensions - 2))
+    return {"rope_type": "default", "rope_theta": stretched, **stretch.kept}
+
+
+def _yarn_parameters(stretch: Stretch) -> dict[str, Any]:
+    return {**stretch.scaled("yarn"), "original_max_position_embeddings": stretch.original}
+
+
+def _llama3_parameters(stretch: Stretch) -> dict[str, Any]:
+    as_in_llama_3_1 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {**stretch.scaled("llama3"), "original_max_position_embeddings": stretch.original, **as_in_llama_3_1}
+
+
+POSITIONS = Registry(
+    "kind of positions",
+    (
+        PositionKind(
+            name="linear",
+            label="linear interpolation",
+            source="position interpolation (arXiv 2306.15595): theta_i / s, the paper's choice",
+            parameters=lambda stretch: stretch.scaled("linear"),
+        ),
+        PositionKind(
+            name="ntk",
+            label="NTK-aware positions",
+            source="NTK-aware (bloc97, 2023): the base grows by s ** (d / (d - 2)), so the slowest dimension is "
+            "stretched by s and the fastest stays",
+            parameters=_ntk_parameters,
+        ),
+        PositionKind(
+            name="dynamic",
+            label="dynamic NTK",
+            source="dynamic NTK (emozilla, 2023): NTK-aware with s * l / L - (s - 1) for s at a sequence of l > L "
+            "tokens, unchanged up to L. Stock transformers recomputes it when a longer sequence comes, and keeps it "
+            "until one shorter than L does",
+            parameters=lambda stretch: stretch.scaled("dynamic"),
+            keeps_length=True,
+        ),
+        PositionKind(
+            name="yarn",
+            label="YaRN",
+            source="YaRN (arXiv 2309.00071): slow dimensions are stretched by s, fast ones stay, between them a ramp; "
+            "cosine and sine are scaled by 0.1 ln(s) + 1",
+            parameters=_yarn_parameters,
+        ),
+        PositionKind(
+            name="llama3",
+            label="Llama-3 scaling",
+            source="Llama 3.1: wavelengths over L are stretched by s, those below L / 4 stay, between them a blend",
+            parameters=_llama3_parameters,
+        ),
+        PositionKind(name="none", label="no change", source="the model's own positions", parameters=None),
+    ),
+)
+# For type checkers and the command line; a test holds it equal to the registry.
+Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 
 
 def original_context_length(config: Any) -> int:
@@ -44,7 +136,7 @@ def original_context_length(config: Any) -> int:
     return int(recorded or config.max_position_embeddings)
 
 
-def reach(config: Any) -> int:
+def max_context_length(config: Any) -> int:
     """The longest context that the configuration is made for, in tokens."""
     rope = _rope_parameters(config)
     if rope["rope_type"] in ("linear", "dynamic"):
@@ -53,11 +145,12 @@ def reach(config: Any) -> int:
 
 
 def is_extended(config: Any) -> bool:
-    """Whether the model's positions reach beyond its original context already."""
-    return reach(config) > original_context_length(config)
+    """Whether the model's positions already reach beyond its original context."""
+    return max_context_length(config) > original_context_length(config)
 
 
 def extended_by_longspan(config: Any) -> bool:
+    """Whether longspan wrote the positions of this configuration."""
     return hasattr(config, ORIGINAL_LENGTH_FIELD)
 
 
@@ -72,27 +165,21 @@ def extend(config: Any, context_length: int, positions: Positions) -> None:
     """
     rope = _rope_parameters(config)
     original = original_context_length(config)
-    if positions == "none" or context_length <= reach(config):
+    kind = POSITIONS[positions]
+    if kind.parameters is None or context_length <= max_context_length(config):
         return
-    factor = float(math.ceil(context_length / original))
-    theta = getattr(config, ORIGINAL_THETA_FIELD, None) or rope["rope_theta"]
-    extended = {"rope_type": positions, "rope_theta": theta, "factor": factor}
-    if rope.get("partial_rotary_factor") is not None:
-        extended["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if positions == "ntk":
-        dimensions = _rotated_dimensions(config)
-        stretched = theta * factor ** (dimensions / (dimensions - 2))
-        extended |= {"rope_type": "default", "rope_theta": stretched}
-        del extended["factor"]
-        setattr(config, ORIGINAL_THETA_FIELD, theta)
-    if positions in ("yarn", "llama3"):
-        extended["original_max_position_embeddings"] = original
-    if positions == "llama3":
-        extended |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # as in Llama 3.1
-    config.rope_parameters = extended
-    # Dynamic NTK reads it as the original length. With YaRN it has to agree with the factor, or stock transformers
-    # warns at each load.
-    config.max_position_embeddings = original if positions == "dynamic" else int(original * factor)
+    stretch = Stretch(
+        original=original,
+        factor=float(math.ceil(context_length / original)),
+        theta=getattr(config, ORIGINAL_THETA_FIELD, None) or rope["rope_theta"],
+        dimensions=_rotated_dimensions(config),
+        kept={name: rope[name] for name in ("partial_rotary_factor",) if rope.get(name) is not None},
+    )
+    config.rope_parameters = kind.parameters(stretch)
+    if config.rope_parameters["rope_theta"] != stretch.theta:
+        setattr(config, ORIGINAL_THETA_FIELD, stretch.theta)
+    # With YaRN it has to agree with the factor, or stock transformers warns at each load.
+    config.max_position_embeddings = original if kind.keeps_length else int(original * stretch.factor)
     setattr(config, ORIGINAL_LENGTH_FIELD, original)
     _refuse_what_the_family_does_not_take(config, positions)
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from workloads.config import Positions
 from workloads.errors import InputError
 from workloads.files.hashes import content_hash
-from workloads.models.adapters import is_adapter
+from workloads.models.families import refuse_sliding_windows
 from workloads.models.gguf import converted
+from workloads.models.positions import extend
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +178,6 @@ class ModelSource:
             InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
                 or they are damaged or not all there.
         """
-        from workloads.models.positions import extend
-
         self.refuse_adapter()
         config = self.config()
         extend(config, context_length, positions)
@@ -218,6 +217,11 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's form."""
+    return (folder / "adapter_config.json").is_file()
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
     """Raises InputError if the tokenizer has tokens that the model has no embedding for: on a GPU such a token ends in
     an assertion that says nothing.
@@ -228,20 +232,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: 
             f"the tokenizer of {name} does not match the model: it has a token with id {highest}, and the model has "
             f"{embeddings} embeddings. Give a model with the tokenizer that it was trained with, or save it with its "
             "embeddings resized to the tokenizer (resize_token_embeddings)"
-        )
-
-
-def refuse_sliding_windows(config: Any) -> None:
-    """Raises InputError if some layers attend in a window of their own, which a pattern would silently replace."""
-    layer_types = getattr(config, "layer_types", None) or []
-    found = ", ".join(sorted({kind for kind in layer_types if kind != "full_attention"}))
-    window = getattr(config, "sliding_window", None)
-    if window and not layer_types and getattr(config, "use_sliding_window", True):
-        found = f"a window of {window} tokens"
-    if found:
-        raise InputError(
-            f"a {config.model_type} model whose layers do not all attend fully ({found}): longspan's attention "
-            "patterns would silently replace its windows. Choose a model with full attention in every layer"
         )
 
 

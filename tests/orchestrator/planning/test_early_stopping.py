@@ -97,7 +97,7 @@ def tell(judge, journal, step, perplexity):
     """What a trial tells of a step with an evaluation, to its journal and its judge, as the worker does."""
     for event in (Step(**a_step(step)), Eval(**evaluation(step, perplexity))):
         journal.append(event)
-        judge.event(event)
+        judge.on_event(event)
 
 
 def play(folder, rule, curves, order, restarts=()):
@@ -123,13 +123,13 @@ def play(folder, rule, curves, order, restarts=()):
                 for again in range(max(0, evaluated[each] - 2), evaluated[each]):
                     if each not in stopped:
                         tell(judges[each], journals[each], 10 * (again + 1), curves[each][again] * noise)
-                        assert judges[each].asked() is None
+                        assert judges[each].poll_request() is None
         if number in stopped or evaluated[number] == len(curves[number]):
             continue
         step = 10 * (evaluated[number] + 1)
         tell(judges[number], journals[number], step, curves[number][evaluated[number]])
         evaluated[number] += 1
-        if judges[number].asked() == "stop":
+        if judges[number].poll_request() == "stop":
             stopped[number] = judges[number].verdict
     return stopped
 
@@ -195,8 +195,8 @@ def test_one_killed_between_its_checkpoint_and_its_judgement_is_judged_a_step_la
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(Eval(**evaluation(10, 9.0)))
     judge = Judge(rungs, trial(0), TrialRecord.of(journal))
-    judge.event(Step(**a_step(11)))
-    assert judge.asked() == "stop"
+    judge.on_event(Step(**a_step(11)))
+    assert judge.poll_request() == "stop"
     assert (judge.verdict.step, judge.verdict.rung) == (11, 10 * 2 * 1024)
 
 

@@ -1,4 +1,4 @@
-"""What an error means, and that a trial goes on after it: real processes are killed, stopped, starved."""
+"""What kind of fault an error is, and how a trial continues after real ones: killed, stopped and starved processes."""
 
 import contextlib
 import errno
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.faults import TRANSIENT_PAUSES, classify, remedy
+from orchestrator.running.faults import TRANSIENT_PAUSES, classify, find_remedy
 from tests.support.commands import ONE_TRIAL, ROOT, SweepCommand, wait_for
-from tests.support.ray_nodes import processes_beside, worker_processes
+from tests.support.ray_nodes import DRIVER_TITLE, processes_beside, worker_processes
 from tests.support.storage import mlflow_runs, running_trial
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
@@ -51,11 +51,11 @@ def raised_from(error, cause):
         (PermissionError(errno.EACCES, "Permission denied"), "error"),
     ],
 )
-def test_what_kind_of_fault_an_error_is(error, kind):
+def test_an_error_is_classified(error, kind):
     assert classify(error) == kind
 
 
-def test_what_the_cpu_allocator_and_gloo_really_raise():
+def test_errors_of_the_cpu_allocator_and_of_gloo_are_classified():
     with pytest.raises(RuntimeError) as allocation:
         torch.empty(2**60, dtype=torch.uint8)
     assert classify(allocation.value) == "out_of_memory"
@@ -84,37 +84,42 @@ def test_what_the_cpu_allocator_and_gloo_really_raise():
         peers[1].wait()
 
 
-def test_memory_is_saved_step_by_step_and_transient_faults_are_waited_out():
+def test_remedies_save_memory_step_by_step_and_wait_for_transient_faults():
     pieces = []
     execution = ExecutionConfig(engine="zero2")
-    while plan := remedy("out_of_memory", execution, 8, 32, []):
+    while plan := find_remedy("out_of_memory", execution, 8, 32, []):
         execution = plan.execution
         pieces.append((execution.micro_batch, execution.gradient_checkpointing, execution.offload))
     assert pieces == [(2, 0, False), (1, 0, False), *((1, n, False) for n in (16, 24, 28, 32)), (1, 32, True)]
     for before, words in ((0, "gradient checkpointing 16"), (13, "gradient checkpointing 23"), (31, "32")):
-        again = remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
-        assert again.words.endswith(words)
+        again = find_remedy("out_of_memory", ExecutionConfig(gradient_checkpointing=before), 1, 32, [])
+        assert again.description.endswith(words)
     whole = ExecutionConfig(gradient_checkpointing="all")
-    assert remedy("out_of_memory", whole, 1, 32, []) is None
-    assert remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, "an untuned trial has nothing to recompute"
-    assert remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
+    assert find_remedy("out_of_memory", whole, 1, 32, []) is None
+    assert find_remedy("out_of_memory", ExecutionConfig(), 1, 0, []) is None, (
+        "an untuned trial has nothing to recompute"
+    )
+    assert find_remedy("out_of_memory", ExecutionConfig(), 8, 32, ["out_of_memory"]) is None, "once is enough"
     with_host = ExecutionConfig(gradient_checkpointing=14, offload_activations=8)
-    assert remedy("out_of_memory", with_host, 1, 32, []).words == "tried again with gradient checkpointing 19"
-    given_up = remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
+    assert (
+        find_remedy("out_of_memory", with_host, 1, 32, []).description == "tried again with gradient checkpointing 19"
+    )
+    given_up = find_remedy("out_of_host_memory", with_host, 1, 32, ["out_of_memory"]).execution
     assert (given_up.gradient_checkpointing, given_up.layers_offloaded) == (32, 0)
-    assert remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
+    assert find_remedy("out_of_host_memory", ExecutionConfig(), 8, 32, []).execution.micro_batch == 2
     pauses = [
-        remedy("transient", execution, 8, 32, ["transient"] * tried).pause for tried in range(len(TRANSIENT_PAUSES))
+        find_remedy("transient", execution, 8, 32, ["transient"] * tried).pause
+        for tried in range(len(TRANSIENT_PAUSES))
     ]
     assert pauses == sorted(pauses) and sum(pauses) > 120
-    assert remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
+    assert find_remedy("transient", execution, 8, 32, ["transient"] * len(TRANSIENT_PAUSES)) is None
     for final in ("configuration", "not_finite", "disk_full", "error"):
-        assert remedy(final, execution, 8, 32, []) is None
+        assert find_remedy(final, execution, 8, 32, []) is None
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, text_folder):
-    """The trial's losses on two workers that nothing happens to."""
+    """The last checkpoint of the trial on two workers, without any fault."""
     command = SweepCommand(tmp_path_factory.mktemp("undisturbed") / "runs", *TWO_WORKERS, "--data", str(text_folder))
     status, output = command.run()
     assert status == 0, output
@@ -132,30 +137,31 @@ def assert_same(one, other):
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "blows",
+    "faults",
     [[("rank 0", signal.SIGKILL, 4), ("driver", signal.SIGKILL, 7)], [("rank 1", signal.SIGSTOP, 5)]],
     ids=["killed", "silent"],
 )
-def test_a_process_that_is_killed_or_silent_costs_an_interval_and_changes_nothing(
-    blows, undisturbed, tmp_path, text_folder
+def test_a_killed_or_silent_process_costs_one_interval_and_changes_no_result(
+    faults, undisturbed, tmp_path, text_folder
 ):
-    """SIGSTOP stands for a hang: the rank lives and says nothing, and the other must not wait for ever. The driver is
-    the trial's own, Tune's process. What Ray keeps of its own is cut in half at the same time: nothing may depend on
-    it.
+    """SIGSTOP stands for a hang: the rank lives in silence, and the other must not wait for ever.
+
+    The driver is the trial's process under Tune. Ray's own files are truncated at the same time: nothing may depend on
+    them.
     """
     command = SweepCommand(tmp_path / "runs", *TWO_WORKERS, "--data", str(text_folder), "--hang-timeout", "10")
     process = command.start()
-    for attempt, (who, how, at_step) in enumerate(blows, start=1):
+    for attempt, (who, how, at_step) in enumerate(faults, start=1):
         record = wait_for(partial(in_attempt, command.storage, attempt, at_step), process, f"step {at_step}")
         for file in (path for path in (command.storage / ".ray").rglob("*") if path.is_file()):
             os.truncate(file, file.stat().st_size // 2)
-        ranks, (driver,) = worker_processes(record), processes_beside(record.started.pid, "ImplicitFunc")
+        ranks, (driver,) = worker_processes(record), processes_beside(record.started.pid, DRIVER_TITLE)
         os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
         struck_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
-    assert record.state == "finished" and len(record.attempts) == len(blows) + 1
+    assert record.state == "finished" and len(record.attempts) == len(faults) + 1
     assert record.resumed_at >= struck_at - 2
     assert_same(last_checkpoint(command), undisturbed)
     client, (run,), _ = mlflow_runs(command.storage)
@@ -169,15 +175,16 @@ def in_attempt(storage, attempt, at_step):
     return record if record and len(record.attempts) == attempt else None
 
 
-def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_its_own():
-    """Ctrl-C, and Ray ends a worker in the middle of a step: torch takes its operators away before the step is over.
-    What ends last, and leaves the step its time, is registered first.
+def test_an_error_that_process_exit_causes_in_a_thread_is_recognised():
+    """On Ctrl-C Ray ends a worker in the middle of a step, and torch removes its operators before the step is over.
+
+    The handler that waits for the step is registered first, so it runs last.
     """
     code = """
     import atexit, threading
     atexit.register(lambda: worker.join(60))
     import torch
-    from orchestrator.running.faults import notice_the_end
+    from orchestrator.running.faults import watch_exit
     from workloads.attention.grouped import grouped_attention
 
     def train():
@@ -187,9 +194,9 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
             while True:
                 grouped_attention(x, x, x, 16, 2, 1.0, "cpu")
         except Exception:
-            print("error", ending.is_set(), flush=True)
+            print("error", exiting.is_set(), flush=True)
 
-    ending, begun = notice_the_end(), threading.Event()
+    exiting, begun = watch_exit(), threading.Event()
     worker = threading.Thread(target=train, daemon=True)
     worker.start()
     begun.wait()
@@ -199,8 +206,8 @@ def test_what_the_end_of_a_process_breaks_in_a_thread_is_told_from_an_error_of_i
 
 
 @pytest.mark.ray
-def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_folder):
-    """The worker may not take more memory than it has: its allocator, which hands back what is freed, really fails."""
+def test_out_of_memory_is_retried_once_with_less_memory_and_recorded(tmp_path, text_folder):
+    """The worker may take no more memory than it has. Its allocator returns what is freed, so it really fails."""
     small_blocks = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
     flags = (*ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
     command = SweepCommand(tmp_path / "runs", *flags, environment=small_blocks)
@@ -217,7 +224,7 @@ def test_out_of_memory_is_tried_once_more_with_less_and_says_so(tmp_path, text_f
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own that can be filled."""
+    """A small file system that a test can fill."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "none", disk], capture_output=True).returncode:
@@ -227,7 +234,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_full_disk_is_named_with_its_bytes_and_the_checkpoint_before_is_gone_on_from(small_disk, text_folder):
+def test_a_full_disk_is_reported_and_training_resumes_from_the_checkpoint_before(small_disk, text_folder):
     flags = (*ONE_TRIAL, "--steps", "8", "--data", str(text_folder))
     command = SweepCommand(small_disk / "runs", *flags)
     process = command.start()
@@ -238,8 +245,7 @@ def test_a_full_disk_is_named_with_its_bytes_and_the_checkpoint_before_is_gone_o
             file.write(bytes(2**16))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1 and "Traceback" not in output, output
-    told = " ".join(output.split())
-    assert "No space left on device" in told
+    assert "No space left on device" in " ".join(output.split())
     folder = record.journal.path.parent
     record = TrialRecord.of(record.journal)
     assert record.failure_kind == "disk_full" and len(record.attempts) == 1, "a full disk is not tried again"

@@ -1,4 +1,4 @@
-"""A cluster of two nodes that loses one in the middle of a trial, with a notice and without."""
+"""A cluster of two nodes loses one in the middle of a trial, with and without notice."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
 from tests.support.commands import SweepCommand, wait_for
-from tests.support.ray_nodes import RayNodes
+from tests.support.ray_nodes import WATCHER_TITLE, RayNodes
 from tests.support.storage import records, running_trial
 
 pytestmark = pytest.mark.ray
@@ -52,7 +52,7 @@ def flags(cluster, text_folder, *methods, checkpoint_every):
 
 
 def full(storage):
-    """What the trial with full fine-tuning has come to."""
+    """The record of the trial with full fine-tuning."""
     return next(r for path, r in records(storage).items() if method(storage / "trials" / path) == "full")
 
 
@@ -64,8 +64,8 @@ def weights(record):
     return load_file(max(record.journal.path.parent.glob("checkpoints/step-*")) / "tensors.safetensors")
 
 
-def test_trials_go_on_where_there_is_room_when_their_node_goes_without_a_word(cluster, results, tmp_path, text_folder):
-    """One that runs beside it and one that waits want the machine that is left too, which has room for one."""
+def test_trials_continue_on_another_node_when_theirs_is_lost_without_notice(cluster, results, tmp_path, text_folder):
+    """Two other trials compete for the node that is left, which has room for one."""
     settings = flags(cluster, text_folder, "full", "lora+", "lora", checkpoint_every=2)
     command = SweepCommand(tmp_path / "runs", *settings, environment=cluster.environment)
     process = command.start()
@@ -80,8 +80,8 @@ def test_trials_go_on_where_there_is_room_when_their_node_goes_without_a_word(cl
     results["full"] = weights(record)
 
 
-# The last test of the cluster: Ray takes the node out of it when its time is over.
-def test_a_trial_goes_on_elsewhere_after_a_notice_and_trains_nothing_twice(cluster, results, tmp_path, text_folder):
+# Keep this the last test of the cluster: Ray removes the node when its deadline is over.
+def test_a_trial_continues_on_another_node_after_a_notice_and_repeats_no_step(cluster, results, tmp_path, text_folder):
     # A notice must be enough, and no failure may be charged to the trial.
     settings = (*flags(cluster, text_folder, "full", checkpoint_every=1000), "--max-failures", "0")
     command = SweepCommand(tmp_path / "runs", *settings, environment=cluster.environment)
@@ -89,11 +89,11 @@ def test_a_trial_goes_on_elsewhere_after_a_notice_and_trains_nothing_twice(clust
         cluster.add(cpus=1)
     process = command.start()
     record = wait_for(lambda: running_trial(command.storage, 3), process, "step 3")
-    # A quick machine would end the trial before Ray Train's watcher for notices has started.
+    # A fast machine would finish the trial before Ray Train's watcher for notices has started.
     with paused(record.started.pid):
-        wait_for(lambda: cluster.runs("PreemptionWatcher"), process, "who watches for notices")
+        wait_for(lambda: cluster.runs(WATCHER_TITLE), process, "the watcher for notices")
         cluster.drain(record.started.node, seconds=30)
-        time.sleep(2)  # it looks ten times in that: PREEMPTION_POLL of ray_nodes
+        time.sleep(2)  # ten checks at PREEMPTION_POLL of ray_nodes
     lost_at = TrialRecord.of(record.journal).last_step
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

@@ -1,4 +1,4 @@
-"""Trials of different shapes on machines of different sizes: simulated to the end, second by second of their ends."""
+"""Jobs of different shapes on machines of different sizes, simulated from one job's end to the next."""
 
 import heapq
 import math
@@ -11,24 +11,24 @@ from orchestrator.running.scheduling import Job, JobQueue, Machines, place
 
 
 class Simulation:
-    """Runs a queue with a clock of its own, on which every job takes ``takes(job)`` seconds."""
+    """Runs a queue on a simulated clock, on which a job takes ``takes(job)`` seconds."""
 
     def __init__(self, jobs, slots, takes=lambda job: job.seconds):
         self.now, self.takes = 0.0, takes
         self.queue = JobQueue(iter(jobs), tuple(slots), clock=lambda: self.now)
-        self.begun: list[tuple[float, Job]] = []
+        self.started: list[tuple[float, Job]] = []
         self.most = 0
 
     def run(self):
         ends, number = [], 0
         while True:
             while job := self.queue.next(str(number)):
-                self.begun.append((self.now, job))
+                self.started.append((self.now, job))
                 heapq.heappush(ends, (self.now + self.takes(job), str(number), job))
                 number += 1
                 assert min(self.queue.machines.free) >= 0, "more workers than there is room for"
             if not ends:
-                assert self.queue.all_have_begun, "something waits for ever"
+                assert self.queue.all_started, "a job waits for ever"
                 return
             self.now, name, _ = heapq.heappop(ends)
             self.queue.end(name)
@@ -45,22 +45,20 @@ def jobs_of(shapes, seconds=lambda known: float(known)):
 
 @settings(max_examples=150, deadline=None)
 @given(shapes, machines)
-def test_all_run_once_and_no_machine_is_overfull(shapes, slots):
+def test_every_job_runs_once_and_no_machine_is_overfull(shapes, slots):
     simulation = Simulation(jobs_of(shapes), slots)
     simulation.run()
-    assert sorted(job.config["number"] for _, job in simulation.begun) == list(range(len(shapes)))
+    assert sorted(job.config["number"] for _, job in simulation.started) == list(range(len(shapes)))
 
 
 @settings(max_examples=150, deadline=None)
 @given(shapes, machines)
-def test_no_backfilled_trial_delays_one_that_came_before_it(shapes, slots):
-    """Against the same queue without any backfilling: where the expected times are true, the head of the queue begins
-    no later than when nothing may pass it.
-    """
+def test_backfilling_delays_no_job_that_came_before(shapes, slots):
+    """Where the expected times are right, the head of the queue starts no later than without backfilling."""
     jobs = jobs_of(shapes)
     simulation = Simulation(jobs, slots)
     simulation.run()
-    began = {job.config["number"]: at for at, job in simulation.begun}
+    began = {job.config["number"]: at for at, job in simulation.started}
     first_that_waited = next((job for job in jobs if began[job.config["number"]] > 0), None)
     if first_that_waited is None:
         return
@@ -73,49 +71,49 @@ def test_no_backfilled_trial_delays_one_that_came_before_it(shapes, slots):
 
 @settings(max_examples=100, deadline=None)
 @given(shapes, machines)
-def test_nothing_is_starved_or_stuck_where_times_are_unknown_or_wrong(shapes, slots):
+def test_no_job_starves_where_times_are_unknown_or_wrong(shapes, slots):
     unknown = Simulation(jobs_of(shapes, lambda known: math.inf), slots, takes=lambda job: 7.0)
     unknown.run()
     wrong = Simulation(jobs_of(shapes), slots, takes=lambda job: 100.0 / job.seconds)
     wrong.run()
 
 
-def test_a_large_trial_is_not_passed_by_a_stream_of_small_ones():
+def test_a_large_job_starts_despite_a_stream_of_small_ones():
     small = [Job({}, 1, 10.0) for _ in range(8)]
     large = Job({"large": True}, 8, 10.0)
     simulation = Simulation([*small[:4], large, *small[4:]], [8])
     simulation.run()
-    assert [at for at, job in simulation.begun if job is large] == [10.0]
-    assert [at for at, job in simulation.begun if job is not large] == [0.0] * 8, "the others filled the gaps"
+    assert [at for at, job in simulation.started if job is large] == [10.0]
+    assert [at for at, job in simulation.started if job is not large] == [0.0] * 8, "the others filled the gaps"
 
 
-def test_the_workers_of_a_trial_go_where_they_talk_to_each_other_fastest():
+def test_workers_of_a_job_go_on_as_few_machines_as_possible():
     assert place(4, [8, 4, 6]) == (0, 4, 0)
     assert place(10, [8, 4, 6]) == (8, 0, 2)
     assert place(9, [4, 4]) is None
 
 
-def test_a_search_is_asked_only_when_there_is_room():
-    asked = []
+def test_a_search_suggests_only_when_there_is_room():
+    suggested = []
 
     def suggestions():
         yield Job({}, 1, 5.0)
         yield Job({}, 1, 5.0)
         for number in range(3):
-            asked.append(number)
+            suggested.append(number)
             yield Job({"suggested": number}, 1, 5.0, suggested=True)
 
     queue = JobQueue(suggestions(), (2,))
     assert queue.next("a") and queue.next("b")
-    assert queue.next("c") is None and len(asked) <= 1
+    assert queue.next("c") is None and len(suggested) <= 1
     queue.end("a")
     assert queue.next("c").config == {"suggested": 0}
 
 
 @settings(max_examples=100, deadline=None)
 @given(shapes)
-def test_the_makespan_of_the_plan_is_that_of_the_queue_on_one_machine_without_reservations(shapes):
-    """Never better than the ideal, never worse than one after the other."""
+def test_the_planned_makespan_is_between_ideal_and_sequential(shapes):
+    """Never better than the ideal, never worse than one job after the other."""
     jobs = [(workers, float(seconds)) for workers, seconds in shapes]
     found = makespan(jobs, 8)
     assert found >= max(max(s for _, s in jobs), sum(w * s for w, s in jobs) / 8)

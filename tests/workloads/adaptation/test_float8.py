@@ -28,7 +28,7 @@ from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import export_trial
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_newest
 from workloads.training.loop import run
@@ -179,7 +179,7 @@ def test_frozen_linear_modules_of_all_layers_but_the_last_are_in_fp8_and_nothing
     assert trainable_parameters(model).keys() == trainable_parameters(plain).keys()
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_forwards_the_mlps_products_are_in_fp8_and_attentions_are_not(family):
     model = adapt(small_model(family, hidden_size=64, intermediate_size=128), config())
     float8.quantise_base(model, CPU)

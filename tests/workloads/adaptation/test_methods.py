@@ -20,7 +20,7 @@ from workloads.adaptation.methods import (
 )
 from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 from workloads.training.optimization import build_optimizer, set_learning_rate
 
 LORA_METHODS = ("lora", "lora+norm", "lora+embed", "lora+")
@@ -247,7 +247,7 @@ def what_runs_through(model, tokens):
 
 
 @pytest.mark.parametrize("method", ["lora", "lora+", "full"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_under_autocast_all_that_runs_through_a_model_is_bfloat16(family, method):
     """Also where embeddings and norms are float32. Where they are not, nothing is rounded otherwise."""
     model, tokens = adapt(small_model(family).bfloat16(), method), torch.arange(16)[None]

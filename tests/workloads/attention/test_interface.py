@@ -14,7 +14,7 @@ from workloads.attention.masks import dense_mask
 from workloads.attention.patterns import AttentionPattern
 from workloads.config import Attention
 from workloads.errors import InputError
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 
 EOS = 7
 PATTERN = AttentionPattern(name="s2", group_size=8)
@@ -32,7 +32,7 @@ def as_scores(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_the_dense_mask(family):
     """The whole model under a pattern against the stock model, eager, with the dense mask; with documents too."""
     model = small_model(family)

@@ -17,7 +17,7 @@ from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import export_trial
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 from workloads.models.source import ModelSource
 from workloads.training.loop import Trial
 from workloads.training.setup import build_model
@@ -76,7 +76,7 @@ def difference(found, expected):
     return (found - expected).abs().max() / expected.abs().max()
 
 
-@pytest.mark.parametrize("family", [family for family in SUPPORTED if family != REFUSED])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != REFUSED])
 def test_every_family_trains_and_loads_again_in_stock_transformers_and_peft(family, corpus, tmp_path):
     source = save_base(family, tmp_path / "base")
     trial, trained = train(source, POSITIONS.get(family, "linear"), corpus, tmp_path / "runs")

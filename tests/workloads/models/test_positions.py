@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from workloads.errors import InputError
-from workloads.models.positions import extend, original_context_length, reach
+from workloads.models.positions import extend, max_context_length, original_context_length
 
 EXTENDING = ("linear", "ntk", "dynamic", "yarn", "llama3")
 SHAPE = dict(vocab_size=32, hidden_size=128, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -136,7 +136,7 @@ def test_linear_interpolation_takes_the_papers_factors(length, factor):
     extend(config, length, "linear")
     assert config.rope_parameters["rope_type"] == "linear"
     assert config.rope_parameters["factor"] == factor
-    assert reach(config) >= length
+    assert max_context_length(config) >= length
 
 
 @pytest.mark.parametrize("first", EXTENDING)
@@ -148,14 +148,14 @@ def test_a_base_that_was_already_extended_is_extended_from_its_original_length(f
     extend(config, 32768, first)
     config.save_pretrained(tmp_path)
     twice = AutoConfig.from_pretrained(tmp_path)
-    assert (original_context_length(twice), reach(twice)) == (4096, 32768)
+    assert (original_context_length(twice), max_context_length(twice)) == (4096, 32768)
     extend(twice, 32768, second)
     assert twice.rope_parameters == config.rope_parameters  # it reaches that far already
     extend(twice, 65536, second)
     extend(once, 65536, second)
     assert twice.rope_parameters == once.rope_parameters
     assert twice.max_position_embeddings == once.max_position_embeddings
-    assert (original_context_length(twice), reach(twice)) == (4096, 65536)
+    assert (original_context_length(twice), max_context_length(twice)) == (4096, 65536)
 
 
 def test_llama_3_1_is_extended_from_the_8192_tokens_it_was_pretrained_on():
@@ -164,14 +164,14 @@ def test_llama_3_1_is_extended_from_the_8192_tokens_it_was_pretrained_on():
     config = llama_config(
         max_position_embeddings=131_072, rope_parameters={**rope, "original_max_position_embeddings": 8192}
     )
-    assert (original_context_length(config), reach(config)) == (8192, 131_072)
+    assert (original_context_length(config), max_context_length(config)) == (8192, 131_072)
     extend(config, 262_144, "yarn")
     assert config.rope_parameters["factor"] == 32
 
 
 def test_the_papers_released_form_a_linear_factor_with_the_original_length_unchanged():
     config = llama_config(rope_parameters={"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0})
-    assert (original_context_length(config), reach(config)) == (4096, 32768)
+    assert (original_context_length(config), max_context_length(config)) == (4096, 32768)
     extend(config, 8192, "linear")  # training a 32k base on 8k keeps its factor
     assert config.rope_parameters["factor"] == 8
     extend(config, 65536, "linear")
@@ -199,4 +199,4 @@ def test_positions_that_a_family_would_not_load_again_are_refused_and_ntk_is_off
         extend(Phi3Config(**shape), 8192, positions)
     config = Phi3Config(**shape)
     extend(config, 8192, "ntk")
-    assert reach(config) == 8192
+    assert max_context_length(config) == 8192

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.models import plain_losses, small_llama, small_model
 from workloads.adaptation.methods import adapt
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 from workloads.training import loss as loss_module
 from workloads.training.loss import NextTokenLoss, next_token_losses
 
@@ -51,7 +51,7 @@ def softcapped(family):
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["at once", "recomputed"])
 @pytest.mark.parametrize(("method", "tied"), [("lora+", False), ("lora+", True), ("full", False), ("full", True)])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_values_and_gradients_are_the_plain_ones(family, method, tied, recompute):
     """In float64; the head is frozen, or trains, or is the embedding that trains. What trains twice adds up."""
     model = adapt(small_model(family, tie_word_embeddings=tied, **softcapped(family)), method).double()
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_the_plain_ones(family, method, tied, recompute
         torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_scores_what_the_model_says(family):
     model = small_model(family, **softcapped(family))
     tokens, _ = batch()

@@ -36,7 +36,7 @@ from workloads.budget import (
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 from workloads.training import offload
 from workloads.training.offload import layers_to_offload, offload_activations
 from workloads.training.optimization import build_optimizer
@@ -104,7 +104,7 @@ def test_losses_and_weights_are_bit_equal(method, precision, compiled):
         assert_equal(trained(model, training), expected)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_offloaded_whole(family):
     """All memory that its layer saves something in, but for parameters and what all layers share: found by hooks."""
     plain, _ = set_up_model("lora", family=family)

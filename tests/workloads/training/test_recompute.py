@@ -10,7 +10,7 @@ from workloads.budget import ModelShape, what_trains
 from workloads.config import ExecutionConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.models.families import SUPPORTED
+from workloads.models.families import FAMILIES
 from workloads.training import compilation
 from workloads.training.compilation import compile_layers
 from workloads.training.optimization import build_optimizer
@@ -40,7 +40,7 @@ def test_the_first_layers_with_a_backward_pass_run_twice(method, train_layers, c
     assert [index for index, times in enumerate(expected) if times == 2] == list(planned), "the plan says the same"
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_recomputes(family):
     assert count_forwards(set_up_model("lora", count=2, family=family)[0]) == [2, 2, 1, 1]
 

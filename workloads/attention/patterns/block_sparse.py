@@ -45,8 +45,8 @@ def _pairs_of_head(tokens: int, size: int, head: int) -> int:
 BLOCK_SPARSE = Pattern(
     name="block-sparse",
     label="block-sparse",
-    source="LongLoRA section 4.3: one sentence, and the masks it refers to (Qiu et al., arXiv 1911.02972); moving blocks "
-    "by reflection and what follows from it are our reading",
+    source="LongLoRA section 4.3: one sentence, and the masks it refers to (Qiu et al., arXiv 1911.02972); moving "
+    "blocks by reflection and what follows from it are our reading",
     attends=_attends,
     attended_pairs=_attended_pairs,
 )

@@ -24,7 +24,7 @@ def _attended_pairs(tokens: int, group_size: int, num_heads: int, layer: int) ->
 DILATED = Pattern(
     name="dilated",
     label="dilated",
-    source='LongLoRA section 4.3: "dilation 1 to 2 evenly across heads" and no more; one dilation a half is our reading',
+    source='LongLoRA section 4.3: "dilation 1 to 2 evenly across heads"; one dilation for each half is our reading',
     attends=_attends,
     attended_pairs=_attended_pairs,
 )

@@ -30,8 +30,8 @@ def _attended_pairs(tokens: int, group_size: int, num_heads: int, layer: int) ->
 STRIDE_SPARSE = Pattern(
     name="stride-sparse",
     label="stride-sparse",
-    source='LongLoRA section 4.3: "local size n/4, stride sqrt(n)", after Child et al. (arXiv 1904.10509); dividing them '
-    "over the heads, not the layers, is our reading",
+    source='LongLoRA section 4.3: "local size n/4, stride sqrt(n)", after Child et al. (arXiv 1904.10509); dividing '
+    "them over the heads, not the layers, is our reading",
     attends=_attends,
     attended_pairs=_attended_pairs,
 )
