@@ -21,17 +21,17 @@ GIB = 2**30
 
 # Set before Ray starts, so that its processes inherit them.
 ENVIRONMENT = {
-    # Train's controller looks at its workers this often, by default every 2 s: so long the end of a trial may wait.
+    # How often Train's controller checks its workers, by default every 2 s: the end of a trial may wait that long.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    # A notice of 30 s is usual; at the default of 5 s a sixth of it would be gone.
+    # A preemption notice usually comes 30 s ahead; the default of 5 s would lose a sixth of that.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # The sweep has its own journals and its own way to end on Ctrl-C.
+    # The sweep has its own journals, and handles Ctrl-C itself.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints its heading even at verbose=0
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # A trial is half a dozen small actors beside its workers; by default only as many processes as there are CPUs start
-    # at a time, and Ray warns of the rest.
+    # A trial has half a dozen small actors beside its workers; by default only as many processes as CPUs start at a
+    # time, and Ray warns about the rest.
     "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -39,72 +39,86 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # Said outright, or tokenizers warns of every process that is started after it has used threads.
+    # Set explicitly, or tokenizers warns about every process started after it has used threads.
     "TOKENIZERS_PARALLELISM": "true",
 }
-# On a cluster of this one machine: nobody takes the machine away, and each trial saves a process.
+# On a cluster of this one machine: it is never preempted, and each trial saves a process.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# What a driver of a trial holds while it waits for its workers: a place on the head node, without which there is no
-# cluster. A driver elsewhere could be lost with its node while its workers live, which then keep what they hold; and
-# one that held part of a CPU could keep out the worker that wants the rest.
+# What a trial's driver holds while it waits for its workers: a place on the head node, without which there is no
+# cluster. A driver elsewhere could be lost with its node while its workers live and keep what they hold; and one that
+# held part of a CPU could keep out the worker that needs the rest.
 DRIVER_RESOURCES = {HEAD_NODE_RESOURCE: 0.0001}  # the smallest share that Ray knows
-# A sweep passes metrics through Ray's object store, nothing large.
+# A sweep passes only metrics through Ray's object store.
 OBJECT_STORE_BYTES = 150 * 2**20
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster. Memory in bytes; ``gpu`` as ``torch.cuda.get_device_name`` gives it."""
+    """A machine of the cluster.
+
+    Args:
+        memory, gpu_memory: bytes; ``gpu_memory`` is of each GPU.
+        gpu: its GPUs' name, as ``torch.cuda.get_device_name`` gives it.
+        bfloat16: whether its processor multiplies in bfloat16.
+    """
 
     cpus: float
     gpus: float = 0
     memory: float = 0
     gpu: str | None = None
     gpu_memory: float = 0
-    bfloat16: bool = False  # whether its processor multiplies in bfloat16
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines that trials run on."""
+    """The machines that trials run on.
+
+    Args:
+        instance: the type of its machines (clusters/prices.py), if known.
+        own: whether this process started it, so that its workers inherit this environment.
+    """
 
     nodes: tuple[Node, ...]
-    instance: str | None = None  # the type of its machines, where that is known
-    own: bool = True  # started by this process, whose environment its workers have
+    instance: str | None = None
+    own: bool = True
 
     @property
     def cpus(self) -> float:
+        """CPUs of all machines together."""
         return sum(node.cpus for node in self.nodes)
 
     @property
     def gpus(self) -> float:
+        """GPUs of all machines together."""
         return sum(node.gpus for node in self.nodes)
 
     @classmethod
     def named(cls, name: str) -> Cluster:
-        """That of a file in ``clusters/``, at its full size.
+        """The cluster of a file in ``clusters/``, at its full size.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no such file.
         """
         try:
             found = find_cluster(name)
         except ValueError as error:
             raise InputError(f"--cluster: {error}") from error
         kind = found.instance
-        node = Node(kind.cpus, kind.gpus, kind.memory_gib * GIB, kind.gpu, kind.gpu_memory_gib * GIB)
+        memory, gpu_memory = (kind.memory_gib or 0) * GIB, (kind.gpu_memory_gib or 0) * GIB
+        node = Node(kind.cpus or 0, kind.gpus or 0, memory, kind.gpu, gpu_memory)
         return cls((node,) * found.nodes, kind.name)
 
     @classmethod
     def this_machine(cls) -> Cluster:
-        """Without Ray: what it would find here."""
+        """What Ray would find on this machine, without starting it."""
         gpus = visible_gpus()
         name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
         return cls((Node(usable_cpus(), len(gpus), host_memory(), name, memory, multiplies_bfloat16()),))
 
     @property
     def precision(self) -> Precision:
-        """The one that is fastest here: bfloat16 on GPUs, and on processors that multiply in it."""
+        """The fastest on this cluster: bfloat16 on GPUs, and on processors that multiply in it."""
         fast = self.gpus or all(node.bfloat16 for node in self.nodes if node.cpus)
         return "bfloat16" if fast else "float32"
 
@@ -121,9 +135,7 @@ class Cluster:
         return tuple(self._slots_of(node, options) for node in self.nodes)
 
     def most_workers(self, options: RunOptions) -> int:
-        """How many workers of one trial fit on one machine: beyond it they talk over a network that is not planned
-        for.
-        """
+        """How many workers of one trial fit on one machine: plans do not account for a network between machines."""
         return max((self._slots_of(node, options) for node in self.nodes), default=0)
 
     def _slots_of(self, node: Node, options: RunOptions) -> int:
@@ -137,7 +149,7 @@ class Cluster:
         """How many trials of ``options.workers`` workers fit at once.
 
         Raises:
-            InputError: not one does.
+            InputError: not one fits.
         """
         fits = self.slots(options) // options.workers
         if fits < 1:
@@ -151,28 +163,30 @@ class Cluster:
         return min(fits, options.max_concurrent or fits)
 
     def device(self, options: RunOptions) -> Device:
-        """What a worker computes on; on a mixed cluster that with the least memory, so that what is planned fits
-        wherever it comes to run. Of a GPU that is not known only the memory is.
+        """What a worker computes on.
+
+        On a mixed cluster the device with the least memory, so that a planned trial fits wherever it runs. Of an
+        unknown GPU only the memory is known.
         """
         if self.gpus:
             node = min((node for node in self.nodes if node.gpus), key=lambda node: node.gpu_memory)
             known = Device.named(node.gpu or "")
             share = min(1.0, options.gpus_per_worker)
-            memory = int((min(known.memory, node.gpu_memory) if known else node.gpu_memory) * share)
+            gpu_memory = int((min(known.memory, node.gpu_memory) if known else node.gpu_memory) * share)
             if known is None:
                 known = Device(
-                    name=node.gpu or "an unknown GPU", memory=memory, bfloat16=0, float32=0, bandwidth=1,
+                    name=node.gpu or "an unknown GPU", memory=gpu_memory, bfloat16=0, float32=0, bandwidth=1,
                     linear_efficiency=1, attention_efficiency=1, bandwidth_efficiency=1, streaming_efficiency=1,
                     launch=0, efficiency_source="", link=1, host_link=1,
                 )  # fmt: skip
             hosts = [node.memory / max(1, self._slots_of(node, options)) for node in self.nodes if node.gpus]
-            return dataclasses.replace(known, memory=memory, host_memory=int(min(hosts)))
+            return dataclasses.replace(known, memory=gpu_memory, host_memory=int(min(hosts)))
         # The operating system lets processes share a machine's memory as they need it.
         memory = min(node.memory for node in self.nodes)
         return Device.cpu(max(1, int(options.cpus_per_worker)), int(memory), self.precision == "bfloat16")
 
     def hardware(self, options: RunOptions) -> str:
-        """How a trial's record calls a worker's device (:func:`orchestrator.records.provenance.hardware`)."""
+        """A worker's device as trials record it (:func:`orchestrator.records.provenance.hardware`)."""
         if self.gpus:
             return self.device(options).name
         threads = max(1, int(options.cpus_per_worker))
@@ -180,7 +194,7 @@ class Cluster:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has instructions for it: AVX-512 BF16, AMX, or Arm's."""
+    """Whether this machine's processor has bfloat16 instructions: AVX-512 BF16, AMX, or Arm's."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -189,8 +203,9 @@ def multiplies_bfloat16() -> bool:
 
 
 def visible_gpus() -> list[tuple[str, float]]:
-    """(name, bytes of memory) of the NVIDIA GPUs of this machine that a process may use; without torch, which takes
-    seconds to import.
+    """(name, bytes of memory) of the NVIDIA GPUs of this machine that a process may use.
+
+    Without torch, which takes seconds to import.
     """
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -206,15 +221,14 @@ def visible_gpus() -> list[tuple[str, float]]:
 
 
 def join_or_start(options: RunOptions) -> Cluster:
-    """Connects this process to Ray: to the address given, the cluster of a submitted job (RAY_ADDRESS), or a new local
-    one.
+    """Connects this process to Ray: a given address, a submitted job's cluster (RAY_ADDRESS), or a new local one.
 
     Raises:
         InputError: the cluster does not answer.
     """
     address = options.address or os.environ.get("RAY_ADDRESS")
     local = address in (None, "local")
-    # Of a cluster that is joined: what is set here counts, not on its nodes.
+    # These values count on a cluster that is joined, not those of its nodes.
     environment = (
         ENVIRONMENT | allocator_variables() | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(options.hang_timeout)}
     )
@@ -253,27 +267,27 @@ def _nodes() -> tuple[Node, ...]:
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     here = ray.get_runtime_context().get_node_id()
-    look = ray.remote(num_cpus=0)(_look)
+    inspect = ray.remote(num_cpus=0)(_inspect_node)
     on = NodeAffinitySchedulingStrategy
     seen = {
-        node["NodeID"]: look.options(scheduling_strategy=on(node["NodeID"], soft=False)).remote()
+        node["NodeID"]: inspect.options(scheduling_strategy=on(node["NodeID"], soft=False)).remote()
         for node in alive
         if node["NodeID"] != here and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     }
     nodes = []
     for node in alive:
         has, name = node["Resources"], node["NodeID"]
-        gpus, bfloat16 = ray.get(seen[name], timeout=120) if name in seen else _look()
+        gpus, bfloat16 = ray.get(seen[name], timeout=120) if name in seen else _inspect_node()
         gpu, memory = min(gpus, key=lambda each: each[1], default=(None, 0))
         nodes.append(Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0), gpu, memory, bfloat16))
     return tuple(nodes)
 
 
-def _look() -> tuple[list[tuple[str, float]], bool]:
-    """What Ray does not tell of a node."""
+def _inspect_node() -> tuple[list[tuple[str, float]], bool]:
+    """What Ray does not report of a node: its GPUs, and whether its processor multiplies in bfloat16."""
     return visible_gpus(), multiplies_bfloat16()
 
 
 def usable_cpus() -> int:
-    """The CPUs that this process may use: a container may have fewer than its machine."""
+    """The CPUs that this process may use: in a container perhaps fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,23 +1,22 @@
-"""Early stopping: which trials are not worth the rest of their tokens, judged at rungs against their like alone.
+"""Early stopping: ends trials that fall behind comparable trials, at rungs.
 
 A rung is an evaluation at which the trials of one context length are compared, counted in tokens trained on. The
-trial's own worker 0 judges it there, between two steps, and asks it to end with a checkpoint: nothing is killed, and a
-sweep that wants the trial whole goes on from there. What a trial scored at a rung and what followed from it lies in the
-sweep's folder, one small file a trial and rung, and stands once it is written: whatever restarts, no trial is judged
-twice at a rung.
+trial's worker 0 judges it there, between two steps, and asks it to end with a checkpoint: nothing is killed, and a
+sweep that wants the whole trial resumes it. A trial's score at a rung and the decision are one small file in the
+sweep's folder. Once written it is final: no trial is judged twice at a rung, whatever restarts.
 
-``asha`` is asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) in its stopping form: a trial goes on if
-it is among the best 1/eta of those that have come to the rung so far, itself included, and is stopped otherwise. The
-paper's own form pauses every trial at a rung and promotes it once it is among them. Stopping was chosen since a sweep's
-trials are few and known and a start costs 20 to 40 s: a paused trial would be loaded anew for each promotion, and the
-last rungs would wait for the slowest. The price: the first at a rung are judged mildly, and a trial that early better
-ones have stopped stays stopped even if enough worse ones follow to put it among the best. The best score at a rung is
-never stopped, whatever the order.
+``asha`` is asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) in its stopping form: a trial continues
+if it is among the best 1/eta of those that have reached the rung so far, itself included, and is stopped otherwise. The
+paper pauses every trial at a rung and promotes it once it is among the best. We stop instead, because a sweep's trials
+are few and known and a start costs 20 to 40 s: a paused trial would be loaded again for each promotion, and the last
+rungs would wait for the slowest. The price: the first trials at a rung are judged mildly, and a trial stopped by better
+early ones stays stopped even if enough worse ones follow to put it among the best. The best score at a rung is never
+stopped, in any order.
 
-``median`` (after Golovin et al. 2017, Google Vizier): a trial is stopped at any evaluation from the first rung on where
+``median`` (after Golovin et al. 2017, Google Vizier): a trial is stopped at any evaluation from the first rung on if
 its best score since that rung is above the median of the others'. Vizier takes the median of the others' running
-averages; a perplexity falls so steeply that its average is far above anything a trial is at by then, and would stop
-nothing. So theirs, too, count with their best.
+averages; perplexity falls so steeply that its average is far above any current value, and would stop nothing. The
+others therefore count with their best too.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ class EarlyStopping:
     """The rule of a sweep.
 
     Args:
-        reduction_factor: ASHA's eta: 1/eta of the trials at a rung go on, and the next rung is eta times as far.
-        first_rung: a share of a trial's tokens (up to 1), or tokens, at which it is judged first.
-        min_trials: so many trials, the judged one included, must have come to a rung before any is stopped there.
-        within_method: a trial is compared with those of its method only.
+        reduction_factor: ASHA's eta: 1/eta of the trials at a rung continue, and the next rung is eta times as far.
+        first_rung: a share of a trial's tokens (up to 1), or tokens, at which it is first judged.
+        min_trials: trials, the judged one included, that must have reached a rung before any is stopped there.
+        within_method: compare a trial with those of its method only.
 
     Raises:
-        InputError: a value outside what these can be.
+        InputError: a value outside its range.
     """
 
     rule: Literal["asha", "median"]
@@ -68,7 +67,7 @@ class EarlyStopping:
 
     @classmethod
     def of(cls, options: RunOptions, spec: SweepSpec) -> EarlyStopping | None:
-        """What a sweep's flags ask for; None: no early stopping."""
+        """The rule that a sweep's flags ask for; None: no early stopping."""
         if options.early_stopping == "none":
             return None
         within = {"context": False, "method": True, "auto": spec.search != "none"}[options.early_stopping_among]
@@ -90,7 +89,7 @@ class EarlyStopping:
         steps, every = training.steps, training.eval_every
         tokens_a_step = training.batch * training.context_length
         level = self.first_rung * steps if self.first_rung <= 1 else self.first_rung / tokens_a_step
-        # Less a millionth, so that a third of 300 steps is step 100 in floating point too.
+        # A millionth less, so that a third of 300 steps is step 100 in floating point too.
         first = max(1, math.ceil(level / every - 1e-6)) * every
         if self.rule == "median":
             return list(range(first, steps, every))
@@ -103,7 +102,7 @@ class EarlyStopping:
         return rungs
 
     def cutoff(self, score: float, others: list[float]) -> float | None:
-        """The worst score with which a trial goes on beside these others, or None where they are too few to judge."""
+        """The worst score with which a trial continues, given the others'; None if they are too few to judge."""
         if len(others) + 1 < self.min_trials:
             return None
         if self.rule == "median":
@@ -112,6 +111,7 @@ class EarlyStopping:
         return scores[max(1, math.floor(len(scores) / self.reduction_factor)) - 1]
 
     def reason(self, score: float, cutoff: float, num_others: int, tokens: int) -> str:
+        """Why a trial is stopped, in words."""
         if self.rule == "median":
             return (
                 f"its best perplexity by {tokens:,} tokens, {score:.3f}, is above {cutoff:.3f}, the median of "
@@ -125,18 +125,18 @@ class EarlyStopping:
 
 
 class Rungs:
-    """``sweeps/<name>/rungs/<context length>/<tokens>/<fingerprint>.json``: what trials scored, and what followed.
+    """Scores and decisions in ``sweeps/<name>/rungs/<context length>/<tokens>/<fingerprint>.json``.
 
-    The fields of a file: label, method, scored_on (trials with another were scored otherwise), step, tokens, scores (by
-    rule), stop; of a trial that was compared also rule, cutoff, compared_with (fingerprint: score), and of one that was
-    stopped reason.
+    A file's fields: label, method, scored_on (only trials with the same value are comparable), step, tokens, scores (by
+    rule), stop; for a trial that was compared also rule, cutoff and compared_with (fingerprint: score), and for one
+    that was stopped its reason.
     """
 
     def __init__(self, storage: Storage, sweep: str, settings: EarlyStopping) -> None:
         self.storage, self.sweep, self.settings = storage, sweep, settings
 
     def enter(self, trial: TrialSpec, record: TrialRecord) -> None:
-        """Writes down what a finished trial, which nothing judges any more, scored at its rungs."""
+        """Writes the scores of a finished trial, which is no longer judged, at its rungs."""
         evaluated = curve_of(trial, record)
         curve = {step: evaluated[step] for step in self.settings.rungs(trial.training) if step in evaluated}
         for step in curve:
@@ -144,14 +144,15 @@ class Rungs:
                 self.storage.write(self.file(trial, step), self.entry(trial, step, curve) | {"stop": False})
 
     def forget(self, trial: TrialSpec) -> None:
-        """Removes what a trial that begins anew has scored at its rungs, and what followed."""
+        """Removes a trial's scores and decisions, because it starts over."""
         for step in self.settings.rungs(trial.training):
             self.storage.remove(self.file(trial, step))
 
     def judge(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
-        """What a rung says of a trial: as it was written down there before, else by comparing it now.
+        """The decision on a trial at a rung: the one written before, else a new one, which is written.
 
-        ``curve``: its perplexity by step, at this rung and those before.
+        Args:
+            curve: its perplexity by step, at this rung and those before.
         """
         entries = self.storage.read_folder(self.folder(trial, step))
         if trial.fingerprint in entries:
@@ -166,14 +167,15 @@ class Rungs:
         }
         score = mine["scores"][settings.rule]
         cutoff = settings.cutoff(score, list(others.values()))
-        stop = cutoff is not None and score > cutoff
-        mine |= {"rule": settings.rule, "stop": stop, "cutoff": cutoff, "compared_with": others}
-        if stop:
+        mine |= {"rule": settings.rule, "stop": False, "cutoff": cutoff, "compared_with": others}
+        if cutoff is not None and score > cutoff:
+            mine["stop"] = True
             mine["reason"] = settings.reason(score, cutoff, len(others), mine["tokens"])
         self.storage.write(self.file(trial, step), mine)
         return mine
 
     def entry(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
+        """The fields of a file that follow from the trial and its score alone."""
         return {
             "label": trial.label,
             "method": trial.training.method,
@@ -184,27 +186,28 @@ class Rungs:
         }
 
     def folder(self, trial: TrialSpec, step: int) -> str:
-        """A rung's folder, below the storage root."""
+        """A rung's folder, relative to the storage root."""
         length = trial.training.context_length
         return f"sweeps/{self.sweep}/rungs/{length}/{step * trial.training.batch * length}"
 
     def file(self, trial: TrialSpec, step: int) -> str:
+        """A trial's file at a rung, relative to the storage root."""
         return f"{self.folder(trial, step)}/{trial.fingerprint}.json"
 
 
 def curve_of(trial: TrialSpec, record: TrialRecord) -> dict[int, float]:
-    """Perplexity at the trained length by step, as the journal has it."""
+    """Perplexity at the trained length by step, from the journal."""
     return {event.step: event.perplexity for event in record.curve(trial.training.context_length)}
 
 
 def scores_at(curve: dict[int, float], step: int) -> dict[str, float]:
-    """What a trial counts with at a rung under each rule, from its perplexity at the rungs: lower is better."""
+    """A trial's score at a rung by rule, from its perplexity at the rungs; lower is better."""
     so_far = [math.inf if math.isnan(curve[s]) else curve[s] for s in sorted(curve) if s <= step]
     return {"asha": so_far[-1], "median": min(so_far)}
 
 
 def scored_on(trial: TrialSpec) -> str:
-    """Stands for what was scored and how: only scores of the same can be compared."""
+    """A hash of what was scored and how: only trials with the same hash are comparable."""
     training = trial.training
     what = [
         trial.identities.data, trial.identities.tokenizer, training.task, training.context_length,

@@ -1,7 +1,7 @@
-"""What a trial will take, before it runs: workers, memory, speed, time, hours and money; and what makes it fit.
+"""What a trial will take before it runs: workers, memory, speed, time, hours and money; and what makes it fit.
 
-Memory and FLOPs come from ``workloads.budget``. Speed is what trials on the same hardware have measured, scaled by
-their FLOPs, and the stated efficiency of the device where there is none. Prices are ``clusters.prices``'.
+Memory and FLOPs come from ``workloads.budget``, prices from ``clusters.prices``. Speeds are those that trials measured
+on the same hardware, scaled by FLOPs; without such trials they follow from the device's stated efficiency.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from clusters.prices import Price, price_per_gpu_hour
 from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
-from orchestrator.records.events import Started
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.terminal import and_list
 from orchestrator.trial_spec import TrialSpec
@@ -35,29 +34,41 @@ from workloads.budget import (
 from workloads.config import ExecutionConfig, TrainingConfig
 
 GIB = 2**30
-# From a trial's launch until its model stands ready, where no trial of this storage has shown it: measured 9 to 10 s on
-# two CPU cores (docs/performance.md). A model from a hub has to be downloaded as well.
+# From a trial's launch until its model is ready, if no trial of this storage has measured it: 9 to 10 s on two CPU
+# cores (docs/performance.md). A model from a hub is downloaded as well.
 START_UP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one trial. What is unknown is None: a device without an entry in workloads/budget/devices.py has no speed, one
-    that no instance type of clusters/prices.py has no price.
+    """What one trial takes. None is unknown.
+
+    A device that workloads/budget/devices.py lacks has no speed; one that no instance type of clusters/prices.py has,
+    no price.
+
+    Args:
+        devices: of all workers together: GPUs, or CPU threads.
+        memory: what each worker needs.
+        device_memory: bytes that each worker has.
+        seconds: until its end, start-up and evaluations included.
+        disk: bytes of its checkpoints.
+        layers: layers with a backward pass, which could recompute their activations.
+        changes: what --fit has changed.
+        refusal: why it cannot run as asked, and what would make it fit.
     """
 
     workers: int
-    devices: float  # of all its workers together: GPUs, or threads of CPUs
+    devices: float
     execution: ExecutionConfig
     memory: Memory
-    device_memory: int  # bytes for each worker
+    device_memory: int
     tokens_per_second: float | None
-    seconds: float | None  # until its end, start-up and evaluations included
+    seconds: float | None
     usd: float | None
-    disk: int  # bytes of its checkpoints
-    layers: int  # that have a backward pass, and so could recompute their activations
-    changes: tuple[str, ...] = ()  # what --fit has changed
-    refusal: str | None = None  # why it cannot run as asked, and what would make it
+    disk: int
+    layers: int
+    changes: tuple[str, ...] = ()
+    refusal: str | None = None
 
     @property
     def hours(self) -> float | None:
@@ -65,13 +76,24 @@ class Estimate:
         return None if self.seconds is None else self.devices * self.seconds / 3600
 
 
-# What changes neither memory nor time: estimates are made for trials without it.
-LIKE_ANY_OTHER = dict(seed=0, learning_rate=1.0, schedule="constant", warmup_steps=0)
+def _normalised(training: TrainingConfig) -> TrainingConfig:
+    """Without what changes neither memory nor time: trials that differ in that alone share an estimate."""
+    return replace(training, seed=0, learning_rate=1.0, schedule="constant", warmup_steps=0)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A trial that was timed on this hardware."""
+
+    training: TrainingConfig
+    execution: ExecutionConfig
+    workers: int
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)
 class Placed:
-    """How a trial runs, and whether it fits so."""
+    """How a trial runs, and whether it fits that way."""
 
     workers: int
     execution: ExecutionConfig
@@ -96,40 +118,45 @@ class Estimator:
         self.device = cluster.device(options)
         self.price: Price | None = price_per_gpu_hour(cluster.instance or self.device.name, prices)
         self.start_up = START_UP_SECONDS
-        self.timed: list[tuple[TrialSpec, TrialRecord]] = []
-        self.untuned: set[str] = set()  # fingerprints: what these score is step 0 of the trials that start from them
-        # Many trials of a sweep differ by their seed or learning rate alone, and these are the same for all of them.
+        self.timed: list[Timed] = []
+        self.untuned: set[str] = set()  # fingerprints: their scores are step 0 of the trials that start from them
+        # Many trials of a sweep differ by their seed or learning rate alone, and share these.
         self._placed: dict[tuple[TrainingConfig, bool], Placed] = {}
-        self._as_fast_as: dict[TrainingConfig, Device] = {}
+        self._timed_devices: dict[TrainingConfig, Device] = {}
 
     def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
-        """Takes in what trials of the same model on the same kind of device have measured."""
+        """Learns from what trials of the same model measured on the same kind of device."""
         known = list(known)
         self.untuned = {trial.fingerprint for trial, _ in known if trial.training.method == "untuned"}
         hardware = self.cluster.hardware(self.options)
-        known = [
-            (trial, record) for trial, record in known if record.started and hardware in (record.started.hardware or "")
+        here = [(trial, r, r.started) for trial, r in known if r.started and hardware in (r.started.hardware or "")]
+        self.timed = [
+            Timed(trial.training, ExecutionConfig(**started.execution), started.workers, record.tokens_per_second)
+            for trial, record, started in here
+            if record.tokens_per_second and trial.training.steps
         ]
-        self.timed = [(trial, record) for trial, record in known if record.tokens_per_second and trial.training.steps]
-        if starts := [record.start_up_seconds for _, record in known if record.start_up_seconds]:
+        if starts := [record.start_up_seconds for _, record, _ in here if record.start_up_seconds]:
             self.start_up = statistics.median(starts)
-        self._as_fast_as.clear()
+        self._timed_devices.clear()
 
     def estimate(self, trial: TrialSpec, record: TrialRecord | None = None, fit: bool = False) -> Estimate:
-        """A trial's, from where its record says that it is, or from its beginning. With ``fit``, as it runs with the
-        smallest change that makes it fit.
+        """Estimates what is left of a trial.
+
+        Args:
+            record: how far it is; None: it has not begun.
+            fit: make the smallest change that makes it fit.
         """
-        alike = replace(trial.training, **LIKE_ANY_OTHER)
-        if (alike, fit) not in self._placed:
-            self._placed[alike, fit] = self._place(alike, fit)
-        return self._estimate(trial, alike, record, self._placed[alike, fit])
+        training = _normalised(trial.training)
+        if (training, fit) not in self._placed:
+            self._placed[training, fit] = self._place(training, fit)
+        return self._estimate(trial, training, record, self._placed[training, fit])
 
     def _place(self, training: TrainingConfig, fit: bool) -> Placed:
         options = self.options
         workers = options.workers if training.steps else 1
         asked = resolve_auto(self.shape, training, options.execution())
         execution = replace(asked, offload_activations=asked.layers_offloaded)
-        # With --fit, recompute is one of the changes that are weighed against each other.
+        # With --fit, recompute is one of the changes that are compared.
         if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
             every = resolve_auto(self.shape, training, replace(execution, gradient_checkpointing="all"))
             execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
@@ -158,9 +185,9 @@ class Estimator:
         self, trial: TrialSpec, training: TrainingConfig, record: TrialRecord | None, placed: Placed
     ) -> Estimate:
         workers, execution = placed.workers, placed.execution
-        if training not in self._as_fast_as:
-            self._as_fast_as[training] = self._timed_device(training)
-        device = self._as_fast_as[training]
+        if training not in self._timed_devices:
+            self._timed_devices[training] = self._timed_device(training)
+        device = self._timed_devices[training]
         devices = workers * (
             self.options.gpus_per_worker if self.cluster.gpus else max(1, int(self.options.cpus_per_worker))
         )
@@ -198,34 +225,34 @@ class Estimator:
         return bool(training.steps) and training.quantization == "none" and trial.untuned().fingerprint in self.untuned
 
     def _timed_device(self, training: TrainingConfig) -> Device:
-        """The device, as fast as the timed trial that is most like this one was on it."""
+        """The device, with the speed of the timed trial that resembles this one most."""
         if not self.timed:
             return self.device
 
-        def unlikeness(timed: tuple[TrialSpec, TrialRecord]) -> tuple:
-            other = timed[0].training
-            ratio = max(other.context_length, training.context_length) / min(
-                other.context_length, training.context_length
+        def distance(timed: Timed) -> tuple[bool, bool, float]:
+            other = timed.training
+            lengths = other.context_length, training.context_length
+            return (
+                other.attention != training.attention,
+                other.method != training.method,
+                max(lengths) / min(lengths),
             )
-            return other.attention != training.attention, other.method != training.method, ratio
 
-        like, record = min(self.timed, key=unlikeness)
-        started = record.started or Started()
-        execution, workers = ExecutionConfig(**started.execution), started.workers
-        return calibrated(self.device, self.shape, like.training, execution, workers, record.tokens_per_second)
+        near = min(self.timed, key=distance)
+        return calibrated(self.device, self.shape, near.training, near.execution, near.workers, near.tokens_per_second)
 
     @property
     def source(self) -> str:
         """Where the speeds come from, in words."""
         if not self.device.bfloat16:
-            return f"no speed is known of {self.device.name}: none of its trials has been timed here"
+            return f"no speed is known for {self.device.name}: no trial has been timed on it here"
         if self.timed:
-            return f"speeds as {len(self.timed)} trial{'s' * (len(self.timed) > 1)} here had on this hardware"
+            return f"speeds measured by {len(self.timed)} trial{'s' * (len(self.timed) > 1)} here on this hardware"
         return f"speeds from {self.device.name}'s peak times an efficiency ({self.device.efficiency_source})"
 
 
 def checkpoints_on_disk(training: TrainingConfig, execution: ExecutionConfig) -> int:
-    """At most, of one trial: those that its rule keeps, and one that is being written."""
+    """How many checkpoints a trial has at most: those that its rule keeps, and one that is being written."""
     if not training.steps:
         return 0
     every = training.steps // execution.keep_every if execution.keep_every else 0
@@ -233,8 +260,12 @@ def checkpoints_on_disk(training: TrainingConfig, execution: ExecutionConfig) ->
 
 
 def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | None = None) -> float:
-    """Seconds until all jobs (devices, seconds) are done on so many devices: the largest first, each begun as soon as
-    it fits.
+    """Seconds until all jobs are done: the largest first, each started as soon as it fits.
+
+    Args:
+        jobs: (devices, seconds) of each.
+        capacity: devices.
+        at_once: jobs that may run at the same time.
     """
     waiting = sorted(jobs, key=lambda job: job[0] * job[1], reverse=True)
     running: list[tuple[float, int]] = []
@@ -247,7 +278,7 @@ def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | 
                 free -= devices
                 heapq.heappush(running, (now + seconds, devices))
         if not running:
-            return float("inf")  # one needs more than there is
+            return float("inf")  # a job needs more devices than there are
         now, devices = heapq.heappop(running)
         free += devices
     return now

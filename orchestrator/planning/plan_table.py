@@ -111,5 +111,5 @@ def _gpu_name(cluster: Cluster) -> str:
 
 def _price(estimator: Estimator, cluster: Cluster) -> str:
     if estimator.price is None:
-        return f"no price is known of {estimator.device.name}s here: --price-per-hour"
+        return f"no price is known for {estimator.device.name}s here: --price-per-hour"
     return f"{estimator.price.usd_per_gpu_hour:.2f} USD a {_unit(cluster)} hour: {estimator.price.source}"

@@ -1,12 +1,12 @@
 """Search beyond grids: settings of each method at each context length, at random or by Optuna's TPE.
 
-Each method has a study of its own at each context length, over its learning rate, LoRA's rank and the group size; the
-objective is the final perplexity at the trained length. What is suggested becomes a trial like any other, known by its
+Each method has its own study at each context length, over its learning rate, LoRA's rank and the group size; the
+objective is the final perplexity at the trained length. A suggestion becomes a trial like any other, identified by its
 fingerprint, and the sweep grows by it.
 
-``sweeps/<name>/search.jsonl`` is the whole state, with the trials' journals: each suggestion is written down there
-before its trial begins. Suggestion n of a study depends on the seed, on n and on what is known of the suggestions
-before it, and on nothing else: a search that was killed rebuilds its studies from disk and goes on as it would have.
+``sweeps/<name>/search.jsonl`` and the trials' journals are the whole state: each suggestion is written there before its
+trial begins. Suggestion n of a study depends only on the seed, on n, and on the outcomes of the suggestions before it:
+a search that was killed rebuilds its studies from disk and continues as it would have.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.records.events import Suggested
 from orchestrator.records.journal import Journal
+from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec
@@ -32,26 +33,27 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-# What a trial's label calls them.
+# Their names in a trial's label.
 NAMES = {"learning_rate": "lr", "lora_rank": "r", "group_size": "g"}
-# How far below and above a method's own learning rate a search goes where no range is given.
+# How far below and above a method's own learning rate a search goes if no range is given.
 RATE_FACTOR = 10
-# Rates are rounded to so many digits, so that a trial can be told, and hit again, by what a person types.
+# Rates are rounded to this many digits, so that a person can read them, and type them to get the same trial.
 SIGNIFICANT_DIGITS = 3
 # TPE's first suggestions are random: a third of a study, at most Optuna's own ten.
 MOST_RANDOM = 10
-# A suggestion that the study has had is drawn again, so often by its sampler, then at random; by then nothing is left.
+# How often a repeated suggestion is drawn again: by the sampler, then at random. After that the space is used up.
 SAMPLER_DRAWS, RANDOM_DRAWS = 10, 500
-# How the reason of a trial begins whose learning rate was too high: no fault, but a result.
+# How a trial's reason begins if its learning rate was too high: a result, not a fault.
 DIVERGED = "NonFiniteLoss"
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a study searches: values by the fields of TrainingConfig that they set.
+    """What a study searches: values of fields of TrainingConfig.
 
-    ``rates`` is the range of learning rates, uniform in their logarithm; ``choices`` are of ranks, and of group sizes
-    as they were given (shares or tokens).
+    Args:
+        rates: the range of learning rates, uniform in their logarithm.
+        choices: ranks, and group sizes as they were given (shares or tokens), by field.
     """
 
     rates: tuple[float, float]
@@ -59,7 +61,7 @@ class Space:
 
     @classmethod
     def of(cls, spec: SweepSpec, base: TrialSpec) -> Space:
-        """That of the method and context length of ``base``: what does not change its result is left out.
+        """The space of the method and context length of ``base``, without fields that do not change its result.
 
         Raises:
             InputError: a group size that the context length cannot have, or too few settings for the trials asked for.
@@ -67,7 +69,7 @@ class Space:
         training = base.training
         own = training.learning_rate
         rates = spec.search_learning_rate or (_rounded(own / RATE_FACTOR), _rounded(own * RATE_FACTOR))
-        choices = {}
+        choices: dict[str, tuple[int | float, ...]] = {}
         if training.method != "full":
             choices["lora_rank"] = spec.search_rank
         if training.attention != "full":
@@ -83,18 +85,19 @@ class Space:
 
     @property
     def varied(self) -> tuple[str, ...]:
-        """In what its trials differ."""
+        """The fields in which its trials differ."""
         rate = ("learning_rate",) if self.rates[0] < self.rates[1] else ()
         return (*rate, *(name for name, values in self.choices.items() if len(values) > 1))
 
     def distributions(self) -> dict[str, BaseDistribution]:
+        """The space as Optuna describes one."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution
 
         choices = {name: CategoricalDistribution(values) for name, values in self.choices.items()}
         return {"learning_rate": FloatDistribution(*self.rates, log=True), **choices}
 
     def trial(self, base: TrialSpec, parameters: dict[str, Any]) -> TrialSpec:
-        """``base`` with other settings."""
+        """``base`` with these settings."""
         values = dict(parameters)
         if "group_size" in values:
             values["group_size"] = group_size_in_tokens(values["group_size"], base.training.context_length)
@@ -103,7 +106,7 @@ class Space:
         return dataclasses.replace(base, training=training, distinction=" ".join(named))
 
     def own(self, base: TrialSpec) -> dict[str, Any] | None:
-        """The parameters of ``base`` itself, or None where they lie outside."""
+        """The parameters of ``base`` itself, or None if they are outside the space."""
         training = base.training
         parameters: dict[str, Any] = {"learning_rate": training.learning_rate}
         for name, values in self.choices.items():
@@ -112,6 +115,7 @@ class Space:
         return parameters if self.holds(parameters) else None
 
     def holds(self, parameters: dict[str, Any]) -> bool:
+        """Whether these parameters are in the space."""
         low, high = self.rates
         return (
             parameters.keys() == {"learning_rate", *self.choices}
@@ -120,7 +124,7 @@ class Space:
         )
 
     def rounded(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """With a learning rate that can be read, inside the range."""
+        """With the learning rate rounded, inside its range."""
         low, high = self.rates
         return parameters | {"learning_rate": min(max(_rounded(parameters["learning_rate"]), low), high)}
 
@@ -128,7 +132,9 @@ class Space:
 class Study:
     """The search for the best setting of one method at one context length.
 
-    ``suggested``: the parameters of what it has suggested, by the trials' fingerprints, in their order.
+    Attributes:
+        suggested: the parameters of its suggestions by the trials' fingerprints, in order.
+        exhausted: it has suggested every setting of its space.
     """
 
     def __init__(self, spec: SweepSpec, base: TrialSpec, storage: Storage) -> None:
@@ -145,8 +151,9 @@ class Study:
         return 0 if self.exhausted else max(0, self.spec.search_trials - len(self.suggested))
 
     def take(self, made: Suggested) -> TrialSpec | None:
-        """A suggestion that was written down before, as a trial; None if it is another study's, or of a sweep that went
-        by the same name and was another.
+        """A suggestion that was written down, as a trial.
+
+        None if it is another study's, or of another sweep that had the same name.
         """
         if made.study != self.name or not self.space.holds(made.parameters):
             return None
@@ -157,7 +164,7 @@ class Study:
         return trial
 
     def suggest(self) -> Suggested | None:
-        """The next suggestion, one that the study has not had; None if none is left."""
+        """The next suggestion, a new one for the study; None if none is left."""
         for parameters in self._candidates():
             fingerprint = self.space.trial(self.base, parameters).fingerprint
             if fingerprint not in self.suggested:
@@ -181,7 +188,7 @@ class Study:
                 first_random = min(MOST_RANDOM, max(1, self.spec.search_trials // 3))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    # A trial that runs counts as a bad one, so that two at the same time are not alike.
+                    # A running trial counts as a bad one, so that two at the same time differ.
                     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=first_random, constant_liar=True)
             else:
                 sampler = optuna.samplers.RandomSampler(seed=seed)
@@ -190,7 +197,7 @@ class Study:
             yield self.space.rounded(study.ask(distributions).params)
 
     def _history(self, distributions: dict[str, BaseDistribution]) -> list[FrozenTrial]:
-        """What has become of each suggestion so far, as Optuna calls it."""
+        """The outcome of each suggestion so far, in Optuna's terms."""
         from optuna.trial import create_trial
 
         return [
@@ -213,7 +220,7 @@ class Study:
                     "state": TrialState.PRUNED,
                     "intermediate_values": {curve[-1].step: curve[-1].perplexity},
                 }
-            case "failed" if record.reason.startswith(DIVERGED):
+            case "failed" if (record.reason or "").startswith(DIVERGED):
                 return {"state": TrialState.COMPLETE, "value": math.inf}
             case "failed" | "cancelled":
                 return {"state": TrialState.FAIL}
@@ -221,13 +228,19 @@ class Study:
 
 
 class Search:
-    """All studies of a sweep, and the file that they are rebuilt from."""
+    """All studies of a sweep, and the file that they are rebuilt from.
 
-    def __init__(self, spec: SweepSpec, bases: list[TrialSpec], storage: Storage, journal: Journal) -> None:
-        """``bases``: a trial of each method at each context length, as the sweep would have it without a search."""
+    Args:
+        bases: a trial of each method at each context length, as the sweep would have it without a search.
+        journal: of the search itself, ``search.jsonl``.
+    """
+
+    def __init__(
+        self, spec: SweepSpec, bases: list[TrialSpec], storage: Storage, journal: Journal | SegmentedJournal
+    ) -> None:
         self.studies = [Study(spec, base, storage) for base in bases]
         self.journal = journal
-        # What has been suggested, in that order.
+        # What has been suggested, in order.
         made = [event for event in journal.read().events if isinstance(event, Suggested)]
         self.trials = [trial for each in made for study in self.studies if (trial := study.take(each))]
 
@@ -238,7 +251,7 @@ class Search:
                 self._add(study)
 
     def next(self) -> TrialSpec | None:
-        """Suggests a trial, of the study that is least far, and writes it down; None once all are made."""
+        """Suggests a trial of the study with the fewest, and writes it down; None once all are made."""
         while waiting := [study for study in self.studies if study.to_come]:
             study = min(waiting, key=lambda s: (len(s.suggested), -s.base.training.context_length))
             if trial := self._add(study):
@@ -262,7 +275,8 @@ class Search:
             return None
         self.journal.append(suggested)
         trial = study.take(suggested)
-        self.trials.append(trial)
+        if trial is not None:
+            self.trials.append(trial)
         return trial
 
 
@@ -279,5 +293,5 @@ def _short(value: float) -> str:
 
 
 def _seed(*what: Any) -> int:
-    """The same for the same arguments, in every process."""
+    """A seed from the arguments, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:4], "big")

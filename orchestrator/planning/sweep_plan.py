@@ -22,7 +22,7 @@ from orchestrator.planning.planner import (
 from orchestrator.planning.preparation import Identified
 from orchestrator.planning.search import Search
 from orchestrator.planning.spending import Spending
-from orchestrator.records.storage import write_json
+from orchestrator.records.json_files import write_json
 from orchestrator.trial_spec import TrialSpec
 from workloads.config import Precision
 from workloads.errors import InputError
@@ -63,8 +63,9 @@ class SweepPlan:
 
 
 def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
-    """Plans the trials of a sweep on a cluster. A search has suggested none yet: its studies' first trials stand for
-    those to come.
+    """Plans the trials of a sweep on a cluster.
+
+    A search has suggested no trials yet: one of each method and length stands for them.
 
     Raises:
         InputError: the cluster cannot run the sweep as asked.

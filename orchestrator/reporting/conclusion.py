@@ -18,9 +18,9 @@ from orchestrator.planning.planner import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
+from orchestrator.records.json_files import read_json, write_json
 from orchestrator.records.mlflow_tracking import Tracker, without_password
 from orchestrator.records.provenance import Provenance
-from orchestrator.records.storage import read_json, write_json
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shown_path
@@ -175,8 +175,9 @@ class Conclusion:
         }
 
     def _compare_with_plan(self) -> list[str]:
-        """Writes planned and actual values to the sweep's folder, and returns a sentence on them. What an earlier run
-        wrote stays if this one has trained nothing.
+        """Writes planned and actual values to the sweep's folder, and returns a sentence on them.
+
+        What an earlier run wrote stays if this one has trained nothing.
         """
         file = self.sweep.folder / FILE
         if self.announced:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.live import Live
@@ -24,7 +25,7 @@ class LiveView:
     def __init__(self, sweep: str, rows: list[Row], concurrency: int, console: Console) -> None:
         self.sweep = sweep
         self.rows, self.concurrency, self.console = rows, concurrency, console
-        self.note = lambda: None  # what a person should know or do, or None
+        self.note: Callable[[], str | None] = lambda: None  # what a person should know or do
         self.tokens_to_come = lambda: 0  # of trials that a search has not suggested yet: they join the rows later
         self.began = time.time()
         self._stop = threading.Event()

@@ -1,4 +1,4 @@
-"""The comparison as a table for the terminal, and which trials came out best."""
+"""The comparison as a table for the terminal, and its best trials."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def result_table(comparison: dict[str, Any]) -> Table:
-    """One row a setting and context length; what is not there is a dash."""
+    """One row a setting and context length; a dash where there is no value."""
     table = Table(
         title=f"\nPerplexity on held-out text, {comparison['confidence']:.0%} intervals over documents",
         title_justify="left", box=None, pad_edge=False,
@@ -38,7 +38,7 @@ def result_table(comparison: dict[str, Any]) -> Table:
 
 
 def _name(trial: dict[str, Any], trials: list[dict[str, Any]]) -> str:
-    """The method, and what tells its trials of this context length apart: their labels say it."""
+    """The method, with the part of the label that sets a trial apart from others of the method and length."""
     siblings = [other for other in trials if other["method"] == trial["method"]]
     if len(siblings) == 1:
         return trial["method"]

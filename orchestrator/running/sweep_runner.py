@@ -57,7 +57,8 @@ class SweepRunner:
         view = LiveView(
             sweep.name, [_row(planned) for planned in self.plan.planned], self.plan.concurrency, self.console
         )
-        view.note = lambda: tracking.trouble or (sweep.storage.store and sweep.storage.store.trouble)
+        store = sweep.storage.store
+        view.note = lambda: tracking.trouble or (store.trouble if store else None)
         view.tokens_to_come = lambda: self.plan.upcoming_tokens
         budget = BudgetWatch(Spending(sweep.name, sweep.storage), self.trials, sweep.options, self._cancel)
         tracking.start()

@@ -156,7 +156,7 @@ def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothi
     write_trial(storage, trials["lora 2048"], 1234.0)
     status, told = plan(*flags)
     assert status == 0 and "2 trials: 1 to run, 1 finished before" in told
-    assert "speeds as 1 trial here had on this hardware" in told
+    assert "speeds measured by 1 trial here on this hardware" in told
     assert "infeasible" not in told and "lora 2048 known - - - - - - -" in told
     write_trial(storage, trials["full 2048"], 777.0, finished=False)
     _, told = plan(*flags)
@@ -193,7 +193,7 @@ def test_bfloat16_is_taken_where_every_machine_that_trains_is_fast_in_it():
 def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
     monkeypatch.setattr("orchestrator.planning.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
     status, told = plan("--methods", "lora")
-    assert status == 0 and "time unknown" in told and "no speed is known of A GPU of tomorrow" in told
+    assert status == 0 and "time unknown" in told and "no speed is known for A GPU of tomorrow" in told
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(5, "5s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h")])

@@ -27,11 +27,11 @@ def test_there_is_nothing_to_say_of_a_usual_sweep():
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"original_length": 1024}, "1,024 tokens lie within the model's original context of 1,024"),
-        ({"scored": 12}, "12 held-out documents are long enough to be scored, not 20"),
-        ({"scored": 7, "eval_documents": 7}, "an interval over 7 documents means little"),
+        ({"original_length": 1024}, "1,024 tokens are within the model's original context of 1,024"),
+        ({"scored": 12}, "only 12 of the 20 requested held-out documents are long enough to score"),
+        ({"scored": 7, "eval_documents": 7}, "an interval over 7 documents says little"),
         ({"steps": 10}, "the warm-up takes 20 steps of 10: the learning rate only rises, to 50% of its peak"),
-        ({"engine": "zero2"}, "--engine zero2 with one worker shares nothing out"),
+        ({"engine": "zero2"}, "--engine zero2 with one worker has nothing to shard"),
     ],
 )
 def test_what_is_allowed_but_hardly_meant_is_said(changes, note):

@@ -76,8 +76,8 @@ def test_every_trial_is_finished_with_the_perplexity_it_had(storage, runs):
         assert run.trial.fingerprint == run.folder.name and run.record.state == "finished"
         assert run.record.last_step == run.trial.training.steps
         final = run.record.curve(run.trial.training.context_length)[-1]
-        assert final["perplexity"] == pytest.approx(PERPLEXITIES[run.folder.name][1], abs=5e-5)
-        assert final["step"] == run.trial.training.steps
+        assert final.perplexity == pytest.approx(PERPLEXITIES[run.folder.name][1], abs=5e-5)
+        assert final.step == run.trial.training.steps
 
 
 def test_the_comparison_gives_the_same_answer(runs):
