@@ -172,7 +172,7 @@ class ModelSource:
         Each weight goes there as it is read: host memory never holds more than a few. The files are mapped into memory,
         so several processes of a node read them from its disk once, as long as its page cache has room.
 
-        With ``quantized`` (of :func:`workloads.models.quantization.nf4_loading`) its linear weights are quantised, on the
+        With ``quantized`` (of :func:`workloads.models.quantization.nf4_loading`) linear weights are quantised, on the
         device that this names.
 
         Raises:
