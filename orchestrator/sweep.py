@@ -33,7 +33,7 @@ from orchestrator.process import (
     stop_on_sigterm,
 )
 from orchestrator.records import cancellation
-from orchestrator.records.heartbeat import Presence
+from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
@@ -83,7 +83,7 @@ def _run(arguments: list[str], console: Console) -> int:
         stop_on_sigterm()
         sweep = check_sweep(*parse(arguments))
         try:
-            with Presence(sweep.storage, sweep.name, status.describe):
+            with Heartbeat(sweep.storage, sweep.name, status.describe):
                 return _sweep(sweep, status, began, console)
         except KeyboardInterrupt as interruption:
             interruption.add_note(_kept_so_far(sweep.storage, status.plan))

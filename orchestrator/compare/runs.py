@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.records.events import Started
-from orchestrator.records.storage import Storage, TrialFolder, read_json
+from orchestrator.records.json_files import read_json
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError

@@ -75,7 +75,7 @@ class Checked:
 
     def is_cancelled(self) -> bool:
         """Whether somebody has asked to cancel the whole sweep, or its budget is exhausted."""
-        return cancellation.requested(self.storage, f"sweeps/{self.name}") is not None
+        return cancellation.pending_request(self.storage, f"sweeps/{self.name}") is not None
 
 
 @dataclass(frozen=True, kw_only=True)

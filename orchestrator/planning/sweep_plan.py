@@ -22,7 +22,7 @@ from orchestrator.planning.planner import (
 from orchestrator.planning.preparation import Identified
 from orchestrator.planning.search import Search
 from orchestrator.planning.spending import Spending
-from orchestrator.records.storage import write_json
+from orchestrator.records.json_files import write_json
 from orchestrator.trial_spec import TrialSpec
 from workloads.config import Precision
 from workloads.errors import InputError

@@ -8,7 +8,8 @@ import time
 from typing import Any, Literal
 
 from orchestrator.records.events import Cancelled, Event, Resumed, Step
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -18,22 +19,23 @@ POLL_S = 2.0
 
 
 def request(storage: Storage, what: str, by: str) -> None:
-    """``what``: ``trials/<fingerprint>`` or ``sweeps/<name>``."""
+    """Asks for the end of ``what``: ``trials/<fingerprint>`` or ``sweeps/<name>``."""
     storage.write(f"{what}/cancel.json", {"by": by, "time": time.time()})
 
 
-def requested(storage: Storage, what: str) -> dict[str, Any] | None:
-    """by, time; or None where nobody has asked."""
+def pending_request(storage: Storage, what: str) -> dict[str, Any] | None:
+    """The request's fields, by and time; None if there is no request."""
     return storage.read(f"{what}/cancel.json")
 
 
 def withdraw(storage: Storage, what: str) -> None:
+    """Removes a request."""
     storage.remove(f"{what}/cancel.json")
 
 
-def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
-    """Whether a trial is not to begin, which its journal is then told."""
-    asked = requested(storage, folder.name)
+def cancel_before_start(storage: Storage, folder: TrialFolder) -> bool:
+    """Whether a request keeps a trial from starting, which is then written to its journal."""
+    asked = pending_request(storage, folder.name)
     if asked is None:
         return False
     record = TrialRecord.of(folder.journal)
@@ -43,7 +45,7 @@ def cancelled_before_its_start(storage: Storage, folder: TrialFolder) -> bool:
 
 
 class Cancellation:
-    """Looks for a request while a trial trains, in a thread of its own: a storage that is slow delays no step.
+    """Watches for a request while a trial trains, in its own thread: a slow storage delays no step.
 
     ``on_event`` takes every event of the trial; the training loop calls ``poll_request`` between steps.
     """
@@ -74,6 +76,6 @@ class Cancellation:
     def _look(self) -> None:
         while not (self.request or self._stop.wait(POLL_S)):
             try:
-                self.request = requested(self.storage, self.what)
-            except Exception as error:  # a storage that is away, or a request that is just being written
-                logger.debug("no request to cancel can be read: %s", error)
+                self.request = pending_request(self.storage, self.what)
+            except Exception as error:  # an unreachable storage, or a request being written
+                logger.debug("requests to cancel cannot be read: %s", error)

@@ -1,8 +1,8 @@
 """The events of a trial's journal, one class each, and the only writer and parser of their lines.
 
-A line is a JSON object with ``event``, ``time`` (Unix seconds), ``version`` and the event's own fields. Fields and events
-that a newer longspan has added are kept, and values that have been renamed since are mapped on reading (``RENAMED``). A
-line that cannot be read is passed over and reported.
+A line is a JSON object with ``event``, ``time`` (Unix seconds), ``version`` and the event's own fields. Fields and
+events that a newer longspan has added are kept, and values renamed since are mapped on reading (``RENAMED``). A line
+that cannot be read is skipped and reported.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Started(Event, name="started"):
         devices: GPUs, or threads of CPUs, of all workers together.
         usd_per_device_hour, price_source: None where the price is not known.
         drive: of the driver that started it, and of its restarts.
-        execution: the settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers of layers.
+        execution: settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers of layers.
     """
 
     host: str | None = None
@@ -139,7 +139,7 @@ class Resumed(Event, name="resume"):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Event, name="step"):
-    """An optimiser step. ``tokens`` were trained on by then; ``mfu`` is known on GPUs of workloads/budget/devices.py."""
+    """An optimiser step. ``tokens``: trained on by then; ``mfu``: on GPUs that workloads/budget/devices.py knows."""
 
     step: int
     tokens: int
@@ -285,7 +285,7 @@ def make_event(name: str, **fields: Any) -> Event:
 def as_line(event: Event) -> str:
     """The event as a line of a journal."""
     values = {"event": event.name}
-    for name, is_optional in _fields(type(event)).items():
+    for name, is_optional in _fields(event.name).items():
         value = getattr(event, name)
         if not (is_optional and value is None):
             values[name] = value
@@ -321,13 +321,14 @@ def _parse_event(values: Any) -> Event:
         if renamed in values:
             values[renamed] = new_values.get(values[renamed], values[renamed])
     values.setdefault("version", 1)
-    if unknown := values.keys() - _fields(cls).keys():
+    if unknown := values.keys() - _fields(name).keys():
         values["extra"] = {each: values.pop(each) for each in unknown}
     return Unknown(unknown_name=name, **values) if cls is Unknown else cls(**values)
 
 
 @functools.cache
-def _fields(cls: type[Event]) -> dict[str, bool]:
-    """The fields of an event's line, and whether each is left out where it is None."""
-    inside = [each for each in dataclasses.fields(cls) if each.name not in ("extra", "unknown_name")]
-    return {each.name: bool(each.metadata.get("optional")) for each in inside}
+def _fields(name: str) -> dict[str, bool]:
+    """The fields of a line of this name, and whether each is left out where it is None."""
+    fields = {each.name: each for each in dataclasses.fields(EVENTS.get(name, Unknown))}
+    inside = fields.keys() - {"extra", "unknown_name"}
+    return {name: "optional" in each.metadata for name, each in fields.items() if name in inside}

@@ -1,8 +1,8 @@
-"""Whether a sweep's command runs, told to other terminals by a file that it renews: ``sweeps/<name>/command.json``.
+"""Whether a sweep's command runs, for other terminals: a file that it renews, ``sweeps/<name>/command.json``.
 
 Its fields: owner (see orchestrator/records/leases.py), began, beat (both Unix seconds), doing, and once there is a plan
-concurrency and tokens_to_come; in the end ended and outcome. Whoever reads it on the same machine looks for the
-process; elsewhere a beat that is a minute old counts as the last one.
+concurrency and tokens_to_come; at the end ended and outcome. A reader on the same machine checks the process; elsewhere
+the command counts as dead once its heartbeat is a minute old.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from orchestrator.records.storage import Storage
 logger = logging.getLogger(__name__)
 
 BEAT_S = 10.0
-# Clocks of two machines differ by seconds.
+# Much more than the seconds by which the clocks of two machines differ.
 LIMIT_S = 60.0
 
 
-class Presence:
-    """A context in which a sweep's command says that it runs. A storage that is away, or full, disturbs nobody."""
+class Heartbeat:
+    """A context in which a sweep's command reports that it runs. An unreachable or full storage is no error."""
 
     def __init__(self, storage: Storage, sweep: str, describe: Callable[[], dict[str, Any]]) -> None:
         self.storage, self.sweep, self.describe = storage, sweep, describe
         self.content = {"owner": leases.owner("", sweep), "began": time.time()}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, name="presence", daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Presence:
+    def __enter__(self) -> Heartbeat:
         self._beat()
         self._thread.start()
         return self
@@ -48,7 +48,7 @@ class Presence:
         try:
             self.storage.write(f"sweeps/{self.sweep}/command.json", content)
         except Exception as error:
-            logger.debug("the sweep's command could not say that it runs: %s", error)
+            logger.debug("the sweep's command could not report that it runs: %s", error)
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -56,12 +56,13 @@ class Presence:
         self._beat()
 
 
-def command_of(storage: Storage, sweep: str) -> dict[str, Any] | None:
-    """What the command that runs the sweep, or ran it last, has said."""
+def read_command(storage: Storage, sweep: str) -> dict[str, Any] | None:
+    """The file of the command that runs the sweep, or ran it last."""
     return storage.read(f"sweeps/{sweep}/command.json")
 
 
 def is_alive(command: dict[str, Any] | None, now: float) -> bool:
+    """Whether the command of :func:`read_command` still runs, as far as is known."""
     if command is None or "ended" in command or leases.is_dead(command["owner"]):
         return False
     return leases.is_here(command["owner"]) or now - command["beat"] < LIMIT_S

@@ -1,15 +1,15 @@
 """A trial is trained by one process at a time: the one that holds its lease.
 
-A lease is a row of objects, ``00000001.json``, ``00000002.json``, ..., each created only if absent: whoever creates the
-next one holds the lease, so that of several who try to take it over one does. The newest names its owner and counts
-its owner's heartbeats. Clocks of two machines are never compared: who waits looks whether the count goes on.
+A lease is a sequence of objects, ``00000001.json``, ``00000002.json``, ..., each created only if absent: the process
+that creates the next one holds the lease, so only one of several takes it over. The newest object names its owner and
+counts the owner's heartbeats. Clocks of two machines are never compared: a waiter checks that the counter advances.
 
-    held by a process of this machine that is gone       taken over at once
+    held by a process of this machine that has ended     taken over at once
     held by an earlier start of the same attempt         taken over at once: Ray Train has ended it
     its heartbeat has not changed for 30 s               taken over
     otherwise                                            waited for
 
-An owner that finds a newer object than its own has lost the lease, and must not write any more.
+An owner that finds an object newer than its own has lost the lease, and must stop writing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import socket
 import threading
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.object_store import LocalStore, ObjectStore, patiently
+from orchestrator.records.object_store import LocalStore, ObjectStore, retry
 
 logger = logging.getLogger(__name__)
 
-# A holder that shows no sign of life for so long is taken for dead; it shows one six times as often.
+# A holder without a heartbeat for this long counts as dead; it sends six in that time.
 LIMIT_S = 30.0
 POLL_S = 1.0
 
@@ -38,7 +39,7 @@ class LeaseLost(RuntimeError):
 
 
 def owner(attempt: str, sweep: str) -> dict[str, Any]:
-    """This process, as a lease names it. ``attempt`` is what restarts of the same work have in common."""
+    """This process, as a lease names it. ``attempt`` is the same for restarts of the same work."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -51,7 +52,7 @@ def owner(attempt: str, sweep: str) -> dict[str, Any]:
 
 
 class Lease:
-    """The lease whose objects lie in ``store`` under ``folder``. A context: entered when it is held, left released."""
+    """The lease with its objects in ``store`` under ``folder``. A context: acquired on entry, released on exit."""
 
     def __init__(
         self,
@@ -78,17 +79,18 @@ class Lease:
         self.release()
 
     def acquire(self) -> None:
-        """Waits until the lease is free or its owner dead, and takes it.
+        """Waits until the lease is free or its owner is dead, and takes it.
 
         Raises:
-            StoreAway: the store has not answered for minutes.
+            StoreUnavailable: the store has not answered for minutes.
         """
-        seen, since, looked = None, time.monotonic(), time.monotonic()
+        seen: bytes | None = None
+        since = looked = time.monotonic()
         while True:
-            newest = patiently(self._newest)
-            content = patiently(lambda number=newest: self.store.read(self._name(number))) if newest else None
+            newest = retry(self._newest)
+            content = retry(partial(self.store.read, self._name(newest))) if newest else None
             now = time.monotonic()
-            # While the store was away its holder could not show itself either.
+            # While the store was unreachable, its holder's heartbeats could not reach it either.
             if content != seen or now - looked > self.limit_s / 2:
                 seen, since = content, now
             looked = now
@@ -101,11 +103,12 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """To be called before anything is written that only the holder may write.
+        """Call this before writing anything that only the holder may write.
+
+        A process that was suspended, and may have lost the lease meanwhile, asks the store.
 
         Raises:
-            LeaseLost: another process holds the lease now. A process that was stopped for a while, and could have lost
-                it without knowing, looks.
+            LeaseLost: another process holds the lease now.
         """
         if self.lost:
             raise self.lost
@@ -113,7 +116,7 @@ class Lease:
             self._beat()
 
     def release(self) -> None:
-        """Lets others have the lease. One that was lost is left as it is."""
+        """Frees the lease, unless it was lost."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -122,7 +125,7 @@ class Lease:
                 self._beat(released=True)
             except LeaseLost:
                 pass
-            except Exception:  # it runs out by itself
+            except Exception:  # it expires
                 logger.warning("lease %s could not be released", self.folder, exc_info=True)
 
     def _is_free(self, content: bytes | None) -> bool:
@@ -130,19 +133,19 @@ class Lease:
             held = json.loads(content or b"")
             return held["released"] or held["owner"]["attempt"] == self.owner["attempt"] or is_dead(held["owner"])
         except (ValueError, KeyError, TypeError):
-            return False  # just being written; if nobody completes it, it runs out
+            return False  # being written; if that is never completed, it expires
 
     def _create(self, generation: int) -> bool:
         self._nonce = uuid.uuid4().hex
         content, began = self._content(released=False), time.monotonic()
         name = self._name(generation)
-        # A creation whose answer was lost on its way is found to be ours when it is tried again.
-        if not patiently(lambda: self.store.create(name, content) or self.store.read(name) == content):
+        # If the answer to a creation is lost, the next try finds our own content.
+        if not retry(lambda: self.store.create(name, content) or self.store.read(name) == content):
             return False
         self.generation, self._beat_at = generation, began
-        # The newest always stays, so that numbers never begin again; the one before, in case a reader is at it.
-        older = [self._name(number) for number in patiently(self._generations) if number < generation - 1]
-        patiently(lambda: self.store.remove(older))
+        # The newest stays, so that numbers never restart; the one before too, in case it is being read.
+        older = [self._name(number) for number in retry(self._generations) if number < generation - 1]
+        retry(partial(self.store.remove, older))
         return True
 
     def _keep_beating(self) -> None:
@@ -152,7 +155,7 @@ class Lease:
             except LeaseLost as error:
                 logger.error("%s", error)
                 return
-            except Exception as error:  # the store is away; `check` looks again before anything is written
+            except Exception as error:  # `check` asks again before anything is written
                 logger.warning("lease %s could not be renewed: %s", self.folder, error)
 
     def _beat(self, released: bool = False) -> None:
@@ -187,8 +190,9 @@ class Lease:
 
 
 def is_dead(owner: dict[str, Any]) -> bool:
-    """Whether an owner is known to be gone: a process of this machine (and container) that is no longer there. Of one
-    elsewhere nothing is known.
+    """Whether an owner is known to be dead: a process of this machine and container that has ended.
+
+    Nothing is known of a process elsewhere.
     """
     return is_here(owner) and process_start(owner["pid"]) != owner["process_start"]
 
@@ -199,19 +203,20 @@ def is_here(owner: dict[str, Any]) -> bool:
 
 
 def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | None:
-    """The owner of a lease as its newest object tells, or None where it was released, or the owner is known to be
-    gone. Of an owner elsewhere that has died nothing is known from one look.
+    """The owner named by a lease's newest object, or None if it was released or the owner is known to be dead.
+
+    One read does not tell whether an owner elsewhere has died.
     """
     newest = max((name for name in store.names(folder) if Path(name).stem.isdigit()), default=None)
     try:
-        content = json.loads(store.read(newest) or b"") if newest else {"released": True}
+        content: dict[str, Any] = json.loads(store.read(newest) or b"") if newest else {"released": True}
         return None if content["released"] or is_dead(content["owner"]) else content["owner"]
     except (ValueError, KeyError):
-        return None  # just being written
+        return None  # being written
 
 
 def _machine() -> str | None:
-    """This machine since its start, and the container: where a process id means the same process. None if unknown."""
+    """This machine since its boot, and the container: the scope of a process id. None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -220,8 +225,9 @@ def _machine() -> str | None:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process began, in clock ticks since the machine did, so that a reused process id is told from it. None
-    where there is no such process, or only what is left of one that has ended.
+    """When a process began, in clock ticks since boot, which tells it from a later one with the same id.
+
+    None if there is no such process, or only a zombie.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,10 +1,10 @@
 """MLflow: one run a trial, mirrored from the trial's journal; one run a sweep, which holds the comparison.
 
-The journals are the truth, MLflow is told: one thread of the sweep's process follows them and logs in batches, so that
-a slow or absent server delays nothing. What has been logged is remembered beside the journal, and what a resumed trial
-tells twice is logged once. A trial's run is found again by its fingerprint, from whatever sweep or machine.
+The journals are the truth: one thread of the sweep's process follows them and logs to MLflow in batches, so that a slow
+or absent server delays nothing. What has been logged is recorded beside the journal, and a step that a resumed trial
+repeats is logged once. A trial's run is found again by its fingerprint, from any sweep and machine.
 
-MLflow blocks for minutes on a server that does not answer and imports slowly: it is imported in here alone.
+MLflow blocks for minutes on a server that does not answer and imports slowly: only this module imports it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from orchestrator.records.events import (
     Step,
     Stopped,
 )
+from orchestrator.records.json_files import read_json, write_json
 from orchestrator.records.provenance import Provenance
-from orchestrator.records.storage import Storage, TrialFolder, read_json, write_json
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
@@ -46,15 +48,14 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 5.0
 METRICS_A_CALL = 1000  # MLflow's own limit on a batch
 
-# A trial's state, as MLflow calls it; one that has not begun has no run.
-# One that was stopped early is killed, not finished: its last perplexity is of fewer tokens than that of the finished
-# ones beside it, which a filter on FINISHED should leave out. Its tag stopped_early has the reason.
+# MLflow's status for a trial's state; a trial that has not begun has no run. One stopped early counts as killed: its
+# last perplexity is of fewer tokens, and a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
 STATUS = {
     "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
     "cancelled": "KILLED", "failed": "FAILED",
 }  # fmt: skip
 
-# What a journal's line becomes. Every curve is also logged by tokens seen, under by_tokens/.
+# MLflow's names of a step's fields. Every curve is also logged by tokens seen, under by_tokens/.
 STEP_METRICS = {
     "loss": "train/loss",
     "tokens": "train/tokens",
@@ -80,7 +81,7 @@ def metrics_of(event: Step | Eval, context_length: int, workers: int) -> dict[st
 
 
 def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """(name, value, step) of what a comparison says of one context length: of each method by its best setting."""
+    """(name, value, step) of a comparison's numbers for a context length; a method's are those of its best setting."""
     length = context["context_length"]
     for setting in context["settings"]:
         method, step = setting["method"], setting["final"]["step"]
@@ -111,7 +112,7 @@ def tracking_uri(storage: Storage, given: str | None) -> str:
 
 
 def without_password(uri: str) -> str:
-    """The address as it may be shown and stored: a user's name and password in it are left out."""
+    """The address without a user's name and password, fit to be shown and stored."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
@@ -128,7 +129,7 @@ class Tracker:
         Raises:
             InputError: it does not answer, or is no MLflow store.
         """
-        # A sweep must not hang for MLflow's four minutes; later outages are waited out by trying again.
+        # MLflow would wait for four minutes; later outages are handled by trying again.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -158,7 +159,7 @@ class Tracker:
         return self.client.create_experiment(self.experiment, artifact_location=artifacts)
 
     def follow(self, trials: Iterable[TrialSpec], sweep: str, provenance: Provenance) -> None:
-        """Logs what the journals of these trials have that MLflow has not."""
+        """Logs what the trials' journals have and MLflow has not."""
         for trial in trials:
             run = self.runs.get(trial.fingerprint)
             if run is None:
@@ -169,17 +170,21 @@ class Tracker:
             run.follow()
 
     def find_run(self, filter_string: str) -> str | None:
+        """The id of a run that matches a filter of MLflow's, if there is one."""
         found = self.client.search_runs([self.experiment_id], filter_string, max_results=1)
         return found[0].info.run_id if found else None
 
     def interrupted(self) -> None:
-        """Marks the runs of trials that stopped in the middle as killed; they go on in the same run."""
+        """Marks the runs of interrupted trials as killed; a resumed trial continues in the same run."""
         for run in self.runs.values():
             if run.record.state in ("starting", "running"):
                 run.set_status("KILLED")
 
     def log_sweep(self, name: str, comparison: dict[str, Any], trials: list[TrialSpec], artifacts: list[Path]) -> str:
-        """The sweep's own run: found again by its name, or made; holds the comparison, the report and its trials."""
+        """Logs the comparison, the report and the list of trials to the sweep's own run, and returns its id.
+
+        The run is found by the sweep's name, or created.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         run_id = self.find_run(f"tags.`longspan.kind` = 'sweep' and tags.`longspan.sweep` = '{name}'")
@@ -187,23 +192,24 @@ class Tracker:
             tags = {"longspan.kind": "sweep", "longspan.sweep": name}
             run_id = self.client.create_run(self.experiment_id, run_name=f"sweep {name}", tags=tags).info.run_id
         now = int(time.time() * 1000)
-        metrics, tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
+        metrics, run_tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
         for context in comparison["contexts"]:
             for name, value, step in sweep_metrics(context):
                 metrics.append(Metric(name.replace("+", "_plus"), value, now, step))
             if context["winner"]:
-                tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
-        tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
+                run_tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
+        run_tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
         params = [Param("model", comparison["model"]["name"]), Param("data", comparison["data"]["name"])]
         for trial in trials:
-            tags.append(RunTag(f"trial.{trial.label.replace('+', '_plus')}", self.run_id(trial) or ""))
-        self.client.log_batch(run_id, metrics=metrics, tags=tags, params=params)
+            run_tags.append(RunTag(f"trial.{trial.label.replace('+', '_plus')}", self.run_id(trial) or ""))
+        self.client.log_batch(run_id, metrics=metrics, tags=run_tags, params=params)
         for path in artifacts:
             self.client.log_artifact(run_id, str(path))
         self.client.set_terminated(run_id, "FINISHED")
         return run_id
 
     def run_id(self, trial: TrialSpec) -> str | None:
+        """The id of a trial's run, if this process follows the trial."""
         run = self.runs.get(trial.fingerprint)
         return run.run_id if run else None
 
@@ -215,9 +221,9 @@ class TrialRun:
         self.tracker, self.trial, self.folder = tracker, trial, folder
         self.provenance = provenance
         self.record = TrialRecord(folder.journal)
-        self.status = None
-        folder.path.mkdir(parents=True, exist_ok=True)  # in the mirror of an object store it may be absent
-        with FileLock(folder.path / ".mlflow.lock"):  # two sweeps that share the trial make one run
+        self.status: str | None = None
+        folder.path.mkdir(parents=True, exist_ok=True)  # may be missing in the mirror of an object store
+        with FileLock(folder.path / ".mlflow.lock"):  # two sweeps that share the trial share its run
             stores = read_json(folder.mlflow_state) or {}
             state = stores.get(self._store_key)
             self.run_id = state["run_id"] if state else self._find_or_create()
@@ -268,8 +274,9 @@ class TrialRun:
         return run.info.run_id
 
     def _retire(self, run: Run) -> None:
-        """A trial that begins anew (--force) has a new run, since no point can be taken out of a curve. The earlier run
-        keeps its points, and is a trial's no longer.
+        """Keeps the run of a trial that starts afresh (--force) under another name and without its fingerprint.
+
+        The trial gets a new run: MLflow cannot remove points from a curve.
         """
         client, number = self.tracker.client, int(run.data.tags.get("longspan.times_put_aside", 0)) + 1
         client.update_run(run.info.run_id, name=f"{self.trial.label} (earlier {number})")
@@ -287,7 +294,7 @@ class TrialRun:
             self.tracker.client.set_tag(self.run_id, "longspan.sweeps", ", ".join([*sweeps, sweep]))
 
     def follow(self) -> None:
-        """Logs what the journal has beyond what is logged."""
+        """Logs what was added to the journal."""
         from mlflow.entities import Metric, RunTag
 
         events = self.record.follow()
@@ -335,7 +342,7 @@ class TrialRun:
         return {}
 
     def _log_artifacts(self) -> None:
-        """The resolved trial, and what its code differed in from the commit; each once."""
+        """Logs the resolved trial and its code's diff, each once."""
         for path in [self.folder.path / "trial.json", *sorted(self.folder.path.glob("code-*.diff"))]:
             if path.name not in self.kept and path.exists():
                 self.tracker.client.log_artifact(self.run_id, str(path))
@@ -343,18 +350,19 @@ class TrialRun:
                 self._save()
 
     def rewind(self) -> None:
-        """Reads the journal again from its start at the next ``follow``; what is logged already is not repeated."""
+        """Makes the next ``follow`` read the journal from its start; what is logged is not repeated."""
         self.record = TrialRecord(self.folder.journal)
 
     def set_status(self, status: str | None) -> None:
+        """Sets the run's status, with the time at which the trial ended; None changes nothing."""
         if status is None or status == self.status:
             return
         if status == "RUNNING":
             self.tracker.client.update_run(self.run_id, status=status)
         else:
-            # When it ended, not when that is told: a later sweep that shares the trial tells it again.
+            # The trial's own end, whenever it is logged: a later sweep that shares the trial logs it again.
             interrupted = self.record.state in ("starting", "running")
-            ended = time.time() if interrupted else self.record.ended
+            ended = time.time() if interrupted or self.record.ended is None else self.record.ended
             self.tracker.client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
         self.status = status
 
@@ -365,7 +373,7 @@ class TrialRun:
 
 
 class TrackingThread:
-    """Follows the journals while trials run. A store that does not answer is tried again; nothing waits for it."""
+    """Follows the journals while trials run. If MLflow does not answer it tries again; nothing waits for it."""
 
     def __init__(self, tracker: Tracker, trials: list[TrialSpec], sweep: str, provenance: Provenance) -> None:
         self.arguments = (trials, sweep, provenance)
@@ -375,10 +383,11 @@ class TrackingThread:
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and logs what is left."""
+        """Ends the thread and logs the rest."""
         self._stop.set()
         self._thread.join()
         self._follow()
@@ -391,9 +400,9 @@ class TrackingThread:
         try:
             self.tracker.follow(*self.arguments)
             self.trouble = None
-        except Exception as error:  # whatever the client raises: the journals keep everything, and it is tried again
+        except Exception as error:  # of any kind: the journals keep everything, and the next turn tries again
             self.trouble = f"MLflow does not answer ({str(error).splitlines()[0][:120]}); nothing is lost, trying again"
             logger.debug("MLflow", exc_info=True)
-            # What was read but not logged is read again.
+            # Events read but not logged are read again.
             for run in self.tracker.runs.values():
                 run.rewind()

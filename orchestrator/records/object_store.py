@@ -1,79 +1,83 @@
 """Objects under one fsspec location, such as ``s3://bucket/prefix``: read and written whole, or created only if absent.
 
-An object store knows no appending, no renaming and no memory map; what longspan needs there is made of these few calls.
-A call that fails in passing (refused or reset connections, time-outs, 5xx, throttling) is worth another try: every call
-raises at once, and :func:`patiently` tries again. Credentials come from the environment or fsspec's configuration.
+An object store cannot append, rename or memory-map; what longspan needs is built from these few calls. Each raises at
+once; :func:`retry` repeats it after a transient error (refused or reset connections, time-outs, 5xx, throttling).
+Credentials come from the environment or fsspec's configuration.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import json
-import random
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from workloads.errors import InputError
 
 T = TypeVar("T")
 
-# How long a store may be away before what needs it ends in an error; and, at the start of a command, before it is told.
-PATIENCE_S = 300.0
-FIRST_PATIENCE_S = 15.0
-LONGEST_PAUSE_S = 10.0
-# What a client raises when the way to the store is broken, by name: which libraries lie on that way is up to fsspec.
-PASSING = {
+# Seconds that a store may be unreachable before a call fails, and before a command fails at its start.
+RETRY_LIMIT_S = 300.0
+FIRST_RETRY_LIMIT_S = 15.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
+# Transient errors of clients, by name: which libraries a store needs is up to fsspec.
+TRANSIENT = {
     "ConnectionError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError", "IncompleteRead",
     "ResponseParserError", "TimeoutError",
 }  # fmt: skip
 FINAL_OS_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 FINAL_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENAMETOOLONG, errno.EMSGSIZE}
 
-# Of a folder that was stored: written last, so that a folder with it is whole.
+# Written last into a stored folder: a folder that has one is whole.
 MANIFEST = "manifest.json"
 
 
-class StoreAway(ConnectionError):
-    """The store has not answered for as long as it was waited for."""
+class StoreUnavailable(ConnectionError):
+    """The store has not answered within the time that the caller allows."""
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     if isinstance(error, FINAL_OS_ERRORS):
         return False
-    if any(kind.__name__ in PASSING for kind in type(error).__mro__):
+    if any(kind.__name__ in TRANSIENT for kind in type(error).__mro__):
         return True
     return isinstance(error, OSError) and error.errno not in FINAL_ERRNOS
 
 
-def patiently(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waited: waited > PATIENCE_S) -> T:
-    """``call()``, again and again while it fails in passing, with growing, jittered pauses of up to 10 s.
+def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waited: waited > RETRY_LIMIT_S) -> T:
+    """``call()``, repeated after transient errors, with random, growing pauses of up to 10 s.
 
     Raises:
-        StoreAway: ``give_up``, asked with the seconds waited so far, has had enough.
-        Exception: what else ``call`` raises, at once.
+        StoreUnavailable: ``give_up``, called with the seconds since the first try, returned true.
+        Exception: any other error of ``call``, at once.
     """
     began = time.monotonic()
-    for attempt in itertools.count():
-        try:
-            return call()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            waited = time.monotonic() - began
-            if give_up(waited):
-                raise StoreAway(f"the storage has not answered for {waited:.0f} s ({reason(error)})") from error
-        time.sleep(min(LONGEST_PAUSE_S, 0.25 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1))
+
+    def unavailable(state: RetryCallState) -> NoReturn:
+        error = state.outcome.exception() if state.outcome else None
+        waited = time.monotonic() - began
+        raise StoreUnavailable(f"the storage has not answered for {waited:.0f} s ({reason(error)})") from error
+
+    return Retrying(
+        retry=retry_if_exception(is_transient),
+        stop=lambda state: give_up(time.monotonic() - began),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
+        retry_error_callback=unavailable,
+    )(call)
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException | None) -> str:
+    """An error in one line of at most some 200 characters."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -87,12 +91,12 @@ class ObjectStore:
         self.url = url.rstrip("/")
         self.fs, path = url_to_fs(self.url, **options)
         self.root = path.rstrip("/")
-        self.trouble: str | None = None  # why the last reader that does not wait got no answer
+        self.trouble: str | None = None  # why the last poll got no answer
 
     @classmethod
     @functools.cache
     def at(cls, url: str) -> ObjectStore:
-        """The store at a location, one a process.
+        """The store at a location; a process has one for each.
 
         Raises:
             InputError: fsspec knows no such protocol, its package is not installed, or a password is in the location.
@@ -104,12 +108,12 @@ class ObjectStore:
                 "belong into a location, which is shown and stored; give them in the environment (AWS_ACCESS_KEY_ID "
                 "and AWS_SECRET_ACCESS_KEY, or a role of the machine)"
             )
-        # Listings change under us; and clients are kept here.
+        # Other processes change listings, and this function caches clients.
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
         if parts.scheme in ("s3", "s3a"):
             from fsspec.config import conf
 
-            # Waiting for a store that is away is `patiently`'s business.
+            # The client itself gives up early: `retry` waits for an unreachable store.
             config = {"connect_timeout": 10, "retries": {"mode": "standard", "max_attempts": 2}}
             config |= conf.get(parts.scheme, {}).get("config_kwargs", {})
             options["config_kwargs"] = config
@@ -122,25 +126,25 @@ class ObjectStore:
             raise InputError(f"storage {url}: {error}; expected a folder, or a location that fsspec opens") from error
 
     def check(self) -> None:
-        """That objects can be written here, and created only if absent.
+        """Checks that objects can be written, and created only if absent.
 
         Raises:
-            InputError: there is no such bucket, access is denied, nothing answers, or the store would let two sweeps
-                create the same object.
+            InputError: there is no such bucket, access is denied, nothing answers, or the store lets two writers create
+                the same object.
         """
         probe = f".writable-{uuid.uuid4().hex}"
 
         def first(call: Callable[[], T]) -> T:
-            return patiently(call, give_up=lambda waited: waited > FIRST_PATIENCE_S)
+            return retry(call, give_up=lambda waited: waited > FIRST_RETRY_LIMIT_S)
 
         try:
             first(lambda: self.write(probe, b"x"))
             first(lambda: self.remove([probe]))
-            # At once, since a client may look whether there is one and then write: that is no protection.
+            # Concurrently: a client that checks for the object and then writes gives no protection.
             with ThreadPoolExecutor(8) as writers:
-                created = list(writers.map(lambda n: first(lambda: self.create(probe, b"%d" % n)), range(8)))
+                created = list(writers.map(lambda n: first(partial(self.create, probe, b"%d" % n)), range(8)))
             first(lambda: self.remove([probe]))
-        except StoreAway as error:
+        except StoreUnavailable as error:
             raise InputError(
                 f"storage {self.url}: {error}. Check the network, and the address (AWS_ENDPOINT_URL where it is not "
                 "Amazon's)"
@@ -149,7 +153,7 @@ class ObjectStore:
             raise InputError(
                 f"storage {self.url}: there is no bucket {self.root.partition('/')[0]}; create it, or choose another"
             ) from error
-        except Exception as error:  # whatever fsspec and the store's client raise for what is not to be had
+        except Exception as error:  # fsspec and the store's client raise many kinds for denied access
             raise InputError(
                 f"storage {self.url} cannot be written ({reason(error)}); check the credentials in the environment and "
                 "what they allow: list, read, write and delete"
@@ -161,24 +165,25 @@ class ObjectStore:
             )
 
     def read(self, name: str) -> bytes | None:
-        """An object's content, or None where there is none."""
+        """An object's content, or None if there is none."""
         try:
             return self.fs.cat_file(self._path(name))
         except FileNotFoundError:
             return None
 
     def read_many(self, names: list[str]) -> list[bytes]:
-        """The contents of objects that are there, many at a time."""
+        """The contents of existing objects, many at a time."""
         if not names:
             return []
         contents = self.fs.cat([self._path(name) for name in names])
         return [contents[self._path(name)] for name in names]
 
     def write(self, name: str, content: bytes) -> None:
+        """Writes an object, or replaces it."""
         self.fs.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes an object only if it is absent. Returns whether it was: of several who try, one succeeds."""
+        """Writes an object only if it is absent, and returns whether it did: of several writers one succeeds."""
         try:
             self.fs.pipe_file(self._path(name), content, mode="create")
         except FileExistsError:
@@ -186,18 +191,19 @@ class ObjectStore:
         return True
 
     def names(self, prefix: str) -> list[str]:
-        """The objects below ``prefix``, a folder's name, in order of their names."""
+        """The names of the objects below ``prefix``, a folder, sorted."""
         folder = f"{self._path(prefix)}/"
-        # s3fs names the folder itself where its first object comes while it looks.
+        # s3fs lists the folder itself if its first object appears meanwhile.
         found = (path for path in self.fs.find(self._path(prefix)) if path.startswith(folder))
         return sorted(path[len(self.root) + 1 :] for path in found)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every object, by its name."""
+        """The size of every object in bytes, by name."""
         found = self.fs.find(self._path(""), detail=True)
         return {path[len(self.root) + 1 :]: each["size"] for path, each in found.items()}
 
     def remove(self, names: list[str]) -> None:
+        """Removes objects; a missing one is no error."""
         for name in names:
             try:
                 self.fs.rm_file(self._path(name))
@@ -205,40 +211,42 @@ class ObjectStore:
                 continue
 
     def upload(self, file: Path, name: str) -> None:
+        """Writes a file's content to an object."""
         self.fs.put_file(str(file), self._path(name))
 
     def download(self, name: str, file: Path) -> None:
-        """Fetches an object into a file, which appears whole or not at all."""
+        """Downloads an object into a file, which appears whole or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+        incomplete = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         try:
-            self.fs.get_file(self._path(name), str(partial))
-            partial.replace(file)
+            self.fs.get_file(self._path(name), str(incomplete))
+            incomplete.replace(file)
         finally:
-            partial.unlink(missing_ok=True)
+            incomplete.unlink(missing_ok=True)
 
-    def upload_folder(self, folder: Path, name: str, call: Callable[[Callable[[], T]], T] = patiently) -> None:
-        """Stores a folder's files one by one, each waited for by ``call``, and its manifest last: the folder's own, or
-        one with the size of each file.
+    def upload_folder(self, folder: Path, name: str, call: Callable[[Callable[[], None]], None] = retry) -> None:
+        """Uploads a folder's files one by one, each through ``call``, and its manifest last.
+
+        The manifest is the folder's own, or is made here with the size of each file.
         """
         own = folder / MANIFEST
         files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
         sizes = {path.name: {"bytes": path.stat().st_size} for path in files}
         for path in files:
-            call(lambda path=path: self.upload(path, f"{name}/{path.name}"))
+            call(partial(self.upload, path, f"{name}/{path.name}"))
         manifest = own.read_bytes() if own.exists() else json.dumps(sizes, indent=1).encode()
-        call(lambda: self.write(f"{name}/{MANIFEST}", manifest))
+        call(partial(self.write, f"{name}/{MANIFEST}", manifest))
 
     def download_folder(self, name: str, folder: Path) -> bool:
-        """Fetches a stored folder, its manifest too. False if there is none that is whole, as far as sizes tell."""
-        manifest = patiently(lambda: self.read(f"{name}/{MANIFEST}"))
+        """Downloads a folder with its manifest, and returns whether it is whole, judged by sizes."""
+        manifest = retry(lambda: self.read(f"{name}/{MANIFEST}")) or b"{}"
         try:
-            expected = json.loads(manifest or b"{}")
+            expected = json.loads(manifest)
         except ValueError:
             return False
         for file, described in expected.items():
             try:
-                patiently(lambda file=file: self.download(f"{name}/{file}", folder / file))
+                retry(partial(self.download, f"{name}/{file}", folder / file))
             except FileNotFoundError:
                 return False
             if (folder / file).stat().st_size != described["bytes"]:
@@ -248,7 +256,7 @@ class ObjectStore:
         return bool(expected)
 
     def remove_folder(self, name: str) -> None:
-        """Its manifest first: what is left of it in between is no whole folder."""
+        """Removes a folder, its manifest first: what remains meanwhile does not count as whole."""
         names = self.names(name)
         self.remove(sorted(names, key=lambda found: not found.endswith(f"/{MANIFEST}")))
 
@@ -257,24 +265,26 @@ class ObjectStore:
 
 
 class LocalStore:
-    """Files in a local or shared folder, for what needs no more than this of an object store."""
+    """The part of :class:`ObjectStore` that leases need, for a local or shared folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def read(self, name: str) -> bytes | None:
+        """A file's content, or None if there is none."""
         try:
             return (self.root / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        partial = self.root / f".{uuid.uuid4().hex}"
-        partial.write_bytes(content)
-        partial.replace(self.root / name)
+        """Writes a file whole or not at all."""
+        incomplete = self.root / f".{uuid.uuid4().hex}"
+        incomplete.write_bytes(content)
+        incomplete.replace(self.root / name)
 
     def create(self, name: str, content: bytes) -> bool:
-        """As :meth:`ObjectStore.create`; a reader may come before the content."""
+        """As :meth:`ObjectStore.create`; a reader may see the file before its content."""
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             with (self.root / name).open("xb") as file:
@@ -284,8 +294,10 @@ class LocalStore:
         return True
 
     def names(self, prefix: str) -> list[str]:
+        """The names of the files in a folder, sorted."""
         return sorted(path.relative_to(self.root).as_posix() for path in (self.root / prefix).glob("*"))
 
     def remove(self, names: list[str]) -> None:
+        """Removes files; a missing one is no error."""
         for name in names:
             (self.root / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where a result comes from: the code's commit, what differs from it, the packages, the machine and its price."""
+"""Where a result comes from: the code's commit and diff, the packages, the machine and its price."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
     from orchestrator.options import RunOptions
 
-# What a result or its speed depends on.
+# Packages that a result or its speed depends on.
 PACKAGES = (
     "longspan", "torch", "transformers", "peft", "ray", "mlflow", "datasets", "numpy", "tokenizers", "safetensors",
     "deepspeed", "flash-attn", "flash-attn-4", "liger-kernel", "bitsandbytes", "optuna",
 )  # fmt: skip
-# longspan's own folder: a commit and a diff are of what lies in it and nothing else.
+# longspan's own folder: commit and diff cover nothing else.
 SOURCE = Path(__file__).parents[2]
-# A larger diff is cut: it is kept once for each trial, and MLflow's pages show a text of this size at once.
+# A larger diff is cut: each trial keeps one, and MLflow's pages show up to this size at once.
 MOST_DIFF_BYTES = 2**20
 
-# Files that are not shown though git tracks them: their names say that they hold credentials.
+# Tracked files that the diff leaves out: their names suggest credentials.
 _SECRET_FILES = (
     *(".env*", ".netrc", "*.pem", "*.key", "*.p12", "*token", "*_token.*", "token.*"),
     *("*secret*", "*credential*", "*password*"),
 )
-# In what is shown, values that look like credentials are replaced: tokens of well-known forms, a password in an
-# address, and what is assigned to a name that says so.
+# Values in the diff that are replaced: tokens of well-known forms, a password in an address, and values assigned to
+# names such as api_key.
 _SECRETS = (
     (re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[abp]-|AKIA|ASIA)[\w-]{12,}"), "[left out]"),
     (re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"), "[left out]"),
@@ -56,7 +56,7 @@ _SECRETS = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of the process that starts a sweep; its workers run the same code."""
+    """The provenance of the process that starts a sweep; its workers run the same code."""
 
     git_commit: str | None
     packages: dict[str, str] = field(default_factory=dict)
@@ -64,22 +64,23 @@ class Provenance:
 
     @classmethod
     def collect(cls) -> Provenance:
+        """That of this process."""
         commit = git_commit()
         dirty = commit is not None and commit.endswith("-dirty")
         return cls(commit, package_versions(), git_diff() if dirty else None)
 
     def tags(self) -> dict[str, str]:
-        """As tags of an MLflow run."""
+        """The tags of an MLflow run."""
         return {"git_commit": self.git_commit} if self.git_commit else {}
 
     @property
     def diff_name(self) -> str | None:
-        """The diff's file name: by its content, since a trial that is resumed with other code has several."""
+        """The diff's file name, by its content: a trial resumed with other code has several."""
         return f"code-{hashlib.sha256(self.diff.encode()).hexdigest()[:8]}.diff" if self.diff else None
 
     def keep_diff(self, folder: Path) -> Path | None:
-        """Writes the diff into a trial's or a sweep's folder; None where the code is as committed."""
-        if self.diff is None:
+        """Writes the diff into a trial's or a sweep's folder; None if the code is as committed."""
+        if self.diff is None or self.diff_name is None:
             return None
         path = folder / self.diff_name
         if not path.exists():
@@ -87,12 +88,12 @@ class Provenance:
         return path
 
     def of_attempt(self) -> dict[str, str | None]:
-        """What a worker writes down beside its own description: it may have no git and no checkout."""
+        """Fields of the journal's ``started`` that a worker cannot know: it may have no git and no checkout."""
         return {"git_commit": self.git_commit, "git_diff": self.diff_name}
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of what a result depends on."""
+    """The installed versions of the packages that a result depends on."""
     installed = {}
     for name in PACKAGES:
         try:
@@ -103,8 +104,9 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(source: Path = SOURCE) -> str | None:
-    """The commit that longspan runs from, with ``-dirty`` where tracked files differ from it. None outside a git
-    checkout, and where longspan is merely installed inside somebody else's.
+    """The commit that longspan runs from, with ``-dirty`` if tracked files differ from it.
+
+    None outside a git checkout, and if longspan is merely installed inside somebody else's.
     """
     if _git(source, "ls-files", "--error-unmatch", "orchestrator/records/provenance.py") is None:
         return None
@@ -115,10 +117,10 @@ def git_commit(source: Path = SOURCE) -> str | None:
 
 
 def git_diff(source: Path = SOURCE) -> str:
-    """What tracked files of longspan's folder differ in from the commit, under a heading that says what is not in it.
+    """The changes of tracked files in longspan's folder since the commit, under a heading that says what is left out.
 
-    Untracked and ignored files are not in it, nor binary ones, nor files whose names speak of credentials, nor anything
-    of the environment; values that look like credentials are replaced, and what is over MOST_DIFF_BYTES is cut.
+    Left out: untracked, ignored and binary files, files named like credentials, and the environment. Values that look
+    like credentials are replaced, and the diff is cut at MOST_DIFF_BYTES.
     """
     left_out = [f":(exclude,glob,icase)**/{pattern}" for pattern in _SECRET_FILES]
     plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--relative")
@@ -132,15 +134,15 @@ def git_diff(source: Path = SOURCE) -> str:
     commit = git_commit(source) or "unknown"
     untracked = len((_git(source, "ls-files", "--others", "--exclude-standard") or "").splitlines())
     return (
-        f"# What longspan's tracked files differ in from commit {commit.removesuffix('-dirty')}.\n"
-        f"# Not in it: untracked files ({untracked} here) and ignored ones, binary files' content, files named like\n"
+        f"# Changes of longspan's tracked files since commit {commit.removesuffix('-dirty')}.\n"
+        f"# Left out: untracked files ({untracked} here) and ignored ones, binary files' content, files named like\n"
         f"# {' '.join(_SECRET_FILES)}, and values that look like credentials.\n"
         f"{cut}{diff}"
     )
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None where it says no, is not there, or does not come back."""
+    """Git's output, or None if it fails, is not installed, or takes longer than 20 s."""
     try:
         done = subprocess.run(
             ["git", *arguments],
@@ -152,11 +154,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def describe_machine(device: torch.device, workers: int, prices: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What an attempt runs on, for the record: the machine of worker 0, its devices, driver and packages.
+    """The machine of worker 0 with its devices, driver and packages, as fields of the journal's ``started``.
 
-    ``devices`` counts what the trial holds in all: GPUs, or threads of CPUs. ``usd_per_device_hour`` is the price of an
-    hour of one of them and ``price_source`` says where it comes from (``prices``, the user's own: see
-    :func:`clusters.prices.price_per_gpu_hour`); both are None where the price is not known.
+    ``devices`` counts all of the trial's GPUs, or threads of CPUs. ``usd_per_device_hour`` is the price of an hour of
+    one of them and ``price_source`` its source (``prices``: the user's own, see
+    :func:`clusters.prices.price_per_gpu_hour`); both are None if the price is not known.
     """
     import torch
 
@@ -199,10 +201,10 @@ def _price(described: dict[str, Any], prices: Mapping[str, float]) -> dict[str, 
 
 
 def own_prices(options: RunOptions) -> dict[str, float]:
-    """The prices that the user gave, as :func:`clusters.prices.price_per_gpu_hour` takes them.
+    """The user's own prices, for :func:`clusters.prices.price_per_gpu_hour`.
 
     Raises:
-        InputError: the file of prices cannot be read, or a price is none.
+        InputError: the file of prices cannot be read, or holds an invalid price.
     """
     try:
         given = read_prices(Path(options.prices).expanduser()) if options.prices else {}
@@ -212,23 +214,17 @@ def own_prices(options: RunOptions) -> dict[str, float]:
 
 
 def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver, such as 580.65.06: from the kernel where it tells, else from nvidia-smi."""
+    """The version of the NVIDIA driver, such as 580.65.06; None without one."""
+    import pynvml
+
     try:
-        return driver_version(Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        pass
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        pynvml.nvmlInit()
+        try:
+            return pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
         return None
-    return driver_version(done.stdout)
-
-
-def driver_version(text: str) -> str | None:
-    """The version in what the kernel's module or nvidia-smi says."""
-    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
-    return found[0] if found else None
 
 
 def hardware(device: torch.device, workers: int) -> str:
@@ -243,6 +239,7 @@ def hardware(device: torch.device, workers: int) -> str:
 
 @functools.cache
 def cpu_name() -> str:
+    """The CPU's model, such as AMD EPYC."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""A trial's journal in an object store, which cannot append: segments of some lines each, numbered from 1.
+"""A trial's journal in an object store, which cannot append: numbered segments of some lines each.
 
     trials/<fingerprint>/journal/00000001.jsonl, 00000002.jsonl, ...
 
-Each is created only if absent and never changed. Whoever creates the next number has added to the journal, so that the
-numbers are the order for any number of writers, without a clock, and a reader asks for the number after its last.
+Each is created only if absent and never changed. Creating the next number appends to the journal: the numbers order the
+lines of any number of writers, without a clock, and a reader asks for the number after its last.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from orchestrator.records.events import Event, Parsed, as_line, parse
 from orchestrator.records.journal import Read
-from orchestrator.records.object_store import ObjectStore, is_passing, patiently, reason
+from orchestrator.records.object_store import ObjectStore, is_transient, reason, retry
 
 # A follower asks for a trial's next segment at most this often.
 POLL_S = 2.0
 
 
 class SegmentedJournal:
-    """The journal whose segments lie under ``folder`` of ``store``; what was read once is kept in memory.
+    """The journal with its segments under ``folder`` of ``store``; what was read is kept in memory.
 
-    Its offsets count segments. Get it with ``at``: all readers of a process share one.
+    Offsets count segments. Get one with :meth:`at`: all readers of a process share it.
     """
 
     def __init__(self, store: ObjectStore, folder: str) -> None:
@@ -36,18 +36,19 @@ class SegmentedJournal:
     @classmethod
     @functools.cache
     def at(cls, store: ObjectStore, folder: str) -> SegmentedJournal:
+        """The journal in a folder, one a process."""
         return cls(store, folder)
 
     def append(self, event: Event) -> None:
-        """Adds a line and has it stored before returning; waits for a store that is away."""
+        """Adds a line, which is stored on return; waits for an unreachable store."""
         content = as_line(event).encode()
-        patiently(lambda: self.write(content))
+        retry(lambda: self.write(content))
 
     def write(self, content: bytes) -> None:
-        """Stores whole lines as the next segment. Raises at once where the store is away; may be called again then."""
+        """Stores whole lines as the next segment. An unreachable store raises at once; the call can be repeated."""
         with self._lock:
             self._catch_up()
-            # Another writer may come between. A segment with our very lines is ours: the answer was lost on its way.
+            # Another writer may be first. A segment with exactly our lines is ours: the store's answer was lost.
             while not self.store.create(self._next(), content):
                 number = len(self._segments)
                 self._catch_up()
@@ -56,22 +57,20 @@ class SegmentedJournal:
             self._segments.append(parse(content))
 
     def read(self, offset: int = 0) -> Read:
-        """(events of the segments after the first ``offset``, how many segments there are); waits for a store that is
-        away.
-        """
+        """The events of the segments after the first ``offset``; waits for an unreachable store."""
         with self._lock:
-            patiently(self._catch_up)
+            retry(self._catch_up)
             return self._after(offset)
 
     def poll(self, offset: int) -> Read:
-        """As ``read``, for those who follow: asks the store now and then, and gives what is known where it is away."""
+        """As ``read``, for followers: asks the store every 2 s, and returns what is known if it is unreachable."""
         due = self._asked_at is None or time.monotonic() - self._asked_at > POLL_S
         if due and self._lock.acquire(blocking=False):
             try:
                 self._catch_up()
                 self.store.trouble = None
             except Exception as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 self._asked_at = time.monotonic()
                 self.store.trouble = f"the storage does not answer ({reason(error)}); training goes on, trying again"
@@ -80,14 +79,15 @@ class SegmentedJournal:
         return self._after(offset)
 
     def exists(self) -> bool:
+        """Whether anything was ever written."""
         return self.read().offset > 0
 
     def save(self, file: Path) -> None:
-        """Writes the journal into one local file, as it lies where the storage is local."""
+        """Writes the journal into one local file, with the format of a local storage's."""
         with self._lock:
-            patiently(self._catch_up)
+            retry(self._catch_up)
             names = self.store.names(self.folder)
-            file.write_bytes(b"".join(patiently(lambda: self.store.read_many(names))))
+            file.write_bytes(b"".join(retry(lambda: self.store.read_many(names))))
 
     def _catch_up(self) -> None:
         if not self._segments:

@@ -1,10 +1,9 @@
-"""What the worker that trains a trial leaves behind: its journal, its checkpoints, its log.
+"""How the worker that trains a trial writes its journal, checkpoints and log.
 
-In a local storage they are where they belong as soon as they are written. To an object store they are sent by threads
-of their own, so that no step waits for it. Lines of the journal are sent at most 2 s after they were written, those
-that others decide by at once. A checkpoint is sent while training goes on: after all lines that came before it, since
-who goes on from it does not tell them again, and before its line "saved". While training goes on a store that is away
-is waited for without limit, afterwards for some minutes.
+In a local storage they are written in place. To an object store they are uploaded by separate threads, so that no step
+waits. Steps and evaluations are sent within 2 s, all other lines of the journal at once. A checkpoint is sent while
+training continues: after all lines before it, since a trial resumed from it does not repeat them, and before its line
+"saved". An unreachable store is waited for without limit during training, afterwards for five minutes.
 """
 
 from __future__ import annotations
@@ -15,28 +14,29 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.records.events import Eval, Event, Finished, Saved, Step, as_line
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease, LeaseLost
-from orchestrator.records.object_store import PATIENCE_S, ObjectStore, patiently
+from orchestrator.records.object_store import RETRY_LIMIT_S, ObjectStore, retry
 from orchestrator.records.segments import SegmentedJournal
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A process that dies loses at most so much of its journal's steps and evaluations; all other lines are sent at once.
+# A process that dies loses steps and evaluations of at most this time.
 FLUSH_S = 2.0
 CAN_WAIT = (Step, Eval)
 LOG_EVERY_S = 30.0
-# A damaged newest checkpoint has one before it to fall back to, whatever the folder on this machine holds.
+# If the newest is damaged, the one before it is used, whatever this machine keeps.
 LEAST_STORED = 2
 
 
 class LocalWriter:
-    """The journal of a trial in a local storage, for the holder of its lease. A context."""
+    """Writes the journal of a trial in a local storage, for the holder of its lease. A context."""
 
     def __init__(self, journal: Journal, lease: Lease) -> None:
         self.journal, self.lease = journal, lease
@@ -58,7 +58,7 @@ class LocalWriter:
 
 
 class Uploader:
-    """Journal, checkpoints and log of a trial, sent to an object store. A context: what it leaves behind is stored.
+    """Uploads journal, checkpoints and log of a trial. A context: on exit everything is stored.
 
     Args:
         folder: the trial's folder on this machine, which holds checkpoints/ and log.txt.
@@ -70,9 +70,9 @@ class Uploader:
         self.staging = folder / f".uploading-{os.getpid()}"
         self._changed = threading.Condition()
         self._lines: list[str] = []
-        self._told = self._stored = 0  # lines
-        self._in_a_hurry = False
-        self._next: tuple[Path, str, int] | None = None  # a checkpoint to be sent, its line, and lines before it
+        self._added = self._stored = 0  # lines
+        self._urgent = False
+        self._next: tuple[Path, str, int] | None = None  # a checkpoint to send, its line, and how many lines go first
         self._sending = False
         self._closed = False
         self._ended_at: float | None = None  # when training did
@@ -83,7 +83,7 @@ class Uploader:
         ]
 
     def __enter__(self) -> Uploader:
-        for leftover in self.folder.glob(".uploading-*"):  # of a process that died: we hold the lease
+        for leftover in self.folder.glob(".uploading-*"):  # of a dead process: we hold the lease
             shutil.rmtree(leftover, ignore_errors=True)
         self.staging.mkdir(parents=True)
         for thread in self._threads:
@@ -109,11 +109,11 @@ class Uploader:
             raise self._error
 
     def append(self, event: Event) -> None:
-        """Adds a line to the journal; "saved" has the checkpoint sent before its line is, "finished" waits for it.
+        """Adds a line to the journal. ``Saved`` sends the checkpoint before its line; ``Finished`` waits for that.
 
         Raises:
             LeaseLost: another process trains the trial now.
-            OSError: what was written before cannot be stored, now or later.
+            OSError: something written earlier cannot be stored.
         """
         if self.lease.lost:
             raise self.lease.lost
@@ -125,19 +125,19 @@ class Uploader:
             if self._error:
                 raise self._error
             if isinstance(event, Saved):
-                # Instead of one that is still waiting.
-                self._next, self._in_a_hurry = (self._stage(event.step), line, self._told), True
+                # It replaces one that is still waiting.
+                self._next, self._urgent = (self._stage(event.step), line, self._added), True
             else:
-                self._tell(line, hurry=not isinstance(event, CAN_WAIT))
+                self._add(line, urgent=not isinstance(event, CAN_WAIT))
             self._changed.notify_all()
 
-    def _tell(self, line: str, hurry: bool) -> None:
+    def _add(self, line: str, urgent: bool) -> None:
         self._lines.append(line)
-        self._told += 1
-        self._in_a_hurry |= hurry
+        self._added += 1
+        self._urgent |= urgent
 
     def _stage(self, step: int) -> Path:
-        """A checkpoint under names of our own, which stay when training removes it: links, no copies."""
+        """Hard links to a checkpoint's files, which stay when training removes it."""
         checkpoint = self.folder / "checkpoints" / f"step-{step:08d}"
         staged = self.staging / checkpoint.name
         shutil.rmtree(staged, ignore_errors=True)
@@ -148,7 +148,7 @@ class Uploader:
         try:
             loop()
         except BaseException as error:
-            logger.error("what was trained cannot be stored: %s", error)
+            logger.error("the upload failed: %s", error)
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
@@ -157,12 +157,12 @@ class Uploader:
         logged = time.monotonic()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._in_a_hurry or self._all_said(), timeout=FLUSH_S)
-                lines, self._lines, self._in_a_hurry = self._lines, [], False
-                last = self._all_said()
+                self._changed.wait_for(lambda: self._urgent or self._is_complete(), timeout=FLUSH_S)
+                lines, self._lines, self._urgent = self._lines, [], False
+                last = self._is_complete()
             if lines:
                 content = "".join(lines).encode()
-                self._send(lambda content=content: self.journal.write(content))
+                self._send(partial(self.journal.write, content))
                 with self._changed:
                     self._stored += len(lines)
                     self._changed.notify_all()
@@ -178,20 +178,23 @@ class Uploader:
                 self._changed.wait_for(lambda: self._next or self._closed)
                 if not self._next:
                     return
-                (staged, line, told), self._next, self._sending = self._next, None, True
-                self._changed.wait_for(lambda told=told: self._stored >= told or self._error)
+                (staged, line, first), self._next, self._sending = self._next, None, True
+                self._wait_for_lines(first)
                 if self._error:
                     return
             self.store.upload_folder(staged, f"{self.prefix}/checkpoints/{staged.name}", self._send)
             with self._changed:
-                self._tell(line, hurry=True)
+                self._add(line, urgent=True)
                 self._sending = False
                 self._changed.notify_all()
-            self._send(lambda newest=staged.name: self._remove_old(newest))
+            self._send(partial(self._remove_old, staged.name))
             shutil.rmtree(staged, ignore_errors=True)
 
+    def _wait_for_lines(self, number: int) -> None:
+        self._changed.wait_for(lambda: self._stored >= number or self._error)
+
     def _remove_old(self, newest: str) -> None:
-        """Of what is stored, keeps what is on this machine, and the newest two up to this one at any rate."""
+        """Removes stored checkpoints, but for those on this machine and the last two up to this one."""
         stored = stored_checkpoints(self.store, self.prefix)
         kept = {path.name for path in (self.folder / "checkpoints").glob("step-*")}
         kept |= set([name for name in stored if name <= newest][-LEAST_STORED:])
@@ -200,25 +203,25 @@ class Uploader:
                 self.store.remove_folder(f"{self.prefix}/checkpoints/{name}")
 
     def _send(self, call: Callable[[], T]) -> T:
-        """Makes a call to the store, as the holder of the lease, for as long as there is time."""
+        """Calls the store as the holder of the lease, with retries while training runs and five minutes after it."""
 
         def held() -> T:
             self.lease.check()
             return call()
 
         def give_up(waited: float) -> bool:
-            return self._ended_at is not None and time.monotonic() - self._ended_at > PATIENCE_S
+            return self._ended_at is not None and time.monotonic() - self._ended_at > RETRY_LIMIT_S
 
-        return patiently(held, give_up)
+        return retry(held, give_up)
 
     def _send_log(self) -> None:
         try:
             self.store.upload(self.folder / "log.txt", f"{self.prefix}/log.txt")
-        except Exception as error:  # it is sent again, and nothing depends on it
+        except Exception as error:  # nothing depends on it, and it is sent again
             logger.debug("the log was not sent: %s", error)
 
-    def _all_said(self) -> bool:
-        """Whether nothing can be added any more: checkpoints add their lines late."""
+    def _is_complete(self) -> bool:
+        """Whether no line can be added any more: a checkpoint's is added after its upload."""
         return self._closed and not self._threads[1].is_alive()
 
 

@@ -1,18 +1,17 @@
-"""The GPUs of this machine and their use, as nvidia-smi tells: without torch, in a tenth of a second."""
+"""The GPUs of this machine and how busy they are, from the NVIDIA driver (NVML): without torch, in milliseconds."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total")
-LIMIT_S = 5.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``busy``: percent of the last second or less in which a kernel ran; None where the GPU does not tell (MIG)."""
+    """``busy``: percent of the last second or less in which a kernel ran. None where the GPU does not report it (MIG)."""
 
     index: int
     name: str
@@ -27,27 +26,37 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """None where there is no driver, or it does not answer."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+    """The GPUs of this machine; empty without an NVIDIA driver, or if it does not answer."""
+    import pynvml
+
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=LIMIT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
         return []
-    found = []
-    for line in done.stdout.splitlines():
-        index, name, busy, used, total = (cell.strip() for cell in line.split(","))
-        found.append(Gpu(int(index), name, _number(busy), _gib(used), _gib(total)))
-    return found
+    try:
+        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
 
 
-def _number(cell: str) -> int | None:
-    """``[N/A]`` and the like stand for what a GPU does not tell."""
-    return int(cell) if cell.isdecimal() else None
+def _gpu(index: int) -> Gpu:
+    import pynvml
 
+    def unless_unknown(call: Callable[[], T]) -> T | None:
+        try:
+            return call()
+        except pynvml.NVMLError:
+            return None
 
-def _gib(mebibytes: str) -> float | None:
-    number = _number(mebibytes)
-    return None if number is None else number / 1024
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    use = unless_unknown(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))
+    memory = unless_unknown(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2))
+    return Gpu(
+        index,
+        pynvml.nvmlDeviceGetName(handle),
+        use.gpu if use else None,
+        memory.used / 2**30 if memory else None,
+        memory.total / 2**30 if memory else None,
+    )

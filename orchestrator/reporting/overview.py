@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.compare import effort
 from orchestrator.records import cancellation
-from orchestrator.records.heartbeat import command_of, is_alive
+from orchestrator.records.heartbeat import is_alive, read_command
 from orchestrator.records.leases import is_here
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -144,7 +144,7 @@ class Overview:
 
     def command(self, name: str) -> dict[str, Any] | None:
         if name not in self._commands:
-            self._commands[name] = command_of(self.storage, name)
+            self._commands[name] = read_command(self.storage, name)
         return self._commands[name]
 
     @cached_property
@@ -177,7 +177,7 @@ class Overview:
         if record.state in ("starting", "running"):
             holder = self.storage.trial(fingerprint).holder()
         if record.state in ("waiting", "starting", "running"):
-            cancelling = cancellation.requested(self.storage, f"trials/{fingerprint}") is not None
+            cancelling = cancellation.pending_request(self.storage, f"trials/{fingerprint}") is not None
         due = any(fingerprint in trials for trials in self.running.values())
         alive = holder is not None and not self._is_silent(record, holder)
         seen = progress(row, sweep, alive=alive, due=due, holder=holder if alive else None, cancelling=cancelling)

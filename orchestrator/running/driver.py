@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import shutil
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.process import gc_paused
 from orchestrator.ray_internals import (
     is_memory_monitor_kill,
     lean_trainer,
     no_process_group,
     release_placement_group,
 )
-from orchestrator.records.cancellation import cancelled_before_its_start
+from orchestrator.records.cancellation import cancel_before_start
 from orchestrator.records.events import Failed, FaultKind, Launched, Retry
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Remedy, find_remedy
 from orchestrator.running.job import TrialJob
@@ -47,7 +48,7 @@ def drive_trial(config: dict[str, Any]) -> None:
     folders = [storage.trial(trial.fingerprint) for trial in job.trials]
     remedied: list[FaultKind] = []
     # A list and no generator: each cancelled trial is to record it in its journal.
-    while not all([cancelled_before_its_start(storage, folder) for folder in folders]):
+    while not all([cancel_before_start(storage, folder) for folder in folders]):
         job = dataclasses.replace(job, attempt=uuid.uuid4().hex)
         _attempt(job, storage, folders)
         remedy = _remedy(job, folders, remedied)
@@ -155,11 +156,8 @@ def _run_worker(config: dict[str, Any]) -> None:
     """What each worker runs. The driver unpickles it too, so a worker's own imports are inside."""
     # These imports create 800,000 objects that stay. Collecting garbage among them, during the imports and at exit,
     # took 2 of 6 s.
-    gc.disable()
-    from orchestrator.running.worker import train_worker
-
-    gc.freeze()
-    gc.enable()
+    with gc_paused():
+        from orchestrator.running.worker import train_worker
     train_worker(TrialJob.from_config(config))
 
 

@@ -25,12 +25,13 @@ from ray.util import get_current_placement_group
 from orchestrator.planning.early_stopping import Rungs
 from orchestrator.ray_internals import preemption_announced
 from orchestrator.records import leases
-from orchestrator.records.cancellation import Cancellation, cancelled_before_its_start
+from orchestrator.records.cancellation import Cancellation, cancel_before_start
 from orchestrator.records.events import Cancelled, Event, Failed, Finished, Preempted, Started, make_event
 from orchestrator.records.leases import LeaseLost
-from orchestrator.records.object_store import StoreAway
+from orchestrator.records.object_store import StoreUnavailable
 from orchestrator.records.provenance import describe_machine
-from orchestrator.records.storage import Storage, TrialFolder
+from orchestrator.records.storage import Storage
+from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.records.writer import LocalWriter, Uploader
 from orchestrator.running.credentials import receive_token
@@ -78,7 +79,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             if rungs and record.state == "finished":
                 rungs.enter(trial, record)
             return
-        if _broadcast(is_first and cancelled_before_its_start(storage, folder), workers):
+        if _broadcast(is_first and cancel_before_start(storage, folder), workers):
             return
         observer = Observer()
         if lease:
@@ -90,7 +91,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             observer.record(_started(job, device, workers))
             finished = _run(trial, storage, job, device, workers, observer)
             observer.record_end(finished, job.attempt)
-        except (LeaseLost, StoreAway):
+        except (LeaseLost, StoreUnavailable):
             # Train starts this attempt again: it waits for the process that has the trial now, or for the storage.
             raise
         except Exception as error:

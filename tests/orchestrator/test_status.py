@@ -12,11 +12,10 @@ from orchestrator import cancel, status
 from orchestrator.planning.planner import plan_trials
 from orchestrator.records import cancellation, leases
 from orchestrator.records.events import make_event
-from orchestrator.records.heartbeat import Presence
+from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.leases import owner
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.disk_usage import disk_usage
-from orchestrator.reporting.gpus import gpus
 from orchestrator.reporting.overview import Overview
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
@@ -55,7 +54,7 @@ def listed(storage, sweep, trials):
 @contextlib.contextmanager
 def running(storage, sweep):
     """A command of this very process that says that it runs the sweep."""
-    with Presence(storage, sweep, lambda: {"doing": None, "concurrency": 2, "tokens_to_come": 0}):
+    with Heartbeat(storage, sweep, lambda: {"doing": None, "concurrency": 2, "tokens_to_come": 0}):
         yield
 
 
@@ -171,7 +170,7 @@ def test_what_is_left_is_as_planned_where_nothing_has_run(storage, trials):
 
 
 def test_a_sweep_that_prepares_says_what_it_is_at(storage):
-    with Presence(storage, "new", lambda: {"doing": "tokenising ./books"}):
+    with Heartbeat(storage, "new", lambda: {"doing": "tokenising ./books"}):
         sweep = Overview(storage).sweep("new")
         assert (sweep.state, sweep.doing) == ("preparing", "tokenising ./books")
     assert Overview(storage).sweep("new").state == "unfinished"
@@ -228,13 +227,13 @@ def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, tri
     assert overview.find(digits).label == "lora 1024" == overview.find("mine/lora 1024").label
     with running(storage, "mine"):
         cancel.main(digits, where)
-        assert cancellation.requested(storage, f"trials/{trials['lora'].fingerprint}")["by"]
+        assert cancellation.pending_request(storage, f"trials/{trials['lora'].fingerprint}")["by"]
         assert seen(storage, trials["lora"]).state == "cancelling"
-        assert cancellation.cancelled_before_its_start(storage, storage.trial(trials["lora"].fingerprint))
-        assert not cancellation.cancelled_before_its_start(storage, storage.trial(trials["full"].fingerprint))
+        assert cancellation.cancel_before_start(storage, storage.trial(trials["lora"].fingerprint))
+        assert not cancellation.cancel_before_start(storage, storage.trial(trials["full"].fingerprint))
         cancel.main("mine", where)
     assert seen(storage, trials["lora"]).state == "cancelled"
-    assert cancellation.requested(storage, f"trials/{trials['full'].fingerprint}")
+    assert cancellation.pending_request(storage, f"trials/{trials['full'].fingerprint}")
     # The same sweep goes on with it.
     (planned,) = plan_trials([trials["lora"]], storage, an_estimator())
     assert planned.action == "run" and planned.reason.startswith("cancelled before by ")
@@ -271,20 +270,6 @@ def test_disk_use_is_told_by_trial(storage, trials):
     assert (usage.trials[first.path.name].checkpoints, usage.trials[first.path.name].num_checkpoints) == (5000, 2)
     assert usage.trials[second.path.name].earlier == 700 and usage.data == {"abc": 5000}
     assert usage.total == sum(path.stat().st_size for path in storage.root.rglob("*") if path.is_file())
-
-
-def test_gpus_are_told_as_nvidia_smi_tells_them(tmp_path, monkeypatch):
-    """The driver's own command is not on this machine: this one prints what it prints."""
-    command = tmp_path / "nvidia-smi"
-    lines = "0, NVIDIA H200, 97, 103628, 143771\\n1, NVIDIA A100-SXM4-40GB MIG 1g.5gb, [N/A], [N/A], 4864\\n"
-    command.write_text(f"#!/bin/sh\ntest \"$2\" = --format=csv,noheader,nounits && printf '{lines}'\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert [str(gpu) for gpu in gpus()] == [
-        "0 NVIDIA H200: 97% busy, 101.2 of 140.4 GiB", "1 NVIDIA A100-SXM4-40GB MIG 1g.5gb: use unknown",
-    ]  # fmt: skip
-    command.write_text("#!/bin/sh\necho no driver >&2; exit 9\n")
-    assert gpus() == []
 
 
 def test_a_look_starts_no_ray_and_imports_nothing_heavy():

@@ -11,7 +11,8 @@ import pytest
 from orchestrator.compare import __main__ as command
 from orchestrator.compare.runs import find_run
 from orchestrator.records.events import Eval, Finished, Started, Step
-from orchestrator.records.storage import Storage, write_json
+from orchestrator.records.json_files import write_json
+from orchestrator.records.storage import Storage
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
 from tests.support.commands import ROOT

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.options import RunOptions
 from orchestrator.records import provenance
-from orchestrator.records.provenance import describe_machine, driver_version, git_commit, git_diff, own_prices
+from orchestrator.records.provenance import describe_machine, git_commit, git_diff, own_prices
 from workloads.errors import InputError
 
 
@@ -24,8 +24,8 @@ def git(folder, *arguments):
 def checkout(tmp_path) -> Path:
     """A git checkout that looks like longspan's, inside a larger one."""
     source = tmp_path / "house" / "longspan"
-    (source / "orchestrator").mkdir(parents=True)
-    (source / "orchestrator" / "provenance.py").write_text("line = 1\n")
+    (source / "orchestrator" / "records").mkdir(parents=True)
+    (source / "orchestrator" / "records" / "provenance.py").write_text("line = 1\n")
     (source / "clusters.yaml").write_text("key: FILL_IN\n")
     (source / ".env").write_text("A=1\n")
     (source / "my_token.txt").write_text("nothing\n")
@@ -42,26 +42,26 @@ def test_a_clean_checkout_has_a_commit_and_a_changed_one_says_so(checkout):
     (checkout.parent / "private.txt").write_text("changed")  # not longspan's
     (checkout / "untracked.py").write_text("x")
     assert git_commit(checkout) == commit
-    (checkout / "orchestrator" / "provenance.py").write_text("line = 2\n")
+    (checkout / "orchestrator" / "records" / "provenance.py").write_text("line = 2\n")
     assert git_commit(checkout) == f"{commit}-dirty"
 
 
 def test_an_installation_inside_somebody_elses_checkout_has_no_commit(checkout):
     installed = checkout.parent / "site-packages"
-    (installed / "orchestrator").mkdir(parents=True)
-    (installed / "orchestrator" / "provenance.py").write_text("line = 1\n")
+    (installed / "orchestrator" / "records").mkdir(parents=True)
+    (installed / "orchestrator" / "records" / "provenance.py").write_text("line = 1\n")
     assert git_commit(installed) is None
     assert git_commit(checkout.parent / "nowhere") is None
 
 
 def test_the_diff_is_of_tracked_files_and_applies(checkout):
-    (checkout / "orchestrator" / "provenance.py").write_text("line = 2\nmore = 3\n")
+    (checkout / "orchestrator" / "records" / "provenance.py").write_text("line = 2\nmore = 3\n")
     diff = git_diff(checkout)
     assert git(checkout, "rev-parse", "--short=12", "HEAD") + "." in diff.splitlines()[0]
     git(checkout, "checkout", "--", ".")
     (checkout / "kept.diff").write_text(diff)
     git(checkout, "apply", "--directory=longspan", "kept.diff")
-    assert (checkout / "orchestrator" / "provenance.py").read_text() == "line = 2\nmore = 3\n"
+    assert (checkout / "orchestrator" / "records" / "provenance.py").read_text() == "line = 2\nmore = 3\n"
 
 
 SECRETS = {
@@ -98,26 +98,10 @@ def test_ordinary_code_about_tokens_is_shown(checkout):
 
 def test_a_huge_diff_is_cut_and_says_so(checkout, monkeypatch):
     monkeypatch.setattr(provenance, "MOST_DIFF_BYTES", 10_000)
-    (checkout / "orchestrator" / "provenance.py").write_text("ä" * 50_000)
+    (checkout / "orchestrator" / "records" / "provenance.py").write_text("ä" * 50_000)
     diff = git_diff(checkout)
     assert len(diff.encode()) < 11_000
     assert "bytes more are left out" in diff
-
-
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        (
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 2025\nGCC version: 12.2.0",
-            "570.86.15",
-        ),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
-        ("535.104\n", "535.104"),
-        ("NVIDIA-SMI has failed", None),
-    ],
-)
-def test_the_drivers_version_is_read_from_what_the_kernel_or_nvidia_smi_says(text, version):
-    assert driver_version(text) == version
 
 
 def test_the_machine_without_gpus_is_described_in_threads_of_cpus():

@@ -18,7 +18,7 @@ from orchestrator.records import object_store
 from orchestrator.records.events import Cancelled, Eval, Finished, Saved, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.leases import LeaseLost, owner
-from orchestrator.records.object_store import ObjectStore, StoreAway, patiently
+from orchestrator.records.object_store import ObjectStore, StoreUnavailable, retry
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -67,7 +67,7 @@ def test_no_bucket_nobody_there_and_a_password_are_each_told(s3, monkeypatch):
     with pytest.raises(InputError, match="credentials do not belong into a location") as refused:
         Storage.open("s3://key:planted@bucket/runs")
     assert "planted" not in str(refused.value)
-    monkeypatch.setattr(object_store, "FIRST_PATIENCE_S", 0.5)
+    monkeypatch.setattr(object_store, "FIRST_RETRY_LIMIT_S", 0.5)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"has not answered for .* Check the network, and the address"):
         Storage.open("s3://nobody/runs")
@@ -97,12 +97,12 @@ def test_only_what_can_pass_is_tried_again(monkeypatch):
 
     for final in (PermissionError("denied"), FileNotFoundError("gone"), OSError(errno.EINVAL, "bad"), KeyError("x")):
         with pytest.raises(type(final)):
-            patiently(lambda final=final: fails(final))
+            retry(lambda final=final: fails(final))
     assert len(tried) == 4
     answers = [ConnectionRefusedError(), OSError(errno.EIO, "500"), OSError(errno.EBUSY, "slow down"), TimeoutError()]
-    assert patiently(lambda: fails(answers.pop()) if answers else "there") == "there"
-    with pytest.raises(StoreAway, match="ConnectionRefusedError"):
-        patiently(lambda: fails(ConnectionRefusedError()), give_up=lambda waited: len(tried) > 10)
+    assert retry(lambda: fails(answers.pop()) if answers else "there") == "there"
+    with pytest.raises(StoreUnavailable, match="ConnectionRefusedError"):
+        retry(lambda: fails(ConnectionRefusedError()), give_up=lambda waited: len(tried) > 10)
 
 
 def test_writers_of_one_journal_lose_nothing_and_a_follower_sees_each_line_once(bucket, monkeypatch):
