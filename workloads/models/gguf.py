@@ -2,7 +2,7 @@
 
 The file is converted once, to a folder that transformers loads like any other: reading and unpacking it takes about
 twenty seconds for 100 MB, loading the folder one. The folder is
-``$XDG_CACHE_HOME/longspan/models/<SHA-256 of the file>`` (``~/.cache`` without that variable), with the file's tokenizer.
+``$XDG_CACHE_HOME/longspan/models/<SHA-256 of the file>`` (``~/.cache`` without it), with the file's tokenizer.
 """
 
 from __future__ import annotations
