@@ -1,8 +1,8 @@
 """What the report is made from: a comparison of trials, as plain data.
 
-The orchestrator computes it from the trials' journals and stores it as JSON; this room only draws it. The classes below
-are the contract, and `check` holds a comparison to it: every key is required, except that one whose type allows None
-may be left out and is then None.
+The orchestrator computes it from the trials' journals and stores it as JSON; this package only draws it. The classes
+below are the contract, and `check` enforces it: every key is required, except that one whose type allows None may be
+left out and is then None. Labels come with it; in an older comparison without them, `check` sets them to raw names.
 """
 
 from types import UnionType
@@ -20,7 +20,7 @@ class Point(TypedDict):
 
 
 class Reference(TypedDict):
-    """A model that was not trained at all, scored by the same rule."""
+    """An untuned model, scored by the same rule."""
 
     label: str
     perplexity: float
@@ -32,7 +32,7 @@ class OriginalLength(TypedDict):
     """Perplexity at the length the model was pretrained for: what the longer context cost there."""
 
     context_length: int
-    before: float | None  # of the unchanged model, where the sweep has it among its references
+    before: float | None  # of the unchanged model, if it is one of the sweep's references
     after: float
 
 
@@ -42,11 +42,11 @@ class Gap(TypedDict):
     percent: float
     low: float | None
     high: float | None
-    as_good_from_step: int | None  # from which on it stays within the comparison's `as_good` of full fine-tuning
+    as_good_from_step: int | None  # from which it stays within the comparison's `as_good` of full fine-tuning
 
 
 class GapPoint(TypedDict):
-    """Perplexity above the baseline's after some training, in percent; over seeds and documents, paired."""
+    """Perplexity above the baseline's after some training, in percent, paired over seeds and documents."""
 
     step: int
     tokens: int
@@ -56,11 +56,11 @@ class GapPoint(TypedDict):
 
 
 class Gaps(TypedDict):
-    """One method's best setting against another's, at every evaluation that both have but step 0."""
+    """One method's best setting against another's, at every evaluation that both have except step 0."""
 
     method: str
     baseline: str
-    seeds: list[int]  # that both finished and are paired; empty where they share none
+    seeds: list[int]  # that both finished, paired; empty if they share none
     points: list[GapPoint]
 
 
@@ -81,12 +81,13 @@ class Reached(TypedDict):
 
 
 class Setting(TypedDict):
-    """Finished trials that differ in nothing but their seed, taken together."""
+    """Finished trials that differ only in their seed, taken together."""
 
     method: str
+    name: str | None  # what the report calls it: the method's label and what tells it from others of the method
     learning_rate: float
     fingerprint: str  # of its first trial
-    chosen: bool  # the best of its method: the one that stands for it
+    chosen: bool  # the best of its method, which represents it
     seeds: list[int]
     final: Point
     hours: float | None  # of training steps, in the context's unit; the mean over seeds
@@ -97,7 +98,11 @@ class Setting(TypedDict):
 
 
 class Trial(TypedDict):
+    """A trial, in any state."""
+
     method: str
+    name: str | None  # as of a setting
+    label: str | None  # what commands call it, such as lora+ 2048
     fingerprint: str
     # stopped: early, by the sweep itself; cancelled: by a person
     state: Literal["finished", "unfinished", "failed", "stopped", "cancelled"]
@@ -129,19 +134,23 @@ class Context(TypedDict):
     settings: list[Setting]
     gaps: list[Gaps]
     target: Target | None
-    hours_unit: str | None  # GPU hours, CPU hours; None where the trials' hours cannot be compared
+    hours_unit: str | None  # GPU hours, CPU hours; None if the trials' hours cannot be compared
     winner: str | None
     sentences: list[str]
 
 
 class Model(TypedDict):
+    """The base model."""
+
     name: str
     original_context_length: int
-    parameters: int | None  # None where no model was ever loaded
+    parameters: int | None  # None if no model was ever loaded
     identity: str
 
 
 class Data(TypedDict):
+    """The corpus, and what of it was scored."""
+
     name: str
     identity: str
     validation_documents: int
@@ -149,6 +158,8 @@ class Data(TypedDict):
 
 
 class Comparison(TypedDict):
+    """All of it."""
+
     sweep: str
     created: str
     longspan_version: str
@@ -158,17 +169,19 @@ class Comparison(TypedDict):
     model: Model
     data: Data
     attention: str
-    shared_settings: dict[str, str] | None  # in words, by name: what all trials were trained with
+    shared_settings: dict[str, str] | None  # by label: what all trials were trained with
+    method_labels: dict[str, str] | None
+    method_descriptions: dict[str, str] | None
     seeds: list[int]
     confidence: float
-    as_good: float  # the share above full fine-tuning's perplexity that counts as as good
+    as_good: float  # the share above full fine-tuning's perplexity that counts as equally good
     learning_rates_chosen: str
     hardware: str
     driver: str | None
-    price: str | None  # of a device's hour: where it comes from
+    price: str | None  # source of the price of a device's hour
     packages: dict[str, str]
     git_commit: str | None
-    git_diff: str | None  # the file that holds what the code differs in from the commit
+    git_diff: str | None  # file with the code's differences from the commit
     wall_seconds: float | None
     peak_memory_gib: float | None
     storage: str
@@ -176,28 +189,41 @@ class Comparison(TypedDict):
     contexts: list[Context]
 
 
-def check(value: Any, kind: Any = Comparison, where: str = "comparison") -> Any:
-    """Returns `value` with absent optional keys set to None.
+def check(value: Any) -> Any:
+    """The comparison with absent optional keys set to None, and absent labels to raw names.
 
-    Raises ValueError that names the place, such as `comparison.contexts[0].trials[2].final`, what is wrong, and
-    what was expected there.
+    Raises:
+        ValueError: names the place, such as `comparison.contexts[0].trials[2].final`, the problem, and what was expected.
     """
+    comparison = _check(value, Comparison, "comparison")
+    methods = {trial["method"]: None for context in comparison["contexts"] for trial in context["trials"]}
+    comparison["method_labels"] = {name: name for name in methods} | (comparison["method_labels"] or {})
+    comparison["method_descriptions"] = comparison["method_descriptions"] or {}
+    for context in comparison["contexts"]:
+        for trial in context["trials"]:
+            trial["name"] = trial["name"] or trial["label"] or trial["method"]
+        for setting in context["settings"]:
+            setting["name"] = setting["name"] or f"{setting['method']} lr {setting['learning_rate']:g}"
+    return comparison
+
+
+def _check(value: Any, kind: Any, where: str) -> Any:
     if isinstance(kind, UnionType):
         (kind,) = (option for option in get_args(kind) if option is not type(None))
-        return None if value is None else check(value, kind, where)
+        return None if value is None else _check(value, kind, where)
     if is_typeddict(kind):
         _expect(isinstance(value, dict), where, value, "an object")
         kinds = get_type_hints(kind)
         missing = [key for key in kinds if key not in value and not isinstance(kinds[key], UnionType)]
         if missing:
             raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
-        return {key: check(value.get(key), kinds[key], f"{where}.{key}") for key in kinds}
+        return {key: _check(value.get(key), kinds[key], f"{where}.{key}") for key in kinds}
     if get_origin(kind) is list:
         _expect(isinstance(value, list), where, value, "a list")
-        return [check(item, get_args(kind)[0], f"{where}[{index}]") for index, item in enumerate(value)]
+        return [_check(item, get_args(kind)[0], f"{where}[{index}]") for index, item in enumerate(value)]
     if get_origin(kind) is dict:
         _expect(isinstance(value, dict), where, value, "an object")
-        return {key: check(item, get_args(kind)[1], f"{where}[{key!r}]") for key, item in value.items()}
+        return {key: _check(item, get_args(kind)[1], f"{where}[{key!r}]") for key, item in value.items()}
     if get_origin(kind) is Literal:
         _expect(value in get_args(kind), where, value, f"one of {', '.join(get_args(kind))}")
         return value

@@ -1,6 +1,6 @@
-"""The parts that figures are drawn from: style, panels, scales, and labels that stand beside their lines.
+"""The parts of figures: style, panels, scales, and labels beside their lines.
 
-Lengths are in points. matplotlib is imported where it is used: it takes a second that a command line should not wait.
+Lengths are in points. matplotlib is imported where it is used, since importing it takes a second.
 """
 
 import math
@@ -8,11 +8,13 @@ import textwrap
 from contextlib import AbstractContextManager
 from typing import Any
 
-from dashboards import wording
+from dashboards import numbers
 
+# (x of the line's end or None for the right edge, y, text, colour)
+LineLabel = tuple[float | None, float, str, str]
 INK, MUTED, LINE = "#1b1f24", "#5c6670", "#dde2e7"
 LINE_HEIGHT = 11.3
-# Of what stands above a panel, in points: its size, and how wide a character of it is on average.
+# The notes above a panel: font size and mean width of a character, in points.
 NOTE_SIZE, NOTE_CHARACTER = 8.6, 5.0
 
 
@@ -51,6 +53,7 @@ def style() -> AbstractContextManager:
 
 
 def new_figure(width: float, height: float) -> Any:
+    """An empty figure, without a window system."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     return Figure(figsize=(width / 72, height / 72))
@@ -66,10 +69,10 @@ def panel(
     left: float,
     right: float,
 ) -> Any:
-    """Axes under a heading: the context length, what is measured, and what lies above the chart.
+    """Axes under a heading: the context length, the measure, and what is off the chart.
 
-    Two lines are kept for the latter wherever `above` is a list, so that panels side by side align. `limits` are those
-    of what is measured, where a wide range is drawn on a log scale; None where it never is.
+    Two lines are reserved for the latter if `above` is a list, so that panels side by side align. `limits` are the range
+    of the measure, which decides between a linear and a log scale; None is always linear.
     """
     dpi = figure.get_figure(root=True).dpi
     width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72
@@ -85,9 +88,9 @@ def panel(
 
 
 def limits(points: list[dict], references: list[dict], reach: float) -> tuple[float, float]:
-    """The range that shows every point with its interval, and each reference up to a factor of `reach` above.
+    """The range of every point with its interval, and of references up to a factor of `reach` above the points.
 
-    Below, where a reference is what tuning has to beat, it is shown up to a factor of 4.
+    References below, which tuning has to beat, are shown down to a factor of 4.
     """
     values = [point[key] for point in points or references for key in ("perplexity", "low", "high")]
     values = [value for value in values if value is not None and 0 < value < math.inf] or [1, 10]
@@ -98,7 +101,7 @@ def limits(points: list[dict], references: list[dict], reach: float) -> tuple[fl
 
 
 def scale(axes: Any, axis: str, low: float, high: float) -> None:
-    """Sets an axis' range, with a grid and ticks at plain numbers such as 2, 3, 5, 10; the other has none."""
+    """Set an axis' range, with a grid and ticks at round numbers such as 2, 3, 5, 10; the other axis has none."""
     axes.set(**{f"{axis}scale": "log" if _logarithmic(low, high) else "linear", f"{axis}lim": (low, high)})
     axes.grid(visible=True, axis=axis)
     if axis == "x":
@@ -109,7 +112,7 @@ def scale(axes: Any, axis: str, low: float, high: float) -> None:
         line.set_ticks([], minor=True)
     else:
         axes.locator_params(axis=axis, nbins=5)
-    line.set_major_formatter(lambda value, _: wording.short_count(round(value, 6)))
+    line.set_major_formatter(lambda value, _: numbers.short_count(round(value, 6)))
 
 
 def _logarithmic(low: float, high: float) -> bool:
@@ -133,15 +136,15 @@ def _plain_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def label_ends(axes: Any, labels: list[tuple[float | None, float, str, str]]) -> None:
-    """Names lines in the right margin: (x of the line's end or None for the edge, y, text, colour).
+def label_ends(axes: Any, labels: list[LineLabel]) -> None:
+    """Label lines in the right margin.
 
     Labels that would touch are pushed apart; a thin line leads to each.
     """
     height = axes.bbox.height / axes.figure.get_figure(root=True).dpi * 72
     to_axes, edge = axes.transScale + axes.transLimits, axes.get_xlim()[1]
     heights = {label: to_axes.transform((edge, label[1]))[1] * height for label in labels}
-    labels = sorted(labels, key=heights.get)
+    labels = sorted(labels, key=lambda label: heights[label])
     texts = [textwrap.fill(text, 24) for _, _, text, _ in labels]
     sizes = [LINE_HEIGHT * (1 + text.count("\n")) for text in texts]
     places = spread([heights[label] for label in labels], sizes, height)
@@ -155,7 +158,7 @@ def label_ends(axes: Any, labels: list[tuple[float | None, float, str, str]]) ->
 
 
 def spread(wanted: list[float], sizes: list[float], height: float, passes: int = 200) -> list[float]:
-    """Places near the wanted ones (ascending) where labels of these sizes do not overlap, within 0 to `height`."""
+    """Places near the wanted ones (ascending) at which labels of these sizes do not overlap, within 0 to `height`."""
     places = list(wanted)
     for _ in range(passes):
         for at in range(len(places) - 1):

@@ -1,7 +1,7 @@
-"""The report's pictures: perplexity while training, and where it ended.
+"""The report's figures: perplexity during training and at the end, gaps, and cost.
 
-One small panel for each context length. The page embeds every panel as an SVG of its own, so that panels wrap on a
-narrow screen and follow its colours; the PNG files put the panels of a figure side by side. Both come from one drawing.
+One small panel for each context length. The page embeds each panel as a separate SVG, so that panels wrap on a narrow
+screen and follow its colours; the PNG files put the panels of a figure side by side. Both come from one drawing.
 """
 
 import io
@@ -9,17 +9,18 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from dashboards import drawing, wording
+from dashboards import drawing, numbers
 from dashboards.drawing import INK, LINE, MUTED
 
 WIDTH = 310  # of a panel, in points
 
 # Colour on a light page, on a dark one, and marker. Each colour reads as text (contrast 4.5 or more), and the three
-# methods stay apart with protanopia, deuteranopia and tritanopia (least CIE76 distance 22 on light, 17 on dark).
+# methods are distinguishable with protanopia, deuteranopia and tritanopia (least CIE76 distance 22 on light, 17 on dark).
 METHODS = {
     "full": ("#1a4a8a", "#6aa5f0", "o"),
     "lora+": ("#c24a1c", "#ff8f57", "s"),
@@ -33,9 +34,9 @@ OTHERS = [
 ]
 
 
-# As many curves have a label and a band each; of more, only those of each method's best setting.
+# Up to this many curves, each has a label and a band; beyond it, only each method's best setting has.
 MOST_LABELLED = 6
-# On a log axis a descent of up to this factor is shown whole.
+# On a log axis a descent of up to this factor is shown in full.
 TALLEST = 12
 
 
@@ -50,8 +51,8 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
     """Perplexity against `step` or `tokens` at one context length, on a figure or subfigure."""
     looks = styles(comparison)
     lines = [
-        (name, trial, points)
-        for name, trial in zip(wording.trial_names(context["trials"]), context["trials"])
+        (trial["name"], trial, points)
+        for trial in context["trials"]
         if (points := [point for point in trial["curve"] if math.isfinite(point["perplexity"])])
     ]
     shown = [point for _, _, points in lines for point in _after_the_fall(points)]
@@ -65,7 +66,7 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
     ]
     axes = drawing.panel(figure, context, "perplexity", (bottom, top), above=beyond, left=28, right=116)
     drawing.scale(axes, "y", bottom, top)
-    labels = []
+    labels: list[drawing.LineLabel] = []
     for reference in context["references"]:
         if bottom <= reference["perplexity"] <= top:
             axes.axhline(reference["perplexity"], color=MUTED, linewidth=0.8, dashes=(4, 3))
@@ -73,8 +74,13 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
     crowded = len(lines) > MOST_LABELLED
     if crowded:
         labels += [
-            (None, one["final"]["perplexity"], f"{name} {wording.perplexity(one['final']['perplexity'], 1)}", colour)
-            for name, one in zip(wording.trial_names(context["settings"]), context["settings"])
+            (
+                None,
+                one["final"]["perplexity"],
+                f"{one['name']} {numbers.perplexity(one['final']['perplexity'], 1)}",
+                colour,
+            )
+            for one in context["settings"]
             if one["chosen"] and bottom <= one["final"]["perplexity"] <= top
             for colour in looks[one["method"]][:1]
         ]
@@ -91,23 +97,23 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
         axes.plot(where, values, color=colour, linewidth=1.4, marker=marker, markersize=3.4, markeredgewidth=0)
         state = "" if trial["state"] == "finished" else f", {trial['state']}"
         if not crowded:
-            labels.append((where[-1], values[-1], f"{name} {wording.perplexity(values[-1], 1)}{state}", colour))
+            labels.append((where[-1], values[-1], f"{name} {numbers.perplexity(values[-1], 1)}{state}", colour))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.xaxis.set_major_formatter(lambda value, _: wording.short_count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: numbers.short_count(value))
     axes.set_xlabel({"step": "optimiser steps", "tokens": "tokens trained on"}[against])
     drawing.label_ends(axes, labels)
 
 
 def finals(figure: Any, comparison: dict, context: dict) -> None:
-    """Where each method ended at one context length, with its interval, above the untuned references."""
+    """Final perplexity of each trial at one context length, with its interval, above the untuned references."""
     looks = styles(comparison)
     ends = [trial["final"] for each in comparison["contexts"] for trial in each["trials"] if trial["final"]]
     references = [reference for each in comparison["contexts"] for reference in each["references"]]
     left, right = drawing.limits(ends, references, reach=1.6)
     rows = [
-        (name, trial["final"], looks[trial["method"]][0], looks[trial["method"]][2], trial["state"])
-        for name, trial in zip(wording.trial_names(context["trials"]), context["trials"])
+        (trial["name"], trial["final"], looks[trial["method"]][0], looks[trial["method"]][2], trial["state"])
+        for trial in context["trials"]
     ]
     rows += [(reference["label"], reference, MUTED, "d", "") for reference in context["references"]]
     axes = drawing.panel(figure, context, "final perplexity", (left, right), left=132, right=62)
@@ -116,7 +122,7 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
     for row, (name, end, colour, marker, state) in enumerate(rows):
         beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "color": colour}
         axes.annotate(name, (0, row), (-8, 0), ha="right", **beside)
-        axes.annotate(wording.perplexity(end["perplexity"], 1) if end else state, (1, row), (8, 0), **beside)
+        axes.annotate(numbers.perplexity(end["perplexity"], 1) if end else state, (1, row), (8, 0), **beside)
         if not end:
             continue
         low, high = (end["perplexity"] if end[bound] is None else end[bound] for bound in ("low", "high"))
@@ -129,8 +135,8 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
 
 
 def gaps(figure: Any, comparison: dict, context: dict) -> None:
-    """How far each method is above the baseline at each evaluation: full fine-tuning's line where there is one."""
-    looks = styles(comparison)
+    """Each method's gap to the baseline at each evaluation; the baseline is full fine-tuning if it was trained."""
+    looks, called = styles(comparison), comparison["method_labels"]
     baseline = context["gaps"][0]["baseline"]
     lines = [one for one in context["gaps"] if one["baseline"] == baseline]
     shown = [point for line in lines for point in _after_the_fall(line["points"], "percent")]
@@ -139,18 +145,18 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
     margin = 0.06 * (max(ends) - min(ends))
     bottom, top = min(ends) - margin, max(ends) + margin
     hidden = [point["percent"] for line in lines for point in line["points"] if point["percent"] > top]
-    above = [f"{wording.percent(max(hidden))} early on"] if hidden else []
+    above: list[str] | None = [f"{numbers.percent(max(hidden))} early on"] if hidden else []
     if not any(_fell(one["points"], "percent") for each in comparison["contexts"] for one in each["gaps"]):
         above = None
-    measure = f"perplexity above {wording.method(baseline)}, in percent"
+    measure = f"perplexity above {called[baseline]}, in percent"
     axes = drawing.panel(figure, context, measure, None, above=above, left=28, right=116)
     axes.set_ylim(bottom, top)
     axes.grid(visible=True, axis="y")
     axes.locator_params(axis="y", nbins=5)
-    # The heading says that they are percent.
-    axes.yaxis.set_major_formatter(lambda v, _: wording.percent(v).removesuffix("%").removesuffix(".0") if v else "0")
+    # The heading has the unit.
+    axes.yaxis.set_major_formatter(lambda v, _: numbers.percent(v).removesuffix("%").removesuffix(".0") if v else "0")
     axes.axhline(0, color=looks[baseline][0], linewidth=1.4)
-    labels = [(None, 0.0, wording.method(baseline), looks[baseline][0])]
+    labels: list[drawing.LineLabel] = [(None, 0.0, called[baseline], looks[baseline][0])]
     if baseline == "full":
         within = 100 * comparison["as_good"]
         axes.axhline(within, color=MUTED, linewidth=0.8, dashes=(4, 3))
@@ -166,12 +172,10 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
         )
         axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(where, values, color=colour, linewidth=1.4, marker=marker, markersize=3.4, markeredgewidth=0)
-        labels.append(
-            (where[-1], values[-1], f"{wording.method(line['method'])} {wording.percent(values[-1])}", colour)
-        )
+        labels.append((where[-1], values[-1], f"{called[line['method']]} {numbers.percent(values[-1])}", colour))
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.xaxis.set_major_formatter(lambda value, _: wording.short_count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: numbers.short_count(value))
     axes.set_xlabel("optimiser steps")
     drawing.label_ends(axes, labels)
 
@@ -186,9 +190,9 @@ def pareto(figure: Any, comparison: dict, context: dict) -> None:
     most = max(one["hours"] for one in settings)
     axes.set_xlim(0, 1.12 * most if most else 1)
     axes.locator_params(axis="x", nbins=5)
-    axes.xaxis.set_major_formatter(lambda value, _: wording.short_count(float(f"{value:.6g}")))
+    axes.xaxis.set_major_formatter(lambda value, _: numbers.short_count(float(f"{value:.6g}")))
     axes.set_xlabel(f"{context['hours_unit']} of training steps")
-    labels = []
+    labels: list[drawing.LineLabel] = []
     for reference in context["references"]:
         if bottom <= reference["perplexity"] <= top:
             axes.axhline(reference["perplexity"], color=MUTED, linewidth=0.8, dashes=(4, 3))
@@ -200,7 +204,7 @@ def pareto(figure: Any, comparison: dict, context: dict) -> None:
             corners += [(hours, before), (hours, perplexity)]
         corners.append((axes.get_xlim()[1], front[-1][1]))
         axes.plot(*zip(*corners), color=MUTED, linewidth=0.8, alpha=0.7, zorder=1)
-    for name, one in zip(wording.trial_names(settings), settings):
+    for one in settings:
         own, _, marker = looks[one["method"]]
         colour = MUTED if one["dominated"] else own
         x, y, low, high = one["hours"], one["final"]["perplexity"], one["final"]["low"], one["final"]["high"]
@@ -208,34 +212,36 @@ def pareto(figure: Any, comparison: dict, context: dict) -> None:
         if low is not None and high is not None:
             axes.plot([x, x], [low, high], color=colour, linewidth=3, alpha=0.3 * faint)
         axes.plot([x], [y], marker, color=colour, markersize=5.5, markeredgewidth=0, alpha=faint)
-        labels.append((x, y, f"{name} {wording.perplexity(y, 1)}", colour))
+        labels.append((x, y, f"{one['name']} {numbers.perplexity(y, 1)}", colour))
     drawing.label_ends(axes, labels)
 
 
 @dataclass(frozen=True)
 class Kind:
+    """A figure: its title, and how a panel of it is drawn."""
+
     title: str
     draw: Callable[[Any, dict, dict], None]
     height: Callable[[dict], float]  # of a panel, in points
-    has: Callable[[dict], bool] = lambda context: True  # whether a context has what it draws
+    has: Callable[[dict], bool] = lambda context: True  # whether a context has data for it
 
 
 FIGURES = {
     "final_perplexity": Kind(
-        "Where each method ends",
+        "Final perplexity of each method",
         finals,
         lambda comparison: 86 + 18 * max(len(one["trials"]) + len(one["references"]) for one in comparison["contexts"]),
     ),
-    "perplexity_by_step": Kind("Perplexity by optimiser step", lambda *to: curves(*to, "step"), lambda _: 262),
+    "perplexity_by_step": Kind("Perplexity by optimiser step", partial(curves, against="step"), lambda _: 262),
     "gap_by_step": Kind(
-        "Gap between the methods by optimiser step",
+        "Gap between methods by optimiser step",
         gaps,
         lambda _: 262,
         lambda context: any(math.isfinite(p["percent"]) for one in context["gaps"][:1] for p in one["points"]),
     ),
-    "perplexity_by_tokens": Kind("Perplexity by tokens trained on", lambda *to: curves(*to, "tokens"), lambda _: 262),
+    "perplexity_by_tokens": Kind("Perplexity by tokens trained on", partial(curves, against="tokens"), lambda _: 262),
     "perplexity_by_hours": Kind(
-        "What it is worth: perplexity by hours",
+        "Quality against cost",
         pareto,
         lambda _: 240,
         lambda context: bool(context["hours_unit"] and context["settings"]),
@@ -244,12 +250,12 @@ FIGURES = {
 
 
 def of(comparison: dict) -> dict[str, Kind]:
-    """The figures for which some context has what they draw."""
+    """The figures for which some context has data."""
     return {name: kind for name, kind in FIGURES.items() if any(map(kind.has, comparison["contexts"]))}
 
 
 def svg_panels(comparison: dict, name: str) -> list[tuple[dict, str]]:
-    """(context, inline SVG element) for each that has what is drawn; its colours are the page's CSS variables."""
+    """(context, inline SVG element) for each context with data; its colours are the page's CSS variables."""
     kind = FIGURES[name]
     inks = {INK: "ink", MUTED: "muted", LINE: "line"}
     inks |= {look[0]: f"method-{index}" for index, look in enumerate(styles(comparison).values())}
@@ -270,7 +276,7 @@ def svg_panels(comparison: dict, name: str) -> list[tuple[dict, str]]:
 
 
 def write_png(comparison: dict, name: str, path: Path) -> Path:
-    """The panels of one figure, three a row, under its title."""
+    """Write the panels of one figure, three a row, under its title; returns the path."""
     kind = FIGURES[name]
     contexts = list(filter(kind.has, comparison["contexts"]))
     columns = max(1, min(3, len(contexts)))
@@ -289,7 +295,7 @@ def write_png(comparison: dict, name: str, path: Path) -> Path:
 
 
 def _after_the_fall(points: list[dict], measure: str = "perplexity") -> list[dict]:
-    """Without the first point where it is very far above the last and would flatten every difference."""
+    """Without the first point if it is so far above the last that it would flatten every difference."""
     return points[1:] if _fell(points, measure) else points
 
 
@@ -298,9 +304,9 @@ def _fell(points: list[dict], measure: str) -> bool:
 
 
 def _labelled(reference: dict) -> str:
-    return f"{reference['label']} {wording.perplexity(reference['perplexity'], 1)}"
+    return f"{reference['label']} {numbers.perplexity(reference['perplexity'], 1)}"
 
 
 def _span(values: list[float]) -> str:
-    low, high = (wording.perplexity(value, 1) for value in (min(values), max(values)))
+    low, high = (numbers.perplexity(value, 1) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"

@@ -1,7 +1,7 @@
 """A comparison as one page and its pictures: `python -m dashboards.report COMPARISON.json [--out FOLDER]`.
 
 The page is one self-contained file: it opens from disk, offline, in light and dark, on a phone and on paper. The answer
-comes first, in words; then figures, tables, and how it was all measured.
+comes first, in sentences; then figures, tables, and how it was measured.
 """
 
 import argparse
@@ -9,14 +9,15 @@ import json
 import sys
 from pathlib import Path
 
-from dashboards import figures, wording
+from dashboards import figures, numbers
 from dashboards.comparison import check
 
 
 def render(comparison: dict, folder: Path) -> list[Path]:
-    """Writes report.html and the PNG figures into `folder`, and returns their paths.
+    """Write report.html and the PNG figures into `folder`, and return their paths.
 
-    Raises ValueError where `comparison` is not of the shape that dashboards.comparison describes.
+    Raises:
+        ValueError: `comparison` does not have the shape that dashboards.comparison describes.
     """
     comparison = check(comparison)
     if not comparison["contexts"]:
@@ -39,8 +40,9 @@ def html(comparison: dict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = ("count", "dollars", "duration", "gibibytes", "hours", "method", "moment", "percent", "perplexity", "small")
-    environment.filters |= {name: getattr(wording, name) for name in words}
+    filters = ("count", "dollars", "duration", "gibibytes", "hours", "moment", "percent", "perplexity", "small")
+    environment.filters |= {name: getattr(numbers, name) for name in filters}
+    environment.filters["method"] = lambda name: comparison["method_labels"].get(name, name)
     trials = [(context, trial) for context in comparison["contexts"] for trial in context["trials"]]
     looks = figures.styles(comparison)
     return environment.get_template("report.html").render(
@@ -50,9 +52,7 @@ def html(comparison: dict) -> str:
         },
         colours=list(looks.values()),
         colour_of={name: f"var(--method-{index})" for index, name in enumerate(looks)},
-        interval=lambda point: wording.interval(point["low"], point["high"]),
-        names=wording.trial_names,
-        explained={name: wording.EXPLAINED[name] for name in looks if name in wording.EXPLAINED},
+        interval=lambda point: numbers.interval(point["low"], point["high"]),
         troubled=[(context, trial) for context, trial in trials if trial["state"] not in ("finished", "stopped")],
         stopped=[(context, trial) for context, trial in trials if trial["state"] == "stopped"],
         trials=trials,
@@ -60,6 +60,7 @@ def html(comparison: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m dashboards.report", description="Draw a sweep's comparison.")
     parser.add_argument("comparison", type=Path, help="the comparison.json that a sweep wrote")
     parser.add_argument("--out", type=Path, help="where to write (default: the comparison's folder)")

@@ -1,34 +1,45 @@
-"""A trial's settings in words, for those who read of it: model cards and reports."""
+"""Labels and descriptions of a trial's settings, for model cards and reports."""
 
 from __future__ import annotations
 
 from workloads.attention.patterns import PATTERNS
-from workloads.config import TrainingConfig
+from workloads.config import TrainingConfig, labels
 
-METHODS = {
-    "untuned": "nothing is trained; only the positions are changed",
+METHOD_LABELS: dict[str, str] = {
+    "untuned": "untuned",
     "lora": "LoRA",
-    "lora+norm": "LoRA with trained norms",
-    "lora+embed": "LoRA with trained embeddings",
-    "lora+": "LoRA with trained embeddings and norms (LongLoRA's improved LoRA)",
+    "lora+norm": "LoRA+norm",
+    "lora+embed": "LoRA+embed",
+    "lora+": "LoRA+",
     "full": "full fine-tuning",
+}
+METHODS: dict[str, str] = {
+    "untuned": "nothing is trained; only the positions are changed",
+    "lora": "low-rank updates are trained",
+    "lora+norm": "low-rank updates and norms are trained",
+    "lora+embed": "low-rank updates and embeddings are trained",
+    "lora+": "low-rank updates, embeddings and norms are trained (the LongLoRA paper's improved LoRA, not the "
+    "optimiser of that name)",
+    "full": "the weights themselves are trained",
 }
 QUANTIZATION = {
     "nf4": "quantised to 4 bits (nf4)",
-    "fp8": "in FP8 (e4m3, a scale for each row), as was what they multiplied, but for the last layer's, and for "
-    "attention's in the forward pass; not in what is exported",
+    "fp8": "in FP8 (e4m3, a scale for each row), like their inputs, except in the last layer and, for attention's, in "
+    "the forward pass; the export is not in FP8",
 }
 SCHEDULES = {
     "constant": "then constant",
     "cosine": "then to zero along half a cosine",
-    "linear": "then to zero along a line",
+    "linear": "then to zero linearly",
 }
+
+LABELS = labels(TrainingConfig)
 
 
 def settings(training: TrainingConfig) -> dict[str, str]:
-    """What was trained and how, by what it is called; a setting at which there is nothing to see is left out.
+    """What was trained and how, by label; settings that had no effect are left out.
 
-    Not the method and the positions, which their readers name beside the model.
+    Neither the method nor the positions are included: readers name them beside the model.
     """
     rows = {}
     if training.task == "sft":
@@ -37,7 +48,7 @@ def settings(training: TrainingConfig) -> dict[str, str]:
         rows["Prompt"] = (
             "of rows with instruction and output: [INST]{instruction}[/INST]{output}; of messages: the chat template"
         )
-        rows["Examples longer than the context"] = f"{long} in training, not scored"
+        rows[LABELS["long_examples"].text] = f"{long} in training, not scored"
     if training.steps:
         rows |= _of_training(training)
     rows["Precision"] = training.precision
@@ -48,25 +59,25 @@ def _of_training(training: TrainingConfig) -> dict[str, str]:
     groups = f", in groups of {training.group_size:,} tokens" if training.group_size else ""
     inside = ", inside documents" if training.document_mask else ""
     rows = {
-        "Context length in training": f"{training.context_length:,} tokens",
-        "Attention in training": f"{PATTERNS[training.attention].label}{groups}{inside}",
+        LABELS["context_length"].text: f"{training.context_length:,} tokens",
+        LABELS["attention"].text: f"{PATTERNS[training.attention].label}{groups}{inside}",
     }
     if training.method.startswith("lora"):
         targets = ", ".join(training.lora_targets) if training.lora_targets else "the attention projections"
         rows["LoRA"] = f"rank {training.lora_rank}, alpha {training.lora_alpha:g}, on {targets}"
     if training.train_layers != "all":
-        rows["Layers that train"] = training.train_layers
+        rows[LABELS["train_layers"].text] = training.train_layers
     if training.quantization != "none":
-        rows["Frozen weights in training"] = QUANTIZATION[training.quantization]
+        rows[LABELS["quantization"].text] = QUANTIZATION[training.quantization]
     rows |= {
         "Steps": f"{training.steps:,}",
         "Batch": f"{training.batch} sequence{'s' if training.batch > 1 else ''}",
-        "Learning rate": f"{training.learning_rate:g} after {training.warmup_steps} steps of warm-up, "
+        LABELS["learning_rate"].text: f"{training.learning_rate:g} after {training.warmup_steps} steps of warm-up, "
         f"{SCHEDULES[training.schedule]}",
     }
-    for what in ("embeddings", "norms"):
-        if rate := getattr(training, f"learning_rate_{what}"):
-            rows[f"Learning rate of {what}"] = f"{rate:g}"
+    for field in ("learning_rate_embeddings", "learning_rate_norms"):
+        if rate := getattr(training, field):
+            rows[LABELS[field].text] = f"{rate:g}"
     decay = f"weight decay {training.weight_decay:g}" if training.weight_decay else "no weight decay"
     clipped = f"gradients clipped to a norm of {training.max_grad_norm:g}" if training.max_grad_norm else "no clipping"
     rows["Optimiser"] = f"AdamW, betas {training.beta1:g} and {training.beta2:g}, {decay}, {clipped}"
@@ -83,7 +94,7 @@ def _of_evaluation(training: TrainingConfig) -> dict[str, str]:
 
 
 def shared_settings(trainings: list[TrainingConfig]) -> dict[str, str]:
-    """The settings in which no two trials differ; what only some have (LoRA's rank) is shared if these agree."""
+    """The settings in which no two trials differ; one that only some have (LoRA's rank) is shared if these agree."""
     texts: dict[str, set[str]] = {}
     for training in trainings:
         for name, text in settings(training).items():

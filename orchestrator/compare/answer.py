@@ -1,4 +1,4 @@
-"""A sweep's trials compared: a setting is what was trained whatever its seed, a method's best setting stands for it.
+"""A sweep's trials compared: a setting is all trials that differ only in their seed, a method is its best setting.
 
 Only finished trials compete. Settings are compared over their seeds and the scored documents, at every evaluation they
 have in common, by the bootstrap of :mod:`workloads.evaluation.bootstrap`: documents, and seeds where there are several,
@@ -16,16 +16,16 @@ from typing import Any
 from orchestrator.compare import effort, words
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
-from workloads.config import TrainingConfig
+from workloads.config import Method, TrainingConfig
 from workloads.evaluation.bootstrap import DocumentScores, Interval, gap_interval, perplexity_interval
 
-# "Within 1% of full fine-tuning" is what the comparison calls as good as it, unless it is told otherwise.
+# By default "as good as full fine-tuning" means within 1% of its perplexity.
 AS_GOOD = 0.01
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trial with what its journal says."""
+    """A trial with its journal's record."""
 
     trial: TrialSpec
     record: TrialRecord
@@ -33,31 +33,41 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
+        """Whether it may compete."""
         return self.record.state == "finished"
 
     @property
     def context_length(self) -> int:
+        """The trained length, at which trials are compared."""
         return self.trial.training.context_length
 
     def scores(self, step: int | None = None) -> DocumentScores | None:
-        """What it scored at its trained length at a step, by default the last."""
+        """Its scores at its trained length at a step, by default the last; None if it was not evaluated there."""
         return self.record.scores(self.context_length, step)
+
+    def evaluated(self, step: int | None = None) -> DocumentScores:
+        """Its scores at a step at which it was evaluated."""
+        scores = self.scores(step)
+        if scores is None:
+            raise ValueError(f"{self.trial.label} has no evaluation at step {step}")
+        return scores
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Finished trials that differ in nothing but their seed."""
+    """Finished trials that differ only in their seed."""
 
     training: TrainingConfig
     by_seed: dict[int, Outcome]
 
     @property
-    def method(self) -> str:
+    def method(self) -> Method:
+        """What trains."""
         return self.training.method
 
     @property
     def name(self) -> str:
-        return words.METHOD_NAMES[self.method]
+        return words.METHOD_LABELS[self.method]
 
     def steps(self) -> list[int]:
         """The steps at which every seed was evaluated."""
@@ -65,16 +75,17 @@ class Setting:
         return sorted(set.intersection(*each))
 
     def scores(self, step: int | None = None, seeds: Iterable[int] | None = None) -> DocumentScores:
+        """The scores of some seeds together, by default all of them, at a step, by default the last."""
         chosen = self.by_seed if seeds is None else seeds
-        return DocumentScores.over_seeds({seed: self.by_seed[seed].scores(step) for seed in chosen})
+        return DocumentScores.over_seeds({seed: self.by_seed[seed].evaluated(step) for seed in chosen})
 
     def tokens(self, step: int) -> int:
-        """Trained on by then; the mean over seeds where that differs."""
+        """Tokens trained on by a step; the mean if seeds differ."""
         at = [o.record.evals[o.context_length, step].tokens for o in self.by_seed.values()]
         return round(sum(at) / len(at))
 
     def curve(self) -> list[effort.Evaluation]:
-        """Perplexity over the seeds by what it took, at every evaluation that all have."""
+        """Perplexity over the seeds and its cost, at every evaluation that all of them have."""
         hours = [effort.hours_by_step(o.record) for o in self.by_seed.values()]
         dollars = [effort.dollars_by_step(o.record) for o in self.by_seed.values()]
         return [
@@ -95,13 +106,13 @@ def compare(
     as_good: float = AS_GOOD,
     target_perplexity: float | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry a context length, shortest first; see ``dashboards.comparison.Context``.
+    """One entry a context length, shortest first: see ``dashboards.comparison.Context``.
 
     Args:
-        outcomes: the trials of a sweep, whatever became of them.
+        outcomes: the trials of a sweep, in any state.
         original_length: the context length that the model was pretrained for.
-        as_good: how far above full fine-tuning's perplexity is as good, as a share of it.
-        target_perplexity: whose cost is compared; by default what full fine-tuning ends with.
+        as_good: how far above full fine-tuning's perplexity counts as equally good, as a share of it.
+        target_perplexity: the perplexity whose cost is compared; by default the final perplexity of full fine-tuning.
     """
     by_length = defaultdict(list)
     for outcome in outcomes:
@@ -131,10 +142,10 @@ def _compare_length(
     context = {
         "context_length": length,
         "references": [
-            {"label": words.REFERENCE_NAMES[positions], **_as_perplexity(perplexity_interval(reference))}
+            {"label": words.REFERENCE_LABELS[positions], **_as_perplexity(perplexity_interval(reference))}
             for positions, reference in references.items()
         ],
-        "trials": [_describe(o, full, best, original_length, before, as_good, unit) for o in trained],
+        "trials": _named([_describe(o, full, best, original_length, before, as_good, unit) for o in trained]),
         "settings": described,
         "gaps": _gaps(best, ["full", *(m for m in ranked if m != "full")] if full else ranked),
         "target": target,
@@ -146,7 +157,7 @@ def _compare_length(
 
 
 def _settings(trained: list[Outcome]) -> list[Setting]:
-    """Of what is finished, in the order of the trials."""
+    """Of finished trials, in their order."""
     groups: dict[TrainingConfig, dict[int, Outcome]] = defaultdict(dict)
     for outcome in trained:
         if outcome.finished:
@@ -156,7 +167,7 @@ def _settings(trained: list[Outcome]) -> list[Setting]:
 
 
 def _best_of_each_method(settings: list[Setting]) -> dict[str, Setting]:
-    """By final perplexity: of several learning rates (or whatever else was tried) the one that ends lowest."""
+    """Each method's setting with the lowest final perplexity."""
     best: dict[str, Setting] = {}
     for setting in settings:
         known = best.get(setting.method)
@@ -172,10 +183,10 @@ def _seeds_in_common(settings: Iterable[Setting]) -> list[int]:
 
 def _target(full: Setting | None, given: float | None) -> dict[str, Any] | None:
     if given is not None:
-        return {"perplexity": given, "source": "as asked for"}
+        return {"perplexity": given, "source": "as requested"}
     if full is None:
         return None
-    return {"perplexity": full.scores().perplexity, "source": "what full fine-tuning ends with"}
+    return {"perplexity": full.scores().perplexity, "source": "the final perplexity of full fine-tuning"}
 
 
 def _describe_settings(
@@ -186,7 +197,7 @@ def _describe_settings(
     unit: str | None,
     as_good: float,
 ) -> list[dict[str, Any]]:
-    described = []
+    described: list[dict[str, Any]] = []
     for setting in settings:
         curve = setting.curve()
         last = curve[-1]
@@ -219,11 +230,16 @@ def _describe_settings(
         points = [(one["hours"], one["final"]["perplexity"]) for one in described]
         for one, dominated in zip(described, effort.dominated(points)):
             one["dominated"] = dominated
-    return described
+    return _named(described)
+
+
+def _named(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the name that the report shows."""
+    return [{**one, "name": name} for one, name in zip(described, words.distinct_names(described))]
 
 
 def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
-    """Every method against each before it in ``order``, at every evaluation of both; at step 0 they are one model."""
+    """Every method against each before it in ``order``, at every evaluation of both but step 0, where they are equal."""
     gaps = []
     for place, baseline in enumerate(order):
         for method in order[place + 1 :]:
@@ -238,22 +254,24 @@ def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
 
 
 def _references(outcomes: list[Outcome], trained: list[Outcome]) -> dict[str, DocumentScores]:
-    """Scores of the untuned models by their positions. Step 0 of a tuned trial is the untuned model it starts from,
-    unless that is quantised, and stands in where the untuned trial failed.
+    """Scores of the untuned models by their positions.
+
+    Step 0 of a tuned trial is the untuned model it starts from, unless that is quantised, and replaces an untuned trial
+    that failed.
     """
     found = {}
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.finished:
-            found[outcome.trial.training.positions] = outcome.scores()
+            found[outcome.trial.training.positions] = outcome.evaluated()
     for outcome in trained:
         training = outcome.trial.training
         if training.quantization == "none" and training.positions not in found and (scores := outcome.scores(step=0)):
             found[training.positions] = scores
-    return {positions: found[positions] for positions in words.REFERENCE_NAMES if positions in found}
+    return {positions: found[positions] for positions in words.REFERENCE_LABELS if positions in found}
 
 
 def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None:
-    """The perplexity of the unchanged model at its original length, if the sweep has it among its references."""
+    """The perplexity of the unchanged model at its original length, if it is one of the sweep's references."""
     for outcome in outcomes:
         if outcome.trial.training.method == "untuned" and outcome.trial.training.positions == "none":
             for event in outcome.record.curve(original_length):
@@ -312,18 +330,17 @@ def _describe(
 
 def _gap(outcome: Outcome, full: Outcome, as_good: float) -> dict[str, Any]:
     """Against full fine-tuning with the same seed."""
-    pair = [Setting(o.trial.training, {o.trial.training.seed: o}) for o in (outcome, full)]
+    ours, theirs = (Setting(o.trial.training, {o.trial.training.seed: o}) for o in (outcome, full))
     return {
-        **_as_percent(gap_interval(outcome.scores(), full.scores())),
-        "as_good_from_step": _as_good_from(*pair, as_good),
+        **_as_percent(gap_interval(outcome.evaluated(), full.evaluated())),
+        "as_good_from_step": _as_good_from(ours, theirs, as_good),
     }
 
 
 def _as_good_from(setting: Setting, full: Setting, as_good: float) -> int | None:
-    """The first step from which on the perplexity stays within the share of full fine-tuning's at the same steps, or
-    None; over the seeds that both have.
+    """The first step from which the perplexity stays within the share of full fine-tuning's at the same steps, or None.
 
-    Step 0 does not count: there both are the same untuned model.
+    Over the seeds that both have. Step 0 does not count: there both are the same untuned model.
     """
     seeds = _seeds_in_common([setting, full]) or None
     reached = None

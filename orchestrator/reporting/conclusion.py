@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.compare import Outcome, compare, summarise
+from orchestrator.compare import Outcome, compare, method_labels, summarise
 from orchestrator.planning.planner import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
@@ -138,7 +138,7 @@ class Conclusion:
             "sweep": sweep.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
-            "question": "Which way to adapt wins at each context length, and how near do the others come?",
+            "question": "Which method is best at each context length, and how close are the others?",
             "sentences": summarise(contexts, list(spec.seeds)) + self._compare_with_plan(),
             "rule": ANSWERS_RULE if spec.task == "sft" else RULE,
             "model": {
@@ -156,6 +156,7 @@ class Conclusion:
             },
             "attention": self._describe_attention(),
             "shared_settings": self._describe_settings(),
+            **method_labels(contexts),
             "seeds": list(spec.seeds),
             "confidence": CONFIDENCE,
             "as_good": as_good,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import shutil
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.process import gc_paused
 from orchestrator.ray_internals import (
     is_memory_monitor_kill,
     lean_trainer,
@@ -156,11 +156,8 @@ def _run_worker(config: dict[str, Any]) -> None:
     """What each worker runs. The driver unpickles it too, so a worker's own imports are inside."""
     # These imports create 800,000 objects that stay. Collecting garbage among them, during the imports and at exit,
     # took 2 of 6 s.
-    gc.disable()
-    from orchestrator.running.worker import train_worker
-
-    gc.freeze()
-    gc.enable()
+    with gc_paused():
+        from orchestrator.running.worker import train_worker
     train_worker(TrialJob.from_config(config))
 
 

@@ -73,7 +73,8 @@ def test_writes_a_page_and_its_pictures(written: list[Path]) -> None:
 def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) -> None:
     example = comparison()
     places = [
-        reader.text.index(text) for text in (example["question"], *example["sentences"], "Where each method ends")
+        reader.text.index(text)
+        for text in (example["question"], *example["sentences"], "Final perplexity of each method")
     ]
     assert places == sorted(places)
     for context in example["contexts"]:
@@ -86,7 +87,7 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
     [
         "2.865 2.768 to 2.966",  # LoRA+ at 1,024 tokens, with its interval
         "+4.1% +3.2% to +5.0%",  # its gap to full fine-tuning
-        "not within these steps",
+        "not reached",
         "+0.6% −0.2% to +1.4%",
         "from step 30",
         "2.213 → 2.302 at 512 tokens",
@@ -108,10 +109,10 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "run20485",
         "LoRA rank 8, alpha 16, on the attention projections",
         "20 81,920",  # an evaluation: step and tokens
-        "LoRA+ above Full Step Tokens Gap Interval 5 20,480",
-        "What it takes Setting CPU hours Cost Tokens to 2.749 CPU hours to 2.749 Worth its hours",
-        "LoRA+ 0.0197 $0.04 129,024 0.0148 yes",
-        "LoRA 0.0181 $0.04 not reached not reached yes",
+        "LoRA+ above Full fine-tuning Step Tokens Gap Interval 5 20,480",
+        "Cost Setting CPU hours USD Tokens to 2.749 CPU hours to 2.749 Dominated",
+        "LoRA+ 0.0197 $0.04 129,024 0.0148 no",
+        "LoRA 0.0181 $0.04 not reached not reached no",
         "Learning rates each method's by its final perplexity from a small grid",
         "Price given by the user",
     ],
@@ -123,7 +124,7 @@ def test_the_page_holds(reader: Reader, text: str) -> None:
 def test_what_did_not_finish_says_why_and_where_its_log_is(reader: Reader) -> None:
     assert "2 of 9 trials did not finish" in reader.text
     assert (
-        "Full at 4,096 tokens failed out of memory: 14.2 GiB asked for, 11.0 GiB free <at step 12> "
+        "Full fine-tuning at 4,096 tokens failed out of memory: 14.2 GiB asked for, 11.0 GiB free <at step 12> "
         "runs/trials/full-4096/log.txt" in reader.text
     )
     assert "LoRA+ at 4,096 tokens unfinished interrupted at step 25 of 40" in reader.text
@@ -193,9 +194,10 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     name = "<script>alert('$x$ & \"y\"')</script>"
     hostile["model"]["name"] = hostile["question"] = hostile["data"]["name"] = name
     for context in hostile["contexts"]:
-        context["trials"][0] |= {"method": name, "state": "failed", "reason": name, "log": name}
+        context["trials"][0] |= {"method": name, "name": name, "state": "failed", "reason": name, "log": name}
         for each in (context["settings"][0], *context["gaps"][:1]):
             each["method"] = name
+            each |= {"name": name} if "name" in each else {}
         context["references"][0]["label"] = name
     reader = Reader(report.render(hostile, tmp_path)[0].read_text(encoding="utf-8"))
     assert "script" not in reader.tags
@@ -212,15 +214,12 @@ def test_a_method_unknown_to_the_report_gets_a_colour_of_its_own() -> None:
     assert len(set(looks.values())) == len(looks) == 5
 
 
-def test_several_trials_of_one_method_are_told_apart() -> None:
-    several = comparison()
-    trials = several["contexts"][0]["trials"]
-    trials.append(copy.deepcopy(trials[0]) | {"learning_rate": 3e-5})
-    text = read(several).text
-    assert "LoRA lr 0.003" in text and "LoRA lr 3e-5" in text
-    trials += [copy.deepcopy(trial) | {"seed": 1, "chosen": False} for trial in (trials[0], trials[-1])]
-    text = read(several).text
-    for name in ("LoRA lr 0.003 seed 0", "LoRA lr 3e-5 seed 1"):
+def test_a_comparison_from_before_labels_is_shown_with_raw_names(tmp_path: Path) -> None:
+    """As a sweep of commit b1875aa wrote it."""
+    stored = Path(__file__).parents[1] / "data" / "b1875aa" / "sweeps" / "convergence" / "comparison.json"
+    old = json.loads(stored.read_text())
+    text = Reader(report.render(old, tmp_path)[0].read_text(encoding="utf-8")).text
+    for name in ("lora+ 1024 trains", "lora+ above full", "lora+ lr 0.003"):
         assert name in text
 
 
@@ -241,9 +240,12 @@ def test_a_trial_that_was_stopped_early_is_no_trouble_and_says_at_which_step() -
 def test_of_many_curves_only_each_methods_best_setting_is_labelled() -> None:
     many = comparison()
     context = many["contexts"][0]
+    context["settings"][0]["name"] = "LoRA lr 0.003"
     for rate in (1e-5, 3e-5, 1e-4, 3e-4):
-        context["trials"].append(copy.deepcopy(context["trials"][0]) | {"learning_rate": rate, "chosen": False})
-        context["settings"].append(copy.deepcopy(context["settings"][0]) | {"learning_rate": rate, "chosen": False})
+        context["trials"].append(copy.deepcopy(context["trials"][0]) | {"name": f"LoRA lr {rate:g}", "chosen": False})
+        context["settings"].append(
+            copy.deepcopy(context["settings"][0]) | {"name": f"LoRA lr {rate:g}", "chosen": False}
+        )
     panel = figures.svg_panels(many, "perplexity_by_step")[0][1]
     labels = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", panel)]
     assert [label for label in labels if label.startswith("LoRA lr")] == ["LoRA lr 0.003 3.08"]

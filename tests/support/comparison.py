@@ -15,6 +15,7 @@ METHODS = {
     "full": (2.748, 4.5, 0.001, 3_492_096),
 }
 
+LABELS = {"lora": "LoRA", "lora+": "LoRA+", "full": "Full fine-tuning"}
 HOURS = {"lora": 0.0181, "lora+": 0.0197, "full": 0.0214}
 
 
@@ -22,7 +23,9 @@ def setting(trial: dict[str, Any]) -> dict[str, Any]:
     """A finished trial, as a setting with this one seed."""
     slow = trial["method"] == "lora"
     return {
-        **{name: trial[name] for name in ("method", "learning_rate", "fingerprint", "final", "hours", "chosen")},
+        **{
+            name: trial[name] for name in ("method", "name", "learning_rate", "fingerprint", "final", "hours", "chosen")
+        },
         "seeds": [0],
         "usd": 0.043,
         "dominated": False,
@@ -57,6 +60,8 @@ def trial(method: str, context_length: int, steps: int = 40) -> dict[str, Any]:
     gap = 100 * (final / METHODS["full"][0] - 1)
     return {
         "method": method,
+        "name": LABELS[method],
+        "label": f"{method} {context_length}",
         "fingerprint": f"{len(method)}a{context_length}c3d4e5f6"[:12],
         "state": "finished",
         "reason": None,
@@ -98,7 +103,10 @@ def comparison() -> dict[str, Any]:
                 "trials": (trials := [trial(method, context_length) for method in METHODS]),
                 "settings": [setting(one) for one in trials],
                 "gaps": [gaps(one, trials[2]) for one in trials[:2]],
-                "target": {"perplexity": trials[2]["final"]["perplexity"], "source": "what full fine-tuning ends with"},
+                "target": {
+                    "perplexity": trials[2]["final"]["perplexity"],
+                    "source": "the final perplexity of full fine-tuning",
+                },
                 "hours_unit": "CPU hours",
                 "winner": "full",
                 "sentences": [
@@ -170,6 +178,8 @@ def comparison() -> dict[str, Any]:
         },
         "attention": "s2, group size 1/4 of the context",
         "shared_settings": {"LoRA": "rank 8, alpha 16, on the attention projections", "Layers that train": "last 4"},
+        "method_labels": dict(LABELS),
+        "method_descriptions": {"lora": "low-rank updates are trained"},
         "seeds": [0],
         "confidence": 0.95,
         "as_good": 0.01,

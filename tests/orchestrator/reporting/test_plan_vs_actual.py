@@ -1,4 +1,4 @@
-"""What a sweep was said to take beside what it took, from journals as they are written."""
+"""What a sweep was planned to take, compared with what it took, from journals as they are written."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.estimate import Estimator
 from orchestrator.planning.planner import plan_trials, sum_up
-from orchestrator.records.events import Failed, Finished, Launched, Started, Step
+from orchestrator.records.events import Failed, Finished, Launched, Preempted, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import compare_with_plan
 from orchestrator.spec import SweepSpec
@@ -25,12 +25,17 @@ def write(journal, launched, started, ended, end="finished", speeds=(), peak=Non
         measured = {"tokens_per_second": speed, "peak_memory_gib": peak}
         journal.append(Step(time=started + number, **a_step(number) | measured))
     if ended:
-        journal.append(Finished(time=ended) if end == "finished" else Failed(time=ended, reason="because"))
+        ends = {
+            "finished": Finished(time=ended),
+            "failed": Failed(time=ended, reason="because"),
+            "preempted": Preempted(time=ended, attempt="first"),
+        }
+        journal.append(ends[end])
 
 
 @pytest.fixture
-def sweep(tmp_path):
-    """Lays out a sweep's plan; then, from journals, what came of it."""
+def plan_a_sweep(tmp_path):
+    """Plans a sweep; then compares the plan with its journals."""
     shape = ModelShape.of(ModelSource.parse("builtin:tiny").config())
     spec = SweepSpec(
         model="builtin:tiny", data="builtin:stdlib", context_lengths=(1024,), methods=("lora", "full"),
@@ -39,7 +44,7 @@ def sweep(tmp_path):
     storage = Storage.open(str(tmp_path / "runs"))
     trials = {t.label: t for t in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")}
 
-    class Laid:
+    class PlannedSweep:
         def __init__(self, cluster=None, price=None):
             self.journals = {label: storage.add_trial(trial).journal for label, trial in trials.items()}
             self.cluster = cluster or Cluster((Node(cpus=2, memory=2**35),))
@@ -49,23 +54,23 @@ def sweep(tmp_path):
             self.total = sum_up(self.planned, [], self.cluster, options)
 
         def both(self):
-            laid = compare_with_plan(self.planned, self.total, storage, self.cluster, BEGAN, self.price)
-            return laid, {trial["label"]: trial for trial in laid["trials"]}
+            both = compare_with_plan(self.planned, self.total, storage, self.cluster, BEGAN, self.price)
+            return both, {trial["label"]: trial for trial in both["trials"]}
 
-    return Laid
+    return PlannedSweep
 
 
-def test_each_trials_seconds_and_speed_stand_beside_the_plans(sweep):
-    laid = sweep()
-    estimates = {p.trial.label: p.estimate for p in laid.planned}
-    # What an earlier run of the sweep told is not of this one: there, full failed.
-    write(laid.journals["full 1024"], 100, 110, 200, "failed", speeds=(1.0,), peak=9.0)
-    write(laid.journals["untuned none 1024"], 1_010, 1_020, 1_030)
-    write(laid.journals["untuned linear 1024"], 1_010.5, 1_031, 1_038)  # in the same driver, after the other
-    write(laid.journals["lora 1024"], 1_012, 1_022, 1_072, speeds=(100.0, 300.0, 310.0), peak=0.5)
-    write(laid.journals["full 1024"], 1_040, 1_050, 1_060, "preempted", speeds=(50.0,), peak=0.5)
-    write(laid.journals["full 1024"], 1_070, 1_080, 1_130, speeds=(220.0, 210.0), peak=0.6)
-    both, trials = laid.both()
+def test_each_trials_seconds_and_speed_stand_beside_the_plans(plan_a_sweep):
+    sweep = plan_a_sweep()
+    estimates = {p.trial.label: p.estimate for p in sweep.planned}
+    # Events of an earlier run of the sweep do not count: full failed there.
+    write(sweep.journals["full 1024"], 100, 110, 200, "failed", speeds=(1.0,), peak=9.0)
+    write(sweep.journals["untuned none 1024"], 1_010, 1_020, 1_030)
+    write(sweep.journals["untuned linear 1024"], 1_010.5, 1_031, 1_038)  # in the same driver, after the other
+    write(sweep.journals["lora 1024"], 1_012, 1_022, 1_072, speeds=(100.0, 300.0, 310.0), peak=0.5)
+    write(sweep.journals["full 1024"], 1_040, 1_050, 1_060, "preempted", speeds=(50.0,), peak=0.5)
+    write(sweep.journals["full 1024"], 1_070, 1_080, 1_130, speeds=(220.0, 210.0), peak=0.6)
+    both, trials = sweep.both()
     truths = {label: trial["seconds"]["truth"] for label, trial in trials.items()}
     assert truths == {
         "untuned none 1024": 20, "untuned linear 1024": 8, "lora 1024": 60, "full 1024": 90,
@@ -82,19 +87,19 @@ def test_each_trials_seconds_and_speed_stand_beside_the_plans(sweep):
     assert both["summary"].endswith("; it took 2m00s and 0.05.")
 
 
-def test_memory_is_compared_on_gpus_and_money_where_a_price_is_known(sweep):
+def test_memory_is_compared_on_gpus_and_money_where_a_price_is_known(plan_a_sweep):
     gpu = Node(cpus=8, gpus=1, memory=2**37, gpu="NVIDIA L4", gpu_memory=22 * 2**30)
-    laid = sweep(Cluster((gpu,)), price=1.5)
-    laid.total = sum_up(laid.planned, [], laid.cluster, RunOptions())
-    write(laid.journals["lora 1024"], 1_000, 1_010, 1_000 + 7_200, speeds=(5.0,), peak=3.0)
-    both, trials = laid.both()
-    planned = next(p for p in laid.planned if p.trial.label == "lora 1024")
+    sweep = plan_a_sweep(Cluster((gpu,)), price=1.5)
+    sweep.total = sum_up(sweep.planned, [], sweep.cluster, RunOptions())
+    write(sweep.journals["lora 1024"], 1_000, 1_010, 1_000 + 7_200, speeds=(5.0,), peak=3.0)
+    both, trials = sweep.both()
+    planned = next(p for p in sweep.planned if p.trial.label == "lora 1024")
     assert trials["lora 1024"]["peak_memory_bytes"] == {"plan": planned.estimate.memory.allocated, "truth": 3 * 2**30}
     assert both["usd"]["truth"] == pytest.approx(3.0)
     assert both["summary"].endswith("with 3 of 4 trials unfinished.") and "GPU hours" in both["summary"]
 
 
-def test_where_nothing_ran_nothing_is_said(sweep):
-    both, trials = sweep().both()
+def test_where_nothing_ran_nothing_is_said(plan_a_sweep):
+    both, trials = plan_a_sweep().both()
     assert both["summary"] is None
     assert {trial["seconds"]["truth"] for trial in trials.values()} == {None}

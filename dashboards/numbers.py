@@ -1,26 +1,13 @@
-"""How the report writes names and numbers: one place, so that figures and tables read alike."""
+"""How the report writes numbers, durations, sizes and dates, in figures and tables alike."""
 
 import math
 from datetime import UTC, datetime
 
-METHODS = {"full": "Full", "lora": "LoRA", "lora+norm": "LoRA+norm", "lora+embed": "LoRA+embed", "lora+": "LoRA+"}
-EXPLAINED = {
-    "full": "the weights themselves train",
-    "lora": "low-rank updates of the attention weights train",
-    "lora+norm": "low-rank updates train, and norms too",
-    "lora+embed": "low-rank updates train, and embeddings too",
-    "lora+": "low-rank updates train, and embeddings and norms too "
-    "(the LongLoRA paper's improved LoRA, not the optimiser of that name)",
-}
 NOTHING = "–"
 
 
-def method(name: str) -> str:
-    return METHODS.get(name, name)
-
-
 def perplexity(value: float | None, spare: int = 0) -> str:
-    """About four significant digits, `spare` fewer where room is short, and never an exponent's letter."""
+    """About four significant digits, `spare` fewer if room is short; large values as 3.0×10⁴⁰."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -33,15 +20,17 @@ def perplexity(value: float | None, spare: int = 0) -> str:
 
 
 def interval(low: float | None, high: float | None) -> str:
+    """Two perplexities as `2.77 to 2.97`; nothing if either is missing."""
     return "" if low is None or high is None else f"{perplexity(low)} to {perplexity(high)}"
 
 
 def percent(value: float | None) -> str:
-    """A signed share with one decimal, and a true minus."""
+    """A signed share with one decimal and a minus sign, not a hyphen."""
     return NOTHING if value is None else f"{value:+.1f}%".replace("-", "−")
 
 
 def count(value: float | None) -> str:
+    """Thousands separated: 49,152."""
     return NOTHING if value is None else f"{value:,.0f}"
 
 
@@ -54,6 +43,7 @@ def short_count(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """45.2 s, 3 min 20 s, 2 h 5 min."""
     if seconds is None:
         return NOTHING
     if seconds < 60:
@@ -64,6 +54,7 @@ def duration(seconds: float | None) -> str:
 
 
 def gibibytes(value: float | None) -> str:
+    """0.91 GiB, 14.2 GiB."""
     return NOTHING if value is None else f"{value:.2f} GiB" if value < 10 else f"{value:.1f} GiB"
 
 
@@ -73,26 +64,12 @@ def small(value: float | None) -> str:
 
 
 def moment(iso: str) -> str:
-    """23 November 2026, 10:00 UTC; what is no ISO date stays as it is."""
+    """23 November 2026, 10:00 UTC; text that is not an ISO date is returned unchanged."""
     try:
         when = datetime.fromisoformat(iso)
     except ValueError:
         return iso
     return f"{when.astimezone(UTC) if when.tzinfo else when:%-d %B %Y, %H:%M}" + (" UTC" if when.tzinfo else "")
-
-
-def trial_names(trials: list[dict]) -> list[str]:
-    """A method's name; where a method has several trials, what tells them apart: learning rate, seed, fingerprint."""
-
-    def name(trial: dict) -> str:
-        siblings = [other for other in trials if other["method"] == trial["method"]]
-        texts = {"learning_rate": f"lr {small(trial['learning_rate'])}", "seed": f"seed {trial.get('seed')}"}
-        differing = [key for key in texts if len({other.get(key) for other in siblings}) > 1]
-        alike = sum(all(other.get(key) == trial.get(key) for key in differing) for other in siblings)
-        own = [trial["fingerprint"][:6]] if alike > 1 else []
-        return " ".join([method(trial["method"]), *(texts[key] for key in differing), *own])
-
-    return [name(trial) for trial in trials]
 
 
 def hours(value: float | None) -> str:
@@ -101,4 +78,5 @@ def hours(value: float | None) -> str:
 
 
 def dollars(value: float | None) -> str:
+    """$1,234.50; less than a cent is `under $0.01`."""
     return NOTHING if value is None else f"${value:,.2f}" if value == 0 or value >= 0.01 else "under $0.01"
