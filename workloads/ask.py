@@ -1,6 +1,6 @@
 """``python -m workloads.ask --model DIR --document book.txt "question"``: one question about one long document.
 
-The answer streams to stdout; how long the document is and how fast the model read it goes to stderr.
+The answer streams to stdout; the document's length and the model's speed go to stderr.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from workloads.adaptation.methods import compute_dtype
 from workloads.command import quiet_transformers, run_command
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.export import cast_parameters, make_stock
 from workloads.models.adapters import load_adapter
 from workloads.models.positions import max_context_length
 from workloads.models.source import ModelSource, check_vocabulary, is_adapter, load_whole
+from workloads.stock_model import cast_parameters, make_stock
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OMISSION = "\n[...]\n"  # in the place of what --truncate leaves out
+OMISSION = "\n[...]\n"  # replaces what --truncate leaves out
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what it cost: tokens of the prompt and of the answer, and seconds for each."""
+    """The model's answer, with the tokens of prompt and answer and the seconds that each took."""
 
     text: str
     prompt_tokens: int
@@ -44,27 +44,31 @@ class Answer:
 
 
 def load_model(
-    name: str, device: str = "auto", say: Callable[[str], None] = lambda line: None, checkpoint: str = "last"
+    name: str, device: str = "auto", report: Callable[[str], None] = lambda line: None, checkpoint: str = "last"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to ask and its tokenizer: a trial's folder, an exported one (merged or adapter), another one, a hub id,
-    builtin:tiny. ``checkpoint``, of a trial: last (the newest), best, or a step.
+    """Loads a model and its tokenizer.
 
-    Weights are bfloat16 on a GPU; on a CPU they stay in the dtype they are saved in, and a trial's are in its
-    training's precision. ``auto`` takes every CUDA device there is (of a trial: one), else the CPU. ``say`` gets a line
-    if a trial is not finished.
+    Weights are bfloat16 on a GPU; on a CPU they keep the dtype they were saved in, and a trial's have its training's
+    precision.
+
+    Args:
+        name: a trial's folder, an exported one (merged or adapter), another model's, a hub id, or builtin:tiny.
+        device: ``auto`` takes every CUDA device (for a trial: one), else the CPU.
+        report: is called with a line if a trial is unfinished.
+        checkpoint: of a trial: last (the newest), best, or a step.
 
     Raises:
         InputError: there is no such model or device, or the tokenizer does not match.
     """
     if (Path(name) / "trial.json").is_file():
-        return _load_trial(TrainedTrial.open(Path(name)), device, say, checkpoint)
+        return _load_trial(TrainedTrial.open(Path(name)), device, report, checkpoint)
     if checkpoint != "last":
-        raise InputError(f"--checkpoint {checkpoint}: {name} is no trial's folder and has but one; leave the flag out")
+        raise InputError(f"--checkpoint {checkpoint}: {name} is no trial's folder and has only one; leave the flag out")
     source = ModelSource.parse(name)
     tokenizer = source.tokenizer()
     placement = _placement(device)
-    # In float32 torch's attention for grouped-query models makes a matrix of (tokens, tokens) for every head: 25 GiB at
-    # 27,000 tokens and 9 heads, measured, where its kernels for 16 bits make none.
+    # In float32 torch's attention for grouped-query models makes a (tokens, tokens) matrix for every head: 25 GiB at
+    # 27,000 tokens and 9 heads, measured. Its 16-bit kernels make none.
     dtype = "auto" if placement == "cpu" else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype, "device_map": placement}
     if is_adapter(Path(source.pretrained)):
@@ -76,16 +80,16 @@ def load_model(
 
 
 def _load_trial(
-    trial: TrainedTrial, device: str, say: Callable[[str], None], checkpoint: str
+    trial: TrainedTrial, device: str, report: Callable[[str], None], checkpoint: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source, step = trial.base(), trial.step(unfinished=True, checkpoint=checkpoint)
     if step < trial.training.steps:
-        say(trial.describe_step(step, checkpoint))
+        report(trial.describe_step(step, checkpoint))
     placement = _placement(device)
     precision = trial.training.precision if placement == "cpu" else "bfloat16"
     model = trial.build(source, step, Engine(torch.device("cuda" if placement == "auto" else placement), precision))
     make_stock(model)
-    cast_parameters(model, compute_dtype(precision))  # what trained is float32, and there is no autocast here
+    cast_parameters(model, compute_dtype(precision))  # trained parameters are float32; there is no autocast here
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], source.name)
     return model.eval(), tokenizer
@@ -100,22 +104,22 @@ def ask(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     truncate: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Answer:
-    """Asks ``question`` about ``document``; the answer is printed to stdout while it is made.
+    """Asks ``question`` about ``document``; the answer is printed to stdout as it is generated.
 
-    Greedy where ``temperature`` is 0. ``say`` gets a line on how long the document is before the model reads it.
+    Greedy if ``temperature`` is 0. ``report`` is called with a line on the document's length before the model reads it.
 
     Raises:
-        InputError: document, question and answer are together longer than the model's reach, and ``truncate`` is off.
+        InputError: document, question and answer together exceed the model's context, and ``truncate`` is off.
     """
-    tokens = prompt_tokens(model.config, tokenizer, document, question, max_new_tokens, truncate, say)
+    tokens = prompt_tokens(model.config, tokenizer, document, question, max_new_tokens, truncate, report)
     inputs = torch.tensor([tokens], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _TimedStreamer(tokenizer)
-    began = time.perf_counter()
+    started = time.perf_counter()
     with torch.inference_mode():
-        # generate computes the last position's logits alone; with nothing padded, SDPA is causal without a mask.
+        # generate computes only the last position's logits; without padding, SDPA is causal without a mask.
         output = model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
@@ -125,13 +129,14 @@ def ask(
             **sampling,
         )
     ended = time.perf_counter()
+    first_token = ended if streamer.first_token is None else streamer.first_token
     answer = output[0, len(tokens) :]
     return Answer(
         text=tokenizer.decode(answer, skip_special_tokens=True),
         prompt_tokens=len(tokens),
         answer_tokens=len(answer),
-        prefill_seconds=streamer.first_token - began,
-        answer_seconds=ended - streamer.first_token,
+        prefill_seconds=first_token - started,
+        answer_seconds=ended - first_token,
     )
 
 
@@ -142,15 +147,15 @@ def prompt_tokens(
     question: str,
     max_new_tokens: int,
     truncate: bool,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> list[int]:
-    """The prompt's tokens, the document's middle left out where it has to be; see :func:`ask`."""
+    """The prompt's tokens, without the document's middle if it does not fit; see :func:`ask`."""
     in_document = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
     tokens = _prompt(tokenizer, document, question)
     limit = context_limit(config)
     if limit is None or len(tokens) + max_new_tokens <= limit:
         of = f" of the {limit:,} that the model reaches" if limit else ""
-        say(f"document: {len(in_document):,} tokens; with the question {len(tokens):,}{of}")
+        report(f"document: {len(in_document):,} tokens; with the question {len(tokens):,}{of}")
         return tokens
     room = limit - max_new_tokens
     lengths = (
@@ -164,17 +169,17 @@ def prompt_tokens(
         )
     kept = len(in_document)
     while len(tokens) > room:
-        kept -= len(tokens) - room  # cut text may take a token more than its parts did
+        kept -= len(tokens) - room  # text that was cut may take a token more than its parts
         if kept < 2:
             raise InputError(f"{lengths}: no room is left for any of the document. Lower --max-new-tokens")
         first, last = in_document[: (kept + 1) // 2], in_document[-(kept // 2) :]
         tokens = _prompt(tokenizer, tokenizer.decode(first) + OMISSION + tokenizer.decode(last), question)
-    say(f"{lengths}. Kept: the first {(kept + 1) // 2:,} and the last {kept // 2:,} tokens of the document")
+    report(f"{lengths}. Kept: the first {(kept + 1) // 2:,} and the last {kept // 2:,} tokens of the document")
     return tokens
 
 
 def context_limit(config: Any) -> int | None:
-    """Tokens that a model takes, prompt and answer together; None if its configuration does not say."""
+    """Tokens that a model takes, prompt and answer together; None if its configuration has no limit."""
     rope = getattr(config, "rope_parameters", None)
     if rope and "rope_type" in rope:
         return max_context_length(config)
@@ -185,13 +190,13 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str) ->
     if tokenizer.chat_template:
         message = {"role": "user", "content": f"{document}\n\n{question}"}
         prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        # The template has written the special tokens already.
+        # The template writes the special tokens.
         return tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     return tokenizer(f"{document}\n\nQuestion: {question}\nAnswer:", verbose=False).input_ids
 
 
 class _TimedStreamer(TextStreamer):
-    """Prints words as they are finished, and notes when the first token came."""
+    """Prints words as they are finished, and records the time of the first token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -216,12 +221,12 @@ def _read(document: Path) -> str:
 
 
 def _placement(device: str) -> str:
-    """What transformers takes as device_map."""
+    """The ``device_map`` of transformers."""
     if device == "auto":
         return "auto" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter if it was built without CUDA
         raise InputError(f"--device {device}: there is no such device here ({error}); give auto or cpu") from error
     return device
 
@@ -239,14 +244,14 @@ def main(
     """Asks a model one question about one long document; the answer streams to stdout.
 
     Args:
-        question: What to ask about the document.
+        question: The question about the document.
         model: A trial's folder, or an exported one (merged or adapter); or another model's, a Hugging Face id,
             builtin:tiny.
         document: A text file in UTF-8.
         max_new_tokens: The longest answer, in tokens.
         temperature: Of sampling; 0 always takes the most likely token.
-        truncate: Of a document that is longer than the model's reach, keep the beginning and the end.
-        device: cpu, cuda, cuda:1, ...; auto takes every CUDA device there is, else the CPU.
+        truncate: Keep the beginning and the end of a document that exceeds the model's context.
+        device: cpu, cuda, cuda:1, ...; auto takes every CUDA device, else the CPU.
         checkpoint: Of a trial: last; best (the lowest perplexity at the trained length); or a step.
     """
     if max_new_tokens < 1:
@@ -256,10 +261,10 @@ def main(
     text = _read(document)
     quiet_transformers()
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    loaded, tokenizer = load_model(model, device, say, checkpoint)
+    loaded, tokenizer = load_model(model, device, report, checkpoint)
     answer = ask(
         loaded,
         tokenizer,
@@ -268,9 +273,9 @@ def main(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         truncate=truncate,
-        say=say,
+        report=report,
     )
-    say(
+    report(
         f"read {answer.prompt_tokens:,} tokens in {answer.prefill_seconds:.1f} s "
         f"({answer.prompt_tokens / answer.prefill_seconds:,.0f} tokens/s), answered with {answer.answer_tokens:,} in "
         f"{answer.answer_seconds:.1f} s ({answer.answer_tokens / max(answer.answer_seconds, 1e-9):,.1f} tokens/s)"

@@ -1,4 +1,4 @@
-"""What the command lines of this package share: flags from a function's signature, and how a user's mistake ends."""
+"""Shared by the command lines of this package: flags from a function's signature, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def exit_status(command: Callable[[], int | None], print_line: Callable[[str], N
 
 
 def quiet_transformers() -> None:
-    """Errors only, no progress bars, no talk of deprecations within a library: a command speaks for itself."""
+    """Limits transformers' output to errors: no progress bars, no deprecation warnings of libraries."""
     import torch
     from transformers.utils import logging
 
-    # transformers imports DeepSpeed where it is installed, which would say how it found its device.
+    # transformers imports DeepSpeed if it is installed, which would log how it chose its device.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     logging.set_verbosity_error()

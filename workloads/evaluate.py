@@ -11,11 +11,12 @@ from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from workloads.errors import InputError
 from workloads.evaluation.options import Options
 
-# Wide enough for the tables where the output goes to a file.
+# Wide enough for the tables if the output goes to a file.
 LOG_WIDTH = 140
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Evaluates a model as the command line says; returns the exit status."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=LOG_WIDTH)
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             description="Evaluate a model at several lengths, always with full attention.",
             args=arguments,
         )
-        from workloads.evaluation.run import evaluate  # torch and transformers, which --help does without
+        from workloads.evaluation.run import evaluate  # imports torch and transformers, which --help does not need
 
         for file in evaluate(options, console):
             console.print(str(file), soft_wrap=True)
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"error: {error}", style="bold red", soft_wrap=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        console.print("\ninterrupted; nothing is kept of the task that was running.")
+        console.print("\ninterrupted; the results of the running task are lost.")
         return EXIT_INTERRUPTED
 
 

@@ -1,14 +1,13 @@
 """``python -m workloads.export TRIAL DIR``: a trained trial as a model that stock transformers, or stock PEFT, loads.
 
 A merged model is complete: weights, the configuration with its RoPE settings, the tokenizer. An adapter holds what
-trained (LoRA's matrices; with LoRA+ the embeddings and norms too, as PEFT's ``modules_to_save``) with the same
-configuration beside it, for the base to be loaded with. What was written is loaded again before it gets its final name,
-and its logits are compared with the trained model's.
+trained (LoRA's matrices; with LoRA+ the embeddings and norms too, as PEFT's ``modules_to_save``), and beside it the
+configuration to load the base with. An export is loaded again before it gets its final name, and its logits are
+compared with the trained model's.
 """
 
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 import tempfile
@@ -16,31 +15,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import nn
 
 from workloads.adaptation.methods import compute_dtype
-from workloads.attention.interface import CONFIG_FIELD
 from workloads.command import quiet_transformers, run_command
 from workloads.config import Precision
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.model_card import model_card
 from workloads.models.adapters import base_of_adapter, note_base
-from workloads.models.positions import max_context_length
 from workloads.models.source import check_vocabulary
+from workloads.stock_model import cast_parameters, make_stock, merge, save_adapter, save_merged
 from workloads.trained import TrainedTrial
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 What = Literal["merged", "adapter"]
 
-# Logits of the same weights, computed in float32 in another order, differ by no more than this share of the largest.
+# Logits of the same weights, computed in float32 in another order, differ by at most this share of the largest.
 FLOAT32_TOLERANCE = 1e-5
 
 CHECK_TEXT = (
@@ -50,24 +44,24 @@ CHECK_TEXT = (
 
 
 class ExportMismatch(RuntimeError):
-    """What was written, loaded again, is not the trained model; nothing is left of it."""
+    """The export, loaded again, is not the trained model. It was removed."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was exported, and how near it is to the trained model.
+    """An export, and how closely it matches the trained model.
 
     Args:
-        folder: where it lies.
-        what, dtype: as asked for.
-        step: the optimiser step whose weights it has.
+        folder: where it is.
+        what, dtype: as requested.
+        step: the optimiser step of its weights.
         tokens: length of the text on which the logits were compared.
         difference: the largest absolute difference of a logit from the trained model's, both computed in float32: the
-            rounding of what was saved.
+            rounding of the saved weights.
         largest_logit: the largest absolute logit of the trained model, for scale.
         same_prediction: share of the positions at which both give the same most likely next token.
         quantised_base: whether the base was quantised to 4 bits in training; it is merged, and compared, dequantised.
-        float8_base: whether the base was in FP8 in training; it is merged, and compared, as it was before.
+        float8_base: whether the base was in FP8 in training; it is merged, and compared, as before quantisation.
     """
 
     folder: Path
@@ -89,13 +83,13 @@ class Report:
         )
         if self.quantised_base:
             sentence += (
-                "; the base was quantised in training: what is merged and what is compared is that base dequantised, "
-                "with the rounding of its quantisation"
+                "; the base was quantised in training: it was merged and compared dequantised, with the rounding of "
+                "its quantisation"
             )
         if self.float8_base:
             sentence += (
-                "; the base was in FP8 in training, and so the perplexities were measured: what is merged and what is "
-                "compared is the base without that rounding"
+                "; the base was in FP8 in training, and the perplexities were measured with it: it was merged and "
+                "compared without that rounding"
             )
         return sentence
 
@@ -112,13 +106,15 @@ def export_trial(
 ) -> Report:
     """Exports the trained trial in the folder ``trial`` to the folder ``out``, which is whole afterwards or absent.
 
-    ``base`` says where the trial's base model is, if it is no longer where it was; ``unfinished`` takes the newest
-    checkpoint of a trial that has not reached its last step; ``checkpoint`` is ``last``, ``best`` or a step.
+    Args:
+        base: where the trial's base model is, if it has moved.
+        unfinished: takes the newest checkpoint of a trial that has not reached its last step.
+        checkpoint: ``last``, ``best`` or a step.
 
     Raises:
-        InputError: ``trial`` is no trial's folder or unfinished, its base is not there or another, its checkpoint is
-            damaged or another model's, its method has no adapter, or ``out`` holds something.
-        ExportMismatch: what was written does not give the trained model's logits.
+        InputError: ``trial`` is no trial's folder or unfinished, its base is absent or another model, its checkpoint is
+            damaged or another model's, its method has no adapter, or ``out`` is not empty.
+        ExportMismatch: the export does not give the trained model's logits.
         OSError: the disk is full.
     """
     trained = TrainedTrial.open(trial)
@@ -126,12 +122,12 @@ def export_trial(
     if what == "adapter" and not method.startswith("lora"):
         why = "trained every weight" if method == "full" else "trained nothing"
         raise InputError(f"{trial} {why} (method {method!r}), so it has no adapter; export it with --what merged")
-    _refuse_what_is_there(out)
+    _refuse_existing(out)
     source = trained.base(base)
     step = trained.step(unfinished, checkpoint)
     tokenizer = source.tokenizer()
     quantised = trained.training.quantization == "nf4"
-    # A base is quantised to 4 bits on a GPU only; all else is done on the CPU, whose memory is the larger.
+    # A base is quantised to 4 bits on a GPU only; all else runs on the CPU, which has more memory.
     device = torch.device("cuda" if quantised and torch.cuda.is_available() else "cpu")
     model = trained.build(source, step, Engine(device, trained.training.precision))
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], source.name)
@@ -141,7 +137,7 @@ def export_trial(
     tokens = tokenizer(CHECK_TEXT, return_tensors="pt", add_special_tokens=False).input_ids
     expected = _logits(model, tokens)
     if not expected.isfinite().all():
-        raise InputError(f"the model of {trial} at step {step} gives logits that are not finite; it is of no use")
+        raise InputError(f"the model of {trial} at step {step} gives logits that are not finite, so it cannot be used")
     with _whole_or_absent(out) as folder:
         if what == "merged":
             model = merge(model)
@@ -173,125 +169,8 @@ def export_trial(
     return report
 
 
-def save_merged(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: Precision = "bfloat16"
-) -> None:
-    """Writes a model (see :func:`merge`) with its tokenizer for ``AutoModelForCausalLM.from_pretrained(out)``.
-
-    The model is made stock (see :func:`make_stock`) and its parameters are rounded to ``dtype``.
-    """
-    make_stock(model)
-    cast_parameters(model, compute_dtype(dtype))
-    model.save_pretrained(out)
-    _save_tokenizer(tokenizer, model, out)
-
-
-def save_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    dtype: Precision = "bfloat16",
-    base_revision: str | None = None,
-) -> None:
-    """Writes everything that trains in ``model`` for ``PeftModel.from_pretrained(base, out)``, with the configuration
-    that the base is to be loaded with beside it.
-
-    LoRA's matrices go the way PEFT's own saving takes. Modules that train as a whole (LoRA+'s embeddings and norms)
-    become ``modules_to_save``, by their full names: PEFT matches by suffix, and ``norm`` would match every layer norm.
-    Where the output layer is tied to the embeddings, PEFT is told to tie them again (``ensure_weight_tying``) and looks
-    for both names in the file.
-
-    The model is made stock (see :func:`make_stock`), and what trains is rounded to ``dtype``.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    make_stock(model)
-    cast_parameters(model, compute_dtype(dtype), only_trainable=True)
-    # Without this flag PEFT asks the model hub whether the vocabulary has grown.
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    whole = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and "lora_" not in name
-    }
-    config = copy.deepcopy(model.peft_config["default"])
-    config.task_type = "CAUSAL_LM"
-    config.inference_mode = True
-    config.revision = base_revision
-    if whole:
-        prefix = "base_model.model."
-        config.modules_to_save = sorted({name.removeprefix(prefix).rpartition(".")[0] for name in whole})
-        config.ensure_weight_tying = _is_tied(model)
-    config.save_pretrained(str(out))
-    # Copies, since safetensors takes no two names for the same memory.
-    copies = {name: tensor.detach().clone().contiguous() for name, tensor in (tensors | whole).items()}
-    save_file(copies, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(out)
-    _save_tokenizer(tokenizer, model, out)
-
-
-def merge(model: nn.Module) -> PreTrainedModel:
-    """The model without PEFT around it, LoRA's updates added to its weights in their dtype; any other model as it is.
-
-    By hand rather than ``merge_and_unload``, which would round the sum to a quantised layer's codes again, although
-    :func:`make_stock` has dequantised it.
-    """
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
-    from workloads.adaptation.lora_fusion import unfuse_lora
-
-    if not isinstance(model, PeftModel):
-        return model
-    unfuse_lora(model)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            weight.data += module.get_delta_weight("default").to(weight.dtype)
-    return model.unload()
-
-
-def make_stock(model: nn.Module) -> Any | None:
-    """Takes longspan's own settings out of ``model`` (in place): what is left, stock transformers understands.
-
-    The attention is transformers' own, the key/value cache is on, a quantised base is dequantised, and the generation
-    settings are ones that transformers saves. RoPE stays as it was trained. Returns the quantisation that was undone.
-    """
-    from peft import PeftModel
-
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    quantization = None
-    if getattr(base, "hf_quantizer", None) is not None:
-        quantization = base.config.quantization_config
-        trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
-        base.dequantize()
-        for name, parameter in base.named_parameters():  # what is dequantised is a new parameter
-            parameter.requires_grad_(name in trainable)
-    for setting in ("quantization_config", CONFIG_FIELD):
-        vars(base.config).pop(setting, None)
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")  # transformers' Gemma 2 has eager alone
-    base.config.use_cache = True
-    generation = base.generation_config
-    generation.use_cache = True
-    generation.max_length = None  # made for the original context length
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        # A temperature beside greedy decoding, as Llama 2 was published with: transformers does not save that.
-        generation.do_sample = True
-    return quantization
-
-
-def cast_parameters(model: nn.Module, dtype: torch.dtype, only_trainable: bool = False) -> None:
-    """Casts parameters in place. Buffers stay: RoPE's frequencies must not be rounded. Ties stay, too."""
-    for parameter in model.parameters():
-        if parameter.requires_grad or not only_trainable:
-            parameter.data = parameter.data.to(dtype)
-
-
 def _reload(folder: Path, what: What, base_dtype: torch.dtype, quantization: Any | None) -> nn.Module:
-    """What a user will load, by stock transformers and PEFT, in float32."""
+    """Loads an export as its user will, by stock transformers and PEFT, in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -305,7 +184,7 @@ def _reload(folder: Path, what: What, base_dtype: torch.dtype, quantization: Any
 
 @torch.inference_mode()
 def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """(tokens, vocabulary)"""
+    """Logits of each position, (tokens, vocabulary)."""
     model.eval()
     return model(input_ids=tokens, use_cache=False).logits[0].float()
 
@@ -320,20 +199,7 @@ def _expect_same(found: torch.Tensor, expected: torch.Tensor, where: str) -> Non
         )
 
 
-def _is_tied(model: nn.Module) -> bool:
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, out: Path) -> None:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = max_context_length(model.config)
-    tokenizer.save_pretrained(out)
-    for weights in out.glob("*.safetensors"):  # written for the owner alone, whatever the umask
-        weights.chmod((out / "config.json").stat().st_mode)
-
-
-def _refuse_what_is_there(out: Path) -> None:
+def _refuse_existing(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; give a folder that does not exist yet, or empty it")
     if out.exists() and not out.is_dir():
@@ -342,14 +208,14 @@ def _refuse_what_is_there(out: Path) -> None:
 
 @contextmanager
 def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when the block ends well, and is gone when it does not."""
+    """A folder beside ``out`` that is renamed to it when the block succeeds, and removed when it fails."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give a folder in a place that can") from error
     try:
-        partial.chmod(0o755)  # a temporary folder is its owner's alone
+        partial.chmod(0o755)  # mkdtemp gives access to its owner alone
         yield partial
         partial.rename(out)
     finally:
@@ -370,9 +236,9 @@ def main(
     Args:
         trial: The trial's folder, runs/trials/<fingerprint>; a sweep's last lines name it.
         out: Folder to write; it must not exist yet, or be empty.
-        what: merged: the whole model; adapter: what trained, to be put on the base by PEFT.
+        what: merged: the whole model; adapter: what trained, for PEFT to load on the base.
         dtype: Of the saved weights.
-        base: Where the base model is, if it is no longer where it was in training.
+        base: Where the base model is, if it has moved since training.
         unfinished: Take the newest checkpoint of a trial that has not reached its last step.
         checkpoint: last; best (the evaluation with the lowest perplexity at the trained length); or a step.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,27 @@ _IN_4_BITS = (
     "\nIn training the base was in 4 bits (NF4 with double quantisation). Loaded so (`quantization_config`) the model "
     "is the one that was trained and compared; loaded as above it differs by what NF4 rounds."
 )
-HUB = "hub:"  # how the identity of what came from the Hugging Face hub begins
+HUB = "hub:"  # begins the identity of a model or data set from the Hugging Face hub
 
 
 def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str, step: int, rounding: str) -> str:
-    """Markdown: what it is made from and how, its perplexities, how to load it, how near it is to what was trained.
+    """The card in Markdown: origin and training, perplexities, how to load it, how closely it matches the trial.
 
-    ``config`` is the exported model's configuration; ``rounding`` a sentence without its full stop.
+    Args:
+        config: the exported model's configuration.
+        rounding: a sentence on the match, without its full stop.
     """
     name, length = base.location if base.revision else Path(base.name).name, max_context_length(config)
+    licence = _licence(base, config)
     metadata = ModelCardData(
         library_name="peft" if what == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "longspan", *(["lora"] if what == "adapter" else [])],
-        # Only what the hub can link to.
+        # Only a model that the hub can link to.
         base_model=base.location if base.revision else None,
-        **_licence(base, config),
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         datasets=_hub_id(trial.data_identity),
     )
     return "\n".join(
@@ -53,18 +59,18 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
 
 def _facts(trial: TrainedTrial, base: ModelSource, config: Any, step: int) -> list[tuple[str, str]]:
     training = trial.training
-    told = settings(training)
+    shown = settings(training)
     name = base.name if base.revision or base.name.startswith("builtin:") else Path(base.name).name
     if step < training.steps:
-        told["Steps"] = f"{step:,} of {training.steps:,}"
-    if "Attention in training" in told:
-        told["Attention in training"] += "; full attention in evaluation and from here on"
+        shown["Steps"] = f"{step:,} of {training.steps:,}"
+    if "Attention in training" in shown:
+        shown["Attention in training"] += "; full attention in evaluation and from here on"
     return [
         ("Base", f"{name} (`{trial.model_identity}`)"),
         ("Positions", f"{POSITIONS[training.positions].label}: `{json.dumps(config.rope_parameters)}`"),
         ("Method", f"{training.method}: {METHODS[training.method]}"),
         *([("Data", f"{_data(trial)} (`{trial.data_identity}`)")] if training.steps else []),
-        *told.items(),
+        *shown.items(),
         ("Trial", f"`{trial.folder.resolve().name}`"),
     ]
 
@@ -89,7 +95,7 @@ def _perplexities(trial: TrainedTrial, step: int) -> list[str]:
 
 
 def _data(trial: TrainedTrial) -> str:
-    """Its name; of local data without the place, which nobody else has."""
+    """The data's name; of local data without its path, which no one else has."""
     return trial.data if trial.data.startswith("builtin:") or _hub_id(trial.data_identity) else Path(trial.data).name
 
 
@@ -137,7 +143,7 @@ def _local_base(base: ModelSource) -> str:
 
 
 def _licence(base: ModelSource, config: Any) -> dict[str, str]:
-    """The licence that the base's card or configuration states, in the words of a card's front matter."""
+    """The licence that the base's card or configuration states, as fields of a card's front matter."""
     fields = ("license", "license_name", "license_link")
     stated = {field: getattr(config, field, None) for field in fields}
     try:
@@ -146,12 +152,12 @@ def _licence(base: ModelSource, config: Any) -> dict[str, str]:
         else:
             card = ModelCard.load(Path(base.location) / "README.md", ignore_metadata_errors=True).data
         stated |= {field: text for field in fields if card and (text := card.get(field))}
-    except Exception:  # whatever the hub's client or a broken card raises: none is stated here
+    except Exception:  # of the hub's client, or of a broken card: no licence is stated
         pass
     return {field: text for field, text in stated.items() if isinstance(text, str)}
 
 
-def _table(rows: list[tuple[str, ...]], *head: str) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]], *head: str) -> list[str]:
     return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
 
 

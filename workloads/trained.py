@@ -1,4 +1,4 @@
-"""A trained trial, read from its folder: what it is, its base model, its weights and what it scored.
+"""A trained trial, read from its folder: configuration, base model, weights and scores.
 
 The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from workloads.adaptation.methods import trainable_parameters
-from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.config import ExecutionConfig, Precision, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
@@ -74,18 +74,18 @@ class TrainedTrial:
             ) from error
 
     def base(self, location: str | None = None) -> ModelSource:
-        """The model that was trained, at ``location`` (a folder or an id) or by default where it was in training.
+        """The base model, at ``location`` (a folder or an id) or by default where it was in training.
 
         Raises:
-            InputError: it is no longer there, or what is there is another model.
+            InputError: it has moved, or another model is there.
         """
         given = location or self._base_location()
         try:
             source = ModelSource.parse(given)
         except InputError as error:
             raise InputError(
-                f"the base model of {self.folder}, {self.model}, is not at {given} ({error}); say where it is with "
-                "--base"
+                f"the base model of {self.folder}, {self.model}, is not at {given} ({error}); give its "
+                "location with --base"
             ) from error
         if source.identity != self.model_identity:
             raise InputError(
@@ -96,18 +96,17 @@ class TrainedTrial:
 
     def _base_location(self) -> str:
         if self.model_identity.startswith("hub:"):
-            return self.model_identity.removeprefix("hub:")  # with the commit, whatever the id points to by now
+            return self.model_identity.removeprefix("hub:")  # with the commit, since the id may point to another now
         if self.model.startswith("builtin:"):
             return self.model
         return self.model_location or self.model
 
     def step(self, unfinished: bool = False, checkpoint: str = "last") -> int:
-        """The step whose weights are taken.
+        """The step of the chosen checkpoint.
 
         Args:
-            unfinished: ``last`` and ``best`` are of what there is of a trial that has not reached its last step.
-            checkpoint: ``last``; ``best``, that of the evaluation with the lowest perplexity at the trained length; or
-                a step.
+            unfinished: allow ``last`` and ``best`` for a trial that has not reached its last step.
+            checkpoint: ``last``; ``best``, the evaluation with the lowest perplexity at the trained length; or a step.
 
         Raises:
             InputError: there is no such checkpoint, it is not whole, or for ``last`` and ``best`` the trial is
@@ -127,7 +126,7 @@ class TrainedTrial:
         return self._kept(int(checkpoint), "--keep-every of its sweep keeps some of them")
 
     def describe_step(self, step: int, checkpoint: str) -> str:
-        """What is taken of a trial before its last step, in words."""
+        """Says in words which checkpoint before a trial's last step was taken."""
         which = "this trial is not finished" if checkpoint == "last" else f"checkpoint {checkpoint}"
         return f"{which}: step {step} of {self.training.steps}"
 
@@ -163,16 +162,16 @@ class TrainedTrial:
         return step
 
     def build(self, source: ModelSource, step: int, engine: Engine | None = None) -> nn.Module:
-        """The trial's model with the weights of ``step``, with its training's attention pattern.
+        """The trial's model with the weights of ``step`` and its training's attention pattern.
 
         It is on ``engine``'s device and computes in its precision; by default on the CPU, in training's precision. A
-        base that was in FP8 in training is as it was before: what trained fits it as well, and any machine computes it.
+        base that was in FP8 in training is loaded unquantised, which any machine can compute; what trained fits it too.
 
         Raises:
             InputError: the checkpoint's parameters are not those that this trial trains.
         """
         engine = engine or Engine(torch.device("cpu"), self.training.precision)
-        precision = "float32" if engine.dtype == torch.float32 else "bfloat16"
+        precision: Precision = "float32" if engine.dtype == torch.float32 else "bfloat16"
         quantization = "none" if self.training.quantization == "fp8" else self.training.quantization
         training = replace(self.training, precision=precision, quantization=quantization)
         model = build_model(source, training, engine, ExecutionConfig())
@@ -182,7 +181,7 @@ class TrainedTrial:
 
     def _restore(self, parameters: dict[str, nn.Parameter], checkpoint: Path) -> None:
         try:
-            # One by one, without the optimiser's state: that is twice as large again.
+            # One by one, without the optimiser's state, which is twice as large.
             with safe_open(checkpoint / TENSORS, framework="pt") as file:
                 names = {n.removeprefix(PARAMETER) for n in file.keys() if n.startswith(PARAMETER)}
                 if difference := sorted(names ^ parameters.keys()):
@@ -202,12 +201,12 @@ class TrainedTrial:
             raise InputError(f"{checkpoint / TENSORS} cannot be read as safetensors ({error})") from error
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The journal's ``eval`` events, the last of each (context length, step), in that order."""
+        """The journal's ``eval`` events: the last of each (context length, step), in that order."""
         events = {(e["context_length"], e["step"]): e for e in self._events() if e.get("event") == "eval"}
         return [events[key] for key in sorted(events)]
 
     def _failure(self) -> str | None:
-        """Why its last attempt failed, if it did."""
+        """The reason of its last attempt's failure, if it failed."""
         ends = [event for event in self._events() if event.get("event") in ("started", "failed", "finished")]
         return ends[-1].get("reason") if ends and ends[-1]["event"] == "failed" else None
 
@@ -215,16 +214,16 @@ class TrainedTrial:
         try:
             lines = (self.folder / "journal.jsonl").read_text().splitlines()
         except OSError:
-            return  # a trial that was not trained by a sweep
+            return  # not trained by a sweep
         for line in lines:
             try:
                 yield json.loads(line)
             except ValueError:
-                continue  # cut off by a process that died
+                continue  # truncated by a process that died
 
 
 def _trials_near(folder: Path) -> str:
-    """What the user may have meant."""
+    """Suggests the folder that the user may have meant."""
     for trials in (folder / "trials", folder):
         found = sorted(file.parent for file in trials.glob("*/trial.json"))
         if found:

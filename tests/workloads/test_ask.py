@@ -22,7 +22,7 @@ def tiny():
 
 def tokens_of(tiny, document, **overrides):
     model, tokenizer = tiny
-    values = dict(max_new_tokens=20, truncate=False, say=lambda line: None)
+    values = dict(max_new_tokens=20, truncate=False, report=lambda line: None)
     return prompt_tokens(model.config, tokenizer, document, QUESTION, **{**values, **overrides})
 
 
@@ -91,13 +91,13 @@ def test_sampling_varies_and_a_seed_repeats_it(tiny):
 def test_a_document_beyond_the_reach_is_an_error_that_names_both_lengths(tiny):
     said = []
     with pytest.raises(InputError, match=r"the document has 5,340 tokens.*reaches 512.*--truncate"):
-        tokens_of(tiny, DOCUMENT * 20, say=said.append)
+        tokens_of(tiny, DOCUMENT * 20, report=said.append)
     assert not said
 
 
 def test_truncating_keeps_the_beginning_the_end_and_the_question(tiny):
     document, said = "first line\n" + DOCUMENT * 20 + "\nlast line", []
-    tokens = tokens_of(tiny, document, truncate=True, say=said.append)
+    tokens = tokens_of(tiny, document, truncate=True, report=said.append)
     assert len(tokens) == 512 - 20  # nothing is given away
     prompt = tiny[1].decode(tokens)
     beginning, end = prompt.split(OMISSION)

@@ -33,10 +33,11 @@ from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.export import ExportMismatch, export_trial, make_stock, merge, save_merged
+from workloads.export import ExportMismatch, export_trial
 from workloads.model_card import model_card
 from workloads.models import quantization
 from workloads.models.source import ModelSource
+from workloads.stock_model import make_stock, merge, save_merged
 from workloads.trained import TrainedTrial
 from workloads.training.checkpoint import load_newest, save_checkpoint
 from workloads.training.loop import Trial

@@ -18,8 +18,8 @@ from workloads.training.loss import next_token_losses
 def score_answers(
     model: nn.Module, examples: Sequence[ValidationExample], engine: Engine, batch_tokens: int = 8192
 ) -> DocumentScores:
-    """Scores the answers of every example (a document of the result); several workers each take their share."""
-    # Near lengths together, so that little is padding; the longest first, so that memory runs out at once or never.
+    """Scores the answers of every example, each a document of the result; several workers share the examples."""
+    # Similar lengths together, for little padding; the longest first, so that memory runs out at once or never.
     left = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens), reverse=True)
     nll = torch.zeros(len(examples), dtype=torch.float64)
 
@@ -30,7 +30,7 @@ def score_answers(
             per_round = max(1, batch_tokens // len(examples[left[0]].tokens)) * engine.num_workers
             together, left = left[:per_round], left[per_round:]
             mine = together[engine.rank :: engine.num_workers]
-            # Under ZeRO-3 the workers fetch the weights together: one without a share goes along, uncounted.
+            # Under ZeRO-3 the workers fetch the weights together: one without a share takes part, uncounted.
             rows = mine or together[:1]
             batch = Batch.padded([examples[i].tokens for i in rows], [examples[i].scored for i in rows])
             tokens, scored, mask = to_device(batch, engine.device)
@@ -44,10 +44,11 @@ def score_answers(
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A batch's tokens, which of them are scored, and the attention mask (None where nothing is padding)."""
-    arrays = (batch.tokens, batch.scored, batch.attention_mask)
-    return tuple(None if array is None else _copied(torch.from_numpy(array), device) for array in arrays)
+    mask = batch.attention_mask
+    return _copy(batch.tokens, device), _copy(batch.scored, device), None if mask is None else _copy(mask, device)
 
 
-def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # Only from pinned memory does a GPU copy by itself: otherwise the host waits until all before it is done.
+def _copy(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    # A GPU copies asynchronously only from pinned memory; otherwise the host waits for all work before it.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

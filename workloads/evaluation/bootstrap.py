@@ -1,12 +1,12 @@
 """Confidence intervals by bootstrap over documents, and over seeds where there are several (NumPy only).
 
-Tokens of one document are not independent, so documents are what is drawn again. Comparisons are paired: both models
-are scored on the same drawn documents, so that what makes a document hard cancels out. Where a setting was trained
-with several seeds, each resample draws seeds with replacement too, independently of the documents (both factors of a
-crossed design; Owen, The pigeonhole bootstrap, 2007), and takes the mean log-likelihood over them; two settings with
-the same seeds draw the same ones, since a seed fixes the order of the data for both. With two or three seeds such an
-interval is still too narrow: they show little of the variance between training runs. With one seed it shows none, and
-the interval speaks of the choice of documents alone.
+Tokens of one document are not independent, so documents are resampled. Comparisons are paired: both models are scored
+on the same drawn documents, and a document's difficulty cancels out. If a setting was trained with several seeds, each
+resample draws seeds with replacement too, independently of the documents (both factors of a crossed design; Owen, The
+pigeonhole bootstrap, 2007), and takes the mean log-likelihood over them; two settings with the same seeds draw the same
+ones, since a seed fixes the order of the data for both. With two or three seeds such an interval is still too narrow:
+they show little of the variance between training runs. With one seed it shows none, and the interval covers the choice
+of documents alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-# How workloads.evaluation.perplexity scores.
+# The rule of workloads.evaluation.perplexity.
 RULE = (
     "non-overlapping windows of the evaluation length inside documents, every token scored but a window's first, "
     "full attention"
 )
 
-# How workloads.evaluation.answers scores.
+# The rule of workloads.evaluation.answers.
 ANSWERS_RULE = "every token of the answers of held-out examples that fit into the context, full attention"
 
 CONFIDENCE = 0.95
@@ -34,6 +34,8 @@ RESAMPLES = 4_000
 
 @dataclass(frozen=True)
 class Interval:
+    """A value with its confidence interval."""
+
     value: float
     low: float
     high: float
@@ -41,10 +43,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """What a model scored on each document: ``nll`` the summed negative log-likelihood (nats), ``tokens`` its tokens.
+    """A model's scores of each document: ``nll`` the summed negative log-likelihood (nats), ``tokens`` its tokens.
 
-    Both have the shape (documents,), in the same order of documents for every model that is compared. Of a setting
-    that was trained with several seeds (:meth:`over_seeds`), ``nll`` has the shape (seeds, documents).
+    Both have the shape (documents,), in the same order of documents for all compared models. For a setting trained with
+    several seeds (:meth:`over_seeds`), ``nll`` has the shape (seeds, documents).
     """
 
     nll: np.ndarray
@@ -58,25 +60,25 @@ class DocumentScores:
 
     @classmethod
     def over_seeds(cls, by_seed: dict[int, DocumentScores]) -> DocumentScores:
-        """The scores of one setting that was trained with several seeds.
+        """The scores of one setting trained with several seeds.
 
         Raises:
-            ValueError: they did not score the same tokens.
+            ValueError: the seeds did not score the same tokens.
         """
         tokens = next(iter(by_seed.values())).tokens
         if not all(np.array_equal(scores.tokens, tokens) for scores in by_seed.values()):
-            raise ValueError("only models scored on the same documents can be taken together")
+            raise ValueError("only models scored on the same documents can be averaged")
         seeds = tuple(sorted(by_seed))
         return cls(np.stack([by_seed[seed].nll for seed in seeds]), tokens, seeds)
 
     @property
     def perplexity(self) -> float:
-        """Over all tokens; of several seeds, by the mean of their log-likelihoods."""
+        """Over all tokens; for several seeds, from the mean of their log-likelihoods."""
         return float(np.exp(np.atleast_2d(self.nll).mean(axis=0).sum() / self.tokens.sum()))
 
 
 def perplexity_interval(scores: DocumentScores) -> Interval:
-    """Perplexity over all tokens, with its bootstrap percentile interval over documents, and seeds if several."""
+    """Perplexity over all tokens, with its bootstrap percentile interval over documents, and over several seeds."""
     low, high = np.quantile(np.exp(_mean_nll_of_resamples(scores)), _tails())
     return Interval(scores.perplexity, float(low), float(high))
 
@@ -84,8 +86,8 @@ def perplexity_interval(scores: DocumentScores) -> Interval:
 def gap_interval(scores: DocumentScores, baseline: DocumentScores) -> Interval:
     """How much higher the perplexity is than the baseline's, as a fraction (0.01: 1%), by paired bootstrap.
 
-    The documents of a resample are the same for both, and so are its seeds if both have the same ones; otherwise each
-    draws from its own.
+    A resample has the same documents for both, and the same seeds if both have the same ones; otherwise each draws from
+    its own.
 
     Raises:
         ValueError: the two did not score the same tokens.
@@ -99,16 +101,16 @@ def gap_interval(scores: DocumentScores, baseline: DocumentScores) -> Interval:
 
 
 def subsampling_error(nll: np.ndarray, scored: int, num_windows: int) -> float:
-    """By how much a perplexity from a random part of the windows may miss that of all of them, as a fraction.
+    """The error of a perplexity from a random part of the windows against that of all of them, as a fraction.
 
     Half the width, at CONFIDENCE, of the normal interval for the mean of a simple random sample without replacement
-    (Cochran, Sampling Techniques, section 2.5). It speaks of these documents' windows alone and not of the choice of
-    documents, which the bootstrap interval covers. Infinite for a single window of several.
+    (Cochran, Sampling Techniques, section 2.5). It covers the choice of these documents' windows; the bootstrap
+    interval covers that of documents. Infinite for a single window of several.
 
     Args:
         nll: summed over each sampled window's scored tokens, shape (sampled windows,).
         scored: tokens scored of each window.
-        num_windows: of which the sample was drawn.
+        num_windows: from which the sample was drawn.
     """
     if len(nll) == num_windows:
         return 0.0
@@ -119,7 +121,7 @@ def subsampling_error(nll: np.ndarray, scored: int, num_windows: int) -> float:
 
 
 def accuracy_interval(correct: int, tests: int) -> Interval:
-    """A share of tests passed with its Wilson score interval (Wilson, 1927), which holds at 0 and 1 too."""
+    """A share of passed tests with its Wilson score interval (Wilson, 1927), which is valid at 0 and 1 too."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share = correct / tests
     centre = (share + z**2 / (2 * tests)) / (1 + z**2 / tests)
@@ -128,11 +130,12 @@ def accuracy_interval(correct: int, tests: int) -> Interval:
 
 
 def _mean_nll_of_resamples(scores: DocumentScores, stream: int = 1) -> np.ndarray:
-    """The mean negative log-likelihood of each resample, shape (RESAMPLES,): the same documents at every call, and the
-    same seeds for the same ``stream``.
+    """The mean negative log-likelihood of each resample, shape (RESAMPLES,).
+
+    Every call draws the same documents, and for the same ``stream`` the same seeds.
     """
     nll = np.atleast_2d(scores.nll)
-    if not np.isfinite(nll).all():  # a model that diverged: no document's weight, not even 0, makes it finite again
+    if not np.isfinite(nll).all():  # a diverged model: not even a document's weight of 0 makes it finite
         return np.full(RESAMPLES, nll.sum())
     documents = _draws(len(scores.tokens), 0)
     totals = documents @ nll.T  # (resamples, seeds)
@@ -142,7 +145,7 @@ def _mean_nll_of_resamples(scores: DocumentScores, stream: int = 1) -> np.ndarra
 
 @functools.lru_cache(maxsize=8)
 def _draws(count: int, stream: int) -> np.ndarray:
-    """How often each of ``count`` things is in each resample, shape (RESAMPLES, count)."""
+    """How often each of ``count`` items is in each resample, shape (RESAMPLES, count)."""
     drawn = np.random.default_rng(stream).integers(count, size=(RESAMPLES, count))
     places = drawn + count * np.arange(RESAMPLES)[:, None]
     return np.bincount(places.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count).astype(float)

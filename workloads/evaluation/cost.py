@@ -1,4 +1,4 @@
-"""What an evaluation takes, before it is run: tokens to forward, FLOPs, and seconds by a first forward or two."""
+"""The cost of an evaluation before it runs: tokens to forward, FLOPs, and seconds from up to three first forwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workloads.engines.engine import Engine
 
 @dataclass(frozen=True)
 class Cost:
-    """Of forward passes: their number, tokens, FLOPs of which those of attention, and seconds where measured."""
+    """Of forward passes: their number, tokens, FLOPs, the part of attention in these, and seconds if measured."""
 
     forwards: int
     tokens: int
@@ -53,10 +53,12 @@ def attention_flops(config: Any, length: int) -> float:
 def seconds_per_forward(
     model: nn.Module, lengths: Collection[int], engine: Engine, logits_to_keep: int = 0
 ) -> dict[int, float]:
-    """Seconds of one sequence of each length: measured at the shortest and the longest, after one forward that warms
-    up, and between them a power of the length.
+    """Seconds of one sequence of each length.
 
-    ``logits_to_keep`` as transformers has it: the last so many positions', 0 for all.
+    Measured at the shortest and the longest, after one warm-up forward; between them it is a power of the length.
+
+    Args:
+        logits_to_keep: of transformers: how many last positions get logits, 0 for all.
     """
     ends = sorted({min(lengths), max(lengths)})
     seconds = []

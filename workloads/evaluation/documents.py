@@ -1,4 +1,4 @@
-"""Documents to be scored: the first tokens of those that are long enough."""
+"""Documents to score: the first tokens of those that are long enough."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def documents_to_score(
 ) -> list[ScoredDocument]:
     """Up to ``count`` documents that have ``span`` tokens, in the order of a hash of their names.
 
-    Held-out documents come out as a sweep's trials score them (``PackedCorpus.validation_windows``), but the training
-    side is not tokenised for it.
+    Held-out documents are the same that a sweep's trials score (``PackedCorpus.validation_windows``), without
+    tokenising the training side.
 
     Raises:
-        InputError: none is long enough; the message says how many are at which lengths.
+        InputError: none is long enough; the message counts those of shorter lengths.
     """
     found, sizes = [], []
     for document in _in_fixed_order(corpus.documents("validation" if held_out_only else None)):
@@ -56,5 +56,5 @@ def documents_to_score(
 
 
 def _in_fixed_order(documents: Iterable[Document]) -> list[Document]:
-    # With both sides of a single document that was cut in two, the name comes twice.
+    # The two sides of a single document that was cut in two share its name.
     return sorted(documents, key=lambda document: (name_hash(document.name), document.split))

@@ -1,4 +1,4 @@
-"""What ``python -m workloads.evaluate`` can be asked, as data. Imports neither torch nor transformers."""
+"""The options of ``python -m workloads.evaluate``. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Task = Literal["perplexity", "passkey", "topics"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """One model and what it is asked."""
+    """One model and how it is evaluated."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """builtin:tiny, a folder (model, exported adapter, or trial), or a Hugging Face id."""
@@ -25,7 +25,7 @@ class Options:
     lengths: tuple[int, ...] = ()
     """In tokens; by default the model's own. A shorter original context length is added, to show a loss there."""
     positions: Positions = "none"
-    """How positions reach the longest length: none (as the model is), linear, yarn. What was trained has its own."""
+    """How positions are extended to the longest length: none (as the model is), linear, yarn. A trial has its own."""
 
     checkpoint: str = "last"
     """Of a trial: last; best (the lowest perplexity at the trained length); or a step."""
@@ -35,9 +35,9 @@ class Options:
     text_column: str | None = None
     """perplexity: column of .jsonl, .parquet and Hugging Face data that holds the text."""
     split: Literal["validation", "all"] = "validation"
-    """perplexity: documents that a sweep on this corpus holds out, or all (of a corpus that no training saw)."""
+    """perplexity: documents that a sweep on this corpus holds out, or all (of a corpus not trained on)."""
     documents: int = 100
-    """perplexity: documents that are scored, at most."""
+    """perplexity: the most documents to score."""
     span: int | None = None
     """perplexity: tokens scored of each document, from its start; by default the longest length (--stride: twice)."""
     stride: int | None = None
@@ -45,16 +45,16 @@ class Options:
     last_tokens: int = 256
     """perplexity: tokens of each window that the rule 'last' scores."""
     max_windows: int | None = None
-    """perplexity: score a random part of the windows of each length, and say what error that brings."""
+    """perplexity: score a random part of the windows of each length, and report the error of that."""
 
     tests: int = 10
-    """passkey, topics: prompts of each length (the paper: 10); of LongChat's cases, of each file."""
+    """passkey, topics: prompts of each length (the paper: 10); with LongChat's cases, of each file."""
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)
-    """passkey: where the key is hidden, in percent of the filler before it; the tests take turns."""
+    """passkey: where the key is hidden, in percent of the filler before it; tests cycle through them."""
     form: Literal["topics", "lines"] = "topics"
     """topics: generate conversations and ask for the first topic, or lines and ask for one line's number."""
     cases: Path | None = None
-    """topics: LongChat's own cases instead (a .jsonl file, or a folder of them), as far as --lengths reach."""
+    """topics: LongChat's own cases instead (a .jsonl file, or a folder of them), up to the longest of --lengths."""
     chat: bool = False
     """passkey, topics: put prompts into the tokenizer's chat template."""
 
@@ -67,9 +67,9 @@ class Options:
     seed: int = 0
     """Of hidden keys, generated records, and the choice of windows."""
     output: Path = Path("evaluation")
-    """Folder for the results, one JSON file and one picture a task; what was asked differently before is kept."""
+    """Folder for the results, one JSON file and one picture a task; results of other options are kept."""
     dry_run: bool = False
-    """Say what it would cost, and stop."""
+    """Print the cost, and stop."""
 
     def __post_init__(self) -> None:
         for field in ("documents", "span", "stride", "last_tokens", "max_windows", "tests", "batch_tokens"):

@@ -1,6 +1,6 @@
 """Passkey retrieval (Mohtashami and Jaggi, 2023, as in the LongLoRA paper, figure 4): a number hidden in filler text.
 
-The paper hides it at a random place, ten times at each length; here the depth is set, so that the result is a table of
+The paper hides it at a random place, ten times at each length; here the depth is given, and the result is a table of
 length by depth.
 """
 
@@ -22,7 +22,7 @@ NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key?"
 CUE = " The pass key is"
 
-# The paper draws keys from 1 to 50,000; these always have five digits, so that each is as hard to guess.
+# The paper draws keys from 1 to 50,000; these always have five digits, which makes them equally hard to guess.
 KEYS = range(10_000, 50_000)
 # Room for five digits, a space and some words, even for a tokenizer of bytes.
 ANSWER_TOKENS = 16
@@ -31,13 +31,13 @@ ANSWER_TOKENS = 16
 def passkey_tests(
     prompter: Prompter, lengths: Sequence[int], depths: Sequence[float], tests: int, seed: int
 ) -> list[RetrievalTest]:
-    """``tests`` prompts of each length, spread over the depths in turn.
+    """``tests`` prompts of each length, which cycle through the depths.
 
-    A prompt and the room for its answer are exactly ``length`` tokens: filler of the length that is left is cut where
-    it has to be, and the sentence with the key stands after a share ``depth`` of it.
+    A prompt and the room for its answer are exactly ``length`` tokens: filler is cut to the length that is left, and
+    the sentence with the key comes after a share ``depth`` of it.
 
     Raises:
-        InputError: a length that leaves no room for filler.
+        InputError: a length has no room for filler.
     """
     generator = np.random.default_rng(seed)
     return [

@@ -1,18 +1,18 @@
 """Perplexity over held-out documents, with full attention, by two rules.
 
-A document is cut into windows of N tokens that lie inside it and begin every ``stride`` tokens from its start: at N
-they do not overlap; smaller, they slide. What is left after the last whole window is not scored. A window is forwarded
-by itself, so a token's context begins at its window's start. Of each window,
+A document is cut into windows of N tokens inside it that begin every ``stride`` tokens from its start: with a stride
+of N they do not overlap; with a smaller one they slide. The rest after the last whole window is not scored. A window is
+forwarded by itself, so a token's context begins at its window's start. Of each window,
 
     all     scores every token but the first, which has no context: N - 1 tokens, the early ones with little context.
             This is how the LongLoRA paper's own evaluation scores, with stride 256 (there, windows cross documents).
     last    scores the last K tokens only, each with at least N - K tokens of context. With stride = K each token is
-            scored exactly once: the sliding window of Press et al. (2021), less its first window's other tokens.
+            scored exactly once: the sliding window of Press et al. (2021), without its first window's other tokens.
 
-Perplexity is exp of the mean negative log-likelihood over all scored tokens; where windows slide, ``all`` counts a
-token once for each window it is in. Where they do not overlap, ``all`` scores the same tokens at every length that
-divides the span (but for windows' first), while ``last`` scores the ends of windows, which are other tokens at other
-lengths: to compare lengths by ``last``, slide.
+Perplexity is exp of the mean negative log-likelihood over all scored tokens; if windows slide, ``all`` counts a token
+once for each window it is in. If they do not overlap, ``all`` scores the same tokens at every length that divides the
+span (except windows' first), while ``last`` scores the ends of windows, which are other tokens at other lengths: to
+compare lengths by ``last``, let windows slide.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from workloads.training.loss import next_token_losses
 class Windows(Protocol):
     """A document's windows: ``tokens`` has the shape (windows, context length)."""
 
-    tokens: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids."""
 
 
 def score_documents(
     model: nn.Module, documents: Sequence[Windows], engine: Engine, batch_tokens: int = 8192
 ) -> DocumentScores:
-    """Scores every window of every document by the rule ``all``; with several workers each takes its share and all
-    get the result.
+    """Scores every window of every document by the rule ``all``; several workers share the windows.
+
+    All workers get the whole result.
     """
     windows = np.concatenate([document.tokens for document in documents])
     owner = np.repeat(np.arange(len(documents)), [len(document.tokens) for document in documents])
@@ -58,7 +61,7 @@ def score_windows(
     batch_tokens: int = 8192,
     on_progress: Callable[[int], None] = lambda windows: None,
 ) -> np.ndarray:
-    """The negative log-likelihood (nats) of each window's last tokens, summed: shape (windows, rules), float64.
+    """The summed negative log-likelihood (nats) of each window's last tokens: shape (windows, rules), float64.
 
     Args:
         windows: token ids, shape (windows, N).
@@ -68,14 +71,14 @@ def score_windows(
     """
     per_forward = max(1, batch_tokens // windows.shape[1])
     nll = torch.zeros(len(windows), len(scored), dtype=torch.float64)
-    # Every worker makes as many forward passes as any other, since under ZeRO-3 they fetch the weights together: some
-    # score a window once more to fill up the last round, and what they find is not counted.
+    # Every worker makes equally many forward passes, since under ZeRO-3 they fetch the weights together: some score a
+    # window again to fill the last round, uncounted.
     rounded = math.ceil(len(windows) / engine.num_workers) * engine.num_workers
     mine = np.arange(rounded)[engine.rank :: engine.num_workers]
 
     was_training = model.training
     model.eval()
-    # Not inference_mode: ZeRO-3 keeps weights that it fetches here, and training could not go on with them.
+    # Not inference_mode: ZeRO-3 keeps weights that it fetches here, and could not train with them.
     with torch.no_grad(), full_attention(model), engine.autocast():
         for start in range(0, len(mine), per_forward):
             rows = mine[start : start + per_forward]
@@ -90,7 +93,7 @@ def score_windows(
 
 
 def by_document(owner: np.ndarray, nll: np.ndarray, scored: int, num_documents: int) -> DocumentScores:
-    """Scores of windows, summed over the document that each belongs to; ``owner`` and ``nll`` are (windows,)."""
+    """Sums the scores of windows by document; ``owner``, the index of a window's document, and ``nll``: (windows,)."""
     return DocumentScores(
         np.bincount(owner, weights=nll, minlength=num_documents),
         np.bincount(owner, minlength=num_documents) * scored,
@@ -98,8 +101,9 @@ def by_document(owner: np.ndarray, nll: np.ndarray, scored: int, num_documents: 
 
 
 def cut_windows(documents: Sequence[np.ndarray], length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """(windows, owner): all windows of ``length`` tokens that begin every ``stride`` tokens and lie inside a document,
-    shape (windows, length), and the index of the document that each is of, shape (windows,).
+    """Cuts documents into windows of ``length`` tokens that begin every ``stride`` tokens.
+
+    Returns (windows, owner): shape (windows, length), and each window's document by index, shape (windows,).
     """
     cut = [np.lib.stride_tricks.sliding_window_view(tokens, length)[::stride] for tokens in documents]
     return np.concatenate(cut), np.repeat(np.arange(len(cut)), [len(windows) for windows in cut])

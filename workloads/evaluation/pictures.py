@@ -1,4 +1,4 @@
-"""The results as PNG files, drawn as longspan's reports are. matplotlib is imported where it is used."""
+"""The results as PNG files, in the style of longspan's reports. matplotlib is imported where it is used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from workloads.models.positions import POSITIONS
 
-# The report's inks. Blue and orange stay apart with every colour vision deficiency, and each reads as text on white.
+# The report's colours. Blue and orange differ with every colour vision deficiency, and are readable on white.
 INK, MUTED, LINE, BLUE, ORANGE = "#1b1f24", "#5c6670", "#dde2e7", "#1a4a8a", "#c24a1c"
-# Light is wrong and dark is right: the lightness alone carries it, so that it survives a grey print.
+# Light is wrong and dark is right: lightness alone shows it, in a grey print too.
 LIGHT = "#f6ead9"
 
 
 def perplexity_picture(result: dict[str, Any], path: Path) -> Path:
-    """Perplexity against the length, a line for each rule, with intervals over documents."""
+    """Perplexity against length, a line for each rule, with intervals over documents."""
     lengths = [row["length"] for row in result["lengths"]]
     with _style():
         figure, axes = _figure(
@@ -57,7 +57,7 @@ def perplexity_picture(result: dict[str, Any], path: Path) -> Path:
 def _single_score(
     axes: Any, length: int, score: dict[str, Any], rule: str, colour: str, marker: str, left: bool
 ) -> None:
-    """One length has no line and no band: a point a rule, side by side, each with its interval and its value."""
+    """Draws a point a rule, side by side, with interval and value: one length has no line and no band."""
     place, side = (length / 1.02, -1) if left else (length * 1.02, 1)
     if score["low"] is not None:
         axes.plot([place, place], [score["low"], score["high"]], color=colour, linewidth=3, alpha=0.3)
@@ -103,7 +103,7 @@ def passkey_picture(result: dict[str, Any], path: Path) -> Path:
 
 
 def topics_picture(result: dict[str, Any], path: Path) -> Path:
-    """Accuracy against the length, with Wilson intervals."""
+    """Accuracy against length, with Wilson intervals."""
     rows = result["lengths"]
     lengths = [row["length"] for row in rows]
     with _style():
@@ -129,7 +129,7 @@ def topics_picture(result: dict[str, Any], path: Path) -> Path:
         axes.grid(visible=True, axis="y")
         axes.set_ylim(-0.04, 1.08)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-        axes.set_ylabel("answers that are right")
+        axes.set_ylabel("correct answers")
         _length_axis(axes, lengths, result)
         return _save(figure, path)
 
@@ -169,12 +169,14 @@ def _style() -> AbstractContextManager:
 
 
 def _figure(result: dict[str, Any], title: str, width: float, height: float, note: str) -> tuple[Any, Any]:
-    """A figure (points) with its heading, and axes below it."""
+    """A figure (size in points) with its heading, and axes below it."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(figsize=(width / 72, height / 72))
     model = result["model"]
-    name = model["label"] if model["positions"] == "none" else f"{model['label']}, {POSITIONS[model['positions']].label}"
+    name = (
+        model["label"] if model["positions"] == "none" else f"{model['label']}, {POSITIONS[model['positions']].label}"
+    )
     figure.text(12 / width, 1 - 18 / height, title, size=12, weight="bold")
     figure.text(12 / width, 1 - 33 / height, name, color=INK, size=9.2)
     figure.text(12 / width, 1 - 46 / height, note, color=MUTED, size=8.6)
@@ -182,12 +184,12 @@ def _figure(result: dict[str, Any], title: str, width: float, height: float, not
 
 
 def _length_axis(axes: Any, lengths: list[int], result: dict[str, Any]) -> None:
-    """Lengths on a log scale, each with its tick, and where the model's original context ends."""
+    """Draws lengths on a log scale, each with its tick, and the model's original context length."""
     original = result["model"]["original_context_length"]
     axes.set_xscale("log")
     axes.set_xlim(min(lengths) / 1.15, max(lengths) * 1.15)
     labels = [_short(length) for length in lengths]
-    for index in range(len(lengths) - 2, -1, -1):  # from the longest down, a label only where there is room for it
+    for index in range(len(lengths) - 2, -1, -1):  # from the longest down, a label only where it fits
         nearest = next(length for length, label in zip(lengths[index + 1 :], labels[index + 1 :]) if label)
         room = math.log(nearest / lengths[index]) / math.log(1.3 * max(lengths) / min(lengths))
         labels[index] = labels[index] if room > 0.08 else ""
@@ -214,7 +216,7 @@ def _square(column: int, row: int, colour: Any) -> Any:
 
 
 def _short(length: int) -> str:
-    """2,048 as 2k where it is a whole number of 1,024 tokens, else as it is."""
+    """2,048 as 2k; a length that is no multiple of 1,024 in full."""
     return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
 
 

@@ -1,12 +1,12 @@
-"""What retrieval tests share: prompts of an exact length, greedy answers, and when an answer counts.
+"""Common to retrieval tests: prompts of an exact length, greedy answers, and which answers are correct.
 
-A model answers by greedy generation with a key/value cache, and passes if what was hidden appears in its answer. The
-alternative, one forward that asks whether each token of the right answer is the most likely one, costs a few cached
-steps less and would fail a model that finds the number but puts a word or a line break before it.
+A model answers by greedy generation with a key/value cache, and passes if the hidden text appears in its answer. The
+alternative, one forward that checks whether each token of the right answer is the most likely one, saves a few cached
+steps and would fail a model that finds the number but puts a word or a line break before it.
 
-Generation is written out here because ``generate`` follows the settings that come with a model (sampling, repetition
-penalties), which would make models incomparable. The whole prompt is one causal forward without a mask, of which only
-the last position's logits are made, so that memory grows with the length and not with its square.
+Generation is written out here because ``generate`` follows a model's own settings (sampling, repetition penalties),
+which would make models incomparable. The whole prompt is one causal forward without a mask, with logits of the last
+position alone, so memory grows with the length and not with its square.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RetrievalTest:
-    """One prompt and what its answer has to contain.
+    """One prompt and what its answer must contain.
 
-    ``length`` counts the prompt's tokens and the ``answer_tokens`` that may be generated, so that a test of length N
-    never leaves a context of N. ``depth`` is where the hidden text stands: 0 at the beginning, 1 at the end.
-    ``group`` says which tests belong together, such as ``30 topics``.
+    Args:
+        answer_tokens: the most tokens to generate.
+        depth: where the hidden text is: 0 at the beginning, 1 at the end.
+        group: tests that are counted together, such as ``30 topics``.
     """
 
     tokens: list[int]
@@ -44,11 +45,14 @@ class RetrievalTest:
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt and its answer: a test of length N never exceeds a context of N."""
         return len(self.tokens) + self.answer_tokens
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
+    """A test's answer, and whether it is correct."""
+
     group: str
     length: int
     depth: float
@@ -57,13 +61,16 @@ class RetrievalResult:
     correct: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """As it is written to the results."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Prompter:
-    """Turns text into a prompt's tokens: after the beginning-of-sequence token of models that have one, or with
-    ``chat`` as a user's message in the tokenizer's own chat template, to be answered by the assistant.
+    """Turns text into a prompt's tokens.
+
+    They follow the beginning-of-sequence token of models that have one; with ``chat`` they are a user's message in the
+    tokenizer's own chat template, for the assistant to answer.
 
     Raises:
         InputError: ``chat``, and the tokenizer has no chat template.
@@ -77,7 +84,7 @@ class Prompter:
             raise InputError("--chat: this model's tokenizer has no chat template; leave the flag out")
 
     def frame(self, opening: str, closing: str, cue: str) -> tuple[list[int], list[int]]:
-        """Tokens before and after what is searched. ``cue`` is the beginning of the answer, which is given."""
+        """Tokens before and after the searched text. ``cue`` is the beginning of the answer, part of the prompt."""
         if not self.chat:
             special = self.tokenizer("")["input_ids"]
             begin = [token for token in special if token == self.tokenizer.bos_token_id]
@@ -88,7 +95,7 @@ class Prompter:
         return self.encode(before + opening), self.encode(closing + after + cue.lstrip())
 
     def encode(self, text: str) -> list[int]:
-        """Pieces of a prompt are tokenised by themselves, so that their lengths add up exactly."""
+        """Tokenises one piece of a prompt by itself, so that the lengths of pieces add up exactly."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -99,7 +106,7 @@ def run_tests(
     engine: Engine,
     on_progress: Callable[[RetrievalTest], None] = lambda test: None,
 ) -> list[RetrievalResult]:
-    """Has the model answer each test, one prompt at a time, with full attention."""
+    """Runs the tests, one prompt at a time, with full attention."""
     stop = _stop_tokens(model, tokenizer)
     results = []
     was_training = model.training
@@ -115,8 +122,9 @@ def run_tests(
 
 
 def contains(answer: str, expected: str) -> bool:
-    """Whether an answer holds what was hidden: as whole words or numbers (12345 is not in 123456), regardless of case
-    and punctuation, and of a leading "the", which topics have or lack by chance.
+    """Whether an answer contains the hidden text, as whole words or numbers (12345 is not in 123456).
+
+    Case and punctuation do not matter, nor does a leading "the", which topics have or lack by chance.
     """
     return f" {_words(expected).removeprefix('the ')} " in f" {_words(answer)} "
 
@@ -126,7 +134,7 @@ def _words(text: str) -> str:
 
 
 def _greedy(model: nn.Module, prompt: list[int], most: int, stop: set[int], device: torch.device) -> list[int]:
-    """Up to ``most`` tokens, the most likely one each time; ends before a token of ``stop``."""
+    """Generates up to ``most`` tokens, each the most likely one; ends before a token of ``stop``."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -142,6 +150,6 @@ def _greedy(model: nn.Module, prompt: list[int], most: int, stop: set[int], devi
 
 
 def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: a model's configuration may name several."""
-    named = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    """The tokens that end an answer: a model's configuration may have several."""
+    configured = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}

@@ -61,6 +61,7 @@ TABLES = {"perplexity": perplexity_table, "passkey": retrieval_table, "topics": 
 
 
 def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, as printed."""
     if seconds is None:
         return "an unknown time"
     if seconds < 60:

@@ -1,10 +1,10 @@
 """Topic and line retrieval as LongChat tests it (lmsys.org, June 2023): its own cases, or generated ones of that form.
 
-    topics    a record of conversations on several topics; the first topic is asked for
-    lines     a record of lines, each with a name and a number; the number of one line is asked for
+    topics    a record of conversations on several topics; the question is the first topic
+    lines     a record of lines, each with a name and a number; the question is the number of one line
 
-LongChat's cases are JSON Lines: ``prompt`` with ``topics`` or with ``expected_number``. They have the lengths they
-have; generated ones fill a given length exactly, so that they need no data and fit any model.
+LongChat's cases are JSON Lines: ``prompt`` with ``topics`` or with ``expected_number``, of fixed lengths. Generated
+ones fill a given length exactly, need no data and fit any model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workloads.evaluation.retrieval import Prompter, RetrievalTest
 
 Form = Literal["topics", "lines"]
 
-# LongChat's prompts go on in a chat template of these roles, which a model that was not tuned to chat follows as well.
+# LongChat's prompts continue in a chat template of these roles, which a model without chat tuning follows as well.
 CUE = "\n ASSISTANT:"
 ANSWER_TOKENS = 64
 
@@ -90,11 +90,12 @@ def generated_tests(
 ) -> list[RetrievalTest]:
     """``tests`` prompts of each length: a prompt and the room for its answer are exactly ``length`` tokens.
 
-    The record's last conversation or line is cut where it has to be; what is asked for is always whole. In ``lines`` it
-    is any line with equal chance.
+    The record's last conversation or line is cut to fit; the one asked for is always whole. In ``lines`` every line is
+    equally likely to be asked for.
 
     Raises:
-        InputError: a length too short for one conversation's first turn or one line, or too long for different names.
+        InputError: a length is too short for one conversation's first turn or one line, or needs more names than there
+            are.
     """
     generator = np.random.default_rng(seed)
     make = {"topics": _topics_test, "lines": _lines_test}[form]
@@ -147,7 +148,7 @@ def _lines_test(prompter: Prompter, length: int, generator: np.random.Generator)
     if room < 0:
         raise InputError(f"a prompt of lines needs {length - room:,} tokens with this tokenizer, not {length:,}")
     others: list[int] = []
-    starts = []  # where the line that is asked for may stand
+    starts = []  # where the line asked for may be inserted
     for line in lines:
         if len(others) > room:
             break
@@ -167,7 +168,7 @@ def longchat_tests(prompter: Prompter, location: Path, tests: int) -> list[Retri
         location: one of its .jsonl files, or a folder of them.
 
     Raises:
-        InputError: no such file, or one that does not hold LongChat's cases.
+        InputError: there is no such file, or it does not hold LongChat's cases.
     """
     files = sorted(location.glob("*.jsonl")) if location.is_dir() else [location]
     if not files or not files[0].is_file():
