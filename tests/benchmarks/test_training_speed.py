@@ -4,9 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import re
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ from transformers import LlamaConfig
 
 from benchmarks import training_speed
 from benchmarks.baselines import published_s2, users_model, users_step
-from benchmarks.cases import ALL_WEIGHTS, CASES, PRODUCTS_RATE, baseline
+from benchmarks.cases import ALL_WEIGHTS, CASES, PRODUCTS_RATE, Row, baseline
 from benchmarks.memory import MODELS
 from benchmarks.speed_picture import draw
 from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, OPTIMISER, PRODUCTS, of_trace
-from benchmarks.training_speed import Results, Row, line, measure, read, row_of, table
+from benchmarks.training_speed import Results, line, measure, read, row_of, table
 from benchmarks.unsloth_way import measure_apart
 from workloads.adaptation.methods import adapt, trainable_parameters
 from workloads.attention.masks import dense_mask
@@ -242,12 +241,11 @@ def test_the_picture_is_drawn_from_the_json(rows, tmp_path):
 
 @pytest.mark.parametrize("module", ["training_speed", "attention_speed"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a CUDA device")
-def test_without_a_gpu_the_command_says_so_in_one_line(module, tmp_path):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", f"benchmarks.{module}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 1
-    assert done.stderr.strip() == f"benchmarks.{module} needs a CUDA device; torch finds none here"
+def test_without_a_gpu_the_command_says_so_in_one_line(module, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.{module}", run_name="__main__")
+    assert str(ended.value) == f"benchmarks.{module} needs a CUDA device; torch finds none here"
 
 
 # The profile

@@ -40,13 +40,19 @@ def plain_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
-def small_model(family="llama", **overrides):
-    """A model of a family with two layers and random weights, the same ones each time."""
-    torch.manual_seed(0)
+def small_config(family="llama", **overrides):
+    """The configuration of a family's model with two layers that all attend fully."""
     sizes = {**SIZES, **ALL_FULL.get(family, {}), **overrides}
     config = AutoConfig.for_model(family, **{key: value for key, value in sizes.items() if value is not None})
     for field in [key for key, value in sizes.items() if value is None and hasattr(config, key)]:
         setattr(config, field, None)
+    return config
+
+
+def small_model(family="llama", **overrides):
+    """A model of a family with two layers and random weights, the same ones each time."""
+    torch.manual_seed(0)
+    config = small_config(family, **overrides)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from tests.support.models import plain_losses, small_model
+from tests.support.models import plain_losses, small_config
 from workloads.attention import grouped
 from workloads.config import ExecutionConfig
 from workloads.engines.engine import Engine
@@ -26,7 +26,7 @@ def family_config(family):
         del sizes["head_dim"]
     if family in ("gemma2", "gemma3_text"):
         sizes["layer_types"] = ["full_attention"] * 3
-    return small_model(family, **sizes).config
+    return small_config(family, **sizes)
 
 
 class CountTraffic(TorchDispatchMode):

@@ -83,8 +83,8 @@ def pages(times):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // times
 def run():
     keep_freed_memory()
-    pages(20)
-    print(pages(20))
+    pages(10)
+    print(pages(10))
 thread = threading.Thread(target=run)
 thread.start()
 thread.join()
