@@ -5,9 +5,9 @@ All are Llama-2-7B's shape, bfloat16, one sequence a step; one with its frozen b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.memory import MODELS
 from workloads.budget import ModelShape, training_flops
@@ -131,6 +131,33 @@ CASES = {
 }
 PROFILED = ("8k-s2", "98k-s2")
 PROFILED_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The result of a case.
+
+    Args:
+        outcome: ``measured``, ``out of memory``, or why it failed.
+        seconds: of each counted step.
+        peak_gib, reserved_gib: the most that torch had allocated, and reserved from the device, in all steps.
+        mfu: None if the device's peak is unknown.
+        settings: the execution settings that are not longspan's defaults, and what else it resolved by itself.
+        profile: see step_profile.py.
+        reason: what torch said when memory ran out; of a row that is measured, at the first try: ``settings`` are
+            then those of the next smaller memory plan.
+    """
+
+    case: str
+    outcome: str
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_second: float | None = None
+    peak_gib: float | None = None
+    reserved_gib: float | None = None
+    mfu: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
+    reason: str | None = None
 
 
 def baseline(case: Case, way: Way) -> Case | None:

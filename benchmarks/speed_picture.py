@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.cases import CASES, Case, Way, baseline
+from benchmarks.cases import CASES, Case, Row, Way, baseline
 from dashboards.drawing import INK, MUTED, new_figure, style
-
-if TYPE_CHECKING:
-    from benchmarks.training_speed import Row
 
 # (of the bar, of the text on it): they differ in lightness, which no colour vision deficiency and no grey print takes.
 COLOURS: dict[Way, tuple[str, str]] = {

@@ -22,7 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +30,10 @@ import tyro
 from transformers import LlamaConfig
 
 from benchmarks import baselines, step_profile, unsloth_way
-from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Way, baseline
+from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Row, Way, baseline
 from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
+from benchmarks.speed_picture import draw
 from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
 from workloads.attention.interface import backend_of
 from workloads.budget import (
@@ -57,33 +57,6 @@ COUNTING = (
     "device's peak. Limit: of one H200, nothing recomputed (benchmarks/cases.py). Published S²: its first half group "
     "attends to the last, so that it is not the same function. The baselines take fewer steps than longspan."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What came of a case.
-
-    Args:
-        outcome: ``measured``, ``out of memory``, or why it failed.
-        seconds: of each counted step.
-        peak_gib, reserved_gib: the most that torch had allocated, and taken from the device, in all steps.
-        mfu: None where the device's peak is not known.
-        settings: the execution settings that are not longspan's defaults, and what else it resolved by itself.
-        profile: see step_profile.py.
-        reason: what torch said when memory ran out; of a row that is measured, at the first try: ``settings`` are
-            then those of the next smaller memory plan.
-    """
-
-    case: str
-    outcome: str
-    seconds: list[float] = field(default_factory=list)
-    tokens_per_second: float | None = None
-    peak_gib: float | None = None
-    reserved_gib: float | None = None
-    mfu: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    profile: dict[str, Any] | None = None
-    reason: str | None = None
 
 
 def measure(
@@ -320,8 +293,6 @@ def main(
     """
     began = time.monotonic()
     if picture:
-        from benchmarks.speed_picture import draw
-
         draw(*read(json_file), picture)
         return
     if unknown := [name for name in cases if name not in CASES]:

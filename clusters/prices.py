@@ -166,9 +166,11 @@ def find_instance(name: str) -> InstanceType:
 
 
 def cheapest_for_gpu(gpu: str) -> InstanceType | None:
-    """The instance type with the lowest known price for an hour of one such GPU; None where no price is known."""
-    priced = [one for one in INSTANCES.values() if one.gpu == gpu and one.usd_per_gpu_hour is not None]
-    return min(priced, key=lambda one: one.usd_per_gpu_hour, default=None)
+    """The instance type with the lowest known price for an hour of one such GPU; None if no price is known."""
+    priced = [
+        (price, one) for one in INSTANCES.values() if one.gpu == gpu and (price := one.usd_per_gpu_hour) is not None
+    ]
+    return min(priced, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -> Price | None:
@@ -189,7 +191,7 @@ def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -
         if name in INSTANCES and INSTANCES[name].gpus and gpu in (name, INSTANCES[name].gpu)
     }
     if own:
-        name = min(own, key=own.get)
+        name = min(own, key=lambda name: own[name])
         return Price(usd_per_gpu_hour=own[name], source=f"{name}, given by the user")
     if ANY in overrides:
         return Price(usd_per_gpu_hour=overrides[ANY], source="given by the user")

@@ -193,7 +193,7 @@ def check(value: Any) -> Any:
     """The comparison with absent optional keys set to None, and absent labels to raw names.
 
     Raises:
-        ValueError: names the place, such as `comparison.contexts[0].trials[2].final`, the problem, and what was expected.
+        ValueError: names the place, such as `comparison.contexts[0].trials[2].final`, the problem and the expectation.
     """
     comparison = _check(value, Comparison, "comparison")
     methods = {trial["method"]: None for context in comparison["contexts"] for trial in context["trials"]}

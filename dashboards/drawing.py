@@ -71,8 +71,8 @@ def panel(
 ) -> Any:
     """Axes under a heading: the context length, the measure, and what is off the chart.
 
-    Two lines are reserved for the latter if `above` is a list, so that panels side by side align. `limits` are the range
-    of the measure, which decides between a linear and a log scale; None is always linear.
+    Two lines are reserved for the latter if `above` is a list, so that panels side by side align. `limits` are the
+    range of the measure, which decides between a linear and a log scale; None is always linear.
     """
     dpi = figure.get_figure(root=True).dpi
     width, height = figure.bbox.width / dpi * 72, figure.bbox.height / dpi * 72

@@ -20,7 +20,7 @@ from dashboards.drawing import INK, LINE, MUTED
 WIDTH = 310  # of a panel, in points
 
 # Colour on a light page, on a dark one, and marker. Each colour reads as text (contrast 4.5 or more), and the three
-# methods are distinguishable with protanopia, deuteranopia and tritanopia (least CIE76 distance 22 on light, 17 on dark).
+# methods stay distinct with protanopia, deuteranopia and tritanopia (CIE76 distance at least 22 on light, 17 on dark).
 METHODS = {
     "full": ("#1a4a8a", "#6aa5f0", "o"),
     "lora+": ("#c24a1c", "#ff8f57", "s"),

@@ -139,7 +139,7 @@ def _names(host: str) -> list[str]:
         return [host, *(name for name in LOCAL if name != host)]
     if host not in EVERY:
         return [host]
-    addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+    addresses = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
     return list(dict.fromkeys([socket.gethostname(), socket.getfqdn(), *sorted(addresses), *LOCAL]))
 
 
@@ -193,6 +193,7 @@ def _end(server: subprocess.Popen) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m dashboards.mlflow", description="Look at a storage root's runs.")
     parser.add_argument("--storage", default="./runs", help="where the sweeps were stored (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")

@@ -1,9 +1,9 @@
 """``python -m orchestrator.cancel TRIAL|SWEEP``: ends trials from another terminal, each with a checkpoint.
 
-A request is a small file, ``trials/<fingerprint>/cancel.json``; a whole sweep's is ``sweeps/<name>/cancel.json`` beside
-those of its trials. The worker that trains the trial finds it within two seconds and ends it after the step it is in;
-a trial that waits does not begin. The other trials of the sweep go on. A request holds for all who would train the
-trial, until a command adds it anew: the same sweep command takes it up where it stopped.
+A request is a small file, ``trials/<fingerprint>/cancel.json``; that of a whole sweep is ``sweeps/<name>/cancel.json``
+beside those of its trials. The worker that trains the trial finds it within two seconds and stops after the current
+step; a waiting trial does not begin. The sweep's other trials continue. A request holds for every sweep that shares the
+trial, until a sweep command adds the trial again: it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tyro
 
 from orchestrator.records.cancellation import request
 from orchestrator.records.storage import Storage
+from orchestrator.reporting.overview import Overview
 from workloads.command import run_command
 from workloads.errors import InputError
 
@@ -25,16 +26,12 @@ def main(
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRIAL|SWEEP")],
     storage: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")] = "./runs",
 ) -> None:
-    """Cancels a trial, or all of a sweep, from another terminal: it stops with a checkpoint, and the same sweep command
-    takes it up again.
+    """Cancels a trial or a whole sweep. Trials stop with a checkpoint, and the same sweep command resumes them.
 
     Args:
         what: A fingerprint or the first digits of one, SWEEP/LABEL such as 'convergence/lora 2048', or a sweep's name.
         storage: The sweep's storage root.
     """
-    # What a worker imports of this module does without what a command shows.
-    from orchestrator.reporting.overview import Overview
-
     opened = Storage.at(storage)
     overview = Overview(opened)
     by = f"{getpass.getuser()} on {socket.gethostname()}"

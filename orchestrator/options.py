@@ -92,8 +92,8 @@ class RunOptions(ExecutionFields, Placement):
     min_trials: int = 3
     """Trials that must have reached a rung before one is stopped there."""
     early_stopping_among: Literal["auto", "context", "method"] = "auto"
-    """Which trials a trial is compared with: all of its context length, or those of its method there. auto: those of its
-    method in a search, which looks for the best of each; else all."""
+    """Which trials a trial is compared with: all of its context length, or those of its method there. auto: its
+    method's in a search, which looks for the best of each; else all."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
@@ -114,7 +114,7 @@ class RunOptions(ExecutionFields, Placement):
         self.execution()  # refuses combinations that cannot run
 
     def execution(self) -> ExecutionConfig:
-        """How a trial's workers run it; ``auto`` checkpointing is none until :mod:`orchestrator.planning.estimate` chooses."""
+        """How a trial's workers run it; ``auto`` checkpointing is none until planning/estimate.py chooses."""
         layers: GradientCheckpointing = 0
         if self.gradient_checkpointing != "auto" and self.gradient_checkpointing != "none":
             layers = self.gradient_checkpointing

@@ -1,7 +1,7 @@
-"""``python -m orchestrator.status [SWEEP]``: what runs, what waits for what, what it took and will take.
+"""``python -m orchestrator.status [SWEEP]``: what runs, what waits, what it has cost and will cost.
 
-From another terminal, while a sweep runs and after. It reads files alone (and asks nvidia-smi): no Ray is joined, so
-that it works beside any sweep that uses the same storage root, on any machine that sees it.
+For another terminal, while a sweep runs and after. It reads only files (and asks the NVIDIA driver) and does not join
+Ray, so it works beside any sweep with the same storage root, on any machine that sees it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.records.storage import Storage
-from orchestrator.reporting.disk_usage import DiskUsage, disk_usage, in_words
+from orchestrator.reporting.disk_usage import DiskUsage, disk_usage
 from orchestrator.reporting.gpus import Gpu, gpus
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
 from orchestrator.reporting.progress import AT_WORK
-from orchestrator.terminal import duration
+from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
 from workloads.errors import InputError
 
 WATCH_S = 2.0
-# From this width on a trial is one line; below, what is not in its row follows the table.
+# From this width on a trial is one line; in less, the rest of its facts follows the table.
 WIDE = 110
 LOG_WIDTH = 120
-# Of several trials of which the same is to be said, so many are named.
+# Of several trials with the same facts, at most this many are named.
 LABELS = 4
 STYLES = {"interrupted": "yellow", "failed": "red", "cancelled": "yellow", "finished": "dim", "not begun": "dim"}
 
@@ -45,14 +45,14 @@ def main(
     json: bool = False,
     disk: bool = False,
 ) -> None:
-    """What runs, what waits for what, what it has taken and will take; reads files alone.
+    """Shows what runs, what waits, what it has cost and will cost; reads only files.
 
     Args:
         sweep: A sweep's name, to show it alone; without it all of the storage root, and the newest in detail.
         storage: The storage root.
         watch: Show it again every two seconds, until nothing runs any more.
         json: Print it as JSON.
-        disk: What each trial takes on the disk, and the rest of the storage root.
+        disk: Show the disk usage of each trial and of the rest of the storage root.
     """
     console = Console(highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -79,6 +79,7 @@ def _print_json(content: Any) -> None:
 
 
 def as_json(overview: Overview, sweep: str | None = None) -> dict[str, Any]:
+    """All sweeps, or one, and the GPUs of this machine as plain data."""
     sweeps = overview.sweeps() if sweep is None else [overview.sweep(sweep)]
     return {
         "sweeps": [dataclasses.asdict(each) for each in sweeps],
@@ -97,7 +98,7 @@ def _watch(storage: Storage, sweep: str | None, console: Console) -> None:
 
 
 def status(overview: Overview, sweep: str | None, width: int) -> Group:
-    """All sweeps and the newest of them, or one."""
+    """All sweeps with the newest in detail, or one sweep."""
     if sweep is not None:
         return Group(*sweep_lines(overview.sweep(sweep), overview.now, width), *gpu_lines(gpus()))
     sweeps = overview.sweeps()
@@ -109,6 +110,7 @@ def status(overview: Overview, sweep: str | None, width: int) -> Group:
 
 
 def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:
+    """A row for each sweep."""
     table = Table(box=None, pad_edge=False)
     table.add_column("sweep", overflow="fold")
     for name in ("state", "ended"):
@@ -120,7 +122,7 @@ def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:
             sweep.name,
             sweep.state,
             f"{sweep.finished} of {len(sweep.trials)}",
-            _hours(sweep.hours, sweep.unit),
+            device_hours(sweep.hours, sweep.unit),
             "-" if not sweep.left_seconds else duration(sweep.left_seconds),
             "-" if sweep.began is None else f"{duration(now - sweep.began)} ago",
         )
@@ -130,7 +132,7 @@ def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:
 def sweep_lines(sweep: SweepOverview, now: float, width: int) -> list[Text | Table]:
     """One sweep in detail."""
     when = ""
-    if sweep.runs:
+    if sweep.runs and sweep.began:
         when = f" on {sweep.host} for {duration(now - sweep.began)}"
     elif sweep.ended:
         when = f" {duration(now - sweep.ended)} ago"
@@ -143,25 +145,22 @@ def sweep_lines(sweep: SweepOverview, now: float, width: int) -> list[Text | Tab
 
 
 def _money(sweep: SweepOverview) -> str:
-    spent = f"spent {_hours(sweep.hours, sweep.unit)}{_usd(sweep.usd)}"
+    spent = f"spent {_cost(sweep.hours, sweep.unit, sweep.usd)}"
     if sweep.left_hours is None:
         return f"{spent}; how long it will take is not known yet"
     if not sweep.left_hours:
         return spent
-    left = f"{_hours(sweep.left_hours, sweep.unit)}{_usd(sweep.left_usd)}"
-    return f"{spent}; about {left} left, {duration(sweep.left_seconds)}{'' if sweep.runs else ' if it goes on'}"
+    left = _cost(sweep.left_hours, sweep.unit, sweep.left_usd)
+    when = duration(sweep.left_seconds or 0.0)
+    return f"{spent}; about {left} left, {when}{'' if sweep.runs else ' if it goes on'}"
 
 
-def _hours(hours: float, unit: str | None) -> str:
-    return f"{hours:,.2f} {unit or 'hours'}" if hours >= 0.1 else f"{hours:.4f} {unit or 'hours'}"
-
-
-def _usd(usd: float | None) -> str:
-    return "" if usd is None else f" ({usd:,.2f} USD)"
+def _cost(hours: float, unit: str | None, money: float | None) -> str:
+    return device_hours(hours, unit) + ("" if money is None else f" ({usd(money)})")
 
 
 def trial_rows(trials: list[TrialOverview], now: float, width: int) -> Table:
-    """The live table, and where there is room where a trial runs and what is kept of it."""
+    """The live table; with enough width also the tries, the last checkpoint, the last line and the host."""
     table = trials_table()
     wide = width >= WIDE
     if wide:
@@ -181,17 +180,12 @@ def _heard(trial: TrialOverview, now: float) -> str:
 
 
 def more_on(trials: list[TrialOverview], now: float, wide: bool) -> list[str]:
-    """What does not fit into the trials' rows; what is the same of several is said once."""
+    """The facts that do not fit into the trials' rows; the same facts of several trials are one line."""
     alike: dict[tuple[str, str], list[str]] = {}
     for trial in trials:
         if facts := _facts(trial, now, wide):
             alike.setdefault((trial.state, "; ".join(facts)), []).append(trial.label)
-    return [f"  {_and(labels)} {state}: {facts}" for (state, facts), labels in alike.items()]
-
-
-def _and(labels: list[str]) -> str:
-    more = f" and {len(labels) - LABELS} more" if len(labels) > LABELS else ""
-    return ", ".join(labels[:LABELS]) + more
+    return [f"  {first_of(labels, LABELS)} {state}: {facts}" for (state, facts), labels in alike.items()]
 
 
 def _facts(trial: TrialOverview, now: float, wide: bool) -> list[str]:
@@ -205,27 +199,28 @@ def _facts(trial: TrialOverview, now: float, wide: bool) -> list[str]:
 
 
 def gpu_lines(found: list[Gpu]) -> list[Text]:
+    """A line for each GPU of this machine, under a heading."""
     return [Text("GPUs of this machine:"), *(Text(f"  {gpu}") for gpu in found)] if found else []
 
 
 def disk_table(usage: DiskUsage, overview: Overview) -> Table:
-    """The largest first."""
+    """Disk usage by trial, the largest first, and of the rest."""
     labels = {trial.fingerprint: f"{sweep.name}/{trial.label}" for sweep in overview.sweeps() for trial in sweep.trials}
-    table = Table(box=None, pad_edge=False, caption=f"{in_words(usage.total)} in all", caption_justify="left")
+    table = Table(box=None, pad_edge=False, caption=f"{file_size(usage.total)} in all", caption_justify="left")
     table.add_column("what", overflow="fold")
     for name in ("checkpoints", "earlier", "rest", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for trial in sorted(usage.trials.values(), key=lambda trial: trial.total, reverse=True):
         table.add_row(
             f"trials/{trial.fingerprint} {labels.get(trial.fingerprint, '')}",
-            f"{trial.num_checkpoints}: {in_words(trial.checkpoints)}" if trial.num_checkpoints else "-",
-            in_words(trial.earlier) if trial.earlier else "-",
-            in_words(trial.rest),
-            in_words(trial.total),
+            f"{trial.num_checkpoints}: {file_size(trial.checkpoints)}" if trial.num_checkpoints else "-",
+            file_size(trial.earlier) if trial.earlier else "-",
+            file_size(trial.rest),
+            file_size(trial.total),
         )
     others = {f"data/{name}": size for name, size in usage.data.items()} | {"mlflow": usage.mlflow, "rest": usage.rest}
     for name, size in others.items():
-        table.add_row(name, "-", "-", "-", in_words(size))
+        table.add_row(name, "-", "-", "-", file_size(size))
     return table
 
 

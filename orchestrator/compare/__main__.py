@@ -1,4 +1,4 @@
-"""``python -m orchestrator.compare RUN RUN ...``: what differs between runs, and then which is better."""
+"""``python -m orchestrator.compare RUN RUN ...``: what differs between runs, and which is better."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ EXIT_USER_ERROR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """The command's arguments."""
+
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN RUN ...")]]
-    """Two runs or more; the first is what the others are compared with. Each a trial's folder, its fingerprint or the
+    """Two runs or more; the others are compared with the first. Each is a trial's folder, its fingerprint or the
     beginning of it; SWEEP/LABEL such as 'convergence/lora+ 2048', or an MLflow run id."""
     storage: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "./runs"
     """Storage root that holds the trials."""
@@ -34,12 +36,13 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command."""
     console = make_console()
     try:
         options = tyro.cli(
             Options,
             prog="python -m orchestrator.compare",
-            description="Say what differs between runs, and then which of them is better.",
+            description="Show what differs between runs, and which of them is better.",
             args=arguments,
         )
         compared = side_by_side(_find(options))
@@ -67,7 +70,7 @@ def _find(options: Options) -> list[Any]:
 
 
 def show(compared: dict[str, Any], console: Console) -> None:
-    """Prints it as a person reads it: differences, curves, verdict."""
+    """Print the differences, curves and verdict."""
     letters = [chr(ord("A") + place) if place < 26 else str(place) for place in range(len(compared["runs"]))]
     for letter, run in zip(letters, compared["runs"]):
         spent = f", {hours(run['hours'], run['hours_unit'])}" if run["hours"] is not None else ""
@@ -84,7 +87,7 @@ def show(compared: dict[str, Any], console: Console) -> None:
             table.add_row(heading, one["field"], *("-" if v is None else str(v) for v in one["values"]))
         console.print(table)
     else:
-        console.print("\nNothing that is recorded differs.")
+        console.print("\nNo recorded field differs.")
     same = ", ".join(f"{count} of {section}" for section, count in compared["same"].items() if count)
     console.print(f"The same: {same}.")
     table = Table(title="\nPerplexity", title_justify="left", box=None, pad_edge=False)

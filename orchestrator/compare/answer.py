@@ -67,6 +67,7 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """The method's label."""
         return words.METHOD_LABELS[self.method]
 
     def steps(self) -> list[int]:
@@ -93,7 +94,9 @@ class Setting:
                 step=step,
                 tokens=self.tokens(step),
                 hours=effort.mean(each.get(step, 0.0) for each in hours),
-                usd=None if None in dollars else effort.mean(each.get(step, 0.0) for each in dollars),
+                usd=effort.mean([each.get(step, 0.0) for each in dollars if each is not None])
+                if None not in dollars
+                else None,
                 perplexity=self.scores(step).perplexity,
             )
             for step in self.steps()
@@ -239,7 +242,7 @@ def _named(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
-    """Every method against each before it in ``order``, at every evaluation of both but step 0, where they are equal."""
+    """Every method against each before it in ``order``, at every evaluation of both but step 0."""
     gaps = []
     for place, baseline in enumerate(order):
         for method in order[place + 1 :]:

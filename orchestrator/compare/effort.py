@@ -1,4 +1,4 @@
-"""What it took: hours of the devices, dollars, what it takes to reach a perplexity, and who is worth its hours.
+"""Cost: device hours, dollars, the cost of reaching a perplexity, and which settings others dominate.
 
 Hours are of training steps alone (a step's seconds x the devices of the attempt that made it): how often a sweep
 evaluates, saves and starts is its own affair, and a step that a crash had made twice counts once. GPU hours where the
@@ -43,12 +43,13 @@ def dollars_by_step(record: TrialRecord) -> dict[int, float] | None:
 
 
 def held(record: TrialRecord, sweep: str | None = None) -> tuple[float, float | None]:
-    """(hours, USD) for which the trial's devices were held, from each attempt's start to its last line: what is paid
-    for, with evaluation, saving and what a crash has lost. USD is None where an attempt had no price.
+    """The hours for which the trial's devices were held, and their price in USD.
 
-    With ``sweep``, of the attempts that this sweep has made.
+    From each attempt's start to its last line: what is paid for, with evaluation, saving and what a crash lost. USD is
+    None if an attempt had no price. With ``sweep``, only of the attempts that this sweep made.
     """
-    hours, usd = 0.0, 0.0
+    hours = 0.0
+    usd: float | None = 0.0
     for attempt, heard in zip(record.attempts, record.attempts_heard):
         if sweep is None or attempt.sweep in (None, sweep):
             taken = attempt.num_devices * (heard - attempt.time) / 3600
@@ -102,18 +103,19 @@ def reach(curve: list[Evaluation], target: float) -> Evaluation | None:
                 step=between(before.step, after.step),
                 tokens=between(before.tokens, after.tokens),
                 hours=between(before.hours, after.hours),
-                usd=None if before.usd is None else between(before.usd, after.usd),
+                usd=None if before.usd is None or after.usd is None else between(before.usd, after.usd),
                 perplexity=target,
             )
     return None
 
 
 def dominated(points: list[tuple[float, float]]) -> list[bool]:
-    """Of (hours, perplexity) each: whether another has no more of either and less of one."""
+    """For each (hours, perplexity): whether another point has no more of either and less of one."""
     return [any(other != point and all(o <= p for o, p in zip(other, point)) for other in points) for point in points]
 
 
 def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean."""
     values = list(values)
     return sum(values) / len(values)
 

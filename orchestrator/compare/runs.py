@@ -1,7 +1,7 @@
-"""Single runs by whatever somebody calls them, and what differs between them.
+"""Find single runs by any of their names, and list what differs between them.
 
-Differences come before results: a run that is better with another seed, data, code or machine says something else than
-one that is better with another learning rate alone.
+Differences come before results: a better run with another seed, data, code or machine means something else than a
+better run with another learning rate alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Run:
-    """A trial, with what its journal says and where it lies."""
+    """A trial with its journal's record and its folder."""
 
     trial: TrialSpec
     record: TrialRecord
@@ -36,10 +36,11 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The trial's label with the beginning of its fingerprint."""
         return f"{self.trial.label} ({self.trial.fingerprint[:8]})"
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """All that may explain a difference, by section and field; of several attempts, by the last."""
+        """All that may explain a difference, by section and field; of several attempts, the last."""
         trial, started = self.trial, self.record.started or Started()
         execution = {
             **started.execution,
@@ -67,7 +68,7 @@ class Run:
 
 
 def find_run(text: str, storage: Storage) -> Run:
-    """The run that somebody means.
+    """The run with that folder, fingerprint, label or MLflow id.
 
     Raises:
         InputError: there is none, or there are several.
@@ -111,7 +112,7 @@ def _has_mlflow_run(folder: TrialFolder, run_id: str) -> bool:
 
 
 def _read(folder: TrialFolder) -> Run:
-    values = read_json(folder.path / "trial.json")
+    values = read_json(folder.path / "trial.json") or {}
     try:
         trial = TrialSpec.from_dict(values)
     except (AttributeError, KeyError, TypeError) as error:
@@ -120,11 +121,13 @@ def _read(folder: TrialFolder) -> Run:
 
 
 def differences(runs: list[Run]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(what differs: section, field and a value a run, None where none is recorded; how many fields of each section
-    are the same).
+    """What differs between runs, and how many fields of each section are the same.
+
+    A difference has a section, a field, and a value for each run, None if none is recorded.
     """
     described = [run.described() for run in runs]
-    differ, same = [], {}
+    differ: list[dict[str, Any]] = []
+    same: dict[str, int] = {}
     for section in described[0]:
         fields = dict.fromkeys(name for each in described for name in each[section])
         for name in fields:

@@ -70,9 +70,9 @@ def _scored_differently(first: Outcome, other: Outcome) -> str | None:
     ):
         if one != another:
             return f"{what} differs ({one} and {another})"
-    scores = first.scores(), other.scores()
-    if None not in scores and not np.array_equal(scores[0].tokens, scores[1].tokens):
-        return "the documents that were scored have other lengths"
+    one_scores, other_scores = first.scores(), other.scores()
+    if one_scores and other_scores and not np.array_equal(one_scores.tokens, other_scores.tokens):
+        return "the scored documents have other lengths"
     return None
 
 
@@ -82,7 +82,9 @@ def _curve(outcomes: list[Outcome], alike: list[bool]) -> list[dict[str, Any]]:
     for step in sorted(set().union(*curves)):
         events = [curve.get(step) for curve in curves]
         gaps = [
-            gap_interval(outcome.scores(step), outcomes[0].scores(step)) if paired and event and events[0] else None
+            gap_interval(outcome.evaluated(step), outcomes[0].evaluated(step))
+            if paired and event and events[0]
+            else None
             for outcome, event, paired in zip(outcomes[1:], events[1:], alike[1:])
         ]
         rows.append(
@@ -99,23 +101,23 @@ def _curve(outcomes: list[Outcome], alike: list[bool]) -> list[dict[str, Any]]:
 
 
 def _verdict(runs: list[Run], outcomes: list[Outcome], why_not: str) -> tuple[int | None, list[str]]:
-    """(the winner, sentences)"""
+    """The index of the winner, or None, and the sentences."""
     sentences = [
         f"{run.name} is {_state(run)} and does not compete." for run, o in zip(runs, outcomes) if not o.finished
     ]
     if why_not:
         return None, [
             *sentences,
-            f"No winner: not all were scored on the same tokens as {runs[0].name} ({why_not}), and perplexities on "
-            "other tokens say nothing about which is better.",
+            f"No winner: not all were scored on the same tokens as {runs[0].name} ({why_not}), so their perplexities "
+            "cannot be compared.",
         ]
     finished = [place for place, outcome in enumerate(outcomes) if outcome.finished]
     if len(finished) < 2:
         return None, [*sentences, "No winner: fewer than two of the runs have finished."]
-    ranked = sorted(finished, key=lambda place: outcomes[place].scores().perplexity)
+    ranked = sorted(finished, key=lambda place: outcomes[place].evaluated().perplexity)
     best, established = ranked[0], True
     for place in ranked[1:]:
-        gap = gap_interval(outcomes[place].scores(), outcomes[best].scores())
+        gap = gap_interval(outcomes[place].evaluated(), outcomes[best].evaluated())
         text = (
             f"{runs[place].name} ends {gap.value:.2%} above {runs[best].name} (paired {CONFIDENCE:.0%} interval over "
             f"documents {gap.low:+.2%} to {gap.high:+.2%})"

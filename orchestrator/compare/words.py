@@ -31,7 +31,7 @@ def method_labels(contexts: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
 def distinct_names(items: list[dict[str, Any]]) -> list[str]:
     """Names of trials or settings of one context length.
 
-    Each is the method's label; where a method has several, with what tells them apart: learning rate, seed, fingerprint.
+    Each is the method's label; if a method has several, with the learning rate, seed or fingerprint that differs.
     """
 
     def name(item: dict[str, Any]) -> str:
@@ -68,13 +68,13 @@ def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
         sentences.append(f"At {join(lengths)} tokens no trained model beats {REFERENCE_PHRASES[reference]}.")
     if any(_rates(context["settings"], s["method"])[1:] for context in contexts for s in context["settings"]):
         sentences.append(
-            "Each method is represented by the best of its settings, chosen by final perplexity on the scored documents "
-            "themselves, which flatters it."
+            "Each method is represented by the best of its settings, chosen by final perplexity on the scored "
+            "documents themselves, which flatters it."
         )
     if len(seeds) == 1:
         sentences.append(
-            f"Each setting was trained with one seed: the {CONFIDENCE:.0%} intervals reflect which documents were scored, "
-            "not the variance between seeds."
+            f"Each setting was trained with one seed: the {CONFIDENCE:.0%} intervals reflect which documents were "
+            "scored, not the variance between seeds."
         )
     return sentences
 
@@ -165,8 +165,8 @@ def _chosen_rates(settings: list[dict[str, Any]], chosen: dict[str, dict[str, An
     if not words:
         return []
     return [
-        f"Each method's learning rate is the one with the lowest final perplexity: {'; '.join(words)}. They were chosen on the scored "
-        "documents themselves, which flatters every method."
+        f"Each method's learning rate is the one with the lowest final perplexity: {'; '.join(words)}. They "
+        "were chosen on the scored documents themselves, which flatters every method."
     ]
 
 
@@ -263,7 +263,8 @@ def _against(name: str, scores: DocumentScores, label: str, reference: DocumentS
 def _spread(name: str, trials: list[dict[str, Any]], method: str) -> str:
     """The range over a method's seeds; the other sentences use their mean log-likelihood."""
     finals = [t["final"]["perplexity"] for t in trials if t["method"] == method and t["chosen"] and t["final"]]
-    return f"{capital(name)} is the mean over {len(finals)} seeds, with final perplexities from {min(finals):.3f} to {max(finals):.3f}."
+    spread = f"from {min(finals):.3f} to {max(finals):.3f}"
+    return f"{capital(name)} is the mean over {len(finals)} seeds, with final perplexities {spread}."
 
 
 def _at_original_length(trials: list[dict[str, Any]]) -> list[str]:

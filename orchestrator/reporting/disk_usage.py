@@ -1,4 +1,4 @@
-"""What the parts of a storage root take: nothing is removed when a sweep ends, so that a person can decide."""
+"""Disk usage of a storage root by trial and kind. No sweep removes anything at its end: that is the user's decision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orchestrator.records.storage import Storage
 
 @dataclass
 class TrialUsage:
-    """Bytes of one trial. ``earlier``: what ``--force`` has put aside."""
+    """Bytes of one trial. ``earlier``: put aside by ``--force``."""
 
     fingerprint: str
     checkpoints: int = 0
@@ -19,6 +19,7 @@ class TrialUsage:
 
     @property
     def total(self) -> int:
+        """All of the trial's bytes."""
         return self.checkpoints + self.earlier + self.rest
 
 
@@ -29,14 +30,16 @@ class DiskUsage:
     trials: dict[str, TrialUsage]
     data: dict[str, int]
     mlflow: int
-    rest: int  # sweeps: reports, plans, rungs; and what was compiled
+    rest: int  # sweeps (reports, plans, rungs) and compiled code
 
     @property
     def total(self) -> int:
+        """All bytes below the root."""
         return sum(trial.total for trial in self.trials.values()) + sum(self.data.values()) + self.mlflow + self.rest
 
 
 def disk_usage(storage: Storage) -> DiskUsage:
+    """The usage of a storage root, from the sizes of its files."""
     trials: dict[str, TrialUsage] = {}
     checkpoints: set[tuple[str, str]] = set()
     data: dict[str, int] = {}
@@ -61,11 +64,3 @@ def disk_usage(storage: Storage) -> DiskUsage:
     for fingerprint, _ in checkpoints:
         trials[fingerprint].num_checkpoints += 1
     return DiskUsage(trials, data, mlflow, rest)
-
-
-def in_words(size: int) -> str:
-    """``3.2 GiB``, ``512 MiB``, ``4 KiB``."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{-(-size // 1024)} KiB"

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Gpu:
-    """``busy``: percent of the last second or less in which a kernel ran. None where the GPU does not report it (MIG)."""
+    """``busy``: percent of the last second or less in which a kernel ran. None: the GPU does not report it (MIG)."""
 
     index: int
     name: str

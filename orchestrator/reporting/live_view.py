@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: one table of all trials, live in a terminal, now and then in a job log."""
+"""The table of all trials while a sweep runs: live in a terminal, every 30 s in a job log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOG_INTERVAL_S = 30.0
 
 
 class LiveView:
-    """Follows the journals of a sweep's trials in a thread of its own and shows them."""
+    """Follows the journals of a sweep's trials in its own thread and shows them."""
 
     def __init__(self, sweep: str, rows: list[Row], concurrency: int, console: Console) -> None:
         self.sweep = sweep
@@ -59,6 +59,7 @@ class LiveView:
             row.record.follow()
 
     def table(self) -> Table:
+        """The table as of now."""
         elapsed = time.time() - self.began
         left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
         title = f"{duration(elapsed)} elapsed" + (f", about {duration(left)} left" if left else "")
@@ -72,7 +73,7 @@ class LiveView:
 
 
 def trials_table(title: str | None = None) -> Table:
-    """For a row a trial: its label, its state, its :func:`numbers`."""
+    """A table with columns for a trial's label, its state and its :func:`numbers`."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("trial", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -82,7 +83,7 @@ def trials_table(title: str | None = None) -> Table:
 
 
 def numbers(trial: Progress) -> list[str]:
-    """A trial's row from its third cell on."""
+    """The cells of a trial's row from the third on."""
     return [
         f"{trial.step}/{trial.steps}" if trial.steps else "-",
         number_or_dash(trial.loss, ".3f"),

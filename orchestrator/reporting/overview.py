@@ -1,4 +1,4 @@
-"""What the sweeps of a storage root are at, read from its files alone: while they run, and after."""
+"""The state of a storage root's sweeps, read from its files alone: while they run, and after."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_t
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
-# A worker on another machine that has been silent for so long, or for so many of its steps, counts as gone: nothing
-# else is known of it from files. An evaluation between two steps is silent too.
+# A worker on another machine counts as dead after a silence of so many seconds, and of so many of its steps.
+# An evaluation between two steps is silent too.
 SILENT_S, SILENT_STEPS = 300.0, 20
-# Ended for this sweep: nothing of it is left to do.
+# States in which a sweep has nothing left to do for a trial.
 ENDED = {"finished", "stopped"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOverview(Progress):
-    """A trial, and what it has taken: ``hours`` in which the sweep held its devices, ``usd`` at the known price."""
+    """A trial and its cost: ``hours`` for which the sweep held its devices, ``usd`` at the known price."""
 
     hours: float = 0.0
     usd: float | None = None
@@ -42,9 +42,9 @@ class SweepOverview:
     Args:
         runs: its command runs now.
         state: preparing, running, finished, interrupted (its command was killed), unfinished.
-        doing: what a command that prepares is at.
-        left_seconds, left_hours, left_usd: until every trial is at its end, at the pace so far, else as planned; None
-            where nothing is known.
+        doing: what a command that prepares is doing.
+        left_seconds, left_hours, left_usd: until every trial has ended, at the pace so far, else as planned; None if
+            unknown.
     """
 
     name: str
@@ -64,11 +64,12 @@ class SweepOverview:
 
     @property
     def finished(self) -> int:
+        """How many trials have ended for this sweep."""
         return sum(trial.state in ENDED for trial in self.trials)
 
 
 class Overview:
-    """All sweeps of a storage root as they are now. What was read is kept: make another one to look again."""
+    """All sweeps of a storage root as they are now. It reads each file once: make another to read again."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage, self.now = storage, time.time()
@@ -76,15 +77,17 @@ class Overview:
         self._commands: dict[str, dict[str, Any] | None] = {}
 
     def sweeps(self) -> list[SweepOverview]:
-        """The newest first."""
-        # A folder that is just being made holds nothing yet.
+        """All sweeps, the newest first."""
+        # A new folder may still be empty.
         names = [name for name in self.storage.sweeps() if self.command(name) or self._listed(name) is not None]
         found = [self.sweep(name) for name in names]
         return sorted(found, key=lambda sweep: sweep.began or 0.0, reverse=True)
 
     def sweep(self, name: str) -> SweepOverview:
-        """Raises:
-        InputError: there is none of this name.
+        """One sweep.
+
+        Raises:
+            InputError: there is none of this name.
         """
         command, listed = self.command(name), self._listed(name)
         if command is None and listed is None:
@@ -96,21 +99,22 @@ class Overview:
         trials = [self._trial(fingerprint, name, runs, planned.get(fingerprint)) for fingerprint in listed or ()]
         rows = {trial.fingerprint: row for trial in trials if (row := self._row(trial.fingerprint))}
         command = command or {}
+        launches = [row.record.launched.time for row in rows.values() if row.record.launched]
         units = {trial.unit for trial in trials if trial.unit}
         prices = [trial.usd for trial in trials if trial.hours]
+        paid = [price for price in prices if price is not None]
         return SweepOverview(
             name=name,
             state=_state(command, runs, trials),
             runs=runs,
             host=command["owner"]["host"] if command else None,
-            began=command.get("began")
-            or min((r.record.launched.time for r in rows.values() if r.record.launched), default=None),
+            began=command.get("began") or min(launches, default=None),
             ended=command.get("ended") or max((t for r in rows.values() if (t := r.record.heard)), default=None),
             doing=command.get("doing") if runs and not trials else None,
             trials=trials,
             unit=units.pop() if len(units) == 1 else None,
             hours=sum(trial.hours for trial in trials),
-            usd=None if None in prices or not prices else sum(prices),
+            usd=sum(paid) if paid and len(paid) == len(prices) else None,
             **_left(trials, rows, planned, command),
         )
 
@@ -120,29 +124,30 @@ class Overview:
         Raises:
             InputError: there is none, or there are several.
         """
-        sweep, _, label = text.rpartition("/")
-        sweeps = [self.sweep(sweep)] if sweep else self.sweeps()
+        name, _, label = text.rpartition("/")
+        sweeps = [self.sweep(name)] if name else self.sweeps()
         found: dict[str, TrialOverview] = {}
         for each in sweeps:
             for trial in each.trials:
-                matches = trial.label == label if sweep else trial.fingerprint.startswith(text)
-                # As the sweep that runs sees it.
+                matches = trial.label == label if name else trial.fingerprint.startswith(text)
+                # A running sweep's view of the trial comes first.
                 if matches and not (trial.fingerprint in found and found[trial.fingerprint].is_to_do):
                     found[trial.fingerprint] = trial
-        if not sweep and not re.fullmatch(r"[0-9a-f]{4,16}", text):
+        if not name and not re.fullmatch(r"[0-9a-f]{4,16}", text):
             found = {}
         if len(found) == 1:
             return next(iter(found.values()))
         if found:
-            each = ", ".join(f"{fingerprint} ({trial.label})" for fingerprint, trial in found.items())
-            raise InputError(f"{text!r} may mean {each}; give more digits of the fingerprint")
-        at_work = [f"{s.name}/{trial.label} ({trial.fingerprint})" for s in sweeps for trial in s.trials]
+            meant = ", ".join(f"{fingerprint} ({trial.label})" for fingerprint, trial in found.items())
+            raise InputError(f"{text!r} may mean {meant}; give more digits of the fingerprint")
+        at_work = [f"{each.name}/{trial.label} ({trial.fingerprint})" for each in sweeps for trial in each.trials]
         raise InputError(
             f"{self.storage.location} has no trial or sweep {text!r}; expected a sweep's name, SWEEP/LABEL, or 4 or "
             f"more digits of a fingerprint. Trials: {', '.join(at_work[:20]) or 'none'}"
         )
 
     def command(self, name: str) -> dict[str, Any] | None:
+        """The file of the command that runs the sweep, or ran it last."""
         if name not in self._commands:
             self._commands[name] = read_command(self.storage, name)
         return self._commands[name]
@@ -161,11 +166,12 @@ class Overview:
         return None if sweep is None else sweep["trials"]
 
     def _row(self, fingerprint: str) -> Row | None:
-        """None of a trial that was planned and never added."""
+        """The trial with its record; None if it was planned and never added."""
         if fingerprint not in self._rows:
             values = self.storage.read(f"trials/{fingerprint}/trial.json")
-            record = TrialRecord.of(self.storage.trial(fingerprint).journal) if values else None
-            self._rows[fingerprint] = Row(TrialSpec.from_dict(values), record) if values else None
+            self._rows[fingerprint] = values and Row(
+                TrialSpec.from_dict(values), TrialRecord.of(self.storage.trial(fingerprint).journal)
+            )
         return self._rows[fingerprint]
 
     def _trial(self, fingerprint: str, sweep: str, runs: bool, planned: dict[str, Any] | None) -> TrialOverview:
@@ -186,7 +192,7 @@ class Overview:
         return TrialOverview(**dataclasses.asdict(seen), hours=hours, usd=usd, unit=unit)
 
     def _is_silent(self, record: TrialRecord, holder: dict[str, Any]) -> bool:
-        """Whether the holder of a lease, on another machine, seems to be gone."""
+        """Whether the holder of a lease, on another machine, seems to be dead."""
         steps = sorted(step.seconds for step in record.steps.values())
         limit = max(SILENT_S, SILENT_STEPS * steps[len(steps) // 2] if steps else 0)
         return not is_here(holder) and self.now - (record.heard or 0) > limit
@@ -204,12 +210,14 @@ def _state(command: dict[str, Any], runs: bool, trials: list[TrialOverview]) -> 
 def _left(
     trials: list[TrialOverview], rows: dict[str, Row], planned: dict[str, Any], command: dict[str, Any]
 ) -> dict[str, float | None]:
-    """What is to come, by trial: at its own pace where it trains, else at that of all, else as planned."""
+    """What is left, trial by trial: at its own pace while it trains, else at that of all, else as planned."""
     pace = seconds_a_token(rows.values())
     started = {f: row.record.started for f, row in rows.items() if row.record.started}
     devices = {f: each.devices for f, each in started.items() if each.devices is not None}
     prices = [each.usd_per_device_hour for each in started.values() if each.usd_per_device_hour is not None]
-    each, hours, usd = [], 0.0, 0.0
+    each: list[float] = []
+    hours = 0.0
+    usd: float | None = 0.0
     for trial in trials:
         if trial.state in ENDED:
             continue

@@ -1,4 +1,4 @@
-"""How far a trial is, from its journal: what a row of a table of trials shows, live or from another terminal."""
+"""The progress of a trial, from its journal: a row of the table of trials, live or from another terminal."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.terminal import duration
 from orchestrator.trial_spec import TrialSpec
 
-# States of a trial that trains, or that a command which runs now is to train.
+# States of a trial that trains, or that a running command is about to train.
 AT_WORK = {"starting", "loading", "training", "evaluating", "cancelling", "pausing", "restarting"}
 TO_DO = AT_WORK | {"waiting"}
 
 
 @dataclass
 class Row:
+    """A trial with its record."""
+
     trial: TrialSpec
     record: TrialRecord
-    known: bool = False  # it was finished before this sweep began
+    known: bool = False  # finished before this sweep began
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,12 @@ class Progress:
 
     Args:
         state: waiting, starting, loading, training, evaluating, cancelling, pausing, restarting; finished, known,
-            stopped, failed, cancelled; interrupted (nobody trains it any more), not begun.
+            stopped, failed, cancelled; interrupted (no process trains it any more), not begun.
         why: what it waits for, or what ended it.
-        elsewhere: who trains it, if that is another sweep.
-        step: the last one, or where it waits to go on that of its checkpoint.
-        attempts: how often a worker has begun with it.
-        remedies: what was changed or waited for after faults.
+        elsewhere: the other sweep that trains it, if one does.
+        step: the last one; while it waits to be resumed, that of its checkpoint.
+        attempts: how often a worker has started it.
+        remedies: changes and pauses after faults.
         saved_step: of its newest checkpoint.
         heard: Unix seconds of the last line in its journal.
     """
@@ -58,6 +60,7 @@ class Progress:
 
     @property
     def is_to_do(self) -> bool:
+        """Whether a running command trains it or is about to."""
         return self.state in TO_DO
 
 
@@ -70,13 +73,13 @@ def progress(
     holder: dict[str, Any] | None = None,
     cancelling: bool = False,
 ) -> Progress:
-    """One trial as a sweep sees it.
+    """One trial, from the point of view of a sweep.
 
     Args:
         alive: a worker trains it.
-        due: a command that runs now is to train it.
-        holder: who has its lease (orchestrator/records/leases.py), if that is known.
-        cancelling: it was asked to stop.
+        due: a running command trains it or is about to.
+        holder: the owner of its lease (orchestrator/records/leases.py), if known.
+        cancelling: there is a request to stop it.
     """
     trial, record = row.trial, row.record
     state, why = ("known", None) if row.known else _state(trial, record, sweep, alive, due, holder)
@@ -90,7 +93,7 @@ def progress(
         label=trial.label,
         state=state,
         why=why,
-        # What it knows where it waits to go on is of an earlier attempt, of which this much is kept.
+        # While it waits to be resumed, its steps are an earlier attempt's: up to the checkpoint they are kept.
         step=record.last_step if began else record.saved_step,
         steps=trial.training.steps,
         elsewhere=_elsewhere(record, sweep) if state in AT_WORK else None,
@@ -109,7 +112,7 @@ def progress(
 def _state(
     trial: TrialSpec, record: TrialRecord, sweep: str, alive: bool, due: bool, holder: dict[str, Any] | None
 ) -> tuple[str, str | None]:
-    """(state, why)"""
+    """Its state, and why it waits or has ended."""
     goes_on = f"its sweep's command goes on from step {record.saved_step}" if record.saved_step else None
     match record.state:
         case "waiting":
@@ -141,7 +144,7 @@ def _doing(trial: TrialSpec, record: TrialRecord) -> str:
 
 
 def _elsewhere(record: TrialRecord, sweep: str) -> str | None:
-    """Who trains it, where this sweep waits for another, which has the trial's lease."""
+    """The other sweep that trains it and has its lease, if one does."""
     started = record.started
     if started is None or started.sweep in (None, sweep):
         return None
@@ -149,7 +152,7 @@ def _elsewhere(record: TrialRecord, sweep: str) -> str | None:
 
 
 def _waits_for(record: TrialRecord) -> str | None:
-    """What a trial needs before its worker begins: it is not told whether that is there and it only starts up."""
+    """What a trial needs before its worker begins; files do not tell whether it waits for that or only starts up."""
     if record.launched is None or record.launched.resources is None:
         return None
     resources = record.launched.resources
@@ -159,7 +162,7 @@ def _waits_for(record: TrialRecord) -> str | None:
 
 
 def trial_seconds_left(row: Row) -> float | None:
-    """Steps at this trial's pace, with the evaluations that lie between them."""
+    """For the remaining steps at this trial's pace, evaluations included; None before its first step."""
     if (so_far := _since_it_started(row)) is None:
         return None
     steps, seconds = so_far
@@ -167,7 +170,7 @@ def trial_seconds_left(row: Row) -> float | None:
 
 
 def seconds_a_token(rows: Iterable[Row]) -> float | None:
-    """What has run so far tells the seconds a token takes, start-up and evaluation included."""
+    """Seconds per token of what has run so far, start-up and evaluation included."""
     spent = tokens = 0.0
     for row in rows:
         if not row.known and (so_far := _since_it_started(row)):
@@ -178,27 +181,29 @@ def seconds_a_token(rows: Iterable[Row]) -> float | None:
 
 
 def _since_it_started(row: Row) -> tuple[int, float] | None:
-    """The steps of the attempt that runs now, and the seconds they took with its start; None before its first."""
+    """The steps of the current attempt, and the seconds since it started; None before its first step."""
     record = row.record
     if record.last_step <= record.resumed_at or not record.started:
         return None
-    # One that has just begun again has not said yet from which step: the last one known is the lost attempt's.
+    # A restarted trial has not yet recorded from which step: the last step is then the lost attempt's.
     seconds = record.steps[record.last_step].time - record.started.time
     return (record.last_step - record.resumed_at, seconds) if seconds > 0 else None
 
 
 def tokens_left(row: Row) -> int:
+    """Tokens that the trial still trains on, counted from its checkpoint unless it runs."""
     record = row.record
     done = record.last_step if record.state == "running" else record.saved_step
     return (row.trial.training.steps - done) * tokens_a_step(row)
 
 
 def tokens_a_step(row: Row) -> int:
+    """Tokens of a batch, padding included."""
     return row.trial.training.batch * row.trial.training.context_length
 
 
 def seconds_left(rows: list[Row], concurrency: int, tokens_to_come: int) -> float | None:
-    """For all trials of a command that runs, and of a search those that are still to come."""
+    """For all trials of a running command, and those that its search has not suggested yet; None if unknown."""
     pace = seconds_a_token(rows)
     if pace is None:
         return None

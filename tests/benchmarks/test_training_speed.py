@@ -13,11 +13,11 @@ from transformers import LlamaConfig
 
 from benchmarks import training_speed
 from benchmarks.baselines import published_s2, users_model, users_step
-from benchmarks.cases import ALL_WEIGHTS, CASES, PRODUCTS_RATE, baseline
+from benchmarks.cases import ALL_WEIGHTS, CASES, PRODUCTS_RATE, Row, baseline
 from benchmarks.memory import MODELS
 from benchmarks.speed_picture import draw
 from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, OPTIMISER, PRODUCTS, of_trace
-from benchmarks.training_speed import Results, Row, line, measure, read, row_of, table
+from benchmarks.training_speed import Results, line, measure, read, row_of, table
 from benchmarks.unsloth_way import measure_apart
 from workloads.adaptation.methods import adapt, trainable_parameters
 from workloads.attention.masks import dense_mask

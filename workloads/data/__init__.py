@@ -1,6 +1,6 @@
 """Corpora to packed token sequences, and instruction data to examples with their answers marked.
 
-A text names the data, which is tokenised once and then read by memory map.
+Data is given by name, tokenised once, and then read by memory map.
 """
 
 from workloads.data.batch import Batch

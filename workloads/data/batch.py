@@ -12,7 +12,7 @@ class Batch:
     """Sequences, padded on the right to the longest of them.
 
     Args:
-        tokens: (sequences, N), int64; anything may stand beyond a sequence's length.
+        tokens: (sequences, N), int64; arbitrary beyond a sequence's length.
         scored: (sequences, N), bool: the tokens that the loss is the mean of; never a sequence's first, which has no
             context, and never padding.
         lengths: (sequences,), int64: the tokens of each sequence, without padding.
@@ -47,23 +47,26 @@ class Batch:
         return len(self.lengths)
 
     def rows(self, rows: slice) -> Batch:
-        """Some of the sequences, without the padding that these do not need."""
+        """Some of the sequences, without padding beyond the longest of them."""
         longest = self.lengths[rows].max(initial=0)
         return Batch(self.tokens[rows, :longest], self.scored[rows, :longest], self.lengths[rows])
 
     def split(self, size: int) -> list[Batch]:
+        """Micro-batches of up to ``size`` sequences."""
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
     @property
     def attention_mask(self) -> np.ndarray | None:
-        """(sequences, N), bool: what is no padding; None where there is none."""
+        """(sequences, N), bool: True except for padding; None without padding."""
         width = self.tokens.shape[1]
         return None if (self.lengths == width).all() else np.arange(width) < self.lengths[:, None]
 
     @property
     def num_tokens(self) -> int:
+        """Tokens without padding."""
         return int(self.lengths.sum())
 
     @property
     def num_scored(self) -> int:
+        """Tokens that the loss is the mean of."""
         return int(self.scored.sum())

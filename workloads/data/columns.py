@@ -4,10 +4,10 @@ from workloads.errors import InputError
 
 
 def choose_text_column(columns: list[str], string_columns: list[str], text_column: str | None, where: str) -> str:
-    """The column that holds the text: the one asked for, else ``text``, else the only one that holds strings.
+    """The column that holds the text: the requested one, else ``text``, else the only one of strings.
 
     Raises:
-        InputError: it is not there, or it is not clear which one is meant.
+        InputError: it does not exist, or several could be meant.
     """
     listing = f"its columns are {_join(columns)}; of these hold strings: {_join(string_columns)}"
     if text_column is not None:
@@ -34,11 +34,11 @@ def record_text(record: dict, column: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         what = "is missing" if text is ... else f"is of type {type(text).__name__}, not a string"
-        raise InputError(f"{where}: column {column!r} {what}. Mend the row.")
+        raise InputError(f"{where}: column {column!r} {what}. Fix the row.")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer takes
-        raise InputError(f"{where}: column {column!r} has a lone surrogate. Mend the row.") from error
+    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer accepts
+        raise InputError(f"{where}: column {column!r} has a lone surrogate. Fix the row.") from error
     return text
 
 

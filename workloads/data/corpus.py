@@ -1,12 +1,12 @@
-"""A corpus: from what the user wrote to documents with a name, a text and a side of the split.
+"""A corpus: from its name, as the user gave it, to documents with a name, a text and a side of the split.
 
-Three sources, told apart by the text alone:
+Three sources, recognised by the name alone:
 
     builtin:stdlib                  the running Python's own library
     books/  notes.txt  rows.jsonl   a local file, or every readable file below a folder
     org/name[@revision][:config]    a Hugging Face data set; files of it where :config is a name of files (hub.py)
 
-``identity()`` is what enters a trial's fingerprint: it follows the content, never the place it lies in.
+``identity()`` is part of a trial's fingerprint: it depends on the content, not on its location.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,28 +22,32 @@ from workloads.data.local import SUFFIXES, LocalSource
 from workloads.data.stdlib import stdlib_documents, stdlib_files
 from workloads.errors import InputError
 
-# Whether documents of this side are still wanted; the answer may change from yes to no while documents are read.
+# Whether documents of this side are still wanted; this may change from True to False while documents are read.
 Wanted = Callable[[Split], bool]
 
 
 class Source(Protocol):
-    """Where documents come from; each knows what it is and streams its documents with their sides."""
+    """Where documents come from: it has an identity, and streams its documents with their sides."""
 
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """The content, as a string."""
 
     def documents(self, wanted: Wanted) -> Iterator[Document]:
-        """At least those of the sides that are wanted; the rest may be passed over where that saves work."""
-        ...
+        """Streams at least the documents of the wanted sides; others may be skipped to save work."""
 
 
 @dataclass(frozen=True)
 class StdlibSource:
+    """The running Python's own standard library."""
+
     @cached_property
     def identity(self) -> str:
+        """``stdlib:`` and a hash of its files."""
         return f"stdlib:{files_digest(stdlib_files())}"
 
     def documents(self, wanted: Wanted) -> Iterator[Document]:
+        """Streams modules, validation first."""
         sides: tuple[Split, ...] = ("validation", "train")
         for side in sides:
             if wanted(side):

@@ -1,10 +1,9 @@
 """A document, and which side of the split it falls on.
 
-A document belongs to "train" or to "validation" by a hash of its name, so that the side neither depends on the order
-of the files nor changes when others are added: validation has the lowest tenth of all hashes. Where that holds out
-fewer than eight documents, chance would decide too much, and the count is exact instead: still those with the lowest
-hashes, a tenth of the documents (at most eight, at least one), and never more than half. Of a single document, the
-last tenth is held out.
+A hash of its name assigns a document to "train" or "validation", so its side neither depends on the order of files nor
+changes when others are added: validation has the lowest tenth of all hashes. If that holds out fewer than eight
+documents, their number would be too random, and is exact instead: those with the lowest hashes, a tenth of the
+documents (at most eight, at least one), and never more than half. Of a single document, the last tenth is held out.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ ENOUGH_HELD_OUT = 8
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A named text and the side it is on. The name is unique on its side, and no absolute path."""
+    """A named text and its side. The name is unique on its side, and no absolute path."""
 
     name: str
     text: str
@@ -33,9 +32,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a table: its unique name, where it is (for an error to say), its columns, and the side it is known to be
-    on, if any.
-    """
+    """A row of a table: its unique name, its place (for error messages), its columns, and its side if known."""
 
     name: str
     where: str
@@ -44,17 +41,17 @@ class Row:
 
 
 def name_hash(name: str) -> int:
-    """64 bits that depend on the name alone: the same on every machine and in every Python."""
+    """A 64-bit hash of the name: the same on every machine and in every Python."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def split_of(name: str) -> Split:
-    """The side a document of this name falls on, where there are enough documents."""
+    """The side of a document with this name, if there are enough documents."""
     return "validation" if name_hash(name) < VALIDATION_SHARE * 2**64 else "train"
 
 
 def hold_out(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-    """Give each (name, text) its side, in one pass; blank texts are left out."""
+    """Assigns each (name, text) its side, in one pass; blank texts are left out."""
     for name, text, side in assign_sides((name, text) for name, text in texts if not is_blank(text)):
         if side is None:
             cut = len(text) * 9 // 10
@@ -64,10 +61,9 @@ def hold_out(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
 
 
 def assign_sides(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item, Split | None]]:
-    """Each (name, item) with its side; without one where it is the only item.
+    """Yields each (name, item) with its side; without one if it is the only item.
 
-    Holds back items until enough are held out (after some eighty, as a rule), since only then is it known that they
-    are not too few.
+    Buffers items until enough are held out (usually after about eighty), since before that they might be too few.
     """
     items = iter(items)
     first: list[tuple[str, Item]] = []
@@ -88,11 +84,12 @@ def assign_sides(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item,
 
 
 def is_blank(text: str) -> bool:
+    """Whether a text is empty or all white space."""
     return not text or text.isspace()
 
 
 def files_digest(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 over (relative path, content) of every file, in chunks: where the files lie does not enter."""
+    """SHA-256 over (relative path, content) of every file, whatever folder they are in."""
     digest = hashlib.sha256()
     for relative_path, path in files:
         with path.open("rb") as file:

@@ -1,14 +1,14 @@
 """Instruction data as tokens, prepared once and read from memory-mapped files.
 
-``prepare_examples`` writes all examples of a side one after the other; a token is of an answer or of a prompt:
+``prepare_examples`` writes all examples of a side one after the other; a token belongs to an answer or to a prompt:
 
     <folder>/train.tokens, validation.tokens      tokens, unsigned integers
     <folder>/train.answers, validation.answers    one byte a token: 1 where it is of an answer
     <folder>/train.offsets, validation.offsets    int64: where each example begins, and the end of the last
     <folder>/index.json                           dtype, counts, names of the validation examples
 
-Examples are stored whole, for every context length. Those longer than the context are left out of training, or on
-request cut at its end; held-out examples that are longer are never scored.
+Examples are stored whole, for every context length. Training drops those longer than the context, or on request cuts
+them at its end; longer held-out examples are never scored.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class ValidationExample:
 
     @property
     def num_scored(self) -> int:
+        """Its scored tokens."""
         return int(self.scored.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleCorpus:
-    """Prepared instruction data. Cheap to open and to pickle: the tokens stay on disk until they are asked for.
+    """Prepared instruction data. Cheap to open and to pickle: tokens stay on disk until they are read.
 
-    Everything that trains takes ``long_examples``: what becomes of examples longer than the context, ``drop`` or
-    ``truncate`` (cut at the context's end, and dropped where that leaves no token of an answer).
+    ``long_examples`` says what training does with examples longer than the context: ``drop``, or ``truncate`` (cut at
+    the context's end, and dropped if no token of an answer is left).
     """
 
     folder: Path
@@ -101,10 +102,11 @@ class ExampleCorpus:
         return ExampleCorpus.open, (self.folder,)  # a memory map would be pickled by its content
 
     def num_train_examples(self, context_length: int, long_examples: LongExamples = "drop") -> int:
+        """Training examples that can be used at this context length."""
         return len(self._usable(context_length, long_examples))
 
     def check(self, context_length: int, batch: int, long_examples: LongExamples = "drop") -> None:
-        """Whether there is anything to train on at this context length; warns where one batch repeats an example.
+        """Checks that there are examples to train on at this context length; warns if a batch repeats an example.
 
         Raises:
             InputError: every training example is longer than the context.
@@ -124,7 +126,7 @@ class ExampleCorpus:
             )
 
     def left_out(self, context_length: int, long_examples: LongExamples = "drop") -> str | None:
-        """What the user should know of the training examples longer than the context; None if there are none."""
+        """A note on the training examples longer than the context; None without any."""
         longer = int((self._lengths("train") > context_length).sum())
         if not longer:
             return None
@@ -136,7 +138,7 @@ class ExampleCorpus:
         )
 
     def filled(self, context_length: int, long_examples: LongExamples = "drop") -> float:
-        """The share of the context that training examples fill, on average; 0 where none can be trained on."""
+        """The mean share of the context that training examples fill; 0 if there are none."""
         usable = self._usable(context_length, long_examples)
         lengths = np.minimum(self._lengths("train")[usable], context_length)
         return float(lengths.mean()) / context_length if len(lengths) else 0.0
@@ -144,7 +146,7 @@ class ExampleCorpus:
     def train_batch(
         self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
     ) -> Batch:
-        """Batch number ``step`` (from 0) of ``batch`` examples; it follows from the arguments, as of a PackedCorpus."""
+        """Batch number ``step`` (from 0) of ``batch`` examples; depends on the arguments alone, as a PackedCorpus's."""
         usable = self._usable(context_length, long_examples)
         if not len(usable):
             self.check(context_length, batch, long_examples)
@@ -163,8 +165,9 @@ class ExampleCorpus:
         return epochs * int(lengths.sum()) + int(lengths[permutation(len(usable), seed, epochs)[:rest]].sum())
 
     def validation_examples(self, context_length: int, num_examples: int) -> list[ValidationExample]:
-        """Up to ``num_examples`` held-out examples that are not longer than the context, in the order of a hash of
-        their names: an unbiased sample of these.
+        """Up to ``num_examples`` held-out examples that fit into the context, ordered by a hash of their names.
+
+        They are an unbiased sample of those that fit.
 
         Raises:
             InputError: every held-out example is longer.
@@ -183,10 +186,11 @@ class ExampleCorpus:
         return found
 
     def has_validation_examples(self, context_length: int) -> bool:
+        """Whether a held-out example fits into the context."""
         return bool((self._lengths("validation") <= context_length).any())
 
     def _usable(self, context_length: int, long_examples: LongExamples) -> np.ndarray:
-        """The training examples of which something can be learned in a context of this length."""
+        """The training examples with a scored token within a context of this length."""
         if long_examples == "truncate":
             return np.flatnonzero(self._first_answers < context_length)
         return np.flatnonzero(self._lengths("train") <= context_length)
@@ -201,7 +205,7 @@ class ExampleCorpus:
 
     @cached_property
     def _first_answers(self) -> np.ndarray:
-        """Where in each training example the first token is that can be scored."""
+        """The position of each training example's first scored token."""
         answers = np.flatnonzero(self._maps["train", "answers"])
         begins = self._maps["train", "offsets"][:-1]
         return answers[np.searchsorted(answers, begins + 1)] - begins
@@ -228,15 +232,15 @@ def prepare_examples(
     root: Path | str,
     fetch: Callable[[str, Path], bool] = lambda name, folder: False,
 ) -> ExampleCorpus:
-    """The prepared examples below ``root``: made if they are not there, else opened.
+    """Opens the prepared examples below ``root``, after preparing them if they are absent.
 
     Args:
         tokenizer: a transformers tokenizer, or a function without arguments that loads one.
-        tokenizer_identity: what the tokenizer and its chat template are; it enters the folder's name.
-        fetch: fills a folder with what was prepared elsewhere under a name, if it can, and says whether it did.
+        tokenizer_identity: of the tokenizer and its chat template; it is part of the folder's name.
+        fetch: fills a folder with the data prepared elsewhere under a name, if it can; returns whether it did.
 
     Raises:
-        InputError: a row cannot be an example, some have empty answers, or the tokenizer has no end-of-sequence token.
+        InputError: a row is no example, some have empty answers, or the tokenizer has no end-of-sequence token.
     """
     key = json.dumps(["examples", FORMAT_VERSION, instructions.identity(), tokenizer_identity])
     folder = Path(root) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -271,12 +275,13 @@ def _write(
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             empty += filter(None, map(empty_answer, chunk))
             if empty:
-                continue  # nothing comes of it: the rest is read so that all of them are told at once
+                continue  # the rest is read only to report all of them at once
             for row, tokens, answers in encode_rows(chunk, tokenizer):
-                tokens_of[row.split].write(tokens.astype(dtype).data)
-                answers_of[row.split].write(answers.astype(np.uint8).data)
-                offsets[row.split].append(offsets[row.split][-1] + len(tokens))
-                if row.split == "validation":
+                side = row.split or "train"  # Instructions.rows gives every row its side
+                tokens_of[side].write(tokens.astype(dtype).data)
+                answers_of[side].write(answers.astype(np.uint8).data)
+                offsets[side].append(offsets[side][-1] + len(tokens))
+                if side == "validation":
                     names.append(row.name)
         if empty:
             more = f", and {len(empty) - 1:,} more rows have an empty answer" if len(empty) > 1 else ""

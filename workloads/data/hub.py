@@ -1,8 +1,8 @@
 """Rows and documents of a Hugging Face data set: streamed, pinned to a commit.
 
-A data set's own validation split is held out, else its test split; of one with a single split, rows are held out by
-hash. Rows are streamed from the hub, so that no more is fetched than is read; where the hub cannot be reached, they
-come from the cache of the ``datasets`` library, if it holds this very commit.
+A data set's own validation split is held out, else its test split; of a single split, rows are held out by hash. Rows
+are streamed from the hub, which fetches only what is read; if the hub is unreachable, they come from the cache of the
+``datasets`` library, if it has this commit.
 
 A data set that needs a loading script is refused, but its files can be read by name, without the script:
 ``hoskinson-center/proof-pile:test/proofpile_test.jsonl.gz`` (``*`` and ``**`` stand for parts of names).
@@ -37,9 +37,7 @@ _FILES = re.compile(r".*\.(?P<format>json|parquet)l?(?P<compression>\.gz|\.zst)?
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the hub: repository, revision (branch, tag or commit; default the newest), and its configuration
-    or the files to read of it.
-    """
+    """A data set on the hub: repository, revision (branch, tag, commit; default the newest), configuration or files."""
 
     repo: str
     revision: str | None = None
@@ -54,12 +52,13 @@ class HubSource:
 
     @cached_property
     def identity(self) -> str:
+        """``hub:org/name@<commit>:<configuration>``, and a text column of another name than ``text``."""
         column = "" if self.text_column in (None, "text") else f":{self.text_column}"
         return f"hub:{self.repo}@{self.commit}:{self.config or 'default'}{column}"
 
     @cached_property
     def commit(self) -> str:
-        """The revision's full commit SHA, asked of the hub once (one given in full is taken as it is, offline).
+        """The revision's full commit SHA, looked up on the hub once (a full one needs no look-up).
 
         Raises:
             InputError: the hub cannot be reached, does not have it, or has only a loading script for it.
@@ -84,9 +83,10 @@ class HubSource:
             ) from error
         if not self._files and any(file.rfilename == f"{self.repo.split('/')[1]}.py" for file in info.siblings or ()):
             raise self._error(_NEEDS_SCRIPT)
-        return info.sha
+        return str(info.sha)
 
     def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
+        """Streams the documents of the wanted sides."""
         for side, name, rows in self._splits():
             texts = self._texts(name, rows)
             if side is None:
@@ -105,7 +105,7 @@ class HubSource:
                 yield Row(f"{name}#{number}", f"data set {self.repo}, {name} row {number}", row, side)
 
     def _splits(self) -> list[tuple[Split | None, str, Iterable[dict]]]:
-        """The splits that are read, as (side, name, rows); without a side where rows are to be held out by hash."""
+        """The splits to read, as (side, name, rows); without a side if rows are held out by hash."""
         splits = self._load()
         if "train" in splits:
             train = "train"

@@ -1,6 +1,6 @@
-"""Instruction data, for supervised fine-tuning: from what the user wrote to texts whose answers are marked.
+"""Instruction data, for supervised fine-tuning: from its name, as the user gave it, to texts with marked answers.
 
-A row has one of two forms, told apart by its columns:
+A row has one of two forms, recognised by its columns:
 
     instruction, output[, input]    LongAlpaca's: the prompt is ``[INST]{instruction}[/INST]``, then the output and the
                                     end of the sequence (LongLoRA's code; an input that is not empty follows the
@@ -90,10 +90,10 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A text, and where in it the answers are: (begin, end) in characters.
+    """A text, and the ranges of its answers: (begin, end) in characters.
 
-    ``in_full`` adds the beginning of a sequence, if the tokenizer has one, and its end, which is part of the answer;
-    a chat template writes its own.
+    ``in_full`` adds the beginning-of-sequence token, if the tokenizer has one, and the end, which is part of the
+    answer; a chat template writes its own.
     """
 
     text: str
@@ -116,7 +116,7 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def empty_answer(row: Row) -> str | None:
-    """Which answer of a row is empty, with its place; None if none is. (What has neither form, encode_rows refuses.)"""
+    """Which answer of a row is empty, with its place; None if none is. encode_rows refuses a row of neither form."""
     messages = row.columns.get("messages")
     if messages is None:
         return f"{row.where}: the answer ('output') is empty" if _is_blank(row.columns.get("output")) else None
@@ -169,7 +169,7 @@ def _of_instruction(row: Row) -> Conversation:
     for column in ("instruction", "input", "output"):
         text = row.columns.get(column)
         if not isinstance(text, str) and not (text is None and column == "input"):
-            raise InputError(f"{row.where}: {column!r} is {type(text).__name__}, not a string. Mend the row.")
+            raise InputError(f"{row.where}: {column!r} is {type(text).__name__}, not a string. Fix the row.")
         texts[column] = _encodable(text or "", f"{row.where}: {column!r}")
     instruction = f"{texts['instruction']}\n{texts['input']}" if texts["input"].strip() else texts["instruction"]
     prompt = f"[INST]{instruction}[/INST]"
@@ -180,14 +180,14 @@ def _of_instruction(row: Row) -> Conversation:
 def _messages(row: Row) -> list[dict[str, str]]:
     messages = row.columns["messages"]
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{row.where}: 'messages' is no list of {{role, content}} with something in it. Mend the row.")
+        raise InputError(f"{row.where}: 'messages' is no list of {{role, content}} with something in it. Fix the row.")
     for number, message in enumerate(messages):
         where = f"{row.where}, message {number}"
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"{where}: expected {{role, content}}, two strings. Mend the row.")
+            raise InputError(f"{where}: expected {{role, content}}, two strings. Fix the row.")
         _encodable(message["content"], where)
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Mend the row.")
+        raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Fix the row.")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -232,7 +232,7 @@ def _by_beginnings(messages: list[dict[str, str]], tokenizer: PreTrainedTokenize
 
 
 class _template_errors:
-    """What a template raises for a conversation that it does not take, as an InputError with its place."""
+    """Turns a template's error for a conversation into an InputError with its place."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -244,12 +244,12 @@ class _template_errors:
         from jinja2 import TemplateError
 
         if isinstance(error, TemplateError):
-            raise InputError(f"{self.where}: the chat template does not take it ({error}). Mend the row.") from error
+            raise InputError(f"{self.where}: the chat template does not take it ({error}). Fix the row.") from error
 
 
 def _encodable(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer takes
-        raise InputError(f"{where} has a lone surrogate. Mend the row.") from error
+    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer accepts
+        raise InputError(f"{where} has a lone surrogate. Fix the row.") from error
     return text

@@ -1,7 +1,7 @@
 """Documents from local files: one document a text file, one document a row of a JSON Lines or Parquet file; and rows.
 
 A document is named by its path relative to the folder that was given, with ``#row`` (counted from 0) for a row.
-Texts are taken byte for byte as they are (UTF-8), line ends included. Names that begin with a dot are passed over.
+Texts are read byte for byte (UTF-8), line ends included. Names that begin with a dot are skipped.
 """
 
 import os
@@ -45,11 +45,12 @@ class LocalSource:
 
     @cached_property
     def identity(self) -> str:
-        # "text" is what no column named comes to.
+        """``files:`` and a hash of all files, and a text column of another name than ``text``, the default."""
         column = "" if self.text_column in (None, "text") else f":{self.text_column}"
         return f"files:{files_digest(self.files)}{column}"
 
     def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
+        """Streams every document with its side."""
         return hold_out(self._texts())
 
     def _texts(self) -> Iterator[tuple[str, str]]:
@@ -79,9 +80,11 @@ class LocalRows:
 
     @cached_property
     def identity(self) -> str:
+        """``files:`` and a hash of all files."""
         return f"files:{files_digest(self.files)}"
 
     def rows(self) -> Iterator[Row]:
+        """Streams every row, without a side."""
         readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": parquet_records}
         for name, path in self.files:
             for number, (where, record) in enumerate(readers[path.suffix.lower()](path)):
@@ -101,7 +104,7 @@ def _find_files(path: Path, suffixes: tuple[str, ...], what: str) -> list[tuple[
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    seen = set()  # a link to a folder above would lead round and round
+    seen = set()  # a link to a parent folder would loop
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:

@@ -7,23 +7,32 @@ end-of-sequence token, as one stream of unsigned integers:
     <folder>/validation.bin    tokens of the validation documents
     <folder>/index.json        dtype, counts, names and offsets of the validation documents
 
-A context length is a view of that stream and costs no copy: training sequence i at context length N is the tokens
-[i * N, (i + 1) * N), the remainder dropped. Sequences cross documents, validation windows do not.
+A context length is a view of that stream, without a copy: training sequence i at context length N is the tokens
+[i * N, (i + 1) * N); the remainder is dropped. Sequences cross documents, validation windows do not.
 """
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from workloads.data.documents import name_hash
 from workloads.errors import InputError
 
-T = TypeVar("T")
+
+class Prepared(Protocol):
+    """Data prepared in a folder, with an index of its fields."""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files."""
+
+
+T = TypeVar("T", bound=Prepared)
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
 FORMAT_VERSION = 1
@@ -38,12 +47,13 @@ class ValidationDocument:
 
     @property
     def num_scored(self) -> int:
+        """Its scored tokens: all but the first of each window."""
         return self.tokens[:, 1:].size
 
 
 @dataclass(frozen=True, eq=False)
 class PackedCorpus:
-    """A prepared corpus. Cheap to open and to pickle: the tokens stay on disk until they are asked for.
+    """A prepared corpus. Cheap to open and to pickle: tokens stay on disk until they are read.
 
     ``validation_offsets[i]`` is where document i begins in the validation stream, counting end-of-sequence tokens;
     its last entry is the stream's length.
@@ -79,10 +89,11 @@ class PackedCorpus:
         return PackedCorpus.open, (self.folder,)  # a memory map would be pickled by its content
 
     def num_train_sequences(self, context_length: int) -> int:
+        """Training sequences of this length."""
         return self.train_tokens // context_length
 
     def check(self, context_length: int, batch: int) -> None:
-        """Whether the training stream serves this context length; warns where one batch repeats a sequence.
+        """Checks that the training stream has a sequence of this length; warns if a batch repeats a sequence.
 
         Raises:
             InputError: the stream is shorter than one context.
@@ -132,7 +143,7 @@ class PackedCorpus:
                 f"evaluation span {span:,} is not a multiple of the window of {context_length:,} tokens. "
                 f"Give {-(-span // context_length) * context_length:,}."
             )
-        documents = []
+        documents: list[ValidationDocument] = []
         for i in self._validation_order:
             begin, end = self.validation_offsets[i], self.validation_offsets[i + 1] - 1
             if end - begin >= span and len(documents) < num_documents:
@@ -165,8 +176,8 @@ class PackedCorpus:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r", shape=(tokens,))
 
 
-def open_prepared(kind: type[T], folder: Path | str, what: str, format_version: int) -> T:
-    """What was prepared in a folder, as a ``kind`` made from its index.
+def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_version: int) -> T:
+    """Opens prepared data: a ``kind`` made from its index.
 
     Raises:
         InputError: it is not there, of another version, or its files do not have the sizes that its index says.
@@ -183,13 +194,13 @@ def open_prepared(kind: type[T], folder: Path | str, what: str, format_version: 
                 raise ValueError(f"{name} has {found} bytes, its index says {expected}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"prepared {what} {folder} cannot be read ({error}). Delete that folder; the next run prepares it anew."
+            f"prepared {what} {folder} cannot be read ({error}). Delete that folder; the next run prepares it again."
         ) from error
     return prepared
 
 
 def epoch_order(step: int, batch: int, sequences: int, seed: int, rows: slice = slice(None)) -> np.ndarray:
-    """Which sequences batch number ``step`` holds: each once an epoch, each epoch in an order of its own."""
+    """The sequences of batch number ``step``: each once an epoch, each epoch in its own order."""
     epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch)[rows], sequences)
     order = [permutation(sequences, seed, epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
     return np.array(order, dtype=np.int64)
@@ -197,5 +208,6 @@ def epoch_order(step: int, batch: int, sequences: int, seed: int, rows: slice = 
 
 @lru_cache(maxsize=2)  # two epochs can meet in a batch
 def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's sequences."""
     # RandomState, since numpy promises never to change its streams: the order is part of a trial's result.
     return np.random.RandomState([seed, epoch]).permutation(length)

@@ -1,16 +1,16 @@
 """Tokenise a corpus once per tokenizer, for every context length (the layout is in packed.py).
 
-The folder is named by what is in it: a hash of the corpus's identity, the tokenizer's, and the format.
+The folder's name is a hash of the corpus's identity, the tokenizer's, and the format.
 
-A corpus with a budget of training tokens is the beginning of each side of the whole one: reading stops as soon as the
-training side has its tokens and the validation side ``BUDGETED_VALIDATION_TOKENS``, so that of a data set larger than
-the disk no more than that is fetched, and the held-out documents are the same whatever the budget.
+A corpus with a budget of training tokens is the beginning of each side of the whole one: reading stops once the
+training side has its tokens and the validation side ``BUDGETED_VALIDATION_TOKENS``. No more than that is fetched of a
+data set larger than the disk, and the held-out documents are the same for every budget.
 """
 
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +26,10 @@ from workloads.files.once import make_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Characters tokenised at once: enough to keep the tokenizer's threads busy, and some 300 MB in its hands.
+# Characters tokenised at once: enough to keep the tokenizer's threads busy, in about 300 MB of memory.
 _BATCH_CHARACTERS = 2**20
 
-# What is held out of a corpus with a budget: 128 documents of 32,768 tokens, as many as LongLoRA scores of proof-pile.
+# Held out of a corpus with a budget: 128 documents of 32,768 tokens, as many as LongLoRA scores of proof-pile.
 BUDGETED_VALIDATION_TOKENS = 2**22
 
 
@@ -41,14 +41,14 @@ def prepare(
     on_progress: Callable[[int], None] | None = None,
     fetch: Callable[[str, Path], bool] = lambda name, folder: False,
 ) -> PackedCorpus:
-    """The packed corpus below ``root``: made if it is not there, else opened.
+    """Opens the packed corpus below ``root``, after preparing it if it is absent.
 
     Args:
-        tokenizer: a transformers tokenizer, or a function without arguments that loads one: it is called only if
-            there is something to tokenise, so that a second run need not import transformers.
-        tokenizer_identity: what the tokenizer is; it enters the folder's name.
+        tokenizer: a transformers tokenizer, or a function without arguments that loads one: it is called only to
+            tokenise, so a second run need not import transformers.
+        tokenizer_identity: of the tokenizer; it is part of the folder's name.
         on_progress: is called with the number of documents done so far, after each batch of documents.
-        fetch: fills a folder with what was prepared elsewhere under a name, if it can, and says whether it did.
+        fetch: fills a folder with the data prepared elsewhere under a name, if it can; returns whether it did.
 
     Raises:
         InputError: the corpus is empty or cannot be read, or the tokenizer has no end-of-sequence token.
@@ -81,7 +81,7 @@ def _write(
     dtype = np.min_scalar_type(max(eos, *tokenizer.get_vocab().values()))
     tokens = {"train": 0, "validation": 0}
     documents = {"train": 0, "validation": 0}
-    budget = {"train": math.inf, "validation": math.inf}
+    budget = {"train": sys.maxsize, "validation": sys.maxsize}
     if corpus.max_train_tokens is not None:
         budget = {"train": corpus.max_train_tokens, "validation": BUDGETED_VALIDATION_TOKENS}
 
@@ -141,7 +141,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[list[int]]:
     if getattr(tokenizer, "is_fast", False):
-        # Past transformers' wrapper, which also builds masks and offsets: 1.3 s against 3.2 s for 12 MB of bytes.
+        # Without transformers' wrapper, which also builds masks and offsets: 1.3 s against 3.2 s for 12 MB of bytes.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()

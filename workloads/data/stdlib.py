@@ -1,7 +1,7 @@
 """``builtin:stdlib``: the running Python's own standard-library source, as documents.
 
 Long, coherent text that every machine already has, so a first sweep needs no download. The texts differ a little from
-one Python version to the next; which side of the split a module falls on does not, since its path alone decides.
+one Python version to the next; a module's side of the split does not, since it depends on its path alone.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def stdlib_files() -> list[tuple[str, Path]]:
 
 
 def split_of(relative_path: str) -> str:
-    """Which side a module falls on, "train" or "validation": SHA-256 of its path in the library alone decides."""
+    """A module's side, "train" or "validation", by SHA-256 of its path in the library."""
     digest = hashlib.sha256(relative_path.encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64 else "train"
 

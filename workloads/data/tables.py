@@ -1,4 +1,4 @@
-"""Records of local JSON Lines, JSON and Parquet files: each as (where it is, for an error to say; its columns)."""
+"""Records of local JSON Lines, JSON and Parquet files: each as (its place, for error messages; its columns)."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ _PARQUET_ROWS_AT_ONCE = 32
 
 
 def jsonl_records(path: Path) -> Iterator[Record]:
-    """One object a line; blank lines are passed over.
+    """One object a line; blank lines are skipped.
 
     Raises:
         InputError: a line is not UTF-8, not JSON, or no object.
@@ -62,11 +62,13 @@ def parquet_records(path: Path, choose: Callable[[list[str], list[str]], list[st
                     yield f"{path}, row {row}", record
                     row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as Parquet, at row {row} or after: {error}. Write it anew.") from error
+        raise InputError(
+            f"{path} cannot be read as Parquet, at row {row} or after: {error}. Write it again."
+        ) from error
 
 
 def decode(content: bytes, path: Path, offset: int = 0) -> str:
-    """UTF-8 text, as it is.
+    """Decodes UTF-8.
 
     Raises:
         InputError: it is not UTF-8; ``offset`` is where ``content`` begins in the file.
@@ -85,10 +87,10 @@ def _parse(content: str, where: str) -> object:
         return json.loads(content)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise InputError(f"{where} is not JSON ({error.msg}, {place}). Mend it.") from error
+        raise InputError(f"{where} is not JSON ({error.msg}, {place}). Fix it.") from error
 
 
 def _object(record: object, where: str) -> dict:
     if not isinstance(record, dict):
-        raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}. Mend it.')
+        raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}. Fix it.')
     return record
