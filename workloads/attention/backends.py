@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import cache
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,12 +32,12 @@ from workloads.errors import InputError
 
 BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
 VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
-# Of those that can serve, the first is taken; FlashAttention-4 on Hopper alone, where it was measured against cuDNN
-# (docs/performance.md). Document boundaries cost variable-length kernels nothing. FlashAttention-3 comes after the fast
-# ones that have run: it has not, so that it is taken only where none of them is there, or where it is asked for.
-PREFERRED = ("flash4", "cudnn", "flash2", "varlen", "flash3", "sdpa")
-PREFERRED_WITH_DOCUMENTS = ("flash2", "varlen", "flash3", "flex", "sdpa")
-PREFERRED_WITHOUT_GROUPS = ("flex", "sdpa")
+# ``auto`` takes the first that can serve; FlashAttention-4 only on Hopper, where it was measured against cuDNN
+# (docs/performance.md). Document boundaries cost variable-length kernels nothing. FlashAttention-3 has not run yet: it
+# comes after the fast ones that have.
+PREFERRED: tuple[AttentionBackend, ...] = ("flash4", "cudnn", "flash2", "varlen", "flash3", "sdpa")
+PREFERRED_WITH_DOCUMENTS: tuple[AttentionBackend, ...] = ("flash2", "varlen", "flash3", "flex", "sdpa")
+PREFERRED_WITHOUT_GROUPS: tuple[AttentionBackend, ...] = ("flex", "sdpa")
 
 
 def attention(
@@ -70,7 +70,7 @@ def attention(
     Returns:
         (batch, heads, tokens, head_dim).
     """
-    settings = {"layer": layer, "document_ids": document_ids, "scale": scale}
+    settings: dict[str, Any] = {"layer": layer, "document_ids": document_ids, "scale": scale}
     settings["lengths"] = None if lengths is None else tuple(max(1, length) for length in lengths)
     if backend == "flex":
         return flexible_attention(query, key, value, pattern, **settings)
@@ -95,7 +95,7 @@ def masked_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Any pattern by its dense mask: for whatever has no fast path. Memory grows with heads x tokens².
+    """Any pattern by its dense mask, where there is no fast path. Memory grows with heads x tokens².
 
     Arguments as in :func:`attention`; ``allowed``, a boolean mask (batch, 1, tokens, tokens), is intersected.
     """
@@ -121,7 +121,7 @@ def choose_backend(
     dropout: float = 0.0,
     documents: bool = False,
 ) -> AttentionBackend:
-    """The backend to use: the requested one, or with ``auto`` the fastest that can serve here.
+    """Returns the backend to use: the requested one, or with ``auto`` the fastest that can serve here.
 
     Args:
         dtype: of the computation (under autocast, autocast's).
@@ -154,7 +154,7 @@ def missing(
     head_dim: int = 128,
     dropout: float = 0.0,
 ) -> str | None:
-    """What a backend needs and has not, in words; None if it can serve."""
+    """Returns what a backend needs and lacks here, in words; None if it can serve."""
     if backend == "sdpa":
         return None
     if device.type != "cuda":
@@ -203,7 +203,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 @cache
 def _lacking(package: str, module: str) -> str | None:
-    """What is wrong with a package, None if its module can be imported."""
+    """Returns what is wrong with a package; None if its module can be imported."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:

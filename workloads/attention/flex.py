@@ -1,7 +1,7 @@
 """Every pattern through FlexAttention: the definition itself, compiled into a kernel that skips empty blocks.
 
-Memory is that of one number for each block of 128 x 128, head and sequence. On a CPU FlexAttention has no backward
-pass and is neither compiled nor fast: there it serves tests.
+Memory is one number for each block of 128 x 128, head and sequence. On a CPU FlexAttention has no backward pass and is
+neither compiled nor fast: there only tests use it.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def _block_mask(
             allowed = allowed & (document_ids[row, query] == document_ids[row, key])
         return allowed
 
+    batch: int | None = None
     if lengths is not None:
         batch = len(lengths)
-    else:
-        batch = None if document_ids is None else len(document_ids)
+    elif document_ids is not None:
+        batch = len(document_ids)
     # Compiled, which takes seconds, it never writes out a mask of (heads, tokens, tokens).
     small = (batch or 1) * num_heads * num_tokens**2 <= 2**28
     create = create_block_mask if small or device.type != "cuda" else compiled(create_block_mask)
@@ -82,10 +83,10 @@ def _block_mask(
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """``function`` compiled anew for each pattern and shape.
+    """Compiles ``function`` anew for each pattern and shape.
 
-    torch's own limit of 8 would be met by a worker that trains several trials; past it, FlexAttention would silently
-    fall back to a mask of (tokens, tokens) for every head. ``fullgraph`` makes that an error.
+    A worker that trains several trials would reach torch's own limit of 8; past it, FlexAttention would silently fall
+    back to a mask of (tokens, tokens) for every head. ``fullgraph`` makes that an error.
     """
     call = _compile(function, **options)
 

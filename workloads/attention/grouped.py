@@ -11,8 +11,8 @@ projections before nor the one after it copies. ``torch.compile`` takes the oper
 ``flash``   torch's own FlashAttention-2
 ``cpu``     torch's on a CPU, float64 included; in bfloat16 small groups' backward pass is products of whole matrices
 
-All take fewer key/value heads than query heads as they are. None has masks or dropout: that is what
-:mod:`workloads.attention.shifted` has scaled dot-product attention for.
+All take fewer key/value heads than query heads without copies. None has masks or dropout: for these
+:mod:`workloads.attention.shifted` uses scaled dot-product attention.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from workloads.attention.groups import head_shifts, shared_heads
 
 aten = torch.ops.aten
 KernelName = Literal["cudnn", "flash4", "flash", "cpu"]
-# A kernel may read its statistics in vectors: each call's begin at a multiple of so many numbers.
+# A kernel may read its statistics in vectors: those of each call begin at a multiple of this many numbers.
 ALIGNMENT = 64
-# On a CPU, in bfloat16: of groups of up to so many tokens the backward pass is faster by products of whole matrices
+# On a CPU, in bfloat16: for groups of up to this many tokens products of whole matrices make a faster backward pass
 # (640: 34 ms, not 46; 768: as fast; measured on an AMD EPYC).
 LARGEST_BY_PRODUCTS = 640
-# So many numbers, 4 MiB of bfloat16, of these matrices are there at a time: memory does not grow with the sequence.
+# Numbers of these matrices that exist at a time, 4 MiB of bfloat16: memory does not grow with the sequence.
 SCORES_AT_ONCE = 2**21
 
 
@@ -54,7 +54,7 @@ def kernel_for(preferred: str, device: torch.device, dtype: torch.dtype, head_di
     # large heads on Hopper alone. That of FlashAttention-4 is as unordered.
     largest = 256 if capability == (9, 0) and torch.backends.cudnn.version() >= 91000 else 128
     if preferred in ("cudnn", "flash4") and head_dim <= largest and not torch.are_deterministic_algorithms_enabled():
-        return preferred
+        return "cudnn" if preferred == "cudnn" else "flash4"
     return "flash" if head_dim <= 256 and torch.backends.cuda.is_flash_attention_available() else None
 
 
@@ -122,9 +122,9 @@ def grouped_attention_backward(
     gradient, query, key, value, output = (_laid_out(x) for x in (gradient, query, key, value, output))
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
     writes = kernel == "flash4"
-    gradients = tuple(_empty(x) for x in (query, key, value)) if len(calls) > 1 or writes else None
-    for call in calls:
-        inputs = (
+
+    def inputs(call: _Call) -> tuple:
+        return (
             call.of(gradient, call.heads),
             call.of(query, call.heads),
             call.of(key, call.shared),
@@ -133,13 +133,17 @@ def grouped_attention_backward(
             statistics[call.statistics],
             scale,
         )
+
+    if len(calls) == 1 and not writes:
+        dq, dk, dv = calls[0].kernel(kernel).backward(*inputs(calls[0]))
+        return _joined(dq, query.shape[0]), _joined(dk, query.shape[0]), _joined(dv, query.shape[0])
+    gradients = _empty(query), _empty(key), _empty(value)
+    for call in calls:
         if writes and call.size > 1 and not call.adds:
             wholes = zip(gradients, (call.heads, call.shared, call.shared), strict=True)
-            _flash4_backward(*inputs, *(call.of(whole, heads) for whole, heads in wholes))
+            _flash4_backward(*inputs(call), *(call.of(whole, heads) for whole, heads in wholes))
             continue
-        pieces = call.kernel(kernel).backward(*inputs)
-        if gradients is None:
-            return tuple(_joined(piece, query.shape[0]) for piece in pieces)
+        pieces = call.kernel(kernel).backward(*inputs(call))
         _copy(call.of(gradients[0], call.heads), pieces[0])
         for whole, piece in zip(gradients[1:], pieces[1:], strict=True):
             # The query heads of one key/value head may lie in two runs: the second adds to what the first has written.
@@ -201,7 +205,7 @@ class _Call:
         runs = x[self.rows, heads, self.first : stop].unfold(2, self.size, self.step).permute(0, 2, 1, 4, 3)
         return runs.view(-1, *runs.shape[2:])
 
-    def kernel(self, name: KernelName) -> _Kernel:
+    def kernel(self, name: str) -> _Kernel:
         return _ONE_TOKEN if self.size == 1 else _KERNELS[name]
 
 
@@ -272,8 +276,10 @@ def _joined(piece: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """``target.copy_(source)`` between strided views, in elements of 16 bytes: where tensors are not contiguous torch's
-    kernel takes its time by the element, and moved the 2 bytes of a bfloat16 at 1.4 of an H200's 4.3 TB/s.
+    """Copies between strided views in elements of 16 bytes.
+
+    Where tensors are not contiguous the time of torch's kernel goes by the element: it moved the 2 bytes of a bfloat16
+    at 1.4 of an H200's 4.3 TB/s.
     """
     if target.shape[-1] * target.element_size() % torch.complex128.itemsize == 0 and source.stride(-1) == 1:
         target, source = target.view(torch.complex128), source.view(torch.complex128)
@@ -288,8 +294,12 @@ def _statistics_dtype(query: torch.Tensor) -> torch.dtype:
 
 
 class _Kernel(NamedTuple):
-    """``forward(query, key, value, scale)`` to the output and each query's log-sum-exp; ``backward(gradient, query,
-    key, value, output, log-sum-exp flat, scale)`` to the gradients of query, key and value.
+    """A kernel's two functions.
+
+    Args:
+        forward: of (query, key, value, scale), to the output and each query's log-sum-exp.
+        backward: of (gradient, query, key, value, output, log-sum-exp flat, scale), to the gradients of query, key and
+            value.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -342,9 +352,7 @@ def _flash4():
 
 
 def flash4_writes_into_views() -> bool:
-    """Whether the installed version's functions take the arguments with which they are called here: they are not
-    public, and may change.
-    """
+    """Whether the installed version's functions take our arguments: they are not public, and may change."""
     called = {"_flash_attn_fwd": {"out", "lse", "return_lse"}, "_flash_attn_bwd": {"dq", "dk", "dv"}}
     functions = {name: getattr(_flash4(), name, None) for name in called}
     return all(f and called[name] <= inspect.signature(f).parameters.keys() for name, f in functions.items())
@@ -429,7 +437,7 @@ def _one_token_backward(gradient, query, key, value, output, log_sum_exp, scale)
     return torch.zeros_like(query), torch.zeros_like(key), shared
 
 
-_KERNELS = {
+_KERNELS: dict[str, _Kernel] = {
     "cudnn": _Kernel(_cudnn_forward, _cudnn_backward),
     "flash4": _Kernel(_flash4_forward, _flash4_backward),
     "flash": _Kernel(_flash_forward, _flash_backward),

@@ -46,13 +46,13 @@ def group_boundaries(
     document_ids: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """Where groups begin in the batch's tokens laid end to end, and where the last one ends: (groups + 1), int32.
+    """Returns where groups begin in the batch's concatenated tokens, and where the last one ends: (groups + 1), int32.
 
-    A document's end is a boundary too. This is what variable-length attention calls ``cu_seqlens``.
+    A document's end is a boundary too. Variable-length attention calls this ``cu_seqlens``.
     """
     if document_ids is None:
         return _of_groups(batch, num_tokens, group_size, shift, lengths, device)
-    # Every layer asks for the same: only the first waits for the device to count the boundaries.
+    # Every layer asks for the same; only the first waits for the device to count the boundaries.
     known = _OF_DOCUMENTS.setdefault(document_ids, {})
     key = (group_size, shift, lengths)
     if key not in known:

@@ -1,11 +1,11 @@
-"""How a model takes a pattern: through transformers' attention interface, never by patching a class.
+"""Gives a model a pattern through transformers' attention interface, without patching a class.
 
 ``use_pattern(model, pattern)`` selects the attention function ``longspan`` and writes the pattern into the model's
 configuration; the function reads it there at each call. Its mask function is registered with it, since a registered
 attention function without one gets no mask at all, not even for padding.
 
-A model's forward call takes ``document_ids=`` (see documents.py): the models of transformers hand such arguments on to
-their attention function.
+A model's forward call takes ``document_ids=`` (documents.py): models of transformers pass such arguments to their
+attention function.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -29,8 +30,8 @@ from workloads.models.families import refuse_unsupported
 
 NAME = "longspan"
 CONFIG_FIELD = "longspan_attention"
-# Of an attention layer: its index modulo 2, which is all that a pattern asks of it. For each index that is read,
-# torch.compile makes another graph, and it stops at the eighth.
+# An attention layer's index modulo 2, the only part of it that patterns read: torch.compile makes one graph for each
+# index that is read, and stops at the eighth.
 LAYER_FIELD = "longspan_layer"
 
 
@@ -46,13 +47,13 @@ def use_pattern(
     """Makes every attention layer of ``model`` follow ``pattern``.
 
     Args:
-        backend: what computes it; ``auto`` takes the fastest that can serve. :func:`backend_of` tells which it is.
-        device, dtype: where and in what the model is going to compute; by default where it is and what it is.
-        documents: whether its calls are going to have ``document_ids``.
+        backend: what computes it; ``auto`` takes the fastest that can serve. :func:`backend_of` returns which.
+        device, dtype: of the model's computation; by default the model's own.
+        documents: whether its calls will have ``document_ids``.
 
     Raises:
-        InputError: the model is of no supported family, or some of its layers attend in a way that the pattern would
-            silently replace; or the backend cannot serve.
+        InputError: the model's family is not supported, some of its layers attend in a way that the pattern would
+            silently replace, or the backend cannot serve.
     """
     config = model.config
     refuse_unsupported(config)
@@ -78,10 +79,10 @@ def use_pattern(
 
 @contextmanager
 def full_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, ``model`` attends fully (evaluation); afterwards it has its pattern back."""
+    """A context in which ``model`` attends fully, as in evaluation; its pattern returns afterwards."""
     before = getattr(model.config, CONFIG_FIELD)
     # FlexAttention is for masks that other kernels do not know; plain causal attention they compute faster.
-    backend = "sdpa" if before["backend"] == "flex" else before["backend"]
+    backend: AttentionBackend = "sdpa" if before["backend"] == "flex" else before["backend"]
     _write(model, AttentionPattern(name="full"), backend)
     try:
         yield
@@ -90,7 +91,7 @@ def full_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def backend_of(model: PreTrainedModel) -> AttentionBackend:
-    """The backend that computes the model's pattern."""
+    """Returns the backend that computes the model's pattern."""
     return getattr(model.config, CONFIG_FIELD)["backend"]
 
 
@@ -100,7 +101,7 @@ def _write(model: PreTrainedModel, pattern: AttentionPattern, backend: Attention
 
 @dataclass(frozen=True, slots=True)
 class RightPadding:
-    """What stands in for a mask where a batch is padded on the right: each sequence's number of tokens."""
+    """Replaces the mask of a batch that is padded on the right: the number of tokens of each sequence."""
 
     lengths: tuple[int, ...]
 
@@ -114,9 +115,9 @@ def _mask(
     allow_is_causal_skip: bool = True,
     **kwargs,
 ) -> torch.Tensor | RightPadding | None:
-    """Transformers' calling convention for mask functions; once for all layers of a forward call.
+    """A mask function in transformers' calling convention; it runs once for all layers of a forward call.
 
-    No token sees padding on its right, since attention is causal: no mask is made for it.
+    Attention is causal, so no token sees padding on its right: that needs no mask.
     """
     plain = allow_is_causal_skip and mask_function is causal_mask_function
     if plain and attention_mask is not None and q_length == kv_length == attention_mask.shape[-1]:
@@ -165,7 +166,7 @@ def _attention_forward(
             f"{query.shape[2]} queries for {key.shape[2]} keys: the pattern {pattern.name!r} is for training on whole "
             "sequences; generate inside `with full_attention(model):`"
         )
-    options = {
+    options: dict[str, Any] = {
         "layer": getattr(module, LAYER_FIELD) if pattern.definition.varies_by_layer else 0,
         "document_ids": document_ids,
         "scale": scaling,

@@ -4,15 +4,15 @@ Whole groups of equal length fold into the batch dimension, so that one call ser
 ends (a half group, a shorter last group) is a further small call. Where the projections are laid out as transformers
 lays them out, (batch, tokens, heads, head_dim) in memory, the fold is a view.
 
-The operator of :mod:`workloads.attention.grouped` computes this without copies wherever it has a kernel. What it has
-none for goes through scaled dot-product attention and autograd: document boundaries (a mask), dropout, float32 on a
+The operator of :mod:`workloads.attention.grouped` computes this without copies wherever it has a kernel. The
+rest goes through scaled dot-product attention and autograd: document boundaries (a mask), dropout, float32 on a
 GPU, a GPU older than compute capability 8.0.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -87,6 +87,8 @@ def attention_in_groups(
     num_tokens, head_dim = query.shape[2:]
     group_size = pattern.group_size or num_tokens
     ids = None if document_ids is None else document_ids[:, None, :, None]
+    lengths = lengths or ()
+    compute: Callable[..., torch.Tensor]
     kernel = None
     if ids is None and not dropout:
         kernel = kernel_for(preferred, query.device, query.dtype, head_dim)
@@ -97,17 +99,16 @@ def attention_in_groups(
         compute = partial(_by_autograd, group_size, attend)
 
     first_shifted = heads if num_tokens <= group_size else pattern.definition.first_shifted_head(heads, layer)
-    num_short = sum(length <= group_size for length in lengths or ())
+    num_short = sum(length <= group_size for length in lengths)
     if first_shifted == heads or num_short == 0:
         return compute(query, key, value, ids, first_shifted)
     if num_short == len(lengths):
         return compute(query, key, value, ids, heads)
-    # Sequences that are not longer than a group are one group for every head: they go apart from the longer ones.
+    # Sequences that are not longer than a group are one group for every head: they are computed separately.
     order = sorted(range(len(lengths)), key=lambda row: lengths[row] > group_size)
     parts = []
     for rows, first in ((order[:num_short], heads), (order[num_short:], first_shifted)):
-        tensors = (None if x is None else x[rows] for x in (query, key, value, ids))
-        parts.append(compute(*tensors, first))
+        parts.append(compute(query[rows], key[rows], value[rows], None if ids is None else ids[rows], first))
     return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
 
 
@@ -127,7 +128,7 @@ def _by_autograd(group_size, attend, query, key, value, ids, first_shifted: int)
 
 
 def cudnn_first():
-    """A context in which cuDNN's kernels are taken where they can be: they refuse groups of a single token."""
+    """A context that prefers cuDNN's kernels, which refuse groups of a single token."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
 

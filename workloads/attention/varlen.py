@@ -1,7 +1,7 @@
 """Patterns made of groups through variable-length attention: FlashAttention-2 and -3, and torch's own FlashAttention-2.
 
-Each group is a sequence of its own in one call: groups of any length, document boundaries and shorter sequences in a
-batch cost nothing extra, and no mask exists. One call serves the heads whose groups lie alike.
+Each group is one sequence of a single call: groups of any length, document boundaries and shorter sequences in a
+batch cost nothing extra, and no mask exists. One call serves all heads with the same groups.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def flash_attention_3(query, key, value, boundaries, longest, scale, dropout) ->
 
 
 def torch_flash_attention(query, key, value, boundaries, longest, scale, dropout) -> torch.Tensor:
-    """Torch's own FlashAttention-2. The operator itself, since ``torch.nn.attention.varlen`` has no dropout and other
-    arguments from one torch release to the next.
+    """Torch's own FlashAttention-2.
+
+    The operator itself: ``torch.nn.attention.varlen`` has no dropout, and its arguments change between torch releases.
     """
     output, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, boundaries, boundaries, longest, longest, dropout, True, False, scale=scale

@@ -1,15 +1,15 @@
-"""What a trial costs before it runs: FLOPs, memory and seconds, from configurations alone. Imports no torch.
+"""Predicts what a trial costs: FLOPs, memory and seconds, from configurations alone. Imports no torch.
 
-``shape``        a model's sizes and parameter counts, and what of it a configuration trains
+``shape``        a model's sizes and parameter counts, and which of its parameters a configuration trains
 ``flops``        FLOPs of patterns, forward passes and training steps, in closed form; the paper's table
 ``activations``  what a model keeps for its backward pass
-``traffic``      bytes that everything beside matrix products moves, and kernels that are launched
-``loop``         how the training loop computes, beside what configurations say
-``memory``       memory of one worker, by parts, at the worst moment of a step; a checkpoint's size
+``traffic``      bytes that move beside matrix products, and kernels that are launched
+``loop``         how the training loop computes, where configurations do not say
+``memory``       memory of one worker, by parts, at the peak of a step; a checkpoint's size
 ``devices``      devices by name: memory, peaks, bandwidth, efficiencies
 ``speed``        seconds of steps, evaluations and trials; calibration; model FLOPs utilisation
-``offloading``   which layers keep their activations in host memory, and when these come and go
-``fitting``      the fewest layers that recompute; the change that costs least and makes a trial fit
+``offloading``   which layers keep their activations in host memory, and when they are copied
+``fitting``      the fewest layers that recompute; the cheapest change that makes a trial fit
 """
 
 from workloads.budget.devices import Device, host_memory
@@ -48,13 +48,13 @@ __all__ = [
     "fewest_recomputed",
     "forward_flops",
     "host_memory",
-    "resolve_auto",
     "less_memory",
     "memory",
     "model_flops_utilisation",
     "most_offloaded",
     "needed",
     "paper_flops",
+    "resolve_auto",
     "smallest_change_that_fits",
     "step_seconds",
     "training_flops",

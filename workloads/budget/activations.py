@@ -65,8 +65,9 @@ class Activations:
 
     @property
     def residual(self) -> int:
-        """Bytes of a number of the residual stream: embeddings that train make it float32, through all layers, unless
-        it is kept narrow.
+        """Bytes of a number of the residual stream.
+
+        Embeddings that train make it float32 through all layers, unless it is kept narrow.
         """
         if self.widths.narrow:
             return self.widths.compute
@@ -84,9 +85,10 @@ class Activations:
         return self.attention_part(layer) + self.mlp_part(layer)
 
     def _from_products(self, layer: int) -> float:
-        """The least from which a frozen layer's backward pass can be computed without repeating a matrix product or
-        attention, which is what torch.compile keeps: the layer's input, queries, keys and values, attention's output,
-        the sum after it, and what the activation function and its gate take. 2.99 MB a token in Llama-2-7B.
+        """The least that a frozen layer's backward pass needs without repeating a matrix product or attention.
+
+        torch.compile keeps it: the layer's input, queries, keys and values, attention's output, the sum after it, and
+        what the activation function and its gate take. 2.99 MB a token in Llama-2-7B.
         """
         shape, compute = self.trains.shape, self.widths.compute
         stream = self.residual * shape.hidden_size * (1 if shape.parallel else 2)
@@ -96,9 +98,10 @@ class Activations:
         return stream + attention + mlp + after_norms
 
     def _inputs_once(self, layer: int) -> float:
-        """What linear modules that train or have LoRA matrices read, for these: a compiled layer keeps one copy for all
-        that read the same. Together with the least it makes the 47.6 GiB that Llama-2-7B took compiled on an H200
-        (LoRA+, 8,192 tokens, no checkpointing, all in bfloat16 but LoRA's matrices; 69.0 GiB not compiled).
+        """What linear modules that train or have LoRA matrices read: one copy for all that read the same.
+
+        With :meth:`_from_products` it makes the 47.6 GiB that Llama-2-7B took compiled on an H200 (LoRA+, 8,192 tokens,
+        no checkpointing, all in bfloat16 but LoRA's matrices; 69.0 GiB not compiled).
         """
         trains, widths = self.trains, self.widths
         kept = 0.0
@@ -159,6 +162,7 @@ class Activations:
         return kept
 
     def final_norm(self) -> float:
+        """What the final norm keeps."""
         trains = self.trains
         return self._norm(trains.shape.hidden_size, 1, self.residual, trains.trainable > 0, trains.final_norm)
 
@@ -181,6 +185,7 @@ class Activations:
         return kept + width * trained * (FLOAT32 if self.trains.shape.float32_norm_weights else given)
 
     def norm_output(self, trained: bool) -> int:
+        """Bytes of a number of a norm's output; ``trained``: its weight trains."""
         shape = self.trains.shape
         if self.widths.narrow:
             return self.widths.compute
@@ -223,8 +228,9 @@ class Activations:
         return PATTERNS[config.attention].shifted_share_in(layer)
 
     def _moved_groups(self, layer: int) -> float:
-        """Copies of what shifted heads read: of several sequences their whole groups do not lie evenly in memory. The
-        operator makes them too where it cannot take rows one by one, and keeps none.
+        """Copies of what shifted heads read: the whole groups of several sequences are not evenly spaced in memory.
+
+        The operator makes them too where it cannot take rows one by one, and keeps none.
         """
         if self.rows == 1:
             return 0.0

@@ -48,26 +48,29 @@ class Device:
     host_memory: int = 0
 
     def peak(self, precision: Precision) -> float:
+        """Peak of matrix products in a precision, FLOP/s; 0 where it is not known."""
         return self.bfloat16 if precision == "bfloat16" else self.float32
 
     @property
     def is_gpu(self) -> bool:
+        """Whether it is a GPU."""
         return self.name != "CPU"
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        """It has units for products in bfloat16, as GPUs from compute capability 8.0 on; assumed of an unknown one."""
+        """Whether it has units for products in bfloat16 (GPUs from compute capability 8.0 on); assumed if unknown."""
         return self.bfloat16 > self.float32 or not self.bfloat16
 
     @property
     def multiplies_float8(self) -> bool:
-        """It can multiply in FP8, as GPUs from compute capability 8.9 on and CPUs; assumed of an unknown one."""
+        """Whether it can multiply in FP8 (GPUs from compute capability 8.9 on, CPUs); assumed if unknown."""
         return self.float8 > 0 or not self.bfloat16
 
     @property
     def float8_rate(self) -> float:
-        """FLOP/s that products in FP8 reach: on GPUs the same share of the peak as in bfloat16. On an H200 products
-        alone made 1,313 to 1,509 TFLOP/s, 0.66 to 0.76 of it; whole steps are predicted within 3%.
+        """FLOP/s that products in FP8 reach: on GPUs the same share of the peak as in bfloat16.
+
+        On an H200 products alone made 1,313 to 1,509 TFLOP/s, 0.66 to 0.76 of it; whole steps are predicted within 3%.
         """
         return self.float8 * (self.linear_efficiency if self.is_gpu else 1.0)
 
@@ -105,7 +108,7 @@ class Device:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this machine has, or of what its container may use of it."""
+    """Returns the bytes of this machine's memory, or the part of it that its container may use."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroups 2 and 1
         with contextlib.suppress(OSError, ValueError):  # "max": none

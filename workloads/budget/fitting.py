@@ -1,5 +1,6 @@
-"""What makes a trial fit: the fewest layers that recompute, with as many offloaded as that takes and nobody notices;
-where that is not enough, the change that costs least.
+"""Makes a trial fit: the fewest layers that recompute, or the cheapest change where that is not enough.
+
+As many layers are offloaded as that takes, up to the number whose copies cost no time.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from workloads.budget.loop import Loop
 from workloads.budget.memory import Memory, memory, micro_batch
 from workloads.budget.shape import ModelShape, what_trains
 from workloads.budget.speed import forward_seconds, step_seconds
-from workloads.config import ExecutionConfig, TrainingConfig
+from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
-# Of the host's memory, what activations may take: the rest is for the processes, the model being read, the page cache;
-# Ray ends workers at 95%. Of the forward pass's seconds, what the copies to the host may take: a rate is what was
+# The share of the host's memory that activations may take (the rest: processes, the model being read, page cache; Ray
+# ends workers at 95%), and of the forward pass's seconds that the copies to the host may take, since their rate was
 # measured alone. Ours to choose, not measured.
 HOST_SHARE = 0.6
 COPY_SHARE = 0.8
@@ -28,7 +29,7 @@ COPY_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """An execution that fits, and what of it differs from the one that was asked for, in words."""
+    """An execution that fits, and how it differs from the requested one, in words."""
 
     execution: ExecutionConfig
     workers: int
@@ -39,8 +40,9 @@ class Fit:
 def needed(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> Memory:
-    """The memory of one of ``workers`` workers on such a device. What it holds back there for what torch does not count
-    (:attr:`Memory.reserve`) is the margin of all that is said to fit.
+    """Returns the memory that one of ``workers`` workers needs on such a device.
+
+    Its reserve for what torch does not count (:attr:`Memory.reserve`) is the margin of everything that fits.
 
     Raises:
         InputError: as :func:`workloads.budget.memory.memory`.
@@ -49,48 +51,55 @@ def needed(
 
 
 def resolve_auto(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> ExecutionConfig:
-    """The execution with its gradient checkpointing as the number of layers that do recompute: ``all`` are those that
-    have a backward pass, of an untuned trial none.
+    """Returns the execution with gradient checkpointing as the number of layers that recompute.
+
+    ``all`` becomes the number of layers that have a backward pass; an untuned trial has none.
 
     Raises:
         InputError: the model has fewer layers.
     """
+    return dataclasses.replace(execution, gradient_checkpointing=_num_recomputed(shape, training, execution))
+
+
+def _num_recomputed(shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig) -> int:
     trains = what_trains(shape, training, execution.gradient_checkpointing, execution.layers_offloaded)
-    return dataclasses.replace(execution, gradient_checkpointing=len(trains.checkpointed))
+    return len(trains.checkpointed)
 
 
 def fewest_recomputed(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> ExecutionConfig | None:
-    """The execution with as many layers that recompute as it takes to fit the device, at least as many as it has; None
-    if all of them are not enough.
+    """Returns the execution with the fewest recomputing layers that fit the device, at least as many as it has.
 
-    Where ``offload_activations`` is ``auto``, of the numbers up to :func:`most_offloaded` the smallest with which the
-    fewest layers recompute: none where none would have to.
+    Where ``offload_activations`` is ``auto``, it becomes the smallest number up to :func:`most_offloaded` with which
+    the fewest layers recompute: 0 where none has to. Returns None if recomputing all layers is not enough.
     """
-    first = resolve_auto(shape, training, execution).gradient_checkpointing
     if execution.offload_activations != "auto":
-        return _fewest_recomputed(shape, training, execution, workers, device)
-    none = dataclasses.replace(execution, gradient_checkpointing=first, offload_activations=0)
-    best = _fewest_recomputed(shape, training, none, workers, device)
-    if best == none:
+        fewest = _fewest_recomputed(shape, training, execution, workers, device)
+        return None if fewest is None else dataclasses.replace(execution, gradient_checkpointing=fewest)
+    first = _num_recomputed(shape, training, execution)
+    best = dataclasses.replace(execution, gradient_checkpointing=first, offload_activations=0)
+    fewest = _fewest_recomputed(shape, training, best, workers, device)
+    if fewest == first:
         return best
     for number in range(1, most_offloaded(shape, training, execution, workers, device) + 1):
-        offloading = dataclasses.replace(none, offload_activations=number)
+        offloading = dataclasses.replace(best, gradient_checkpointing=first, offload_activations=number)
         found = _fewest_recomputed(shape, training, offloading, workers, device)
-        if found and (best is None or found.gradient_checkpointing < best.gradient_checkpointing):
-            best = found
-        if found == offloading:  # no layer has to recompute any more
+        if found is not None and (fewest is None or found < fewest):
+            best, fewest = offloading, found
+        if found == first:  # no more layers have to recompute
             break
-    return best
+    return None if fewest is None else dataclasses.replace(best, gradient_checkpointing=fewest)
 
 
 def most_offloaded(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> int:
-    """How many layers may keep their activations in host memory: what :data:`HOST_SHARE` of it holds, and what is
-    copied there in :data:`COPY_SHARE` of the forward pass, so that it costs no time. None on what is not known to be a
-    GPU with a host, with ZeRO, and for ``sft``, where each length needs other buffers.
+    """Returns how many layers may keep their activations in host memory.
+
+    :data:`HOST_SHARE` of it must hold them, and :data:`COPY_SHARE` of the forward pass must suffice for the copies, so
+    they cost no time. 0 on what is not known to be a GPU with a host, with ZeRO, and for ``sft``, where each length
+    needs other buffers.
     """
     known = device.is_gpu and device.peak(training.precision) and device.host_memory
     if not known or execution.engine.startswith("zero") or training.task == "sft" or not training.steps:
@@ -108,37 +117,35 @@ def most_offloaded(
 
 def _fewest_recomputed(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
-) -> ExecutionConfig | None:
-    """With as many layers offloaded as it says. A number that fits makes every larger one fit."""
-
-    def with_layers(number: int) -> ExecutionConfig:
-        return dataclasses.replace(execution, gradient_checkpointing=number)
+) -> int | None:
+    """The same for a fixed number of offloaded layers. A number that fits makes every larger one fit."""
 
     def fits(number: int) -> bool:
-        return needed(shape, training, with_layers(number), workers, device).total <= device.memory
+        with_layers = dataclasses.replace(execution, gradient_checkpointing=number)
+        return needed(shape, training, with_layers, workers, device).total <= device.memory
 
-    first = resolve_auto(shape, training, execution).gradient_checkpointing
+    first = _num_recomputed(shape, training, execution)
     most = len(what_trains(shape, training, "all", execution.layers_offloaded).checkpointed)
     if fits(first):
-        return with_layers(first)
+        return first
     if not fits(most):
         return None
-    return with_layers(bisect.bisect_left(range(most), True, lo=first + 1, key=fits))
+    return bisect.bisect_left(range(most), True, lo=first + 1, key=fits)
 
 
 def less_memory(
     execution: ExecutionConfig, share: int, layers: int, *, of_host: bool = False
 ) -> ExecutionConfig | None:
-    """The next smaller memory plan of a trial that ran out of memory, whatever was predicted; None where there is none.
+    """Returns the next smaller memory plan of a trial that ran out of memory; None where there is none.
 
-    Smaller pieces of the batch come first: they cost next to nothing in time. Then half of the layers that kept their
-    activations on the device, at least four, recompute them: it is tried only once, and should do. Then offload. Where
-    it was the host's memory that ran out and activations are there, none is any longer, and all layers recompute.
+    Smaller pieces of the batch come first: they cost almost no time. Then half of the layers that kept their
+    activations on the device, at least four, recompute them: this is tried once and should suffice. Then offload. Where
+    the host's memory ran out and activations are there, none stays there, and all layers recompute.
 
     Args:
         share: sequences of the batch that each worker trains in a step.
         layers: those that have a backward pass.
-        of_host: it was the host's memory, not the device's.
+        of_host: the host's memory ran out, not the device's.
     """
     if (execution.micro_batch or share) > 1:
         return dataclasses.replace(execution, micro_batch=max(1, (execution.micro_batch or share) // 4))
@@ -163,9 +170,9 @@ def smallest_change_that_fits(
     device: Device,
     max_workers: int = 1,
 ) -> Fit | None:
-    """The execution that fits the device and costs least, by predicted device-seconds a step; None if none fits.
+    """Returns the execution that fits and costs the fewest predicted device-seconds a step; None if none fits.
 
-    Changes in the order in which they usually cost, which decides between equals too:
+    Changes, from the usually cheapest to the dearest; this order also decides between equals:
 
         micro-batch             the same FLOPs in more passes; a long sequence alone fills a GPU
         ZeRO-2                  sends what DDP sends: gradients of what trains, and it back
@@ -202,7 +209,7 @@ def _candidates(
     training: TrainingConfig, execution: ExecutionConfig, workers: int, max_workers: int
 ) -> Iterator[tuple[ExecutionConfig, int]]:
     numbers = [n for n in range(workers, max(workers, max_workers) + 1) if n == workers or training.batch % n == 0]
-    stages = ["zero2", "zero3"]
+    stages: list[EngineName] = ["zero2", "zero3"]
     engines = [*stages[stages.index(execution.engine) :]] if execution.engine in stages else [execution.engine, *stages]
     if execution.layers_offloaded:
         engines = [engine for engine in engines if not engine.startswith("zero")]
@@ -229,7 +236,7 @@ def _cost(
 
 
 def _order(execution: ExecutionConfig, workers: int) -> tuple:
-    """By which of the changes that cost most a candidate goes back."""
+    """The order between candidates of equal cost: the dearest changes last."""
     return (
         execution.offload,
         execution.engine == "zero3",
@@ -248,7 +255,7 @@ def _changes(
     if execution.micro_batch != asked.micro_batch:
         yield f"micro-batches of {execution.micro_batch}"
     if execution.gradient_checkpointing != asked.gradient_checkpointing:
-        recompute = execution.gradient_checkpointing
+        recompute = layers if execution.gradient_checkpointing == "all" else execution.gradient_checkpointing
         yield "gradient checkpointing" + (f" of {recompute} of {layers} layers" if recompute < layers else "")
     if execution.layers_offloaded != asked.layers_offloaded:
         yield f"activations of {execution.layers_offloaded} of {layers} layers in host memory"

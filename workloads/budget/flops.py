@@ -32,6 +32,7 @@ class PaperFlops:
 
     @property
     def total(self) -> float:
+        """The row's sum."""
         return self.attention + self.projections + self.mlp + self.others
 
 
@@ -58,7 +59,7 @@ def paper_flops(shape: ModelShape, tokens: int, group_size: int | None = None) -
 
 @lru_cache(maxsize=4096)
 def attended_pairs(attention: Attention, group_size: int | None, num_heads: int, tokens: int, layer: int = 0) -> int:
-    """How many (query, key) pairs attend, over all heads of a layer, in a sequence without padding.
+    """Returns how many (query, key) pairs attend, over all heads of a layer, in a sequence without padding.
 
     The sum of :func:`workloads.attention.masks.dense_mask` in closed form. Documents are not known here: where
     attention stops at their boundaries it is less.
@@ -68,9 +69,10 @@ def attended_pairs(attention: Attention, group_size: int | None, num_heads: int,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flops:
-    """FLOPs of some tokens, attention counted causally. ``linear`` is every matrix product with a weight, LoRA's and
-    the output layer's among them; ``float8`` is how many of these are in FP8; ``recomputed`` is what gradient
-    checkpointing does again.
+    """FLOPs of some tokens, attention counted causally.
+
+    ``linear`` is every matrix product with a weight, including LoRA's and the output layer's; ``float8`` is how many of
+    these are in FP8; ``recomputed`` is what gradient checkpointing repeats.
     """
 
     forward_linear: float
@@ -83,21 +85,24 @@ class Flops:
 
     @property
     def linear(self) -> float:
+        """FLOPs of matrix products with weights, forward, backward and recomputed."""
         return self.forward_linear + self.backward_linear + self.recomputed_linear
 
     @property
     def attention(self) -> float:
+        """FLOPs of attention's own products, forward, backward and recomputed."""
         return self.forward_attention + self.backward_attention + self.recomputed_attention
 
     @property
     def total(self) -> float:
-        """All that the device does: of attention's backward pass, also the scores that its kernel computes again."""
+        """All that the device does, including the scores that attention's backward kernel computes again."""
         return self.linear + self.attention
 
     @property
     def model(self) -> float:
-        """What model FLOPs utilisation counts (Chowdhery et al., arXiv 2204.02311): nothing that is computed twice, by
-        checkpointing or inside the attention kernel.
+        """What model FLOPs utilisation counts (Chowdhery et al., arXiv 2204.02311).
+
+        Nothing that is computed twice, by checkpointing or inside the attention kernel.
         """
         once = BACKWARD_BY_FORWARD / (BACKWARD_BY_FORWARD + RECOMPUTED_SCORES)
         forward = self.forward_linear + self.forward_attention
@@ -108,8 +113,9 @@ class Flops:
 
 
 def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | None = None) -> Flops:
-    """The forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation; with what
-    ``training`` adds to the model (LoRA).
+    """Returns the forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation.
+
+    With what ``training`` adds to the model (LoRA).
     """
     trains = what_trains(shape, training) if training else None
     lora = trains.lora_parameters if trains else 0
@@ -193,9 +199,11 @@ def _backward_weights(trains: Training, layer: int, linear: Linear) -> int:
 
 
 def _not_recomputed(trains: Training, layer: int) -> int:
-    """Checkpointing stops before the last product of a layer that has a backward pass, since that does not need its
-    result; a norm after it does (Gemma 2 and 3). In GPT-NeoX the MLP may have none while attention trains beside it.
-    With LoRA matrices a module computes its products before it keeps what it needs (workloads/adaptation/lora_fusion.py).
+    """Weights at a layer's end whose products checkpointing does not repeat.
+
+    It stops before the last product of a layer that has a backward pass, since that does not need its result; a norm
+    after it does (Gemma 2 and 3). In GPT-NeoX the MLP may have none while attention trains beside it. With LoRA
+    matrices a module computes its products before it keeps what it needs (workloads/adaptation/lora_fusion.py).
     """
     if trains.shape.norms == 4:
         return 0

@@ -1,7 +1,7 @@
-"""What memory and speed follow from and configurations do not say alone: how the training loop computes.
+"""How the training loop computes, where configurations do not say it: memory and speed follow from both.
 
-It says of the loop (workloads/training/loop.py) what is so. :data:`CHUNK_LOGITS` and :func:`layers_compile` are the loop's
-own; the rest changes with it.
+It describes workloads/training/loop.py and changes with it; that takes :data:`CHUNK_LOGITS` and :func:`layers_compile`
+from here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from workloads.errors import InputError
 # Logits of one chunk of the loss: 0.25 GiB in float32, about 1 GiB with all that their cross-entropy and its gradient
 # need. It is 2,097 tokens of a vocabulary of 32,000 and 512 of one of 128k, enough to keep a GPU's matrix units busy.
 CHUNK_LOGITS = 2**26
-# FLOPs of a worker in a whole trial from which on compiling saves more than it costs: about five minutes of an H200's,
-# of which it saves one in four (14,621 against 10,898 tokens/s, Llama-2-7B at 8k), while it takes up to one itself.
+# FLOPs of a worker in a whole trial above which compiling saves more than it costs: about five minutes of an H200, of
+# which it saves one in four (14,621 against 10,898 tokens/s, Llama-2-7B at 8k), while it takes up to one itself.
 COMPILING_PAYS_FROM = 1e17
 
 
@@ -51,7 +51,7 @@ class Loop:
         workers: int = 1,
         device: Device | None = None,
     ) -> Loop:
-        """This package's own on such devices; None stands for a CPU. A GPU's machine is taken to be able to compile.
+        """Returns this package's loop on such devices; None stands for a CPU. A GPU's machine is assumed to compile.
 
         Raises:
             InputError: as :func:`layers_compile`.
@@ -69,7 +69,7 @@ class Loop:
 def layers_compile(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, able: bool
 ) -> bool:
-    """Whether a trial trains with compiled layers: as asked, or with ``auto`` where that is known to pay.
+    """Whether a trial trains with compiled layers: as requested, or with ``auto`` where that pays.
 
     Args:
         able: the devices are GPUs whose machine can build kernels.
@@ -94,7 +94,7 @@ def layers_compile(
 
 
 def _has_operator(training: TrainingConfig, execution: ExecutionConfig, gpu: Device | None) -> bool:
-    """As workloads/attention/shifted.py chooses; ``gpu`` None: on a CPU."""
+    """Whether workloads/attention/shifted.py takes the operator; ``gpu`` None: on a CPU."""
     if training.document_mask or execution.attention_backend not in ("auto", "sdpa", "cudnn", "flash4"):
         return False
     return gpu is None or (training.precision == "bfloat16" and gpu.multiplies_bfloat16)

@@ -1,6 +1,6 @@
-"""Memory of one worker, by parts, at the moment when it is largest.
+"""Memory of one worker, by parts, at its peak.
 
-The moments of a step (workloads/training/loop.py), each with what is alive then:
+The moments of a step (workloads/training/loop.py), each with the tensors that are alive then:
 
     forward     its end: what all layers kept, autocast's copies of weights that train, logits
     loss        its backward pass: also log-probabilities and two gradients of the logits, in float32; in chunks it
@@ -34,12 +34,12 @@ GIB = 2**30
 # arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 
-# Bytes for each number of the widest operand or result of a product in FP8 (workloads/adaptation/float8.py): compiled, what is
-# quantised; else two float32 results, one of them scaled.
+# Bytes for each number of the widest operand or result of a product in FP8 (workloads/adaptation/float8.py): compiled,
+# what is quantised; else two float32 results, one of them scaled.
 FLOAT8_COMPILED, FLOAT8_WORK = 1, 2 * FLOAT32
 
-# DeepSpeed under workloads/engines/zero.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to a
-# billion stay (stage3_max_live_parameters).
+# DeepSpeed under workloads/engines/zero.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to
+# a billion stay (stage3_max_live_parameters).
 ZERO_BUCKET = 50_000_000 * FLOAT32
 ZERO3_LIVE = 1_000_000_000
 
@@ -106,7 +106,7 @@ def memory(
     *,
     loop: Loop | None = None,
 ) -> Memory:
-    """The memory of one of ``workers`` workers that train (or, untuned, evaluate) as told.
+    """Returns the memory of one of ``workers`` workers that train (or, untuned, evaluate) by this configuration.
 
     Args:
         loop: how training computes; None: as this package does on CPUs.
@@ -122,7 +122,7 @@ def memory(
 
 
 def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: int) -> int:
-    """Sequences in one forward pass of one worker.
+    """Returns the sequences in one forward pass of one worker.
 
     Raises:
         InputError: the batch does not divide among the workers.
@@ -134,8 +134,9 @@ def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: i
 
 
 def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
-    """About what one checkpoint takes on disk: each trained weight and its two moments, in float32; names, shapes and
-    the random state are some kilobytes more. A trial keeps two (workloads/training/checkpoint.py).
+    """Returns about what one checkpoint takes on disk: each trained weight and its two moments, in float32.
+
+    Names, shapes and the random state are some kilobytes more. A trial keeps two (workloads/training/checkpoint.py).
     """
     return 3 * FLOAT32 * what_trains(shape, training).trainable
 
@@ -207,8 +208,9 @@ class _Moments:
         return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
 
     def _float8_copies(self) -> int:
-        """Beyond a weight's two bytes in bfloat16, of which FP8 makes two copies of a byte each: one for the backward
-        pass where the forward pass is in bfloat16.
+        """What FP8 takes beyond a weight's two bytes in bfloat16, which become two copies of a byte each.
+
+        One byte more, for the backward pass, where the forward pass is in bfloat16.
         """
         once = sum(linear.weights for linear in self.shape.linears if linear.float8 and not linear.float8_forwards)
         return once * sum(map(self.trains.in_float8, range(self.shape.num_layers)))
@@ -236,8 +238,9 @@ class _Moments:
         return sum(map(self.trains.weights, layers)) * self.shape.layer_weights
 
     def kept_casts(self, up_to: int) -> int:
-        """What layers keep of these copies for the backward pass, up to one: neither those that recompute nor those
-        that are offloaded.
+        """What layers up to one keep of these copies for the backward pass.
+
+        Layers that recompute or are offloaded keep none.
         """
         return self.kept_casts_up_to[up_to]
 
@@ -248,8 +251,9 @@ class _Moments:
         return list(itertools.accumulate(self.layer_casts(range(i, i + 1)) if i not in without else 0 for i in layers))
 
     def layers(self, up_to: int) -> float:
-        """Kept of the layers up to one, bytes a token: of a layer that recomputes, its input; of an offloaded one,
-        nothing.
+        """What the layers up to one keep, bytes a token.
+
+        A layer that recomputes keeps its input, an offloaded one nothing.
         """
         return self.kept_up_to[up_to]
 
@@ -370,8 +374,10 @@ class _Moments:
         )
 
     def for_products(self, tokens: int, compiled: bool) -> int:
-        """What a product with a frozen weight takes by itself: a 4-bit weight is made whole; what FP8 multiplies has a
-        copy, and the result, where layers are not compiled, is scaled in float32.
+        """What a product with a frozen weight takes by itself.
+
+        A 4-bit weight is made whole; what FP8 multiplies has a copy, and the result, where layers are not compiled, is
+        scaled in float32.
         """
         match self.training.quantization:
             case "none":

@@ -1,4 +1,4 @@
-"""A model's shape: what its FLOPs, memory and parameters follow from, read off a transformers configuration alone.
+"""A model's shape, from its transformers configuration alone: FLOPs, memory and parameter counts follow from it.
 
 Nothing is measured: no weight is loaded and torch is not imported. What a family's layers are made of is in
 :mod:`workloads.models.families`; a test holds that the counts equal those of real models of each family.
@@ -16,6 +16,11 @@ from workloads.errors import InputError
 from workloads.models.families import ATTENTION, INPUT_WIDTHS, Reads, Width, family_of, states
 
 FLOAT8_SIDES = 16  # both sides of a weight must be multiples of it for products in FP8 (torch._scaled_mm)
+READ_BEFORE: dict[Reads, Reads] = {
+    "attention": "attention norm",
+    "mlp norm": "attention",
+    "activation": "mlp norm",
+}
 NOT_FLOAT8 = 1  # the last decoder layers, which stay in bfloat16: see workloads/adaptation/float8.py
 
 
@@ -31,10 +36,12 @@ class Linear:
 
     @property
     def weights(self) -> int:
+        """Numbers of its weight."""
         return self.inputs * self.outputs
 
     @property
     def parameters(self) -> int:
+        """Numbers of its weight and bias."""
         return self.weights + self.bias * self.outputs
 
     @property
@@ -48,6 +55,7 @@ class Linear:
         return self.float8 and self.reads not in ATTENTION
 
     def lora_parameters(self, rank: int) -> int:
+        """Parameters of its LoRA matrices A and B."""
         return rank * (self.inputs + self.outputs)
 
 
@@ -133,10 +141,12 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
+        """The width of all query heads."""
         return self.num_heads * self.head_dim
 
     @property
     def key_value_width(self) -> int:
+        """The width of all key heads, and of all value heads."""
         return self.num_key_value_heads * self.head_dim
 
     @property
@@ -146,6 +156,7 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
+        """Parameters of the embedding matrix."""
         return self.vocab_size * self.hidden_size
 
     @property
@@ -155,6 +166,7 @@ class ModelShape:
 
     @property
     def final_norm_parameters(self) -> int:
+        """Parameters of one norm over the hidden size."""
         return self.hidden_size * (1 + self.norm_biases)
 
     @cached_property
@@ -176,7 +188,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Training:
-    """What of a model trains, and how far gradients reach: a shape under a :class:`TrainingConfig`.
+    """Which parameters of a shape train under a :class:`TrainingConfig`, and how far gradients reach.
 
     Args:
         checkpointing: how many layers recompute their activations, as in ``ExecutionConfig``.
@@ -218,14 +230,17 @@ class Training:
 
     @property
     def lora(self) -> bool:
+        """Whether the method is one of LoRA's."""
         return self.config.method.startswith("lora")
 
     @property
     def embeddings(self) -> bool:
+        """Whether the embeddings train."""
         return trains_embeddings(self.config.method, self.config.train_layers)
 
     @property
     def final_norm(self) -> bool:
+        """Whether the final norm trains."""
         whole = self.config.method != "full" or self.config.train_layers == "all"
         return trains_norms(self.config.method) and whole
 
@@ -235,6 +250,7 @@ class Training:
         return self.embeddings and (self.config.method == "full" or self.shape.tied)
 
     def norms(self, layer: int) -> bool:
+        """Whether the norms of a layer train."""
         return layer in self.layers and trains_norms(self.config.method)
 
     def weights(self, layer: int) -> bool:
@@ -280,7 +296,7 @@ class Training:
 
     @cached_property
     def checkpointed(self) -> tuple[int, ...]:
-        """The layers that recompute their activations (workloads/training/recompute.py): the first that are not offloaded."""
+        """The layers that recompute (workloads/training/recompute.py): the first that are not offloaded."""
         others = tuple(layer for layer in self.backward if layer not in self.away)
         return others if self.checkpointing == "all" else others[: self.checkpointing]
 
@@ -288,7 +304,7 @@ class Training:
         """Whether the gradient of what a layer's linear modules read is needed, for what trains before them."""
         if what == "attention norm" or (what == "mlp norm" and self.shape.parallel):
             return self.norms(layer) or self.reaches_input(layer)
-        before: Reads = {"attention": "attention norm", "mlp norm": "attention", "activation": "mlp norm"}[what]
+        before = READ_BEFORE[what]
         return self.norms(layer) or self.needs_gradient(layer, before) or self._trains_in(layer, before)
 
     def _trains_in(self, layer: int, reads: Reads) -> bool:
@@ -297,8 +313,9 @@ class Training:
 
     @cached_property
     def alike(self) -> list[list[int]]:
-        """All layers, those together that are alike: in what trains, in gradients, in where their activations are or
-        whether they recompute them, in FP8, and in being even.
+        """All layers, grouped by what makes them alike.
+
+        That is what trains, gradients, where their activations are or whether they recompute them, FP8, and being even.
         """
         alike: dict[tuple, list[int]] = {}
         for layer in range(self.shape.num_layers):
@@ -314,6 +331,7 @@ class Training:
 
     @cached_property
     def lora_parameters(self) -> int:
+        """Parameters of all LoRA matrices."""
         one_layer = sum(
             linear.lora_parameters(self.config.lora_rank)
             for linear in self.shape.linears
@@ -338,6 +356,7 @@ class Training:
 
     @cached_property
     def frozen(self) -> int:
+        """Frozen parameters."""
         return self.parameters - self.trainable
 
     @cached_property
@@ -350,5 +369,5 @@ class Training:
 def what_trains(
     shape: ModelShape, config: TrainingConfig, checkpointing: GradientCheckpointing = 0, offloading: int = 0
 ) -> Training:
-    """:class:`Training`, made once for all who ask."""
+    """Returns the :class:`Training` of these arguments, made once."""
     return Training(shape, config, checkpointing, offloading)

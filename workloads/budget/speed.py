@@ -2,10 +2,10 @@
 
 A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus the bytes
 that all else moves (traffic.py) over the memory's rate, another share of it for tokens than for weights; at least as
-long as the host needs to launch its kernels; plus what workers and host memory exchange. Nothing else overlaps, but for
-the copies of offloaded activations, which are taken to cost no time: a plan offloads no more layers than the forward
-pass hides (fitting.py). A rate is a device's peak times a stated share of it (devices.py). Where another trial has been
-timed on the same hardware, :func:`calibrated` sets the shares by it.
+long as the host needs to launch its kernels; plus communication between workers and with host memory. Nothing else
+overlaps, except copies of offloaded activations, which are assumed to cost no time: a plan offloads no more layers than
+the forward pass hides (fitting.py). A rate is a device's peak times a stated share of it (devices.py). Where another
+trial has been timed on the same hardware, :func:`calibrated` sets the shares by it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
 def device_seconds(
     flops: Flops, moved: float, device: Device, training: TrainingConfig, streamed: float = 0.0
 ) -> float:
-    """Args:
-    moved: bytes of tokens read and written beside matrix products and attention.
-    streamed: bytes of weights, of their gradients and moments.
+    """Returns the seconds that FLOPs and bytes take on a device.
+
+    Args:
+        moved: bytes of tokens read and written beside matrix products and attention.
+        streamed: bytes of weights, of their gradients and moments.
     """
     peak = device.peak(training.precision)
     linear = (flops.linear - flops.float8) / (peak * device.linear_efficiency)
@@ -50,7 +52,7 @@ def step_seconds(
     *,
     loop: Loop | None = None,
 ) -> float:
-    """Seconds of one optimiser step on ``workers`` such devices of one machine.
+    """Returns the seconds of one optimiser step on ``workers`` such devices of one machine.
 
     Args:
         loop: how training computes; None: as this package does on the device.
@@ -70,7 +72,7 @@ def compute_seconds(
     device: Device,
     loop: Loop | None = None,
 ) -> float:
-    """One worker's own part of a step."""
+    """Returns the seconds of a step without communication."""
     sequences = training.batch / workers
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
     loop = loop or Loop.of(shape, training, execution, workers, device)
@@ -85,7 +87,7 @@ def compute_seconds(
 def forward_seconds(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    """The forward pass of one micro-batch on one worker."""
+    """Returns the seconds of the forward pass of one micro-batch on one worker."""
     rows = micro_batch(training, execution, workers)
     beside = traffic(shape, training, 0, Loop.of(shape, training, execution, workers, device))
     flops = training_flops(shape, training)
@@ -100,7 +102,7 @@ def forward_seconds(
 def exchange_seconds(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    """What workers tell each other in a step, and the host's memory where it holds something.
+    """Returns the seconds of communication in a step, between workers and with the host's memory.
 
     DDP sums gradients over workers once (two passes over them). ZeRO-2 sends each micro-batch's gradients to their
     owners and the updated weights back; ZeRO-3 also gathers all weights, frozen ones too, for the forward and for the
@@ -131,8 +133,10 @@ def _trains(shape: ModelShape, training: TrainingConfig, execution: ExecutionCon
 def evaluation_seconds(
     shape: ModelShape, training: TrainingConfig, workers: int, device: Device, context_length: int | None = None
 ) -> float:
-    """One evaluation: ``eval_documents`` spans of ``eval_span`` tokens in windows of the context length (or another
-    one), forwarded with full attention; of ``sft``, at most so many examples of the context length.
+    """Returns the seconds of one evaluation, with full attention.
+
+    ``eval_documents`` spans of ``eval_span`` tokens in windows of the context length (or another one); of ``sft``, at
+    most that many examples of the context length.
     """
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
@@ -157,11 +161,11 @@ def trial_seconds(
     from_step: int = 0,
     step_0_known: bool = False,
 ) -> float:
-    """A trial's steps and evaluations; without starting processes, loading the model and writing checkpoints.
+    """Returns the seconds of a trial's steps and evaluations; not of start-up, model loading and checkpoints.
 
     Args:
         original_length: the model's own context length, at which the last evaluation scores too.
-        from_step: the step that it goes on from.
+        from_step: the step that it resumes from.
         step_0_known: an untuned trial that starts alike has shown what the first evaluation would.
     """
     evaluated = 1 + from_step // training.eval_every if from_step else int(step_0_known)
@@ -182,7 +186,7 @@ def calibrated(
     workers: int,
     tokens_per_second: float,
 ) -> Device:
-    """The device, as much slower or faster in everything that this trial, which was timed on it, comes out as it was.
+    """Returns the device, slowed down or sped up in everything so that a timed trial is predicted as it was measured.
 
     Args:
         tokens_per_second: measured, of all workers together, in steps without evaluations.
@@ -206,8 +210,10 @@ def calibrated(
 def model_flops_utilisation(
     shape: ModelShape, training: TrainingConfig, tokens_per_second: float, device: Device
 ) -> float:
-    """The share of the device's peak that goes into the model's own FLOPs: attention counted causally, nothing that is
-    computed twice (:attr:`workloads.budget.flops.Flops.model`), frozen weights without weight gradients.
+    """Returns the share of the device's peak that goes into the model's own FLOPs.
+
+    Attention counted causally, nothing that is computed twice (:attr:`workloads.budget.flops.Flops.model`), frozen
+    weights without weight gradients.
 
     Args:
         tokens_per_second: of one device.

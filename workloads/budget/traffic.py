@@ -1,4 +1,4 @@
-"""What runs beside matrix products and attention: the bytes that it moves, and how many kernels are launched.
+"""Bytes that move beside matrix products and attention, and how many kernels are launched.
 
 Norms, activation functions, rotary positions, casts, LoRA's sums, the loss and the optimiser compute little and read
 and write much: memory bandwidth bounds them. torch runs each operation by itself, so that a number is read or written
@@ -63,10 +63,12 @@ class Traffic:
 
     @property
     def widths(self) -> Widths:
+        """Bytes of numbers."""
         return self.loop.widths
 
     @property
     def shape(self) -> ModelShape:
+        """The model's shape."""
         return self.trains.shape
 
     def forward(self) -> float:
@@ -152,7 +154,7 @@ class Traffic:
     @cached_property
     def kernels(self) -> float:
         """Kernels that are launched in a forward and a backward pass."""
-        kernels = HEAD_KERNELS
+        kernels: float = HEAD_KERNELS
         norms = 0 if self.shape.norm_biases else self.shape.norms + 2 * self.shape.head_norms
         for layer, count in self.trains.kinds:
             of_layer = LAYER_KERNELS + NORM_KERNELS * norms + LORA_KERNELS * len(self.trains.adapted(layer))
@@ -164,5 +166,5 @@ class Traffic:
 
 @lru_cache(maxsize=1024)
 def traffic(shape: ModelShape, training: TrainingConfig, checkpointing: GradientCheckpointing, loop: Loop) -> Traffic:
-    """:class:`Traffic`, made once for all who ask."""
+    """Returns the :class:`Traffic` of these arguments, made once."""
     return Traffic(what_trains(shape, training, checkpointing), loop)

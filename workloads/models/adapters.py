@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-BASE_FILE = "base.json"  # beside an exported adapter: which weights its base had, as ModelSource tells them apart
+BASE_FILE = "base.json"  # beside an exported adapter: the identity of its base, as of ModelSource
 
 
 def note_base(folder: Path, identity: str) -> None:
-    """Writes down beside an adapter which base it was trained from."""
+    """Records beside an adapter which base it was trained from."""
     (folder / BASE_FILE).write_text(json.dumps({"identity": identity}) + "\n")
 
 
 def refuse_another_base(folder: Path, base: str) -> None:
-    """Raises InputError if an adapter was trained from another base than the one in this folder, where that is noted:
-    on weights of the same shape it would go without a word.
+    """Raises InputError if an adapter was trained from another base than the folder ``base``, where that is recorded.
+
+    Weights of the same shape would load without an error.
     """
     noted = folder / BASE_FILE
     if noted.is_file() and Path(base).is_dir():
@@ -41,7 +42,7 @@ def refuse_another_base(folder: Path, base: str) -> None:
 
 
 def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """The base of an exported adapter, by stock transformers, with the configuration that lies beside the adapter.
+    """Loads the base of an exported adapter by stock transformers, with the configuration beside the adapter.
 
     Raises:
         InputError: it is not where it was, damaged, or another one.
@@ -67,14 +68,14 @@ def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
 
 @contextmanager
 def without_deprecations() -> Iterator[None]:
-    """PEFT asks a model about gradient checkpointing by a name that transformers has replaced."""
+    """Silences a warning: PEFT asks for gradient checkpointing by a name that transformers has replaced."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def load_adapter(folder: Path, **kwargs: Any) -> PeftModel:
-    """An exported adapter on its base; ``kwargs`` as of ``from_pretrained``, for the base.
+    """Loads an exported adapter on its base; ``kwargs`` as of ``from_pretrained``, for the base.
 
     Raises:
         InputError: the configuration beside it or its weights are missing, its base is not where it was, or the weights

@@ -1,8 +1,8 @@
 """Base models from a GGUF file (llama.cpp's format), quantised or not.
 
-The file is converted once, to a folder that transformers loads as any other: reading and unpacking it takes some
-twenty seconds for 100 MB, the folder one. It lies in ``$XDG_CACHE_HOME/longspan/models/<SHA-256 of the file>``
-(``~/.cache`` where that is not set), with the tokenizer that the file carries.
+The file is converted once, to a folder that transformers loads like any other: reading and unpacking it takes about
+twenty seconds for 100 MB, loading the folder one. The folder is
+``$XDG_CACHE_HOME/longspan/models/<SHA-256 of the file>`` (``~/.cache`` without it), with the file's tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def converted(file: Path, digest: str) -> Path:
-    """The folder that a GGUF file of this content is converted to; made if it is not in the cache.
+    """Returns the folder that a GGUF file of this content is converted to; converts it if it is not in the cache.
 
     Raises:
         InputError: it is no GGUF file, transformers cannot read its architecture, or its tokens are not those that its
@@ -54,8 +54,10 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _weights_dtype(file: Path) -> torch.dtype:
-    """The dtype of the file's largest tensor; bfloat16 where that is quantised: its rounding is far finer than the
-    quantisation's (perplexity of SmolLM2-135M in Q4_1: 15.2581 in bfloat16, 15.2578 in float32).
+    """Returns the dtype of the file's largest tensor; bfloat16 where that is quantised.
+
+    Its rounding is far finer than the quantisation's (perplexity of SmolLM2-135M in Q4_1: 15.2581 in bfloat16, 15.2578
+    in float32).
     """
     import torch
     from gguf import GGMLQuantizationType, GGUFReader
@@ -66,8 +68,9 @@ def _weights_dtype(file: Path) -> torch.dtype:
 
 
 def _take_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the tokenizer the file's own special tokens (transformers 5.17 mistakes the end of sequence), and checks
-    that it has the file's tokens under their numbers and loses no text.
+    """Gives the tokenizer the file's own special tokens: transformers 5.17 mistakes the end of sequence.
+
+    Checks that it has the file's tokens under their numbers and loses no text.
     """
     from gguf import GGUFReader
 

@@ -124,7 +124,7 @@ Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 
 
 def original_context_length(config: Any) -> int:
-    """The context length that the model was pretrained on, in tokens, before anyone extended it.
+    """Returns the context length that the model was pretrained on, in tokens, before it was extended.
 
     Raises:
         InputError: the model has no rotary positions.
@@ -137,7 +137,7 @@ def original_context_length(config: Any) -> int:
 
 
 def max_context_length(config: Any) -> int:
-    """The longest context that the configuration is made for, in tokens."""
+    """Returns the longest context that the configuration is made for, in tokens."""
     rope = _rope_parameters(config)
     if rope["rope_type"] in ("linear", "dynamic"):
         return int(original_context_length(config) * rope["factor"])
@@ -155,7 +155,7 @@ def extended_by_longspan(config: Any) -> bool:
 
 
 def extend(config: Any, context_length: int, positions: Positions) -> None:
-    """Makes ``config`` (changed in place) reach ``context_length`` by ``positions``.
+    """Changes ``config`` in place so that it reaches ``context_length`` by ``positions``.
 
     Nothing changes where the model already reaches that far. The factor is rounded up to a whole number, as the
     paper's code does (100,000 tokens from 4,096: 25).
@@ -181,7 +181,7 @@ def extend(config: Any, context_length: int, positions: Positions) -> None:
     # With YaRN it has to agree with the factor, or stock transformers warns at each load.
     config.max_position_embeddings = original if kind.keeps_length else int(original * stretch.factor)
     setattr(config, ORIGINAL_LENGTH_FIELD, original)
-    _refuse_what_the_family_does_not_take(config, positions)
+    _refuse_unloadable(config, positions)
 
 
 def _rotated_dimensions(config: Any) -> int:
@@ -190,8 +190,8 @@ def _rotated_dimensions(config: Any) -> int:
     return int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
 
 
-def _refuse_what_the_family_does_not_take(config: Any, positions: Positions) -> None:
-    """A family's configuration may allow few kinds (Phi-3), and would not load again, or load as something else."""
+def _refuse_unloadable(config: Any, positions: Positions) -> None:
+    """Raises InputError if the configuration would not load again, or would load as something else (Phi-3)."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:

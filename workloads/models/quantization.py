@@ -11,9 +11,9 @@ from workloads.errors import InputError
 
 
 def nf4_loading(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` takes to load a base in NF4 with double quantisation, right onto its GPU.
+    """Returns the options of ``from_pretrained`` that load a base in NF4 with double quantisation onto its GPU.
 
-    Every linear layer but the output layer is quantised, and computes in ``dtype``; all else is loaded in its own.
+    Every linear layer but the output layer is quantised, and computes in ``dtype``; the rest keeps its own type.
 
     Raises:
         InputError: the device is no GPU, or bitsandbytes is not installed.

@@ -1,8 +1,8 @@
-"""Base models: ``builtin:tiny``, a local folder, a GGUF file, or a Hugging Face id (``org/name`` or
-``org/name@revision``).
+"""Base models by name: what a name stands for, its identity and configuration, and loading it.
 
-A :class:`ModelSource` names a model and knows what it is (its identity, its configuration) without loading it; the
-sweep's own process needs no more, and imports neither torch nor transformers for it.
+A name is ``builtin:tiny``, a local folder, a GGUF file, or a Hugging Face id (``org/name`` or ``org/name@revision``). A
+:class:`ModelSource` knows a model's identity and configuration without loading it; the sweep's own process needs no
+more, and imports neither torch nor transformers for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 class ModelSource:
     """Where a model is: ``location`` is a folder or a .gguf file, or with a ``revision`` (a commit) a Hugging Face id.
 
-    What transformers loads is at ``pretrained``.
+    ``pretrained`` is what transformers loads.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ModelSource:
 
     @classmethod
     def parse(cls, name: str) -> ModelSource:
-        """What a user wrote, as a source.
+        """Returns the source that a user named.
 
         Raises:
             InputError: no such builtin, folder or id, or the hub cannot say which revision the id stands for.
@@ -77,7 +77,7 @@ class ModelSource:
 
     @cached_property
     def identity(self) -> str:
-        """What enters a trial's fingerprint: the content of a folder or file, the id and commit of a hub model."""
+        """The model's part of a fingerprint: the content of a folder or file, the id and commit of a hub model."""
         if self.revision:
             return f"hub:{self.location}@{self.revision}"
         if self.is_gguf:
@@ -86,13 +86,14 @@ class ModelSource:
 
     @property
     def is_gguf(self) -> bool:
+        """Whether the location is a GGUF file."""
         return self.location.lower().endswith(".gguf") and Path(self.location).is_file()
 
     @cached_property
     def pretrained(self) -> str:
-        """What transformers' ``from_pretrained`` takes, with ``revision``: a folder or a hub id.
+        """The folder or hub id that transformers' ``from_pretrained`` takes, with ``revision``.
 
-        Of a GGUF file, the folder in this machine's cache that it is converted to, now if it was not before.
+        For a GGUF file, the folder in this machine's cache; the file is converted to it if it was not before.
 
         Raises:
             InputError: the GGUF file cannot be converted.
@@ -107,6 +108,7 @@ class ModelSource:
 
     @cached_property
     def tokenizer_identity(self) -> str:
+        """The tokenizer's part of a fingerprint: the content of its files, or the identity of a hub or GGUF model."""
         if self.revision or self.is_gguf:
             return self.identity
         return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
@@ -119,7 +121,7 @@ class ModelSource:
         return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), ('chat_template*',))}"
 
     def refuse_adapter(self) -> None:
-        """Raises InputError if it is an adapter, which is not a whole model."""
+        """Raises InputError if the model is an adapter, which is not a whole model."""
         if is_adapter(Path(self.location)):
             raise InputError(
                 f"model folder {self.name} is an adapter, and what is trained starts from a whole model: export the "
@@ -167,12 +169,11 @@ class ModelSource:
     ) -> PreTrainedModel:
         """The model, its positions extended to ``context_length``, weights in ``dtype``, on ``device``.
 
-        Each weight goes there as it is read: host memory never holds more than a few of them. The files are mapped
-        into memory, so that what several processes of a node load is read from its disk once, as long as its page cache
-        has room for it.
+        Each weight goes there as it is read: host memory never holds more than a few. The files are mapped into memory,
+        so several processes of a node read them from its disk once, as long as its page cache has room.
 
-        With ``quantized`` (from :func:`workloads.models.quantization.nf4_loading`) its linear weights are quantised and it is
-        on the device that this names.
+        With ``quantized`` (of :func:`workloads.models.quantization.nf4_loading`) linear weights are quantised, on the
+        device that this names.
 
         Raises:
             InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
@@ -189,10 +190,10 @@ class ModelSource:
 
 
 def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
-    """What transformers' ``from_pretrained`` makes of a folder or hub id, with every weight from its safetensors.
+    """Loads a folder or hub id by transformers' ``from_pretrained``, with every weight from its safetensors.
 
     Args:
-        what: it is, for an error.
+        what: what is loaded, for error messages.
         options: of ``from_pretrained``.
 
     Raises:
@@ -200,6 +201,8 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from workloads.models.rotary import by_sequence  # imports torch
 
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -214,6 +217,7 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
             f"{what}: {len(absent)} of its weights are not in its safetensors or have another shape, {absent[0]} among "
             "them; the folder is not complete, or its config.json is another model's"
         )
+    by_sequence(model)
     return model
 
 
@@ -223,8 +227,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
-    """Raises InputError if the tokenizer has tokens that the model has no embedding for: on a GPU such a token ends in
-    an assertion that says nothing.
+    """Raises InputError if the tokenizer has tokens that the model has no embedding for.
+
+    On a GPU such a token ends in an assertion that names no cause.
     """
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= embeddings:
@@ -242,7 +247,9 @@ def _hub_revision(hub_id: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().model_info(hub_id, revision=revision, timeout=20).sha
+        if commit := HfApi().model_info(hub_id, revision=revision, timeout=20).sha:
+            return commit
+        raise ValueError("it names no commit")
     except Exception as error:  # the hub's client changes what it raises for a dead network from version to version
         raise InputError(
             f"model {hub_id!r}: the model hub does not say which commit it is at ({type(error).__name__}: "

@@ -272,9 +272,10 @@ def test_the_operator_keeps_torchs_rules(
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3)])
 def test_every_result_is_written_once_and_laid_out_for_the_projections(name, heads):
-    """Twice an output and three gradients: as kernels return them, and where they belong; once where one call computes
-    them whole. Nothing else is made, but for a key/value head whose query heads are cut in two: it has a gradient from
-    each half.
+    """Twice an output and three gradients: as kernels return them, and where they belong.
+
+    Once where one call computes them whole. Nothing else is made, but for a key/value head whose query heads are cut in
+    two: it has a gradient from each half.
     """
     inputs = random_inputs(1, *heads, 96, transformers_layout=True, head_dim=64)
     weights = torch.randn(1, 96, heads[0], 64, dtype=torch.float64).transpose(1, 2)

@@ -78,8 +78,9 @@ def test_a_model_takes_every_pattern_in_training(name):
 @pytest.mark.parametrize("name", ["full", "s2", "s2-layers"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same_without_a_graph_break(name, checkpointing):
-    """Under autocast and with adapters, as in training. All layers share one graph; even and odd ones
-    have one each where the pattern tells them apart.
+    """Under autocast and with adapters, as in training.
+
+    All layers share one graph; even and odd ones have one each where the pattern tells them apart.
     """
     tokens = random_tokens()
     results = []

@@ -1,5 +1,6 @@
-"""Rotary positions against the formulas of their papers, through the model's own configuration and stock transformers,
-relative to the original length.
+"""Rotary positions against the formulas of their papers, relative to the original length.
+
+They are computed by stock transformers from the model's own configuration.
 """
 
 import math
@@ -43,8 +44,9 @@ def plain(d, theta=THETA):
 
 
 def ntk(d, factor):
-    """NTK-aware: the base that stretches the slowest dimension, i = d / 2 - 1, by the factor: (b' / b) ** ((d - 2) / d)
-    is the factor.
+    """NTK-aware: the base that stretches the slowest dimension, i = d / 2 - 1, by the factor.
+
+    The factor is (b' / b) ** ((d - 2) / d).
     """
     return plain(d, THETA * factor ** (d / (d - 2)))
 
@@ -55,9 +57,11 @@ def dynamic(d, factor, length, original):
 
 
 def yarn(d, factor, original):
-    """YaRN (arXiv 2309.00071, section 3.2): over the original length, dimensions of more than 32 turns stay, those of
-    less than 1 are stretched. In between the authors' code, which transformers follows, blends along the dimension's
-    index between the whole indices around these two, where the paper's text blends along the number of turns.
+    """YaRN (arXiv 2309.00071, section 3.2).
+
+    Over the original length, dimensions of more than 32 turns stay, those of less than 1 are stretched. In between the
+    authors' code, which transformers follows, blends along the dimension's index between the whole indices around these
+    two, where the paper's text blends along the number of turns.
     """
     base = plain(d)
 
@@ -70,8 +74,9 @@ def yarn(d, factor, original):
 
 
 def llama3(d, factor, original):
-    """Llama 3.1: wavelengths above the original length are stretched, those below a quarter of it stay, and in between
-    the inverse frequency is blended along original / wavelength.
+    """Llama 3.1: wavelengths above the original length are stretched, those below a quarter of it stay.
+
+    In between the inverse frequency is blended along original / wavelength.
     """
     found = []
     for frequency in plain(d):
