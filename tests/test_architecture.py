@@ -21,8 +21,8 @@ FORBIDDEN = {
 LEVELS = (
     {"terminal", "process", "options", "spec", "trial_spec", "recipes", "cli", "ray_internals"},
     {"records"},
-    {"compare"},
     {"planning"},
+    {"compare"},
     {"reporting"},
     {"running"},
 )

@@ -11,9 +11,11 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from orchestrator.compare import effort, words
+from orchestrator.compare import cost, words
+from orchestrator.records import trial_cost
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.config import Method, TrainingConfig
@@ -85,16 +87,16 @@ class Setting:
         at = [o.record.evals[o.context_length, step].tokens for o in self.by_seed.values()]
         return round(sum(at) / len(at))
 
-    def curve(self) -> list[effort.Evaluation]:
+    def curve(self) -> list[cost.Evaluation]:
         """Perplexity over the seeds and its cost, at every evaluation that all of them have."""
-        hours = [effort.hours_by_step(o.record) for o in self.by_seed.values()]
-        dollars = [effort.dollars_by_step(o.record) for o in self.by_seed.values()]
+        hours = [trial_cost.hours_by_step(o.record) for o in self.by_seed.values()]
+        dollars = [trial_cost.dollars_by_step(o.record) for o in self.by_seed.values()]
         return [
-            effort.Evaluation(
+            cost.Evaluation(
                 step=step,
                 tokens=self.tokens(step),
-                hours=effort.mean(each.get(step, 0.0) for each in hours),
-                usd=effort.mean([each.get(step, 0.0) for each in dollars if each is not None])
+                hours=fmean(each.get(step, 0.0) for each in hours),
+                usd=fmean([each.get(step, 0.0) for each in dollars if each is not None])
                 if None not in dollars
                 else None,
                 perplexity=self.scores(step).perplexity,
@@ -138,7 +140,7 @@ def _compare_length(
     winner = ranked[0] if ranked else None
     full = best.get("full")
     target = _target(full, target_perplexity)
-    unit = effort.unit_of([o.record for o in trained if o.record.steps])
+    unit = trial_cost.unit_of([o.record for o in trained if o.record.steps])
     described = _describe_settings(settings, best, full, target, unit, as_good)
     references = _references(outcomes, trained)
     before = _unchanged_at(original_length, outcomes)
@@ -155,7 +157,7 @@ def _compare_length(
         "hours_unit": unit,
         "winner": winner,
     }
-    hardware = sorted({effort.device_of(o.record) for o in trained if o.record.steps})
+    hardware = sorted({trial_cost.device_of(o.record) for o in trained if o.record.steps})
     return context | {"sentences": words.of_context(context, scores, references, as_good, seeds, hardware)}
 
 
@@ -204,7 +206,7 @@ def _describe_settings(
     for setting in settings:
         curve = setting.curve()
         last = curve[-1]
-        reached = effort.reach(curve, target["perplexity"]) if target else None
+        reached = cost.reach(curve, target["perplexity"]) if target else None
         described.append(
             {
                 "method": setting.method,
@@ -231,7 +233,7 @@ def _describe_settings(
         )
     if unit:
         points = [(one["hours"], one["final"]["perplexity"]) for one in described]
-        for one, dominated in zip(described, effort.dominated(points)):
+        for one, dominated in zip(described, cost.dominated(points)):
             one["dominated"] = dominated
     return _named(described)
 
@@ -325,8 +327,8 @@ def _describe(
         "tokens_per_second": record.tokens_per_second,
         "peak_memory_gib": record.peak_memory_gib,
         "train_seconds": record.train_seconds,
-        "hours": effort.last(effort.hours_by_step(record)) if unit else None,
-        "usd": effort.last(effort.dollars_by_step(record)),
+        "hours": trial_cost.total(trial_cost.hours_by_step(record)) if unit else None,
+        "usd": trial_cost.total(trial_cost.dollars_by_step(record)),
         "mlflow_run_id": None,
     }
 

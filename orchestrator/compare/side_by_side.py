@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.compare import effort
 from orchestrator.compare.answer import Outcome
 from orchestrator.compare.runs import Run, differences
 from orchestrator.compare.words import join
+from orchestrator.records import trial_cost
 from workloads.evaluation.bootstrap import CONFIDENCE, gap_interval, perplexity_interval
 
 
@@ -50,9 +50,9 @@ def _describe(run: Run, outcome: Outcome) -> dict[str, Any]:
         "steps": record.last_step,
         "of_steps": run.trial.training.steps,
         "final": interval and {"perplexity": interval.value, "low": interval.low, "high": interval.high},
-        "hours": effort.last(effort.hours_by_step(record)),
-        "hours_unit": effort.unit_of([record]) or "hours",
-        "usd": effort.last(effort.dollars_by_step(record)),
+        "hours": trial_cost.total(trial_cost.hours_by_step(record)),
+        "hours_unit": trial_cost.unit_of([record]) or "hours",
+        "usd": trial_cost.total(trial_cost.dollars_by_step(record)),
         "tokens_per_second": record.tokens_per_second,
     }
 

@@ -113,7 +113,7 @@ def of_context(
             sentences.append(_versus(METHOD_LABELS[method], METHOD_LABELS[winner], scores[method], scores[winner]))
     if "full" in chosen:
         sentences += [_convergence(chosen[method], as_good) for method in chosen if method != "full"]
-    sentences += _effort(context, chosen, hardware)
+    sentences += _costs(context, chosen, hardware)
     if references:
         best = min(references, key=lambda positions: references[positions].perplexity)
         sentences += [_against(METHOD_LABELS[m], scores[m], REFERENCE_LABELS[best], references[best]) for m in scores]
@@ -194,7 +194,7 @@ def _convergence(setting: dict[str, Any], as_good: float) -> str:
     return f"{name} is at most {above} from step {step} on."
 
 
-def _effort(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware: list[str]) -> list[str]:
+def _costs(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware: list[str]) -> list[str]:
     """What it takes to reach the target, and which methods others dominate."""
     sentences, unit, target = [], context["hours_unit"], context["target"]
     if target is not None and chosen:

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.compare.effort import held
 from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_cost import held_cost
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 
@@ -31,7 +31,7 @@ class Spending:
             if record is None:
                 record = self.records[trial.fingerprint] = TrialRecord(self.storage.trial(trial.fingerprint).journal)
             record.follow()
-            trial_hours, trial_usd = held(record, self.sweep)
+            trial_hours, trial_usd = held_cost(record, self.sweep)
             hours += trial_hours
             usd = None if usd is None or trial_usd is None else usd + trial_usd
         return hours, usd

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from orchestrator.compare import effort
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import is_alive, read_command
 from orchestrator.records.leases import is_here
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_cost import held_cost, unit_of
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_token, tokens_left
 from orchestrator.trial_spec import TrialSpec
@@ -187,8 +187,8 @@ class Overview:
         due = any(fingerprint in trials for trials in self.running.values())
         alive = holder is not None and not self._is_silent(record, holder)
         seen = progress(row, sweep, alive=alive, due=due, holder=holder if alive else None, cancelling=cancelling)
-        hours, usd = effort.held(record, sweep)
-        unit = effort.unit_of([record]) if record.attempts else None
+        hours, usd = held_cost(record, sweep)
+        unit = unit_of([record]) if record.attempts else None
         return TrialOverview(**dataclasses.asdict(seen), hours=hours, usd=usd, unit=unit)
 
     def _is_silent(self, record: TrialRecord, holder: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
 from workloads.evaluation.retrieval import RetrievalResult, RetrievalTest, contains
+from workloads.models.rotary import fixed_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +36,9 @@ def run_tests(
     model.eval()
     with torch.inference_mode(), full_attention(model), engine.autocast():
         for test in tests:
-            answer = tokenizer.decode(_greedy(model, test.tokens, test.answer_tokens, stop, engine.device))
+            with fixed_length(model, test.length):
+                tokens = _greedy(model, test.tokens, test.answer_tokens, stop, engine.device)
+            answer = tokenizer.decode(tokens)
             correct = contains(answer, test.expected)
             results.append(RetrievalResult(test.group, test.length, test.depth, test.expected, answer, correct))
             on_progress(test)

@@ -1,0 +1,75 @@
+"""What a trial has cost, from its journal: device hours and US dollars.
+
+Hours by step are of training steps alone (a step's seconds x the devices of the attempt that made it): they do not
+depend on how often a sweep evaluates, saves or starts, and a step repeated after a crash counts once. The unit is GPU
+hours if the workers had GPUs, else CPU hours (of one thread); worker-hours if the journal does not say.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+
+from orchestrator.records.events import Started
+from orchestrator.records.trial_record import TrialRecord
+
+UNITS = {"gpu": "GPU hours", "cpu": "CPU hours", None: "worker-hours"}
+
+
+def hours_by_step(record: TrialRecord) -> dict[int, float]:
+    """Hours of all devices together, from the start of training to the end of each step."""
+    return _add_up(record, lambda attempt: attempt.num_devices)
+
+
+def dollars_by_step(record: TrialRecord) -> dict[int, float] | None:
+    """The same in USD; None if an attempt had no price."""
+    if not record.attempts or any(attempt.usd_per_device_hour is None for attempt in record.attempts):
+        return None
+    return _add_up(record, lambda attempt: attempt.num_devices * (attempt.usd_per_device_hour or 0.0))
+
+
+def held_cost(record: TrialRecord, sweep: str | None = None) -> tuple[float, float | None]:
+    """The hours for which the trial's devices were held, and their price in USD.
+
+    From each attempt's start to its last journal line: what is paid for, including evaluation, saving and work lost to
+    crashes. USD is None if an attempt had no price. With ``sweep``, only the attempts of this sweep count.
+    """
+    hours = 0.0
+    usd: float | None = 0.0
+    for attempt, heard in zip(record.attempts, record.attempts_heard):
+        if sweep is None or attempt.sweep in (None, sweep):
+            taken = attempt.num_devices * (heard - attempt.time) / 3600
+            price = attempt.usd_per_device_hour
+            hours += taken
+            usd = None if usd is None or price is None else usd + taken * price
+    return hours, usd
+
+
+def device_of(record: TrialRecord) -> str:
+    """The name of the trial's devices; if there are several kinds, all of them."""
+    named = {attempt.device_name or attempt.hardware or "unknown" for attempt in record.attempts}
+    return ", ".join(sorted(named)) or "unknown"
+
+
+def unit_of(records: list[TrialRecord]) -> str | None:
+    """The unit of the trials' hours; None if they ran on different devices, whose hours cannot be compared."""
+    devices = {device_of(record) for record in records}
+    units = {UNITS[attempt.device] for record in records for attempt in record.attempts}
+    return (units or {UNITS[None]}).pop() if len(devices) <= 1 and len(units) <= 1 else None
+
+
+def total(by_step: dict[int, float] | None) -> float | None:
+    """The total at the last step; None if there is none."""
+    return by_step[max(by_step)] if by_step else None
+
+
+def _add_up(record: TrialRecord, per_hour: Callable[[Started], float]) -> dict[int, float]:
+    began = [attempt.time for attempt in record.attempts]
+    so_far, by_step = 0.0, {}
+    for step in sorted(record.steps):
+        event = record.steps[step]
+        place = max(0, bisect.bisect_right(began, event.time) - 1)
+        attempt = record.attempts[place] if record.attempts else Started()
+        so_far += event.seconds / 3600 * per_hour(attempt)
+        by_step[step] = so_far
+    return by_step
