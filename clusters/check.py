@@ -1,10 +1,10 @@
 """Check a cluster file before it costs money: ``python -m clusters.check clusters/aws-p4d.yaml``.
 
-Ray's own schema check comes first. Then the rules below, one function each, for what Ray's check accepts but is wrong
-for us: a spot head, an open job server, an image that moves, numbers that disagree. No cloud is contacted, so whether
-an id exists, a quota suffices or a zone has capacity is not known here.
+Ray's own schema check runs first. The rules below, one function each, find what Ray accepts but is wrong for a sweep: a
+spot head, an open job server, an image without an exact version, numbers that disagree. No cloud is contacted: whether
+an id exists, a quota suffices or a zone has capacity is not checked.
 
-Exit status: 0 nothing found; 1 problems found, one line each; 2 the file could not be read.
+Exit status: 0 no problems; 1 problems, one line each; 2 the file could not be read.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import ray
 import yaml
 
-# Private: Ray offers its check of a cluster file, which `ray up` runs, in no other way.
+# Private: Ray has no public function for the check of a cluster file that `ray up` runs.
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 Config = dict[str, Any]
@@ -28,11 +28,18 @@ Config = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
+    """One problem in a cluster file, and its fix.
+
+    Args:
+        where: the dotted path of the field.
+        fill_in: a value that only the user knows: normal in a template, an error at launch.
+    """
+
     where: str
     found: object
     expected: object
     fix: str
-    fill_in: bool = False  # What only the user can know: expected in a template, an error at launch.
+    fill_in: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: found {self.found}, expected {self.expected}. Fix: {self.fix}."
@@ -40,6 +47,8 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
+    """What an EC2 instance type has; ``efa``: its network cards with EFA."""
+
     vcpus: int
     memory_gib: int
     gpus: int = 0
@@ -68,16 +77,16 @@ MARKETS = ("spot", "capacity-block")
 PLACEHOLDER = "FILL_IN"
 
 
-def placeholders(config: Config) -> Iterator[Problem]:
+def _placeholders(config: Config) -> Iterator[Problem]:
     seen = set()
     for path, value in _leaves(config):
-        if PLACEHOLDER in value and value not in seen:  # An anchor's aliases repeat its value.
+        if PLACEHOLDER in value and value not in seen:  # YAML aliases repeat a value.
             seen.add(value)
             yield Problem(path, f"'{value[value.index(PLACEHOLDER) :]}'", "your value", "fill it in", fill_in=True)
 
 
-def local_files(config: Config) -> Iterator[Problem]:
-    """What ``ray up`` copies to the nodes. Ray itself misses it only once the head runs, and is paid for."""
+def _local_files(config: Config) -> Iterator[Problem]:
+    """Local files that ``ray up`` copies. Ray notices a missing one only when the head is running and paid for."""
     sources = {f"file_mounts.{target}": source for target, source in config["file_mounts"].items()}
     if key := config["auth"].get("ssh_private_key"):
         sources["auth.ssh_private_key"] = key
@@ -90,7 +99,7 @@ def local_files(config: Config) -> Iterator[Problem]:
                 yield Problem(where, f"mode {mode:o} on {secret}", "mode 600", f"chmod 600 {secret}")
 
 
-def secrets_in_the_file(config: Config) -> Iterator[Problem]:
+def _secrets(config: Config) -> Iterator[Problem]:
     pattern = re.compile(r"\b(\w*(?:TOKEN|SECRET|PASSWORD|ACCESS_KEY|API_KEY))=\S", re.IGNORECASE)
     for path, value in _leaves(config):
         if match := pattern.search(f"{path.rpartition('.')[2]}={value}"):
@@ -98,7 +107,7 @@ def secrets_in_the_file(config: Config) -> Iterator[Problem]:
             yield Problem(path, f"a value for {match[1]}", "no secret in a cluster file", fix)
 
 
-def node_counts(config: Config) -> Iterator[Problem]:
+def _node_counts(config: Config) -> Iterator[Problem]:
     total, workers = config["max_workers"], _workers(config)
     for name, node in workers.items():
         where, low, high = f"available_node_types.{name}", node["min_workers"], node["max_workers"]
@@ -110,17 +119,17 @@ def node_counts(config: Config) -> Iterator[Problem]:
         yield Problem("max_workers", total, f"at most {reachable}, the worker types' sum", "make the two agree")
 
 
-def head_does_not_train(config: Config) -> Iterator[Problem]:
+def _head_does_not_train(config: Config) -> Iterator[Problem]:
     head, where = config["available_node_types"][config["head_node_type"]], f"head type {config['head_node_type']}"
-    if (cpus := head["resources"].get("CPU", "none, for which Ray takes the machine's")) != 0:
-        yield Problem(where, f"CPU {cpus}", "CPU 0, so that no trial lands there", "set resources: {CPU: 0}")
+    if (cpus := head["resources"].get("CPU", "not set, which means all of the machine's")) != 0:
+        yield Problem(where, f"CPU {cpus}", "CPU 0, to keep trials off the head", "set resources: {CPU: 0}")
     if gpus := head["resources"].get("GPU", 0):
         yield Problem(where, f"GPU {gpus}", "no GPU", "remove it; workers have the GPUs")
     if head["max_workers"]:
-        yield Problem(where, f"max_workers {head['max_workers']}", 0, "give the workers a type of their own")
+        yield Problem(where, f"max_workers {head['max_workers']}", 0, "give the workers another node type")
 
 
-def images(config: Config) -> Iterator[Problem]:
+def _images(config: Config) -> Iterator[Problem]:
     docker = config["docker"]
     found = {f"docker.{key}": docker[key] for key in ("image", "head_image", "worker_image") if key in docker}
     for name, node in config["available_node_types"].items():
@@ -136,10 +145,10 @@ def images(config: Config) -> Iterator[Problem]:
         if not re.search(r"\d+\.\d+\.\d+", tag):
             yield Problem(where, image, expected, "pin the version in the tag")
         elif image.startswith("rayproject/") and not tag.startswith(f"{ray.__version__}-py"):
-            yield Problem(where, image, f"a tag {ray.__version__}-py..., the Ray installed here", "use that tag")
+            yield Problem(where, image, f"a tag {ray.__version__}-py..., as the Ray installed here", "use that tag")
 
 
-def authentication(config: Config) -> Iterator[Problem]:
+def _authentication(config: Config) -> Iterator[Problem]:
     starts = {key: config[key] for key in ("head_start_ray_commands", "worker_start_ray_commands")}
     for key, commands in starts.items():
         ray_starts = [command for command in commands if "ray start" in command]
@@ -147,7 +156,7 @@ def authentication(config: Config) -> Iterator[Problem]:
             yield Problem(key, "no `ray start`", "one", "add it")
         for command in ray_starts:
             if not re.search(r"(?s)\bRAY_AUTH_MODE=token\b.*\bray start\b", command):
-                fix = "write RAY_AUTH_MODE=token ray start ..., or whoever reaches the ports can run code"
+                fix = "write RAY_AUTH_MODE=token ray start ..., or anyone who reaches the ports can run code"
                 yield Problem(key, "`ray start` without it", "RAY_AUTH_MODE=token", fix)
             host = re.search(r"--dashboard-host[= ](\S+)", command)
             if host and host[1] not in ("127.0.0.1", "localhost"):
@@ -161,7 +170,7 @@ def authentication(config: Config) -> Iterator[Problem]:
             yield Problem(where, f"token {token}", expected, "mount the token's folder there")
 
 
-def market(config: Config) -> Iterator[Problem]:
+def _market(config: Config) -> Iterator[Problem]:
     for name, node in config["available_node_types"].items():
         where = f"available_node_types.{name}.node_config"
         for key in node["node_config"].keys() - set(NODE_CONFIG_KEYS):
@@ -170,14 +179,14 @@ def market(config: Config) -> Iterator[Problem]:
             yield Problem(where, key, "a parameter of EC2's RunInstances", fix)
         options = node["node_config"].get("InstanceMarketOptions")
         if options and name == config["head_node_type"]:
-            fix = "remove InstanceMarketOptions; the cluster ends with its head"
+            fix = "remove InstanceMarketOptions: without its head the cluster is lost"
             yield Problem(where, f"{options.get('MarketType')} head", "a head on demand", fix)
         if options and (options.keys() - {"MarketType", "SpotOptions"} or options.get("MarketType") not in MARKETS):
             expected = f"MarketType: {' or '.join(MARKETS)}"
-            yield Problem(f"{where}.InstanceMarketOptions", options, expected, "correct it, or remove it all")
+            yield Problem(f"{where}.InstanceMarketOptions", options, expected, "correct it, or remove the whole field")
 
 
-def machines(config: Config) -> Iterator[Problem]:
+def _machines(config: Config) -> Iterator[Problem]:
     for name, node in config["available_node_types"].items():
         where, kind = f"available_node_types.{name}", node["node_config"].get("InstanceType")
         image = str(node["node_config"].get("ImageId"))
@@ -244,17 +253,17 @@ def _run_options(config: Config, name: str) -> str:
     return " ".join([*docker.get("run_options", []), *docker.get(key, [])])
 
 
-RULES = (local_files, node_counts, head_does_not_train, images, authentication)
-AWS_RULES = (market, machines)
+RULES = (_local_files, _node_counts, _head_does_not_train, _images, _authentication)
+AWS_RULES = (_market, _machines)
 
 
 def check(config: Config) -> list[Problem]:
-    """All problems of a loaded cluster file, with what is left to fill in first."""
-    problems = [*placeholders(config), *secrets_in_the_file(config)]
+    """All problems of a loaded cluster file, placeholders first."""
+    problems = [*_placeholders(config), *_secrets(config)]
     try:
         prepared = prepare_config(copy.deepcopy(config))
         validate_config(prepared)
-    except Exception as error:  # A malformed file ends in a dozen kinds, and all mean that `ray up` refuses it.
+    except Exception as error:  # Ray raises many types; each means that `ray up` refuses the file.
         message = f"{type(error).__name__}: {getattr(error, 'message', error)}"
         where = "/".join(map(str, getattr(error, "absolute_path", ()))) or "the file"
         return [*problems, Problem(where, message, f"what Ray {ray.__version__} accepts", "correct it")]
@@ -263,9 +272,10 @@ def check(config: Config) -> list[Problem]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m clusters.check", description="Check a Ray cluster file, offline.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--allow-placeholders", action="store_true", help="for a template: what to fill in is no error")
+    parser.add_argument("--allow-placeholders", action="store_true", help="accept values still to be filled in")
     arguments = parser.parse_args()
     try:
         config = yaml.safe_load(arguments.file.read_text())

@@ -1,8 +1,8 @@
 """What machines have and what their hours cost: a small table of instance types, and clusters known by name.
 
-A price is the on-demand list price of Linux in US dollars, with its region, the day on which it held, and where it was
-read. Prices change and depend on region, contract and spot markets: give your own with ``overrides``
-(:func:`read_prices` reads a file of them). A price that could not be confirmed is None, not a guess.
+A price is the on-demand list price for Linux in US dollars, with its region, date and source. Prices change, and depend
+on region, contract and spot markets: pass your own as ``overrides`` (:func:`read_prices` reads them from a file). A
+price that could not be confirmed is None, not a guess.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ CLUSTER_FILES = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InstanceType:
-    """A kind of machine.
+    """A type of machine.
 
     Args:
-        name: as its cloud calls it.
-        gpus: GPUs in it.
-        gpu: their name as ``torch.cuda.get_device_name`` gives it; None without GPUs, or where it is not known.
+        name: the cloud's name for it.
+        gpus: the number of GPUs; 0 if there are none, or they are unknown.
+        gpu: their name as ``torch.cuda.get_device_name`` gives it; None if there are none, or they are unknown.
         gpu_memory_gib: of each GPU, as its driver reports it; PyTorch can use up to 1 GiB less.
         cpus: virtual CPUs.
         memory_gib: of the host.
-        usd_per_hour: for the whole machine; None where unknown.
-        region, date, source: where and when the price held (date: ISO 8601), and where it was read.
+        usd_per_hour: for the whole machine; None if unknown.
+        region, date, source: of the price (date: ISO 8601).
     """
 
     name: str
-    gpus: int | None
+    gpus: int
     gpu: str | None
     gpu_memory_gib: float | None
     cpus: int | None
@@ -48,12 +48,13 @@ class InstanceType:
 
     @property
     def usd_per_gpu_hour(self) -> float | None:
+        """The machine's price divided by its GPUs; None if there are none, or no price is known."""
         return self.usd_per_hour / self.gpus if self.usd_per_hour is not None and self.gpus else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """US dollars for an hour of one GPU, and in words where the figure comes from."""
+    """US dollars for an hour of one GPU, and where the figure comes from, in words."""
 
     usd_per_gpu_hour: float
     source: str
@@ -61,7 +62,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamedCluster:
-    """A cluster that a file of this room describes: at most ``nodes`` machines of one type that has GPUs."""
+    """A cluster described by a file in this folder: at most ``nodes`` machines of one type with GPUs."""
 
     name: str
     nodes: int
@@ -69,20 +70,21 @@ class NamedCluster:
 
     @property
     def gpus(self) -> int:
+        """The GPUs of all its workers."""
         return self.nodes * self.instance.gpus
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of all its workers, on demand; its head and its storage are not in it."""
+        """The on-demand price of all its workers, without the head and storage."""
         price = self.instance.usd_per_hour
         return None if price is None else self.nodes * price
 
 
 THIS_MACHINE = "this machine"
-# In the user's prices: of a device that is not named.
+# In the user's prices: the price of any device that is not named.
 ANY = "any"
 
-# By the name that torch.cuda.get_device_name gives: GiB, from the MiB that nvidia-smi lists.
+# By torch.cuda.get_device_name: GiB, from the MiB that nvidia-smi lists.
 GPU_MEMORY_GIB = {
     "NVIDIA A100-SXM4-40GB": 40.0,
     "NVIDIA A100-SXM4-80GB": 80.0,
@@ -93,14 +95,14 @@ GPU_MEMORY_GIB = {
     "NVIDIA L40S": 45.0,
 }
 
-AWS = ("us-east-1", "2026-09-24", "AWS's price list, version 20260924211011, as the tables that copy it give it")
-GCP_A2 = ("us-central1", "2026-02-12", "Google's billing catalog, as the Cyclenerd pricing file copies it")
+AWS = ("us-east-1", "2026-09-24", "AWS's price list, version 20260924211011, from tables that copy it")
+GCP_A2 = ("us-central1", "2026-02-12", "Google's billing catalog, from the Cyclenerd pricing file")
 GCP_A3 = ("us-central1", "2026-09-26", "Google's billing catalog: GPUs, vCPUs and memory, without the local disks")
-AZURE = ("eastus", "2026-11-09", "Azure's retail price list, as a table that copies it gives it")
+AZURE = ("eastus", "2026-11-09", "Azure's retail price list, from a table that copies it")
 AZURE_UNKNOWN = ("eastus", None, "the price could not be confirmed")
 
-# name, GPUs, GPU, vCPUs, memory in GiB, USD an hour, and where the price comes from. Sizes: the clouds' own pages on
-# their instance types.
+# Name, GPUs, GPU, vCPUs, memory in GiB, USD an hour, source of the price. Sizes are from the clouds' pages on their
+# instance types.
 _TABLE = [
     ("p4d.24xlarge", 8, "NVIDIA A100-SXM4-40GB", 96, 1152, 21.957642, AWS),
     ("p4de.24xlarge", 8, "NVIDIA A100-SXM4-80GB", 96, 1152, 27.44705, AWS),
@@ -148,16 +150,16 @@ INSTANCES: dict[str, InstanceType] = {
     for name, gpus, gpu, cpus, memory, usd, (region, date, source) in _TABLE
 }  # fmt: skip
 INSTANCES[THIS_MACHINE] = InstanceType(
-    name=THIS_MACHINE, gpus=None, gpu=None, gpu_memory_gib=None, cpus=None, memory_gib=None, usd_per_hour=None,
-    region=None, date=None, source="a machine of your own: its price is not known here",
+    name=THIS_MACHINE, gpus=0, gpu=None, gpu_memory_gib=None, cpus=None, memory_gib=None, usd_per_hour=None,
+    region=None, date=None, source="a machine of your own, whose price is unknown",
 )  # fmt: skip
 
 
 def find_instance(name: str) -> InstanceType:
-    """An instance type by its name; Azure's may begin with ``Standard_``, as Azure's own tools write them.
+    """An instance type by its name; Azure's may begin with ``Standard_``, as Azure's tools write them.
 
     Raises:
-        ValueError: no such name; it lists the known ones.
+        ValueError: there is none of this name; the message lists the known ones.
     """
     found = INSTANCES.get(name.removeprefix("Standard_"))
     if found is None:
@@ -174,13 +176,12 @@ def cheapest_for_gpu(gpu: str) -> InstanceType | None:
 
 
 def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -> Price | None:
-    """What an hour of one GPU costs: the user's own price, else the cheapest on demand in the table, else None.
+    """The price of an hour of one GPU: the user's own, else the cheapest on demand in the table, else None.
 
     Args:
         gpu: its name as ``torch.cuda.get_device_name`` gives it, or an instance type's name.
-        overrides: the user's prices: by a GPU's name USD an hour of one GPU, by an instance type's name USD an hour
-            of the machine, by ``any`` USD an hour of whatever GPU has no price of its own there. A price by the GPU's
-            name goes before one by the machine's.
+        overrides: the user's prices in USD an hour: of one GPU by its name, of a machine by its instance type's name,
+            or of any GPU without a price there by ``any``. A GPU's name takes precedence over an instance type's.
     """
     overrides = overrides or {}
     if gpu in overrides:
@@ -203,11 +204,13 @@ def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -
 
 
 def read_prices(path: Path) -> dict[str, float]:
-    """The user's prices from a .toml or .json file, for ``overrides``: ``"p4d.24xlarge" = 11.50`` is USD an hour of the
-    machine, ``"NVIDIA H200" = 3.20`` USD an hour of one GPU, ``any = 2.00`` of any GPU that is not named.
+    """Reads the user's prices from a .toml or .json file, for ``overrides``.
+
+    ``"p4d.24xlarge" = 11.50`` is USD an hour of the machine, ``"NVIDIA H200" = 3.20`` of one GPU, and ``any = 2.00`` of
+    any GPU that is not named.
 
     Raises:
-        ValueError: it cannot be read, or holds something other than names with positive numbers.
+        ValueError: it cannot be read, or contains anything but names with positive numbers.
     """
     try:
         text = path.read_text()
@@ -216,7 +219,7 @@ def read_prices(path: Path) -> dict[str, float]:
         raise ValueError(f"the prices in {path} cannot be read ({error}); expected a .toml or .json file") from error
     example = 'expected names with USD an hour, such as "p4d.24xlarge" = 11.50 or "NVIDIA H200" = 3.20'
     if not isinstance(prices, dict):
-        raise ValueError(f"the prices in {path} are no table; {example}")
+        raise ValueError(f"the prices in {path} are not a table; {example}")
     for name, price in prices.items():
         if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < float("inf"):
             raise ValueError(f"the price of {name!r} in {path} is {price!r}; {example}")
@@ -227,7 +230,7 @@ def read_prices(path: Path) -> dict[str, float]:
 
 
 def named_clusters() -> list[str]:
-    """The names that :func:`find_cluster` knows: the cluster files of this room that have GPU workers."""
+    """The names that :func:`find_cluster` knows: the cluster files in this folder with GPU workers."""
     return sorted(path.stem for path in CLUSTER_FILES.glob("*.yaml") if _gpu_workers(path))
 
 
@@ -235,7 +238,8 @@ def find_cluster(name: str) -> NamedCluster:
     """A cluster by its file's name: ``aws-p4d`` is clusters/aws-p4d.yaml at its full size.
 
     Raises:
-        ValueError: no such cluster, and it lists the known ones; or its workers are of a type without an entry here.
+        ValueError: there is none of this name (the message lists the known ones), or its workers' type is not in the
+            table.
     """
     if name not in named_clusters():
         raise ValueError(_unknown("cluster", name, named_clusters()))
@@ -246,18 +250,19 @@ def find_cluster(name: str) -> NamedCluster:
 
 
 def _gpu_workers(path: Path) -> list[tuple[int, str]]:
-    """(most machines, instance type) of the workers with GPUs in a file for Ray's cluster launcher; none in others."""
+    """(most machines, instance type) of the workers with GPUs in a file of Ray's cluster launcher; none in others."""
     config = next(iter(yaml.safe_load_all(path.read_text())), None)
-    types = config.get("available_node_types", {}) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return []
     return [
         (min(node["max_workers"], config["max_workers"]), instance)
-        for name, node in types.items()
+        for name, node in config.get("available_node_types", {}).items()
         if name != config["head_node_type"] and node["resources"].get("GPU") and (instance := _instance_of(node))
     ]
 
 
 def _instance_of(node: dict[str, Any]) -> str | None:
-    """The instance type of a node type: AWS, Google and Azure each have a field of their own for it."""
+    """The instance type of a node type: AWS, Google and Azure each name the field differently."""
     fields = node["node_config"]
     return (
         fields.get("InstanceType") or fields.get("machineType") or fields.get("azure_arm_parameters", {}).get("vmSize")

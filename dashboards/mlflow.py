@@ -1,8 +1,8 @@
-"""MLflow's UI on what a storage root holds: `python -m dashboards.mlflow [--storage runs] [--port 5000]`.
+"""MLflow's UI on a storage root: `python -m dashboards.mlflow [--storage runs] [--port 5000]`.
 
-The sweep writes runs to `<storage>/mlflow/mlflow.db` and files to `<storage>/mlflow/artifacts`; this serves both, on
-this machine alone unless told otherwise, and ends with Ctrl-C. MLflow runs in processes of its own: this one only
-starts them, waits until the page answers, says where, and ends them.
+A sweep writes runs to `<storage>/mlflow/mlflow.db` and files to `<storage>/mlflow/artifacts`; this serves both until
+Ctrl-C, by default to this machine only. MLflow runs in separate processes: this one starts them, waits until the page
+answers, prints its address, and ends them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SECONDS_TO_END = 10
 
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # no job runners: four more processes of about 230 MB
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # a run's files are shown, never loaded as code
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # a run's files are shown, never loaded
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -33,38 +33,39 @@ ENVIRONMENT = {
 
 
 def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
-    """Serves until Ctrl-C (or SIGTERM, SIGHUP), then returns 0; an exit status if MLflow ends by itself.
+    """Serves until Ctrl-C, SIGTERM or SIGHUP, then returns 0; if MLflow exits on its own, its exit status.
 
-    Raises ValueError where there is no store, or the address cannot be had.
+    Raises:
+        ValueError: there is no store, or the address cannot be used.
     """
     store = _store(storage)
     _check_address(host, port)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if name is not signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:  # nohup stays obeyed
+        if name is not signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:  # respects nohup
             signal.signal(name, signal.default_int_handler)
     if host not in LOCAL:
         print(
-            f"Warning: MLflow's UI has no passwords. Whoever reaches port {port} of this machine can read, change and "
-            "delete every run. Prefer --host 127.0.0.1 with an SSH tunnel.",
+            f"Warning: MLflow's UI has no passwords. Anyone who can reach port {port} of this machine can read, change "
+            "and delete every run. Prefer --host 127.0.0.1 with an SSH tunnel.",
             file=sys.stderr,
         )
-    said = tempfile.TemporaryFile()  # MLflow's chatter, worth reading only where it ends by itself
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the group once, in order.
+    errors = tempfile.TemporaryFile()  # printed only if MLflow exits on its own
+    # In a new session: Ctrl-C reaches only this process, which then ends the group once, in order.
     server = subprocess.Popen(
         _command(store, host, port, more_hosts),
         env=os.environ | ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=said,
+        stderr=errors,
         start_new_session=True,
     )
     try:
         print(f"Starting MLflow on {store} ...", flush=True)
         if _wait_until_up(server, host, port):
-            print(f"Open {_url(_names(host)[0], port)} (Ctrl-C ends it)", flush=True)
+            print(f"Open {_url(_names(host)[0], port)} (Ctrl-C to stop)", flush=True)
         status = server.wait()
-        said.seek(0)
-        print(f"{said.read().decode(errors='replace')}MLflow ended by itself, with status {status}.", file=sys.stderr)
+        errors.seek(0)
+        print(f"{errors.read().decode(errors='replace')}MLflow exited with status {status}.", file=sys.stderr)
         return status or 1
     except KeyboardInterrupt:
         return 0
@@ -75,14 +76,14 @@ def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
 def _store(storage: str) -> Path:
     if "://" in storage:
         raise ValueError(
-            f"--storage {storage} is not a local folder, and its sweeps keep no MLflow store there. Point MLflow's own "
-            "UI at the tracking server that they were given with --tracking-uri."
+            f"--storage {storage} is not a local folder, so its sweeps keep no MLflow store there. Open the UI of the "
+            "tracking server that they were given with --tracking-uri."
         )
     store = Path(storage).expanduser().resolve() / "mlflow"
     if not (store / "mlflow.db").is_file():
         raise ValueError(
-            f"{Path(storage).expanduser().resolve()} holds no MLflow store (no mlflow/mlflow.db). "
-            f"`python -m orchestrator.sweep --storage {storage}` makes one."
+            f"{Path(storage).expanduser().resolve()} contains no MLflow store (no mlflow/mlflow.db). "
+            f"`python -m orchestrator.sweep --storage {storage}` creates one."
         )
     return store
 
@@ -92,13 +93,13 @@ def _check_address(host: str, port: int) -> None:
     if problem == errno.EADDRINUSE:
         free = next((other for other in range(port + 1, min(port + 100, 65536)) if _problem(host, other) is None), 0)
         fix = f"Port {free} is free: add --port {free}." if free else "Choose another with --port."
-        raise ValueError(f"port {port} of {host} is taken. {fix}")
+        raise ValueError(f"port {port} of {host} is in use. {fix}")
     if problem is not None:
         raise ValueError(f"cannot listen on {host}, port {port}: {os.strerror(problem)}. Check --host and --port.")
 
 
 def _problem(host: str, port: int) -> int | None:
-    """Why nothing can listen there, as an errno, or None where it can."""
+    """Why no server can listen there, as an errno; None if one can."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
@@ -110,10 +111,10 @@ def _problem(host: str, port: int) -> int | None:
 
 
 def _command(store: Path, host: str, port: int, more_hosts: list[str]) -> list[str]:
-    """MLflow's server with one worker, that answers only to the names by which it is meant to be reached.
+    """MLflow's server with one worker, which answers only to the names in its list of allowed hosts.
 
-    Without the list it would answer to any name that begins like a private address (`10.evil.example`), which a page
-    elsewhere could point at this machine; and it would refuse what the UI posts from any name but localhost.
+    Without the list it would answer to any name that begins like a private address (`10.evil.example`), which another
+    site could point at this machine, and it would refuse what the UI posts from any name but localhost.
     """
     names = [*_names(host), *more_hosts]
     with_ports = [name if _has_port(name) else f"{_bracketed(name)}:{port}" for name in names]
@@ -125,7 +126,7 @@ def _command(store: Path, host: str, port: int, more_hosts: list[str]) -> list[s
         *("--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
         *("--registry-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
         *("--default-artifact-root", str(store / "artifacts")),
-        "--no-serve-artifacts",  # artifacts are read from their folder; nothing is taken in over HTTP
+        "--no-serve-artifacts",  # artifacts are read from their folder; no uploads over HTTP
         *("--host", host, "--port", str(port), "--workers", "1"),
         *("--allowed-hosts", ",".join(dict.fromkeys([*map(_bracketed, names), *with_ports]))),
         *("--cors-allowed-origins", ",".join(dict.fromkeys(origins))),
@@ -134,7 +135,7 @@ def _command(store: Path, host: str, port: int, more_hosts: list[str]) -> list[s
 
 
 def _names(host: str) -> list[str]:
-    """The names and addresses under which a server listening on `host` is reached, the one to open first."""
+    """The names and addresses of a server listening on `host`; the one to open comes first."""
     if host in LOCAL:
         return [host, *(name for name in LOCAL if name != host)]
     if host not in EVERY:
@@ -156,53 +157,55 @@ def _url(host: str, port: int) -> str:
 
 
 def _wait_until_up(server: subprocess.Popen, host: str, port: int) -> bool:
-    """True once the page answers; False if the server ends or takes too long (it says why itself)."""
-    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    """True once the page answers; False if the server exits, or takes too long (which is printed)."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for _ in range(SECONDS_TO_START * 5):
         if server.poll() is not None:
             return False
         try:
-            direct.open(f"{_url(reach, port)}/health", timeout=2).close()
+            direct.open(f"{_url(address, port)}/health", timeout=2).close()
             return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    print(f"MLflow has not answered within {SECONDS_TO_START} s; still waiting (Ctrl-C ends it).", file=sys.stderr)
+    print(f"MLflow has not answered within {SECONDS_TO_START} s; still waiting (Ctrl-C to stop).", file=sys.stderr)
     return False
 
 
 def _end(server: subprocess.Popen) -> None:
-    """Ends every process of the server's group: asked first, and killed if they take too long."""
+    """Ends every process of the server's group: SIGTERM first, SIGKILL if they take too long."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave processes behind
+        signal.signal(name, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
     deadline = time.monotonic() + SECONDS_TO_END
-    asked = signal.SIGTERM
+    sent = signal.SIGTERM
     while True:
         try:
-            os.killpg(server.pid, asked)
+            os.killpg(server.pid, sent)
         except (ProcessLookupError, PermissionError):
             return
         while time.monotonic() < deadline:
-            server.poll()  # collects it, else it stays in its group as a zombie
+            server.poll()  # reaps it, else it stays in its group as a zombie
             try:
                 os.killpg(server.pid, 0)
             except (ProcessLookupError, PermissionError):
                 return
             time.sleep(0.05)
-        asked, deadline = signal.SIGKILL, time.monotonic() + SECONDS_TO_END
+        sent, deadline = signal.SIGKILL, time.monotonic() + SECONDS_TO_END
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m dashboards.mlflow", description="Look at a storage root's runs.")
-    parser.add_argument("--storage", default="./runs", help="where the sweeps were stored (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m dashboards.mlflow", description="Serve MLflow's UI on a storage root."
+    )
+    parser.add_argument("--storage", default="./runs", help="storage root of the sweeps (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     parser.add_argument(
         "--allowed-hosts",
         default="",
         metavar="NAME,NAME",
-        help="further names under which browsers reach the server, such as a proxy's",
+        help="more names by which browsers reach the server, such as a proxy's",
     )
     options = parser.parse_args(arguments)
     more_hosts = [name.strip() for name in options.allowed_hosts.split(",") if name.strip()]

@@ -89,7 +89,7 @@ def search(port: int, **headers: str) -> dict:
 
 def test_says_the_one_address_to_open(served: tuple[subprocess.Popen, str, int]) -> None:
     _, said, port = served
-    assert [line for line in said.splitlines() if "http" in line] == [f"Open http://127.0.0.1:{port} (Ctrl-C ends it)"]
+    assert [line for line in said.splitlines() if "http" in line] == [f"Open http://127.0.0.1:{port} (Ctrl-C to stop)"]
     assert "<title>MLflow</title>" in fetch(port, "/")
 
 
@@ -116,7 +116,7 @@ def test_a_taken_port_names_a_free_one(served: tuple[subprocess.Popen, str, int]
     _, _, port = served
     assert ui.main(["--storage", str(storage), "--port", str(port)]) == 2
     said = capsys.readouterr().err
-    assert f"port {port} of 127.0.0.1 is taken" in said
+    assert f"port {port} of 127.0.0.1 is in use" in said
     offered = int(said.rsplit("--port ", 1)[1].strip(" .\n"))
     assert ui._problem("127.0.0.1", offered) is None
 
@@ -152,7 +152,7 @@ def test_what_mlflow_says_is_shown_where_it_cannot_start(storage: Path, monkeypa
     monkeypatch.setattr(ui, "_command", lambda *_: broken)
     assert ui.main(["--storage", str(storage), "--port", str(free_port())]) == 3
     said = capsys.readouterr()
-    assert "file is not a database\nMLflow ended by itself, with status 3" in said.err
+    assert "file is not a database\nMLflow exited with status 3" in said.err
     assert "Open http" not in said.out
 
 
