@@ -19,6 +19,8 @@ from orchestrator.terminal import duration, number_or_dash
 def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
     """Prints what the sweep does with each trial, and what all of it takes."""
     console.print(f"sweep {sweep.name}: {sweep.spec.model} on {sweep.spec.data}, storage {sweep.options.storage}")
+    for note in sweep.position_notes:
+        console.print(f"note: {note}", markup=False)
     console.print(summarise_actions(plan.planned))
     console.print(plan_table(plan.planned, _unit(plan.cluster)))
     if plan.upcoming:
