@@ -72,7 +72,7 @@ class SweepRunner:
             raise
         tracking.stop()
         if tracking.trouble:
-            self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
+            self.console.print(f"note: {tracking.trouble} at the next run of this command")
         if budget.exhausted:
             self.console.print(f"stopped: {budget.exhausted}; with a larger budget the same command continues")
         return self.plan
