@@ -15,6 +15,7 @@ from typing import Generic, NoReturn, TypeVar
 from rich.console import Console
 
 from workloads.command import exit_status
+from workloads.files.safe import PlainFileHandler
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def stop_on_sigterm() -> None:
 
 def log_libraries_to(path: Path) -> None:
     """Sends what Ray and MLflow log in this process to a file: the sweep itself reports what matters of it."""
-    handler = logging.FileHandler(path, delay=True)
+    handler = PlainFileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.raiseExceptions = False  # a full disk must not fill the terminal
     for name in ("ray", "ray.tune", "ray.train", "mlflow"):

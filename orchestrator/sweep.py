@@ -44,6 +44,7 @@ from orchestrator.running.sweep_runner import SweepRunner
 from orchestrator.terminal import make_console, shown_path
 from workloads.command import EXIT_INTERRUPTED
 from workloads.errors import InputError
+from workloads.files.safe import replace_file
 
 # A long preparation prints what it is doing this often.
 PREPARING_NOTE_SECONDS = 15
@@ -105,7 +106,7 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     sweep.check_trials(plan.trials)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     log_libraries_to(sweep.folder / "log.txt")
-    (sweep.folder / "spec.json").write_text(sweep.spec.to_json())
+    replace_file(sweep.folder / "spec.json", sweep.spec.to_json().encode())
     if sweep.spec.search != "none":
         search, plan = begin_search(sweep, plan)
     status.adopt(plan)

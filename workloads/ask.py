@@ -22,6 +22,7 @@ from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.adapters import load_adapter
 from workloads.models.positions import max_context_length
+from workloads.models.rotary import fixed_length
 from workloads.models.source import ModelSource, check_vocabulary, is_adapter, load_whole
 from workloads.stock_model import cast_parameters, make_stock
 from workloads.trained import TrainedTrial
@@ -118,7 +119,7 @@ def ask(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = _TimedStreamer(tokenizer)
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), fixed_length(model, len(tokens) + max_new_tokens):
         # generate computes only the last position's logits; without padding, SDPA is causal without a mask.
         output = model.generate(
             input_ids=inputs,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.records.events import Event, Skipped, as_line, parse
+from workloads.files.safe import open_plain
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -47,7 +48,7 @@ class Journal:
         return self.path.with_name(".reserve")
 
     def _write(self, line: str) -> None:
-        with self.path.open("ab") as file:
+        with open_plain(self.path, "ab") as file:
             if file.tell() and not self._ends_with_newline():
                 line = "\n" + line  # the line before was cut off
             file.write(line.encode())

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from workloads.errors import InputError
+from workloads.files.safe import replace_file
+
+
+class DamagedFile(InputError):
+    """A file of a storage that cannot be used. The message names it."""
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1, default=str))
-    partial.replace(path)
+    replace_file(path, json.dumps(content, indent=1, default=str).encode())
 
 
 def read_json(path: Path) -> Any | None:
-    """A file's content, or None if there is none."""
+    """A file's content, or None if there is none.
+
+    Raises:
+        DamagedFile: it cannot be read, or is not JSON.
+    """
     try:
-        return json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read ({error.strerror})") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """The value of a JSON file, which others may have written.
+
+    Raises:
+        DamagedFile: it is not JSON.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = "it is empty" if not content.strip() else f"it is not JSON: {error}"
+        raise DamagedFile(f"{name} is damaged ({reason})") from error

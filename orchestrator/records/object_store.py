@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
+import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,9 @@ from urllib.parse import urlsplit
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from workloads.errors import InputError
+from workloads.files.safe import is_plain_name, open_plain, replace_file
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Seconds that a store may be unreachable before a call fails, and before a command fails at its start.
@@ -80,6 +84,48 @@ def reason(error: BaseException | None) -> str:
     """An error in one line of at most some 200 characters."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+class UnsafeName(InputError):
+    """A name in a store that could lead out of the folder it belongs to."""
+
+
+def check_names(names: Iterable[object], where: str) -> None:
+    """Checks that each is a plain name, as of a file in a folder. ``where``: what has these names, for the message.
+
+    Raises:
+        UnsafeName: one is not: absolute, with a separator, "..", or with control characters.
+    """
+    for name in names:
+        if not is_plain_name(name):
+            raise UnsafeName(
+                f"{where} names {name!r}; expected the plain name of a file or folder in it, without / or .., so "
+                "nothing is read or written there"
+            )
+
+
+def _parse_manifest(content: bytes) -> dict[str, dict[str, Any]]:
+    """The files of a manifest: each one's bytes, and of newer ones its sha256.
+
+    Raises:
+        ValueError: it is no manifest.
+    """
+    try:
+        files = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST} is not JSON ({error})") from error
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{MANIFEST} lists no files")
+    check_names(files, MANIFEST)
+    for name, described in files.items():
+        if not isinstance(described, dict) or not isinstance(described.get("bytes"), int):
+            raise ValueError(f"{MANIFEST} has no size for {name}")
+    return files
+
+
+def _sha256(file: Path) -> str:
+    with open_plain(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class ObjectStore:
@@ -211,49 +257,70 @@ class ObjectStore:
                 continue
 
     def upload(self, file: Path, name: str) -> None:
-        """Writes a file's content to an object."""
+        """Writes a file's content to an object.
+
+        Raises:
+            OSError: the file is a symbolic link, or cannot be read; or the store failed.
+        """
+        open_plain(file, "rb").close()
         self.fs.put_file(str(file), self._path(name))
 
-    def download(self, name: str, file: Path) -> None:
-        """Downloads an object into a file, which appears whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        incomplete = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    def download(self, name: str, folder: Path) -> Path:
+        """Downloads an object into a folder, under the last part of its name; the file appears whole or not at all.
+
+        Everything that is downloaded goes through here.
+
+        Raises:
+            UnsafeName: the name could lead out of the folder.
+        """
+        *parents, last = name.split("/")
+        check_names([*parents, last], self.url)
+        file = folder / last
+        folder.mkdir(parents=True, exist_ok=True)
+        incomplete = folder / f".{uuid.uuid4().hex}"
         try:
             self.fs.get_file(self._path(name), str(incomplete))
             incomplete.replace(file)
         finally:
             incomplete.unlink(missing_ok=True)
+        return file
 
     def upload_folder(self, folder: Path, name: str, call: Callable[[Callable[[], None]], None] = retry) -> None:
         """Uploads a folder's files one by one, each through ``call``, and its manifest last.
 
-        The manifest is the folder's own, or is made here with the size of each file.
+        The manifest is the folder's own, or is made here with the size and SHA-256 of each file.
         """
         own = folder / MANIFEST
         files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
-        sizes = {path.name: {"bytes": path.stat().st_size} for path in files}
+        manifest = own.read_bytes() if own.exists() else None
+        if manifest is None:
+            described = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+            manifest = json.dumps(described, indent=1).encode()
         for path in files:
             call(partial(self.upload, path, f"{name}/{path.name}"))
-        manifest = own.read_bytes() if own.exists() else json.dumps(sizes, indent=1).encode()
         call(partial(self.write, f"{name}/{MANIFEST}", manifest))
 
     def download_folder(self, name: str, folder: Path) -> bool:
-        """Downloads a folder with its manifest, and returns whether it is whole, judged by sizes."""
-        manifest = retry(lambda: self.read(f"{name}/{MANIFEST}")) or b"{}"
-        try:
-            expected = json.loads(manifest)
-        except ValueError:
+        """Downloads a folder with its manifest, and returns whether it is whole; what is wrong with it is logged.
+
+        The manifest is checked before anything is written. A file has the size, and where the manifest has one the
+        SHA-256, that is written there.
+        """
+        manifest = retry(lambda: self.read(f"{name}/{MANIFEST}"))
+        if manifest is None:
             return False
-        for file, described in expected.items():
-            try:
-                retry(partial(self.download, f"{name}/{file}", folder / file))
-            except FileNotFoundError:
-                return False
-            if (folder / file).stat().st_size != described["bytes"]:
-                return False
-        if expected:
-            (folder / MANIFEST).write_bytes(manifest)
-        return bool(expected)
+        try:
+            for file, described in _parse_manifest(manifest).items():
+                path = retry(partial(self.download, f"{name}/{file}", folder))
+                if path.stat().st_size != described["bytes"]:
+                    raise ValueError(f"{file} has {path.stat().st_size:,} bytes, not {described['bytes']:,}")
+                if "sha256" in described and _sha256(path) != described["sha256"]:
+                    raise ValueError(f"{file} has another SHA-256 than its manifest says")
+        except (ValueError, FileNotFoundError) as error:
+            logger.warning("%s/%s is damaged: %s", self.url, name, error)
+            return False
+        replace_file(folder / MANIFEST, manifest)
+        return True
 
     def remove_folder(self, name: str) -> None:
         """Removes a folder, its manifest first: what remains meanwhile does not count as whole."""
@@ -280,14 +347,16 @@ class LocalStore:
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole or not at all."""
         incomplete = self.root / f".{uuid.uuid4().hex}"
-        incomplete.write_bytes(content)
+        # Without fsync, which may wait for a checkpoint: a late heartbeat would lose the lease.
+        with open_plain(incomplete, "xb") as file:
+            file.write(content)
         incomplete.replace(self.root / name)
 
     def create(self, name: str, content: bytes) -> bool:
         """As :meth:`ObjectStore.create`; a reader may see the file before its content."""
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with (self.root / name).open("xb") as file:
+            with open_plain(self.root / name, "xb") as file:
                 file.write(content)
         except FileExistsError:
             return False

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from clusters.prices import ANY, price_per_gpu_hour, read_prices
 from workloads.engines.allocator import allocator_settings
 from workloads.errors import InputError
+from workloads.files.safe import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ class Provenance:
             return None
         path = folder / self.diff_name
         if not path.exists():
-            path.write_text(self.diff)
+            replace_file(path, self.diff.encode())
         return path
 
     def of_attempt(self) -> dict[str, str | None]:

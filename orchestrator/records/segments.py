@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator.records.events import Event, Parsed, as_line, parse
 from orchestrator.records.journal import Read
 from orchestrator.records.object_store import ObjectStore, is_transient, reason, retry
+from workloads.files.safe import replace_file
 
 # A follower asks for a trial's next segment at most this often.
 POLL_S = 2.0
@@ -87,7 +88,7 @@ class SegmentedJournal:
         with self._lock:
             retry(self._catch_up)
             names = self.store.names(self.folder)
-            file.write_bytes(b"".join(retry(lambda: self.store.read_many(names))))
+            replace_file(file, b"".join(retry(lambda: self.store.read_many(names))))
 
     def _catch_up(self) -> None:
         if not self._segments:

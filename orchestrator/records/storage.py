@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.records.journal import Journal
-from orchestrator.records.json_files import read_json, write_json
-from orchestrator.records.object_store import MANIFEST, ObjectStore, retry
+from orchestrator.records.json_files import parse_json, read_json, write_json
+from orchestrator.records.object_store import MANIFEST, ObjectStore, check_names, retry
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_folder import JOURNAL, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -38,6 +39,7 @@ from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 from workloads.files.cache import user_cache
 from workloads.files.once import make_once
+from workloads.files.safe import is_plain_file, is_plain_name, replace_file
 
 # What a sweep of the built-in model writes at most (checkpoints, journals, MLflow's store), with a margin.
 LEAST_FREE_BYTES = 500 * 2**20
@@ -68,8 +70,8 @@ class Storage:
         root = storage.root
         try:
             root.mkdir(parents=True, exist_ok=True)
-            probe = root / f".writable-{os.getpid()}"
-            probe.write_bytes(b"x")
+            probe = root / f".writable-{uuid.uuid4().hex}"
+            replace_file(probe, b"x")
             probe.unlink()
             stat = os.statvfs(root)
         except OSError as error:
@@ -102,7 +104,7 @@ class Storage:
         """Uploads a file or a folder below the root to the store, if there is one; waits for an unreachable store."""
         if self.store:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
+                if is_plain_file(file):
                     retry(partial(self.store.upload, file, file.relative_to(self.root).as_posix()))
 
     def push_data(self, folder: Path) -> None:
@@ -129,6 +131,7 @@ class Storage:
         Raises:
             InputError: it is not there.
         """
+        check_names([name], f"{self.location}/data")
         folder = self.data / name
         if self.store is None:
             return folder
@@ -143,7 +146,12 @@ class Storage:
         return make_once(folder, fetch)
 
     def trial(self, fingerprint: str) -> TrialFolder:
-        """A trial's folder, whether it exists or not."""
+        """A trial's folder, whether it exists or not.
+
+        Raises:
+            InputError: the fingerprint is no plain name: it comes from a file that others may write.
+        """
+        check_names([fingerprint], f"{self.location}/trials")
         return TrialFolder(self.root / "trials" / fingerprint, self.store)
 
     def read_ahead(self, fingerprints: list[str]) -> None:
@@ -165,8 +173,14 @@ class Storage:
         return found
 
     def add_trial(self, trial: TrialSpec, model_location: str | None = None) -> TrialFolder:
-        """Creates a trial's folder. ``model_location``: the base model's folder or id, for its export later."""
+        """Creates a trial's folder. ``model_location``: the base model's folder or id, for its export later.
+
+        Raises:
+            InputError: it is a symbolic link, which may lead anywhere.
+        """
         folder = self.trial(trial.fingerprint)
+        if folder.path.is_symlink():
+            raise InputError(f"{folder.path} is a symbolic link, which a trial is not written through; remove it")
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.reserve(RESERVE_BYTES)
         write_json(
@@ -177,6 +191,7 @@ class Storage:
 
     def sweep(self, name: str) -> Path:
         """A sweep's folder."""
+        check_names([name], f"{self.location}/sweeps")
         return self.root / "sweeps" / name
 
     def search_journal(self, sweep: str) -> Journal | SegmentedJournal:
@@ -187,6 +202,7 @@ class Storage:
 
     def write(self, name: str, content: Any) -> None:
         """Writes a small JSON file below the root, for every node to see: whole or not at all."""
+        check_names(name.split("/"), self.location)
         if self.store:
             retry(partial(self.store.write, name, json.dumps(content, default=str).encode()))
         else:
@@ -194,13 +210,15 @@ class Storage:
 
     def read(self, name: str) -> Any | None:
         """A JSON file below the root, or None if there is none."""
+        check_names(name.split("/"), self.location)
         if self.store is None:
             return read_json(self.root / name)
         content = retry(partial(self.store.read, name))
-        return None if content is None else json.loads(content)
+        return None if content is None else parse_json(content, f"{self.location}/{name}")
 
     def remove(self, name: str) -> None:
         """Removes a file below the root, if it is there."""
+        check_names(name.split("/"), self.location)
         if self.store:
             retry(partial(self.store.remove, [name]))
         else:
@@ -209,8 +227,8 @@ class Storage:
     def sweeps(self) -> list[str]:
         """The names of all sweeps, sorted."""
         if self.store:
-            names = retry(partial(self.store.names, "sweeps"))
-            return sorted({name.split("/")[1] for name in names if name.count("/") > 1})
+            names = {name.split("/")[1] for name in retry(partial(self.store.names, "sweeps")) if name.count("/") > 1}
+            return sorted(filter(is_plain_name, names))
         return sorted(path.name for path in (self.root / "sweeps").glob("*") if path.is_dir())
 
     def sizes(self) -> dict[str, int]:

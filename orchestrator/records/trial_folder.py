@@ -16,8 +16,9 @@ from orchestrator.records.journal import Journal
 from orchestrator.records.leases import Lease
 from orchestrator.records.object_store import MANIFEST, LocalStore, ObjectStore, retry
 from orchestrator.records.segments import SegmentedJournal
-from orchestrator.records.writer import LocalWriter, Uploader, stored_checkpoints
+from orchestrator.records.writer import CHECKPOINT_NAME, LocalWriter, Uploader, stored_checkpoints
 from workloads.errors import InputError
+from workloads.files.safe import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class TrialFolder:
     def reserve(self, size: int) -> None:
         """Sets bytes aside for the journal's last lines on a full disk."""
         if self.store is None:
-            self._local_journal.reserve.write_bytes(bytes(size))
+            replace_file(self._local_journal.reserve, bytes(size))
 
     def put_aside(self) -> Path:
         """Moves everything of the trial to ``earlier-<n>/``, for a fresh start, and returns that folder.
@@ -105,7 +106,7 @@ class TrialFolder:
         file = self.path / "trial.json"
         if self.store:
             try:
-                retry(partial(self.store.download, f"{self.name}/trial.json", file))
+                retry(partial(self.store.download, f"{self.name}/trial.json", self.path))
             except FileNotFoundError:
                 return False
         return file.is_file()
@@ -147,7 +148,7 @@ class TrialFolder:
         from workloads.training.checkpoint import damage  # imports torch
 
         store = self.store
-        if store is None:
+        if store is None or not CHECKPOINT_NAME.fullmatch(name):
             return False
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         folder = self.checkpoints / name

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -33,6 +34,7 @@ CAN_WAIT = (Step, Eval)
 LOG_EVERY_S = 30.0
 # If the newest is damaged, the one before it is used, whatever this machine keeps.
 LEAST_STORED = 2
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{8}")
 
 
 class LocalWriter:
@@ -226,6 +228,7 @@ class Uploader:
 
 
 def stored_checkpoints(store: ObjectStore, prefix: str) -> list[str]:
-    """The names of a trial's checkpoints in a store, whole or not, oldest first."""
+    """The names of a trial's checkpoints in a store, whole or not, oldest first; anything else there is passed over."""
     folder = f"{prefix}/checkpoints/"
-    return sorted({name.removeprefix(folder).partition("/")[0] for name in store.names(folder.rstrip("/"))})
+    found = {name.removeprefix(folder).partition("/")[0] for name in store.names(folder.rstrip("/"))}
+    return sorted(name for name in found if CHECKPOINT_NAME.fullmatch(name))

@@ -28,6 +28,7 @@ from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.faults import Remedy, find_remedy
 from orchestrator.running.job import TrialJob
+from workloads.files.safe import open_plain
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -91,7 +92,7 @@ def _record_failure(job: TrialJob, folders: list[TrialFolder], reason: str) -> N
         folder.journal.append(Failed(kind=kind, reason=reason, attempt=job.attempt))
         with contextlib.suppress(OSError):
             folder.path.mkdir(parents=True, exist_ok=True)  # the worker may have been on another node
-            with folder.log.open("a") as log:
+            with open_plain(folder.log, "a") as log:
                 log.write(f"the trial failed: {reason}\n")
 
 

@@ -44,6 +44,7 @@ from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.choose import make_engine
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.files.safe import PlainFileHandler
 from workloads.training.compile_cache import keep_compiled
 from workloads.training.loop import Request, run
 
@@ -222,7 +223,7 @@ class log_to:
     """A context that sends this process's log records, and an exception that leaves it, to the trial's log file."""
 
     def __init__(self, path: Path) -> None:
-        self.handler = logging.FileHandler(path)
+        self.handler = PlainFileHandler(path)
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def __enter__(self) -> None:

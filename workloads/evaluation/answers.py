@@ -12,6 +12,7 @@ from workloads.attention.interface import full_attention
 from workloads.data import Batch, ValidationExample
 from workloads.engines.engine import Engine
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.models.rotary import padded_inputs
 from workloads.training.loss import next_token_losses
 
 
@@ -34,7 +35,7 @@ def score_answers(
             rows = mine or together[:1]
             batch = Batch.padded([examples[i].tokens for i in rows], [examples[i].scored for i in rows])
             tokens, scored, mask = to_device(batch, engine.device)
-            losses = next_token_losses(model, tokens, attention_mask=mask)
+            losses = next_token_losses(model, tokens, **padded_inputs(model, mask))
             if mine:
                 nll[rows] = (losses.double() * scored[:, 1:]).sum(dim=1).cpu()
     model.train(was_training)

@@ -50,9 +50,10 @@ def _stat(file: Path) -> dict[str, int]:
 
 def _read(entry: Path) -> dict | None:
     try:
-        return json.loads(entry.read_text())
-    except (OSError, ValueError):
+        found = json.loads(entry.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _write(entry: Path, content: dict) -> None:

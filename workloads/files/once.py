@@ -5,6 +5,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from workloads.files.safe import flush
+
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Returns ``folder``, after ``make(partial)`` has filled it if it was absent.
@@ -26,7 +28,10 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             partial.mkdir()
             try:
                 make(partial)
+                for path in (*partial.rglob("*"), partial):
+                    flush(path)
                 partial.rename(folder)
+                flush(root)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -202,6 +202,8 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from workloads.models.rotary import by_sequence  # imports torch
+
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             pretrained, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -215,6 +217,7 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
             f"{what}: {len(absent)} of its weights are not in its safetensors or have another shape, {absent[0]} among "
             "them; the folder is not complete, or its config.json is another model's"
         )
+    by_sequence(model)
     return model
 
 

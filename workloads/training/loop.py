@@ -31,6 +31,7 @@ from workloads.engines.engine import AsyncScalars, Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import to_device
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.models.rotary import padded_inputs
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from workloads.training.compilation import compile_layers, layers_compile
@@ -210,7 +211,9 @@ class Trial:
             weights = scored / batch.num_scored
             with engine.accumulate(training_model, last=index == len(pieces) - 1):
                 with engine.autocast():
-                    loss = training_model(tokens, weights, attention_mask=mask, **self.data.model_inputs(tokens))
+                    loss = training_model(
+                        tokens, weights, **padded_inputs(self.model, mask), **self.data.model_inputs(tokens)
+                    )
                 engine.backward(loss)
             loss_sum += loss.detach()
         scalars = engine.update(loss_sum)

@@ -56,7 +56,7 @@ def config(**overrides):
     return TrainingConfig(**{**values, **overrides})
 
 
-def train(config, examples, folder, execution=None, stop_after=None):
+def train(config, examples, folder, execution=None, stop_after=None, source=SOURCE):
     events = []
 
     class Stopped(Exception):
@@ -69,7 +69,7 @@ def train(config, examples, folder, execution=None, stop_after=None):
 
     engine = Engine(torch.device("cpu"), config.precision)
     try:
-        run(SOURCE, config, execution or ExecutionConfig(checkpoint_every=2), examples, folder, engine, emit)
+        run(source, config, execution or ExecutionConfig(checkpoint_every=2), examples, folder, engine, emit)
     except Stopped:
         pass
     return events
@@ -155,6 +155,28 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(examples, tmp_path, lon
     assert [e["tokens"] for e in second if e["event"] == "step"] == [
         e["tokens"] for e in whole if e["event"] == "step" and e["step"] > 2
     ]
+
+
+@pytest.fixture(scope="module")
+def short_base(tmp_path_factory):
+    """A base whose original length most of the examples exceed."""
+    folder = tmp_path_factory.mktemp("base")
+    small_llama(max_position_embeddings=32, initializer_range=0.1).save_pretrained(folder)
+    SOURCE.tokenizer().save_pretrained(folder)
+    return ModelSource.parse(str(folder))
+
+
+def test_dynamic_positions_depend_on_each_example_alone(examples, short_base, tmp_path):
+    """Not on the longest of its micro-batch, nor on what was computed before an interruption."""
+    settings = config(positions="dynamic", attention="full", group_size=None, method="full")
+    whole = train(settings, examples, tmp_path / "whole", source=short_base)
+    pieces = train(settings, examples, tmp_path / "pieces", ExecutionConfig(micro_batch=1), source=short_base)
+    assert losses(pieces) == pytest.approx(losses(whole), rel=1e-5)
+    assert evaluations(pieces) == pytest.approx(evaluations(whole), rel=1e-5)
+    first = train(settings, examples, tmp_path / "parts", stop_after=2, source=short_base)
+    second = train(settings, examples, tmp_path / "parts", source=short_base)
+    assert losses(first) | losses(second) == losses(whole)
+    assert evaluations(second) == evaluations(whole)[-len(evaluations(second)) :]
 
 
 def test_the_answers_of_held_out_examples_are_scored(examples):
