@@ -13,7 +13,9 @@ from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.spec import SweepSpec
 from workloads.errors import InputError
 
-EXIT_FAILED_TRIALS = 1  # in addition to the exit statuses of every command (workloads.command)
+# In addition to the exit statuses of every command (workloads.command).
+EXIT_FAILED_TRIALS = 1
+EXIT_MLFLOW_REFUSED = 3  # all trials are done, and MLflow lacks some of their results
 
 
 @dataclass(frozen=True)

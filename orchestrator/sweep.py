@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.cli import EXIT_FAILED_TRIALS, parse
+from orchestrator.cli import EXIT_FAILED_TRIALS, EXIT_MLFLOW_REFUSED, parse
 from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.plan_table import print_notes, print_plan
 from orchestrator.planning.preparation import Checked, Prepared, check_sweep, identify, prepare
@@ -131,7 +131,9 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     ).conclude()  # fmt: skip
     if sweep.is_cancelled():
         return EXIT_INTERRUPTED
-    return EXIT_FAILED_TRIALS if failures(outcomes) else 0
+    if failures(outcomes):
+        return EXIT_FAILED_TRIALS
+    return EXIT_MLFLOW_REFUSED if tracker.refused else 0
 
 
 def _prepare(checked: Checked, tracker: Tracker, status: Status, console: Console) -> tuple[Cluster, Prepared]:

@@ -10,9 +10,10 @@ from workloads.attention.interface import use_pattern
 from workloads.attention.patterns import AttentionPattern
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.evaluation.passkey import passkey_tests
-from workloads.evaluation.retrieval import Prompter, contains, run_tests
-from workloads.evaluation.topics import generated_tests, longchat_tests
+from workloads.evaluation.greedy import run_tests
+from workloads.evaluation.retrieval import Prompter, contains
+from workloads.evaluation.tasks.passkey import passkey_tests
+from workloads.evaluation.tasks.topics import generated_tests, longchat_tests
 from workloads.models.source import ModelSource
 
 SOURCE = ModelSource.parse("builtin:tiny")
