@@ -1,6 +1,7 @@
 """MLflow against a real store: one run a trial, every point once, and nothing lost while the server is away."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -26,9 +27,20 @@ STARTED = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """A store in which nothing is; to make its tables takes MLflow longer than a test."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def storage(tmp_path):
-    return Storage.open(str(tmp_path / "runs"))
+def storage(tmp_path, database):
+    storage = Storage.open(str(tmp_path / "runs"))
+    storage.mlflow.mkdir(exist_ok=True)
+    shutil.copy(database, storage.mlflow)
+    return storage
 
 
 @pytest.fixture
