@@ -3,24 +3,28 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: sweep test test-fast fast-training fast-others drill lint constraints clean
+.PHONY: sweep test test-fast drill lint constraints clean
 
 sweep: $(VENV)/.installed
 	$(RUN) -m orchestrator.sweep $(ARGS)
 
-test: $(VENV)/.installed
-	$(RUN) -m pytest $(ARGS)
+# Tests that start no Ray have one thread each, so two run at a time. A test of Ray is several processes already.
+FAST := -n 2 --dist loadfile -m 'not gpu and not ray'
 
-# The tests that start no Ray, in two processes: those that train, and the others. Pytest's status is 5 where ARGS selects
-# none of them.
-TRAINING  := $(addprefix tests/workloads/,adaptation engines training)
-FAST      := -m pytest -m 'not gpu and not ray'
+# All tests on a CPU; with ARGS, the ones that they select.
+test: $(VENV)/.installed
+ifdef ARGS
+	$(RUN) -m pytest $(ARGS)
+else
+	@status=0; \
+	$(RUN) -m pytest $(FAST) || status=$$?; \
+	$(RUN) -m pytest -m 'ray and not gpu' || status=$$?; \
+	exit $$status
+endif
+
+# The tests that start no Ray.
 test-fast: $(VENV)/.installed
-	@$(MAKE) --no-print-directory -j2 fast-training fast-others
-fast-training:
-	$(RUN) $(FAST) $(TRAINING) $(ARGS) || [ $$? -eq 5 ]
-fast-others:
-	$(RUN) $(FAST) tests $(TRAINING:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
+	$(RUN) -m pytest $(FAST) $(ARGS)
 
 # Real kills and outages, about an hour: before a release. Its table goes into docs/faults.md.
 drill: $(VENV)/.installed
