@@ -87,6 +87,17 @@ def test_the_second_time_nothing_is_trained_and_it_says_why(finished):
     assert (len(trials), len(sweeps)) == (6, 1)
 
 
+def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
+    command, _ = finished
+    read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
+    status, output = SweepCommand(command.storage, *command.arguments[3:-2], "--tracking-uri", read_only).run()
+    printed = " ".join(output.split())
+    assert status == 3 and "wins with a perplexity of" in printed
+    assert "error: MLflow refuses " in printed and "(attempt to write a readonly database)" in printed
+    assert "make them writable" in printed and "the results are kept in" in printed
+    assert "logs them" not in printed and "Traceback" not in output
+
+
 def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text_folder):
     command, _ = finished
     (spec,) = (command.storage / "sweeps").glob("*/spec.json")
