@@ -32,7 +32,7 @@ from orchestrator.records.events import (
     Step,
     Stopped,
 )
-from orchestrator.records.json_files import read_json, write_json
+from orchestrator.records.json_files import write_json
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_folder import TrialFolder
@@ -224,7 +224,7 @@ class TrialRun:
         self.status: str | None = None
         folder.path.mkdir(parents=True, exist_ok=True)  # may be missing in the mirror of an object store
         with FileLock(folder.path / ".mlflow.lock"):  # two sweeps that share the trial share its run
-            stores = read_json(folder.mlflow_state) or {}
+            stores = folder.read_mlflow_state()
             state = stores.get(self._store_key)
             self.run_id = state["run_id"] if state else self._find_or_create()
             # The last step logged of each metric.
@@ -367,7 +367,7 @@ class TrialRun:
         self.status = status
 
     def _save(self) -> None:
-        stores = read_json(self.folder.mlflow_state) or {}
+        stores = self.folder.read_mlflow_state()
         stores[self._store_key] = {"run_id": self.run_id, "logged": self.logged, "artifacts": self.kept}
         write_json(self.folder.mlflow_state, stores)
 

@@ -31,7 +31,8 @@ class Progress:
 
     Args:
         state: waiting, starting, loading, training, evaluating, cancelling, pausing, restarting; finished, known,
-            stopped, failed, cancelled; interrupted (no process trains it any more), not begun.
+            stopped, failed, cancelled; interrupted (no process trains it any more), not begun; damaged (its trial.json
+            cannot be used).
         why: what it waits for, or what ended it.
         elsewhere: the other sweep that trains it, if one does.
         step: the last one; while it waits to be resumed, that of its checkpoint.
@@ -156,8 +157,8 @@ def _waits_for(record: TrialRecord) -> str | None:
     if record.launched is None or record.launched.resources is None:
         return None
     resources = record.launched.resources
-    each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources['cpus']:g} CPU"
-    workers = resources["workers"]
+    each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources.get('cpus', 0):g} CPU"
+    workers = resources.get("workers", 1)
     return f"for {workers} worker{'s' * (workers > 1)} with {each}, or their start"
 
 
