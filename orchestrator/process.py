@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from rich.console import Console
 
-from workloads.command import exit_status
+from workloads.command import EXIT_INTERRUPTED, exit_status
 from workloads.files.safe import PlainFileHandler
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ def run_on_console(command: Callable[[], int], console: Console) -> int:
     """Runs a command that prints to a console; returns its exit status (:func:`workloads.command.exit_status`)."""
     return exit_status(
         command,
-        lambda line: console.print(line, style="bold red" if line.startswith("error:") else None, markup=False),
+        lambda line: console.print(line, style="bold red" if line.startswith("error:") else None),
     )
 
 
@@ -59,6 +61,35 @@ def stop_on_sigterm() -> None:
     """Makes SIGTERM (a stopped job) act as Ctrl-C, and Ctrl-C work where a shell has a background command ignore it."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def end_on_signal(seconds: float = 4.0) -> Iterator[None]:
+    """Ctrl-C or SIGTERM inside ends the process, at the latest after ``seconds``.
+
+    Python's handlers run between two of its own instructions: they do not interrupt C++ that waits, as Ray's does.
+    """
+    inside, outside = socket.socketpair()
+    inside.setblocking(False)
+    left = threading.Event()
+
+    def end() -> None:
+        while number := outside.recv(1):  # empty once the other end is closed
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(seconds):
+                os.write(2, b"\ninterrupted.\n")
+                os._exit(EXIT_INTERRUPTED)
+
+    thread = threading.Thread(target=end, name="end on signal", daemon=True)
+    before = signal.set_wakeup_fd(inside.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        inside.close()
+        thread.join()
+        outside.close()
 
 
 def log_libraries_to(path: Path) -> None:

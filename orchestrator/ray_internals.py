@@ -10,7 +10,9 @@ Ray is imported inside the functions: the commands that need no cluster start wi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,6 +97,83 @@ def release_placement_group(hex_id: str) -> None:
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(hex_id)))
+
+
+def ray_folder() -> Path:
+    """The folder under which Ray keeps the sockets and logs of what it starts here."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    return Path(get_default_ray_temp_dir())
+
+
+def probe_head(address: str) -> Iterator[dict[str, Any]]:
+    """Asks the head of a Ray cluster whether a process here can join; yields what is known, the ``answer`` last.
+
+    May block in C++ for long. ``ray.init`` would do the same steps, but it waits minutes for a head that is not there,
+    and asks one that wants a token again and again, without telling why it was refused.
+    """
+    import socket
+
+    import ray
+    import ray._common.usage.usage_lib as usage
+    from ray._common.network_utils import parse_address
+    from ray._private.authentication.authentication_token_setup import (
+        ensure_token_if_auth_enabled,
+        maybe_enable_token_auth_if_token_available,
+    )
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._private.utils import check_version_info
+
+    compiled: Any = ray._raylet  # its stub lacks what is used here
+    if address == "auto":
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does
+    try:
+        there = canonicalize_bootstrap_address(address)
+        host, port = parse_address(there or "") or ("", "")
+        yield {"address": there}
+        if not 0 < int(port) < 2**16:
+            raise ValueError(f"{port} is no port")
+        socket.create_connection((host, int(port))).close()
+        yield {"connected": True}
+    except ConnectionRefusedError:
+        yield {"answer": "refused"}
+        return
+    except socket.gaierror as error:
+        yield {"answer": "unknown host", "message": error.strerror}
+        return
+    except ValueError as error:
+        yield {"answer": "invalid", "message": str(error)}
+        return
+    except OSError as error:
+        none = address == "auto" and error.errno is None  # Ray's own ConnectionError
+        yield {"answer": "none" if none else "unreachable", "message": str(error)}
+        return
+
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)  # without a token the client aborts the process
+        client = compiled.InnerGcsClient.standalone(there, cluster_id=None, timeout_ms=60_000)  # the caller ends sooner
+        versions = usage.get_cluster_metadata(client)
+    except ray.exceptions.AuthenticationError as error:
+        yield {
+            "answer": "token refused" if is_token_auth_enabled() else "token missing",
+            "message": _first_sentence(error),
+        }
+        return
+    except ray.exceptions.RpcError as error:
+        yield {"answer": "not Ray", "message": _first_sentence(error)}
+        return
+    try:
+        check_version_info(versions, "this process")
+    except RuntimeError:
+        own = {"own_ray": ray.__version__, "own_python": platform.python_version()}
+        yield {"answer": "other version", "ray": versions["ray_version"], "python": versions["python_version"], **own}
+        return
+    yield {"answer": "joins"}
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition(". ")[0].strip().splitlines()[0]
 
 
 def silent_progress() -> Callback:

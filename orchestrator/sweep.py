@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.cli import EXIT_FAILED_TRIALS, parse
+from orchestrator.cli import EXIT_FAILED_TRIALS, EXIT_MLFLOW_REFUSED, parse
 from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.plan_table import print_notes, print_plan
 from orchestrator.planning.preparation import Checked, Prepared, check_sweep, identify, prepare
@@ -47,23 +47,23 @@ from workloads.command import EXIT_INTERRUPTED
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
 
-# A preparation that takes long prints what it is doing this often.
+# A long preparation prints what it is doing this often.
 PREPARING_NOTE_SECONDS = 15
 
 
 @dataclass
 class Status:
-    """What the command is doing: printed where it takes long, and shown by other terminals (orchestrator/status.py)."""
+    """What the command is doing: printed if it takes long, and shown by ``orchestrator.status``."""
 
     doing: str = "reading the model and the data"
     plan: SweepPlan | None = None
 
     def report(self, doing: str) -> None:
-        """Takes note of what is being prepared."""
+        """Notes what is being prepared."""
         self.doing = doing
 
     def adopt(self, plan: SweepPlan) -> None:
-        """Takes note of the plan that is being carried out."""
+        """Notes the plan that is being carried out."""
         self.plan = plan
 
     def describe(self) -> dict[str, Any]:
@@ -133,7 +133,9 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     ).conclude()  # fmt: skip
     if sweep.is_cancelled():
         return EXIT_INTERRUPTED
-    return EXIT_FAILED_TRIALS if failures(outcomes) else 0
+    if failures(outcomes):
+        return EXIT_FAILED_TRIALS
+    return EXIT_MLFLOW_REFUSED if tracker.refused else 0
 
 
 def _prepare(checked: Checked, tracker: Tracker, status: Status, console: Console) -> tuple[Cluster, Prepared]:
@@ -144,7 +146,7 @@ def _prepare(checked: Checked, tracker: Tracker, status: Status, console: Consol
     stop_on_sigterm()  # Ray has set its own handler of SIGTERM
 
     def print_status() -> None:
-        console.print(f"{status.doing} ...", markup=False)
+        console.print(f"{status.doing} ...")
 
     sweep = preparing.result(PREPARING_NOTE_SECONDS, print_status)
     connecting.result(PREPARING_NOTE_SECONDS, print_status)
@@ -155,7 +157,7 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
     """Moves the results of trials that --force starts over to a folder of the trial.
 
     Raises:
-        InputError: one is being trained, or another sweep that runs is to train it.
+        InputError: one is being trained, or is a trial of another running sweep.
     """
     forced = [planned.trial for planned in plan.planned if planned.forced]
     if not forced:
@@ -166,12 +168,14 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
         if holder := sweep.storage.trial(trial.fingerprint).holder():
             others.append(holder["sweep"])
         if others:
-            raise InputError(f"--force: {trial.label} is a trial of {others[0]}, which runs; wait, or cancel it there")
+            raise InputError(
+                f"--force: {trial.label} is a trial of {others[0]}, which is running; wait, or cancel it there"
+            )
     for trial in forced:
         aside = sweep.storage.trial(trial.fingerprint).put_aside()
         if sweep.rungs:
             sweep.rungs.forget(trial)
-        console.print(f"{trial.label}: what there was is kept in {shown_path(aside)}", soft_wrap=True)
+        console.print(f"{trial.label}: earlier results are kept in {shown_path(aside)}", soft_wrap=True)
 
 
 def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None:
@@ -192,7 +196,7 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
     for planned in plan.planned if plan else ():
         record = TrialRecord.of(storage.trial(planned.trial.fingerprint).journal)
         steps = planned.trial.training.steps
-        kept = "not begun"
+        kept = "not started"
         if record.state == "finished":
             kept = "finished"
         elif record.state == "stopped" and record.stopped:
@@ -200,11 +204,11 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
         elif record.state == "cancelled" and record.cancelled:
             kept = f"cancelled at step {record.cancelled.step} of {steps}"
         elif record.saved_step:
-            kept = f"kept up to step {record.saved_step} of {steps}"
+            kept = f"checkpoint at step {record.saved_step} of {steps}"
         elif record.launched:
-            kept = "starts over (no checkpoint yet)"
+            kept = "no checkpoint yet, starts over"
         lines.append(f"  {planned.trial.label:<22} {kept}")
-    return "\n".join([*lines, "The same command continues from there."])
+    return "\n".join([*lines, "The same command resumes from there."])
 
 
 if __name__ == "__main__":

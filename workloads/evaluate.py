@@ -1,4 +1,7 @@
-"""``python -m workloads.evaluate MODEL [perplexity] [passkey] [topics] [flags]``: a model at several lengths."""
+"""``python -m workloads.evaluate MODEL [perplexity] [passkey] [topics] [flags]``: a model at several lengths.
+
+The tasks and their flags come from the registry, ``workloads.evaluation.tasks``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from rich.console import Console
 
 from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from workloads.errors import InputError
-from workloads.evaluation.options import Options
+from workloads.evaluation.tasks import TASKS, options_of
 
 # Wide enough for the tables if the output goes to a file.
 LOG_WIDTH = 140
@@ -22,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         console = Console(highlight=False, markup=False, width=LOG_WIDTH)
     try:
         options = tyro.cli(
-            Options,
+            options_of(TASKS),
             prog="python -m workloads.evaluate",
             description="Evaluate a model at several lengths, always with full attention.",
             args=arguments,

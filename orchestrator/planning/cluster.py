@@ -10,14 +10,15 @@ from pathlib import Path
 
 from clusters.prices import find_cluster
 from orchestrator.options import RunOptions
-from orchestrator.ray_internals import HEAD_NODE_RESOURCE
+from orchestrator.planning.ray_head import RUN_HERE, check_head
+from orchestrator.process import end_on_signal
+from orchestrator.ray_internals import HEAD_NODE_RESOURCE, ray_folder
 from orchestrator.records.provenance import cpu_name
+from orchestrator.terminal import GIB
 from workloads.budget import Device, host_memory
 from workloads.config import Precision
 from workloads.engines.allocator import allocator_variables
 from workloads.errors import InputError
-
-GIB = 2**30
 
 # Set before Ray starts, so that its processes inherit them.
 ENVIRONMENT = {
@@ -106,7 +107,7 @@ class Cluster:
             raise InputError(f"--cluster: {error}") from error
         kind = found.instance
         memory, gpu_memory = (kind.memory_gib or 0) * GIB, (kind.gpu_memory_gib or 0) * GIB
-        node = Node(kind.cpus or 0, kind.gpus or 0, memory, kind.gpu, gpu_memory)
+        node = Node(kind.cpus or 0, kind.gpus, memory, kind.gpu, gpu_memory)
         return cls((node,) * found.nodes, kind.name)
 
     @classmethod
@@ -224,40 +225,66 @@ def join_or_start(options: RunOptions) -> Cluster:
     """Connects this process to Ray: a given address, a submitted job's cluster (RAY_ADDRESS), or a new local one.
 
     Raises:
-        InputError: the cluster does not answer.
+        InputError: the cluster cannot be joined, or Ray cannot be started here.
     """
-    address = options.address or os.environ.get("RAY_ADDRESS")
-    local = address in (None, "local")
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
     # These values count on a cluster that is joined, not those of its nodes.
     environment = (
         ENVIRONMENT | allocator_variables() | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(options.hang_timeout)}
     )
     for name, value in (environment | (LOCAL_ENVIRONMENT if local else {})).items():
         os.environ.setdefault(name, value)
-    import ray
-
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if local:
-        ray.init(
-            address="local", num_cpus=usable_cpus(), include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES, **quiet,
-        )  # fmt: skip
-    else:
-        try:
-            ray.init(address=address, runtime_env={"env_vars": environment}, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one, or leave "
-                "out --address and unset RAY_ADDRESS to run on this machine"
-            ) from error
+    given = f"--address {options.address}" if options.address else f"RAY_ADDRESS={address}"
+    if not local:
+        check_head(address, given)
+    with end_on_signal():
+        nodes = _start_ray() if local else _join_ray(address, given, environment)
     if options.cluster is None:
-        return Cluster(_nodes(), own=local)
+        return Cluster(nodes, own=local)
     if local:
         raise InputError(
             f"--cluster {options.cluster}: this sweep would run on this machine; join that cluster with --address, or "
             "plan for it with python -m orchestrator.plan"
         )
     return dataclasses.replace(Cluster.named(options.cluster), own=False)
+
+
+# Ray is silent: its workers' output is in the trials' logs.
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+def _start_ray() -> tuple[Node, ...]:
+    import ray
+
+    try:
+        ray.init(
+            address="local", num_cpus=usable_cpus(), include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES, **QUIET,
+        )  # fmt: skip
+        return _nodes()
+    except Exception as error:
+        raise InputError(
+            f"Ray cannot be started on this machine: {_first_line(error)}; its files are in {ray_folder()}, which "
+            "RAY_TMPDIR moves (to a short path: sockets of Ray have at most 107 bytes)"
+        ) from error
+
+
+def _join_ray(address: str, given: str, environment: dict[str, str]) -> tuple[Node, ...]:
+    import ray
+
+    try:
+        ray.init(address=address, runtime_env={"env_vars": environment}, **QUIET)
+        return _nodes()
+    except Exception as error:
+        raise InputError(
+            f"{given}: the Ray cluster there answers, but cannot be joined from this machine: {_first_line(error)}; "
+            f"run the sweep on a node of the cluster or submit it (ray job submit), or {RUN_HERE}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -97,7 +97,7 @@ class TrialFolder:
         return parse_trial(values, str(file))
 
     def read_mlflow_state(self) -> dict[str, dict[str, Any]]:
-        """What has been logged to MLflow, by store; nothing where that cannot be read, and MLflow is asked again."""
+        """What was logged to each MLflow store; empty if the file is damaged, since logging again changes nothing."""
         try:
             stores = expect_fields(read_json(self.mlflow_state) or {}, str(self.mlflow_state))
             return {key: expect_fields(each, key, run_id=str, logged=dict) for key, each in stores.items()}

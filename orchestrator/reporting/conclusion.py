@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
 from orchestrator.records.json_files import expect_fields, read_json, write_json
-from orchestrator.records.mlflow_tracking import Tracker, without_password
+from orchestrator.records.mlflow_store import without_password
+from orchestrator.records.mlflow_tracking import Tracker
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
@@ -28,6 +27,8 @@ from workloads.attention.patterns import PATTERNS
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models.positions import POSITIONS
 from workloads.wording import shared_settings
+
+MOST_REFUSALS = 3  # of MLflow's, that are printed: they are mostly alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,13 @@ class Conclusion:
     console: Console
 
     def conclude(self) -> list[Outcome]:
-        """Compares the trials, writes and logs the report, and prints the answer; returns what became of each trial."""
+        """Compares the trials, writes and logs the report, and prints the answer; returns each trial's outcome."""
         from dashboards.report import render
         from orchestrator.reporting.result_table import result_table, winners
 
         sweep = self.sweep
         outcomes = self._outcomes()
-        with self._mlflow_may_be_down():
-            self.tracker.follow(self.plan.trials, sweep.name, self.provenance)
+        self.tracker.follow(self.plan.trials, sweep.name, self.provenance, check_runs=True)
         comparison = self._describe(outcomes)
         try:
             write_json(sweep.folder / "comparison.json", comparison)
@@ -63,20 +63,21 @@ class Conclusion:
             diff = self.provenance.keep_diff(sweep.folder)
             sweep.storage.push(sweep.folder)
             kept = [sweep.folder / "comparison.json", sweep.folder / "spec.json", *([diff] if diff else [])]
-            with self._mlflow_may_be_down():
+            if not self.tracker.outage:
                 self.tracker.log_sweep(sweep.name, comparison, list(self.plan.trials), [*report, *kept])
         except OSError as error:
-            self.console.print(f"note: the report could not be written: {error}", markup=False)
+            self.console.print(f"note: the report could not be written: {error}")
 
         self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
-            self.console.print(sentence, markup=False)
-        self.console.print(f"\n{time.time() - self.began:.0f} s in all.")
+            self.console.print(sentence)
+        self.console.print(f"\n{time.time() - self.began:.0f} s in total.")
         self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
+        self._print_mlflow()
         for trial in winners(comparison):
             command = self._export_command(trial["fingerprint"])
-            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
+            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True)
         self._print_unfinished(outcomes)
         return outcomes
 
@@ -94,32 +95,36 @@ class Conclusion:
             label, record = outcome.trial.label, outcome.record
             if record.state == "stopped" and record.stopped:
                 step = f"step {record.stopped.step} of {outcome.trial.training.steps}"
-                self.console.print(f"stopped early: {label} at {step}: {record.reason}", markup=False)
+                self.console.print(f"stopped early: {label} at {step}: {record.reason}")
         for outcome in outcomes:
             label, record = outcome.trial.label, outcome.record
             if record.state == "cancelled" and record.cancelled:
                 num_cancelled += 1
                 step = f"step {record.cancelled.step} of {outcome.trial.training.steps}"
-                self.console.print(f"cancelled: {label} at {step}, {record.reason}", markup=False)
+                self.console.print(f"cancelled: {label} at {step}, {record.reason}")
         if num_cancelled:
             self.console.print(
                 f"The sweep is unfinished: {num_cancelled} of {len(outcomes)} trials "
-                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command continues them."
+                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command resumes them."
             )
         for outcome in failures(outcomes):
             line = f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}"
-            self.console.print(line, style="red", markup=False)
+            self.console.print(line, style="red")
 
-    @contextlib.contextmanager
-    def _mlflow_may_be_down(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # the results are on disk, and the next run of the command logs them
+    def _print_mlflow(self) -> None:
+        """Prints what MLflow lacks of the results, which are all in the storage, and what brings it there."""
+        tracker, kept = self.tracker, f"the results are kept in {self.sweep.options.storage}"
+        for note in tracker.store.notes:
+            self.console.print(f"note: {note}")
+        if tracker.outage:
             self.console.print(
-                f"note: MLflow does not answer ({str(error).splitlines()[0][:120]}); the results are kept in "
-                f"{self.sweep.options.storage}, and the same command logs them later",
-                markup=False,
+                f"note: MLflow does not answer ({tracker.outage}); {kept}, and the same command logs them once it does",
             )
+        refused = list(tracker.refused.values())
+        for refusal in refused[:MOST_REFUSALS]:
+            self.console.print(f"error: {refusal}; {kept}", style="red")
+        if len(refused) > MOST_REFUSALS:
+            self.console.print(f"error: MLflow refuses {len(refused) - MOST_REFUSALS} more runs", style="red")
 
     def _describe(self, outcomes: list[Outcome]) -> dict[str, Any]:
         """The content of comparison.json, which the report and MLflow show."""
@@ -232,5 +237,5 @@ class Conclusion:
 
 
 def failures(outcomes: list[Outcome]) -> list[Outcome]:
-    """The trials that came to no end: failed, or never run."""
+    """The trials without an outcome: failed, or never run."""
     return [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]

@@ -71,8 +71,6 @@ class SweepRunner:
             self.tracker.interrupted()
             raise
         tracking.stop()
-        if tracking.trouble:
-            self.console.print(f"note: {tracking.trouble} at the next run of this command", markup=False)
         if budget.exhausted:
             self.console.print(f"stopped: {budget.exhausted}; with a larger budget the same command continues")
         return self.plan

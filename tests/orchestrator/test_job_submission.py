@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.options import RunOptions
+from orchestrator.planning.cluster import join_or_start
 from tests.support.commands import SMALL
 from tests.support.ray_nodes import free_port, kill_with_descendants
 from tests.support.storage import mlflow_runs
+from workloads.errors import InputError
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """(dashboard's address, environment of a client) of a Ray head of our own: own ports, own temporary folder."""
+    """(dashboard's address, head's address, environment of a client) of a Ray head of our own."""
     # Ray's sockets lie under its temporary folder, and their paths may be 107 bytes long.
     folder = Path(f"/tmp/ls{os.getpid()}")
     folder.mkdir()
@@ -53,14 +56,14 @@ def cluster(tmp_path_factory):
                 time.sleep(0.5)
             else:
                 break
-        yield address, environment
+        yield address, f"127.0.0.1:{port}", environment
     finally:
         kill_with_descendants(head)  # asked to end, it takes half a minute
         subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
 def test_a_job_without_the_token_is_refused(cluster):
-    address, environment = cluster
+    address, _, environment = cluster
     without = {name: value for name, value in environment.items() if name != "RAY_AUTH_TOKEN_PATH"}
     without["HOME"] = "/nonexistent"
     done = subprocess.run(
@@ -72,8 +75,23 @@ def test_a_job_without_the_token_is_refused(cluster):
     assert refused.value.code == 401
 
 
+@pytest.mark.parametrize("token", [None, "of another cluster"])
+def test_a_sweep_without_the_token_says_what_it_lacks(cluster, token, tmp_path, monkeypatch):
+    _, address, _ = cluster
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    said = "wants a token, and this process sends none; set RAY_AUTH_MODE=token"
+    if token:
+        (tmp_path / "token").write_text(token)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+        said = "refuses the token"
+    with pytest.raises(InputError, match=f"^--address {address}: the cluster at .* {said}"):
+        join_or_start(RunOptions(address=address))
+
+
 def test_a_submitted_sweep_runs_on_the_cluster_and_its_runs_are_in_mlflow(cluster, tmp_path, text_folder):
-    address, environment = cluster
+    address, _, environment = cluster
     storage = tmp_path / "runs"
     flags = [*SMALL, "--methods", "lora", "--references", "none", "--data", str(text_folder), "--storage", str(storage)]
     command = ["ray", "job", "submit", "--address", address, "--", "python", "-m", "orchestrator.sweep", *flags]

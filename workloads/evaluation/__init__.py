@@ -1,14 +1,13 @@
 """How good a model is at a length, always with full attention, with confidence intervals.
 
-``perplexity``   held-out documents in windows, scored by two rules
-``passkey``      a number hidden in filler text, by length and depth
-``topics``       LongChat's topic and line retrieval: its own cases, or generated ones of the same form
-``retrieval``    common to the last two: prompts of an exact length, greedy answers, which are correct
-``documents``    which documents are scored
-``run``          from ``options`` to files: ``subject`` loads the model, ``tasks`` evaluate it, ``tables`` print results
-``cost``         the cost of an evaluation before it runs
-``bootstrap``    intervals (NumPy only)
-``pictures``     the results as PNG files
-
-``python -m workloads.evaluate`` is its command line.
+``tasks``      the evaluations that ``python -m workloads.evaluate`` offers, one file each, and their registry
+``task``       what such an evaluation is: its options, how it runs, its table and its picture
+``options``    the options that all share
+``run``        from options to files: ``subject`` loads the model
+``windows``    windows of held-out documents, scored by two rules; ``documents`` chooses the documents
+``retrieval``  common to passkey and topics: prompts of an exact length, which answers are correct; ``greedy`` answers
+``answers``    perplexity over the answers of instruction data
+``cost``       the cost of an evaluation before it runs
+``bootstrap``  intervals (NumPy only)
+``pictures``   what the pictures share
 """

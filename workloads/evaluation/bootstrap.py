@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-# The rule of workloads.evaluation.perplexity.
+# The rule of workloads.evaluation.windows.
 RULE = (
     "non-overlapping windows of the evaluation length inside documents, every token scored but a window's first, "
     "full attention"
@@ -57,6 +57,19 @@ class DocumentScores:
     def of(cls, event: dict[str, Any]) -> DocumentScores:
         """From the fields of an ``eval`` event (see ``workloads.training.loop``)."""
         return cls(np.array(event["nll"]), np.array(event["num_tokens"]))
+
+    @classmethod
+    def of_windows(cls, owner: np.ndarray, nll: np.ndarray, scored: int, num_documents: int) -> DocumentScores:
+        """Sums the scores of windows by document.
+
+        Args:
+            owner: the index of each window's document, shape (windows,).
+            nll: of each window, shape (windows,).
+            scored: tokens scored of each window.
+            num_documents: some may have no window.
+        """
+        nll_by_document = np.bincount(owner, weights=nll, minlength=num_documents)
+        return cls(nll_by_document, np.bincount(owner, minlength=num_documents) * scored)
 
     @classmethod
     def over_seeds(cls, by_seed: dict[int, DocumentScores]) -> DocumentScores:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
+from workloads.evaluation.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,34 @@ def seconds_per_forward(
             seconds.append(time.perf_counter() - started)
     logarithms = np.interp(np.log(list(lengths)), np.log(ends), np.log(seconds[1:]))
     return dict(zip(lengths, np.exp(logarithms).tolist()))
+
+
+def print_cost(subject: Subject, what: str, counts: dict[int, int], answer_tokens: int, console: Console) -> Cost:
+    """Prints the cost of the forwards of ``counts`` (length to number) before they run."""
+    seconds = seconds_per_forward(subject.model, counts, subject.engine, logits_to_keep=1 if answer_tokens else 0)
+    cost = forward_cost(subject.model, counts, seconds)
+    answers = f", and after each an answer of up to {answer_tokens} tokens" if answer_tokens else ""
+    console.print(
+        f"{what}: {cost.tokens:,} tokens to forward in {cost.forwards:,} sequences{answers}; "
+        f"{cost.flops / 1e12:,.2f} TFLOP, {cost.attention_flops / cost.flops:.0%} of it attention; about "
+        f"{_duration(cost.seconds)}, by one forward at the shortest and the longest length"
+    )
+    return cost
+
+
+@contextmanager
+def progress(console: Console, tokens: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; yields a function that counts tokens as done."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tokens", total=tokens)
+        yield lambda done: bar.advance(task, done)
+
+
+def _duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, as printed."""
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,31 +1,46 @@
-"""Common to retrieval tests: prompts of an exact length, greedy answers, and which answers are correct.
+"""Common to retrieval tests: prompts of an exact length, which answers are correct, and the accuracy by length.
 
 A model answers by greedy generation with a key/value cache, and passes if the hidden text appears in its answer. The
 alternative, one forward that checks whether each token of the right answer is the most likely one, saves a few cached
-steps and would fail a model that finds the number but puts a word or a line break before it.
-
-Generation is written out here because ``generate`` follows a model's own settings (sampling, repetition penalties),
-which would make models incomparable. The whole prompt is one causal forward without a mask, with logits of the last
-position alone, so memory grows with the length and not with its square.
+steps and would fail a model that finds the number but puts a word or a line break before it. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from workloads.attention.interface import full_attention
-from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.models.rotary import fixed_length
+from workloads.evaluation.bootstrap import accuracy_interval
+from workloads.evaluation.options import CommonOptions
+from workloads.evaluation.task import Result, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from workloads.evaluation.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalOptions(CommonOptions):
+    """What retrieval tests share."""
+
+    tests: int = 10
+    """passkey, topics: prompts of each length (the paper: 10); with LongChat's cases, of each file."""
+    chat: bool = False
+    """passkey, topics: put prompts into the tokenizer's chat template."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        self._require_positive("tests")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -100,30 +115,6 @@ class Prompter:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def run_tests(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    tests: Sequence[RetrievalTest],
-    engine: Engine,
-    on_progress: Callable[[RetrievalTest], None] = lambda test: None,
-) -> list[RetrievalResult]:
-    """Runs the tests, one prompt at a time, with full attention."""
-    stop = _stop_tokens(model, tokenizer)
-    results = []
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), full_attention(model), engine.autocast():
-        for test in tests:
-            with fixed_length(model, test.length):
-                tokens = _greedy(model, test.tokens, test.answer_tokens, stop, engine.device)
-            answer = tokenizer.decode(tokens)
-            correct = contains(answer, test.expected)
-            results.append(RetrievalResult(test.group, test.length, test.depth, test.expected, answer, correct))
-            on_progress(test)
-    model.train(was_training)
-    return results
-
-
 def contains(answer: str, expected: str) -> bool:
     """Whether an answer contains the hidden text, as whole words or numbers (12345 is not in 123456).
 
@@ -136,23 +127,88 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
-def _greedy(model: nn.Module, prompt: list[int], most: int, stop: set[int], device: torch.device) -> list[int]:
-    """Generates up to ``most`` tokens, each the most likely one; ends before a token of ``stop``."""
-    from transformers import DynamicCache
+def collect_tests(
+    subject: Subject, options: RetrievalOptions, console: Console, make: Callable[[int], list[RetrievalTest]]
+) -> list[RetrievalTest]:
+    """Tests of every length. The original length, if it was only added, may be too short for a prompt."""
+    tests: list[RetrievalTest] = []
+    for length in subject.lengths:
+        try:
+            tests += make(length)
+        except InputError as error:
+            if length in options.lengths or len(subject.lengths) == 1:
+                raise
+            console.print(f"note: no tests at the original length: {error}")
+    return tests
 
-    cache = DynamicCache(config=model.config)
-    tokens = torch.tensor([prompt], device=device)
-    answer: list[int] = []
-    for _ in range(most):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens = output.logits[:, -1:].argmax(dim=-1)
-        if (token := tokens.item()) in stop:
-            break
-        answer.append(token)
-    return answer
+
+def prepare_tests(
+    subject: Subject, options: RetrievalOptions, console: Console, what: str, tests: list[RetrievalTest]
+) -> Run:
+    """Prints the cost of the tests; the run counts correct answers by group, and by depth within it."""
+    from workloads.evaluation.cost import print_cost, progress  # imports torch, which --help does not need
+    from workloads.evaluation.greedy import run_tests
+
+    counts = Counter(len(test.tokens) for test in tests)
+    cost = print_cost(subject, what, counts, max(test.answer_tokens for test in tests), console)
+
+    def run() -> Result:
+        with progress(console, cost.tokens) as advance:
+            results = run_tests(
+                subject.model, subject.tokenizer, tests, subject.engine,
+                on_progress=lambda test: advance(len(test.tokens)),
+            )  # fmt: skip
+        return {
+            "what": what,
+            "rule": "greedy answer contains what was hidden; length counts the prompt and the room for the answer",
+            "chat": options.chat,
+            "cost": vars(cost),
+            "lengths": _accuracies(results),
+            "answers": [result.to_dict() for result in results],
+        }
+
+    return run
 
 
-def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: a model's configuration may have several."""
-    configured = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+def _accuracies(results: list[RetrievalResult]) -> list[dict[str, Any]]:
+    rows = []
+    for group in dict.fromkeys(result.group for result in results):
+        mine = [result for result in results if result.group == group]
+        interval = accuracy_interval(sum(result.correct for result in mine), len(mine))
+        cells = {}
+        for depth in sorted({result.depth for result in mine}):
+            cell = [result.correct for result in mine if result.depth == depth]
+            cells[depth] = {"depth": depth, "correct": sum(cell), "tests": len(cell)}
+        rows.append(
+            {
+                "group": group,
+                "length": round(np.mean([result.length for result in mine])),
+                "correct": sum(result.correct for result in mine),
+                "tests": len(mine),
+                "accuracy": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                "depths": list(cells.values()),
+            }
+        )
+    return rows
+
+
+def retrieval_table(result: Result) -> tuple[str, Table]:
+    """A heading, and one row a length, or a file of LongChat's cases."""
+    table = Table(box=None, pad_edge=False)
+    heading = f"\n{result['what']}: answers of {result['model']['label']}, {result['confidence']:.0%} Wilson intervals"
+    named = any(row["group"] != f"{row['length']} tokens" for row in result["lengths"])
+    if named:
+        table.add_column("cases")
+    for column in ("length", "correct", "accuracy", "interval"):
+        table.add_column(column, justify="right")
+    for row in result["lengths"]:
+        table.add_row(
+            *([row["group"]] if named else []),
+            f"{row['length']:,}",
+            f"{row['correct']} of {row['tests']}",
+            f"{row['accuracy']:.0%}",
+            f"{row['low']:.0%} to {row['high']:.0%}",
+        )
+    return heading, table

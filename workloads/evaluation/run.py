@@ -14,56 +14,46 @@ import torch
 from rich.console import Console
 
 from workloads.engines.engine import Engine
-from workloads.evaluation import pictures, tables
 from workloads.evaluation.bootstrap import CONFIDENCE
-from workloads.evaluation.options import Options
-from workloads.evaluation.retrieval import Prompter
+from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.subject import load_subject
+from workloads.evaluation.task import EvaluationTask, Result
 from workloads.evaluation.tasks import TASKS
-from workloads.evaluation.topics import longchat_tests
-from workloads.models.source import ModelSource
 
 
-def evaluate(options: Options, console: Console) -> list[Path]:
+def evaluate(options: CommonOptions, console: Console) -> list[Path]:
     """Runs every task, prints its table, and returns the files written.
 
     Raises:
         InputError: an option of any task cannot work; it is raised before the first task runs.
     """
-    if options.cases and options.tasks == ("topics",) and not options.lengths:
-        options = _with_lengths_of_cases(options, options.cases)
+    tasks = [TASKS[name] for name in dict.fromkeys(options.tasks)]
+    if len(tasks) == 1 and not options.lengths and not (Path(options.model) / "trial.json").is_file():
+        options = replace(options, lengths=tasks[0].default_lengths(options))
     subject = load_subject(options, console)
-    ready = {task: TASKS[task](subject, options, console) for task in dict.fromkeys(options.tasks)}
+    prepared = [(task, task.prepare(subject, options, console)) for task in tasks]
     files = []
-    for task, run in {} if options.dry_run else ready.items():
-        result = {"task": task, "model": subject.about, **run(), "seed": options.seed, "confidence": CONFIDENCE}
+    for task, run in [] if options.dry_run else prepared:
+        result = {"task": task.name, "model": subject.about, **run(), "seed": options.seed, "confidence": CONFIDENCE}
         result |= {"options": recorded_options(options), "environment": environment(subject.engine)}
-        for part in tables.TABLES[task](result):
+        for part in task.table(result):
             console.print(part)
         files += _write(result, task, options)
     return files
 
 
-def _with_lengths_of_cases(options: Options, cases: Path) -> Options:
-    """Sets the length of LongChat's longest case, to which positions are extended."""
-    if (Path(options.model) / "trial.json").is_file():
-        return options
-    prompter = Prompter(ModelSource.parse(options.model).tokenizer(), options.chat)
-    return replace(options, lengths=(max(t.length for t in longchat_tests(prompter, cases, options.tests)),))
-
-
-def _write(result: dict[str, Any], task: str, options: Options) -> list[Path]:
+def _write(result: Result, task: EvaluationTask, options: CommonOptions) -> list[Path]:
     path = Path(options.model)
     name = re.sub(r"[^\w.-]+", "-", path.resolve().name if path.exists() else options.model).strip("-")
     stretched = options.positions != "none" and result["model"]["positions"] != "none"
     suffix = f"-{options.positions}" if stretched else ""
     options.output.mkdir(parents=True, exist_ok=True)
-    path = _result_path(options.output, f"{task}-{name}{suffix}", result)
+    path = _result_path(options.output, f"{task.name}-{name}{suffix}", result)
     path.write_text(json.dumps(result, indent=1))
-    return [path, pictures.PICTURES[task](result, path.with_suffix(".png"))]
+    return [path, task.picture(result, path.with_suffix(".png"))]
 
 
-def _result_path(folder: Path, name: str, result: dict[str, Any]) -> Path:
+def _result_path(folder: Path, name: str, result: Result) -> Path:
     """The file of a result: ``name.json``, else ``name-2.json`` and so on.
 
     It is the first that does not exist or holds an earlier result of the same model and options. Results of other
@@ -83,7 +73,7 @@ def _result_path(folder: Path, name: str, result: dict[str, Any]) -> Path:
     return path
 
 
-def recorded_options(options: Options) -> dict[str, Any]:
+def recorded_options(options: CommonOptions) -> dict[str, Any]:
     """The options that a result depends on, beside the model and the data."""
     irrelevant = ("model", "tasks", "output", "dry_run", "batch_tokens")
     fields = {field: value for field, value in asdict(options).items() if field not in irrelevant}

@@ -13,13 +13,18 @@ from transformers.utils import logging as transformers_logging
 
 from workloads.attention.interface import use_pattern
 from workloads.attention.patterns import AttentionPattern
-from workloads.config import Positions
 from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.evaluation.options import Options
+from workloads.evaluation.options import CommonOptions
 from workloads.models.adapters import load_adapter
-from workloads.models.positions import extended_by_longspan, is_extended, max_context_length, original_context_length
+from workloads.models.positions import (
+    Positions,
+    extended_by_longspan,
+    is_extended,
+    max_context_length,
+    original_context_length,
+)
 from workloads.models.source import ModelSource, check_vocabulary, is_adapter
 from workloads.trained import TrainedTrial
 
@@ -38,7 +43,7 @@ class Subject:
     about: dict[str, Any]
 
 
-def load_subject(options: Options, console: Console) -> Subject:
+def load_subject(options: CommonOptions, console: Console) -> Subject:
     """Loads the model on its device, its positions extended to the longest length.
 
     Raises:
@@ -102,7 +107,7 @@ def load_subject(options: Options, console: Console) -> Subject:
     return Subject(model, tokenizer, engine, lengths, about)
 
 
-def _positions(config: Any, longest: int, options: Options, console: Console) -> Positions:
+def _positions(config: Any, longest: int, options: CommonOptions, console: Console) -> Positions:
     """How the positions of a model that is no trial are extended to ``longest`` tokens.
 
     Raises:

@@ -14,7 +14,7 @@ from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engines.engine import Engine
 from workloads.evaluation.answers import score_answers
 from workloads.evaluation.bootstrap import DocumentScores
-from workloads.evaluation.perplexity import score_documents
+from workloads.evaluation.windows import score_documents
 
 
 class TrialData(Protocol):

@@ -22,7 +22,7 @@ from workloads.evaluation.bootstrap import (
 )
 from workloads.evaluation.cost import forward_cost
 from workloads.evaluation.documents import documents_to_score
-from workloads.evaluation.perplexity import by_document, cut_windows, score_documents, score_windows
+from workloads.evaluation.windows import cut_windows, score_documents, score_windows
 from workloads.models.source import ModelSource
 
 SOURCE = ModelSource.parse("builtin:tiny")
@@ -86,7 +86,7 @@ def test_both_rules_are_what_a_loop_over_single_tokens_gives(random_model, strid
     nll = score_windows(random_model, windows, [23, 8], engine, batch_tokens=60)
     rules = {"all": (23, lambda position: True), "last": (8, lambda position: position >= 16)}
     for column, (scored, rule_scores) in enumerate(rules.values()):
-        scores = by_document(owner, nll[:, column], scored, len(documents))
+        scores = DocumentScores.of_windows(owner, nll[:, column], scored, len(documents))
         expected = [scored_one_by_one(random_model, d, 24, stride, rule_scores) for d in documents]
         assert scores.nll == pytest.approx([nll for nll, _ in expected], rel=1e-5)
         assert scores.tokens.tolist() == [count for _, count in expected]

@@ -10,9 +10,10 @@ from workloads.attention.interface import use_pattern
 from workloads.attention.patterns import AttentionPattern
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.evaluation.passkey import passkey_tests
-from workloads.evaluation.retrieval import Prompter, contains, run_tests
-from workloads.evaluation.topics import generated_tests, longchat_tests
+from workloads.evaluation.greedy import run_tests
+from workloads.evaluation.retrieval import Prompter, contains
+from workloads.evaluation.tasks.passkey import passkey_tests
+from workloads.evaluation.tasks.topics import generated_tests, longchat_tests
 from workloads.models.source import ModelSource
 
 SOURCE = ModelSource.parse("builtin:tiny")
@@ -108,8 +109,9 @@ def test_when_an_answer_counts(answer, expected, right):
 
 
 def test_answers_are_greedy_with_full_attention_and_the_cache_changes_nothing():
-    """Against the most likely token of a fresh forward of everything so far, by a model that was never given a
-    pattern; the one under test trains with a sparse one.
+    """Against the most likely token of a fresh forward pass over all tokens so far.
+
+    The reference model was never given a pattern; the one under test trains with a sparse one.
     """
     model = SOURCE.load(512, "none", torch.float32)
     plain = SOURCE.load(512, "none", torch.float32)

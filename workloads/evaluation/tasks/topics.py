@@ -11,13 +11,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from rich.console import Console
 
 from workloads.errors import InputError
-from workloads.evaluation.retrieval import Prompter, RetrievalTest
+from workloads.evaluation import pictures
+from workloads.evaluation.retrieval import (
+    Prompter,
+    RetrievalOptions,
+    RetrievalTest,
+    collect_tests,
+    prepare_tests,
+    retrieval_table,
+)
+from workloads.evaluation.task import EvaluationTask, Result, Run
+
+if TYPE_CHECKING:
+    from workloads.evaluation.subject import Subject
 
 Form = Literal["topics", "lines"]
 
@@ -83,6 +97,51 @@ NOUNS = (
     "marble market meadow mirror moon mountain needle nest ocean orange oven paddle palace paper pebble pencil piano "
     "pillow planet pocket pond quilt rabbit ribbon river road rocket roof rope saddle sail shell"
 ).split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopicsOptions(RetrievalOptions):
+    """Which record is searched."""
+
+    form: Form = "topics"
+    """topics: generate conversations and ask for the first topic, or lines and ask for one line's number."""
+    cases: Path | None = None
+    """topics: LongChat's own cases instead (a .jsonl file, or a folder of them), up to the longest of --lengths."""
+
+
+def _prepare(subject: Subject, options: TopicsOptions, console: Console) -> Run:
+    """Prepares topic or line prompts: generated ones of each length, or LongChat's cases."""
+    prompter = Prompter(subject.tokenizer, options.chat)
+    if options.cases is None:
+
+        def make(length: int) -> list[RetrievalTest]:
+            return generated_tests(prompter, options.form, [length], options.tests, options.seed)
+
+        tests = collect_tests(subject, options, console, make)
+        return prepare_tests(subject, options, console, f"generated {options.form}", tests)
+    tests = longchat_tests(prompter, options.cases, options.tests)
+    short = [test for test in tests if test.length <= max(subject.lengths)]
+    if len(short) < len(tests):
+        console.print(
+            f"note: {len(tests) - len(short)} of {len(tests)} cases are left out: they are longer than "
+            f"{max(subject.lengths):,} tokens"
+        )
+    if not short:
+        raise InputError(
+            f"--cases {options.cases}: the shortest case has {min(test.length for test in tests):,} tokens, more than "
+            f"the longest length, {max(subject.lengths):,}; give longer --lengths"
+        )
+    return prepare_tests(subject, options, console, f"LongChat's cases, {options.cases.name}", short)
+
+
+def _lengths_of_cases(options: TopicsOptions) -> tuple[int, ...]:
+    """The length of LongChat's longest case, to which positions are extended."""
+    if options.cases is None:
+        return ()
+    from workloads.models.source import ModelSource
+
+    prompter = Prompter(ModelSource.parse(options.model).tokenizer(), options.chat)
+    return (max(test.length for test in longchat_tests(prompter, options.cases, options.tests)),)
 
 
 def generated_tests(
@@ -194,3 +253,18 @@ def _read_cases(prompter: Prompter, file: Path) -> Iterator[RetrievalTest]:
                     "object with prompt and topics, or with prompt, expected_number, num_lines and random_idx"
                 ) from error
             yield RetrievalTest(before + after, expected, ANSWER_TOKENS, depth, group)
+
+
+def _picture(result: Result, path: Path) -> Path:
+    title = "Topic retrieval" if "topics" in result["what"] else "Line retrieval"
+    return pictures.accuracy_by_length(result, path, title)
+
+
+TOPICS = EvaluationTask(
+    name="topics",
+    options=TopicsOptions,
+    prepare=_prepare,
+    table=retrieval_table,
+    picture=_picture,
+    default_lengths=_lengths_of_cases,
+)

@@ -1,4 +1,4 @@
-"""Perplexity over held-out documents, with full attention, by two rules.
+"""Windows of held-out documents, and their scores with full attention by two rules.
 
 A document is cut into windows of N tokens inside it that begin every ``stride`` tokens from its start: with a stride
 of N they do not overlap; with a smaller one they slide. The rest after the last whole window is not scored. A window is
@@ -50,7 +50,7 @@ def score_documents(
     owner = np.repeat(np.arange(len(documents)), [len(document.tokens) for document in documents])
     scored = windows.shape[1] - 1
     nll = score_windows(model, windows, [scored], engine, batch_tokens)[:, 0]
-    return by_document(owner, nll, scored, len(documents))
+    return DocumentScores.of_windows(owner, nll, scored, len(documents))
 
 
 def score_windows(
@@ -90,14 +90,6 @@ def score_windows(
             on_progress(int(counted.sum()))
     model.train(was_training)
     return engine.sum(nll).numpy()
-
-
-def by_document(owner: np.ndarray, nll: np.ndarray, scored: int, num_documents: int) -> DocumentScores:
-    """Sums the scores of windows by document; ``owner``, the index of a window's document, and ``nll``: (windows,)."""
-    return DocumentScores(
-        np.bincount(owner, weights=nll, minlength=num_documents),
-        np.bincount(owner, minlength=num_documents) * scored,
-    )
 
 
 def cut_windows(documents: Sequence[np.ndarray], length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:

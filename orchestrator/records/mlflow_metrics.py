@@ -1,0 +1,86 @@
+"""What MLflow shows of journal events and comparisons: metrics, tags and statuses, by their names there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.records.events import Cancelled, Eval, Event, Failed, Finished, ModelReady, Started, Step, Stopped
+from orchestrator.records.trial_record import TrialRecord
+
+# MLflow's status for a trial's state; a trial that has not begun has no run. One stopped early counts as killed: its
+# last perplexity is of fewer tokens, and a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
+STATUS = {
+    "starting": "RUNNING", "running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED",
+    "cancelled": "KILLED", "failed": "FAILED",
+}  # fmt: skip
+
+# MLflow's names of a step's fields. Every curve is also logged by tokens seen, under by_tokens/.
+STEP_METRICS = {
+    "loss": "train/loss",
+    "tokens": "train/tokens",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_second": "perf/tokens_per_second",
+    "peak_memory_gib": "perf/peak_memory_gib",
+    "mfu": "perf/mfu",  # on GPUs whose peak is known
+}
+
+
+def metrics_of(event: Step | Eval, context_length: int, workers: int) -> dict[str, float]:
+    """The metrics of a step or an evaluation of a trial trained at ``context_length``."""
+    match event:
+        case Step():
+            values = {name: getattr(event, field) for field, name in STEP_METRICS.items()}
+            metrics = {name: value for name, value in values.items() if value is not None}
+            return metrics | {"perf/tokens_per_second_per_gpu": event.tokens_per_second / workers}
+        case Eval(context_length=length) if length == context_length:
+            return {"eval/perplexity": event.perplexity}
+        case Eval():
+            return {f"eval/perplexity_{event.context_length}": event.perplexity}
+
+
+def tags_of(event: Event, record: TrialRecord) -> dict[str, str]:
+    """The tags that an event sets on its trial's run; ``record`` has taken the event in."""
+    match event:
+        case Started():
+            # Tags, not parameters: those cannot change when a trial is resumed with other settings.
+            return attempt_tags(event) | {f"execution.{name}": str(v) for name, v in event.execution.items()}
+        case ModelReady() if event.attention_backend is not None:
+            return {"attention_backend": event.attention_backend}
+        case Stopped():
+            return {"stopped_early": event.reason[:5000]}
+        case Cancelled():
+            return {"cancelled": f"at step {event.step}, by {event.by}"}
+        case Failed():
+            return {"failure": event.reason[:5000]}
+        case Finished():
+            earlier = {"stopped_early": record.stopped, "cancelled": record.cancelled}
+            return {name: "no: it went on, and finished" for name, ended in earlier.items() if ended}
+    return {}
+
+
+def attempt_tags(started: Started) -> dict[str, str]:
+    """The code and machine of an attempt, as tags of the trial's run."""
+    fields = (
+        *("hardware", "host", "platform", "python", "driver", "cuda", "git_commit", "git_diff", "device_memory_gib"),
+        *("usd_per_device_hour", "price_source"),
+    )
+    tags = {name: str(value) for name in fields if (value := getattr(started, name)) is not None}
+    return tags | {f"package.{name}": version for name, version in started.packages.items()}
+
+
+def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """(name, value, step) of a comparison's numbers for a context length; a method's are those of its best setting."""
+    length = context["context_length"]
+    for setting in context["settings"]:
+        method, step = setting["method"], setting["final"]["step"]
+        if setting["chosen"]:
+            yield f"final/perplexity_{length}/{method}", setting["final"]["perplexity"], step
+            if setting["hours"] is not None:
+                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{method}", setting["hours"], step
+            if setting["reached"]:
+                yield f"to_target/tokens_{length}/{method}", setting["reached"]["tokens"], step
+    for gap in context["gaps"]:
+        for point in gap["points"]:
+            yield f"gap_percent_{length}/{gap['method']} to {gap['baseline']}", point["percent"], point["step"]

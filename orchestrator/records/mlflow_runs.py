@@ -1,0 +1,207 @@
+"""The runs of an MLflow experiment: one a trial, mirrored from its journal, and one a sweep, with its comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from orchestrator.records.events import Eval, Started, Step
+from orchestrator.records.json_files import write_json
+from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of
+from orchestrator.records.mlflow_store import MlflowStore, without_password
+from orchestrator.records.provenance import Provenance
+from orchestrator.records.trial_folder import TrialFolder
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.trial_spec import TrialSpec
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+METRICS_A_CALL = 1000  # MLflow's own limit on a batch
+LOCK_S = 60.0  # another sweep that shares the trial looks for its run in this time
+
+
+class TrialRun:
+    """One trial's run in MLflow, and how far its journal has been logged.
+
+    What was logged is recorded beside the journal. The record is believed as long as the run is there: one that has
+    been deleted, alone or with its store, is made again with all points.
+    """
+
+    def __init__(self, store: MlflowStore, trial: TrialSpec, folder: TrialFolder, sweep: str, provenance: Provenance):
+        self.store, self.trial, self.folder = store, trial, folder
+        self.provenance = provenance
+        self.record = TrialRecord(folder.journal)
+        self.status: str | None = None
+        folder.path.mkdir(parents=True, exist_ok=True)  # may be missing in the mirror of an object store
+        with FileLock(folder.path / ".mlflow.lock", timeout=LOCK_S):  # two sweeps that share the trial share its run
+            state = self.folder.read_mlflow_state().get(self._store_key)
+            run = self.store.usable_run(state["run_id"]) if state else None
+            if state is None or run is None:
+                state, run = {}, self._find_or_create()
+            self.run_id: str = run.info.run_id
+            # The last step logged of each metric.
+            self.logged: dict[str, int] = state.get("logged", {})
+            self.kept: list[str] = state.get("artifacts", [])
+            self._save()
+        self._log_missing_params(run)
+        self._tag_with_sweep(run, sweep)
+
+    @property
+    def _store_key(self) -> str:
+        return f"{without_password(self.store.uri)} {self.store.experiment_id}"
+
+    def _find_or_create(self) -> Run:
+        fingerprint, times_put_aside = self.trial.fingerprint, self.folder.times_put_aside
+        for run in self.store.find_runs(fingerprint=fingerprint):
+            earlier = int(run.data.tags.get("longspan.times_put_aside", 0))
+            if earlier == times_put_aside:
+                return run
+            # The trial starts afresh (--force), and MLflow cannot remove points from a curve.
+            self.store.retire(
+                run, f"{self.trial.label} (earlier {earlier + 1})", earlier_fingerprint=fingerprint, fingerprint=""
+            )
+        training = self.trial.training
+        return self.store.client.create_run(
+            self.store.experiment_id,
+            run_name=self.trial.label,
+            tags={
+                "longspan.kind": "trial",
+                "longspan.fingerprint": fingerprint,
+                "method": training.method,
+                "context_length": str(training.context_length),
+                "attention": training.attention,
+                "positions": training.positions,
+                **({"longspan.times_put_aside": str(times_put_aside)} if times_put_aside else {}),
+                **self.provenance.tags(),
+            },
+        )
+
+    def _log_missing_params(self, run: Run) -> None:
+        """Logs the trial's settings. Those that the run has stay: MLflow refuses to change one."""
+        from mlflow.entities import Param
+
+        params = {
+            "model": self.trial.model,
+            "data": self.trial.data,
+            "model_identity": self.trial.identities.model,
+            "data_identity": self.trial.identities.data,
+            **dataclasses.asdict(self.trial.training),
+        }
+        missing = [Param(name, str(value)) for name, value in params.items() if name not in run.data.params]
+        if missing:
+            self.store.client.log_batch(self.run_id, params=missing)
+
+    def _tag_with_sweep(self, run: Run, sweep: str) -> None:
+        sweeps = [name for name in run.data.tags.get("longspan.sweeps", "").split(", ") if name]
+        if sweep not in sweeps:
+            self.store.client.set_tag(self.run_id, "longspan.sweeps", ", ".join([*sweeps, sweep]))
+
+    def follow(self) -> None:
+        """Logs what was added to the journal."""
+        from mlflow.entities import Metric, RunTag
+
+        events = self.record.follow()
+        workers = self.record.started.workers if self.record.started else 1
+        metrics, logged = [], dict(self.logged)
+        for event in events:
+            if not isinstance(event, Step | Eval):
+                continue
+            timestamp = int(event.time * 1000)
+            for name, value in metrics_of(event, self.trial.training.context_length, workers).items():
+                if event.step <= logged.get(name, -1):
+                    continue  # repeated after a restart
+                logged[name] = event.step
+                metrics.append(Metric(name, value, timestamp, event.step))
+                metrics.append(Metric(f"by_tokens/{name}", value, timestamp, event.tokens))
+        tags = [RunTag(name, value) for event in events for name, value in tags_of(event, self.record).items()]
+        for start in range(0, len(metrics), METRICS_A_CALL):
+            self.store.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_CALL])
+        if tags:
+            self.store.client.log_batch(self.run_id, tags=tags)
+        if any(isinstance(event, Started) for event in events):
+            self._log_artifacts()
+        if metrics:
+            self.logged = logged
+            self._save()
+        self.set_status(STATUS.get(self.record.state))
+
+    def _log_artifacts(self) -> None:
+        """Logs the resolved trial and its code's diff, each once."""
+        for path in [self.folder.path / "trial.json", *sorted(self.folder.path.glob("code-*.diff"))]:
+            if path.name not in self.kept and path.exists():
+                self.store.client.log_artifact(self.run_id, str(path))
+                self.kept.append(path.name)
+                self._save()
+
+    def rewind(self) -> None:
+        """Makes the next ``follow`` read the journal from its start; what is logged is not repeated."""
+        self.record = TrialRecord(self.folder.journal)
+
+    def set_status(self, status: str | None) -> None:
+        """Sets the run's status, with the time at which the trial ended; None changes nothing."""
+        if status is None or status == self.status:
+            return
+        if status == "RUNNING":
+            self.store.client.update_run(self.run_id, status=status)
+        else:
+            # The trial's own end, whenever it is logged: a later sweep that shares the trial logs it again.
+            interrupted = self.record.state in ("starting", "running")
+            ended = time.time() if interrupted or self.record.ended is None else self.record.ended
+            self.store.client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
+        self.status = status
+
+    def _save(self) -> None:
+        states = self.folder.read_mlflow_state()
+        states[self._store_key] = {"run_id": self.run_id, "logged": self.logged, "artifacts": self.kept}
+        write_json(self.folder.mlflow_state, states)
+
+
+def log_sweep(
+    store: MlflowStore, name: str, comparison: dict[str, Any], run_ids: dict[str, str | None], artifacts: list[Path]
+) -> str:
+    """Logs a comparison, its report and its trials to the sweep's own run, and returns its id.
+
+    The run is found by the sweep's name, or created. If it is of another model or other data, under a name that is used
+    again, it is kept as ``sweep <name> (earlier <n>)``.
+
+    Args:
+        run_ids: of the trials, by label; None where a trial has none.
+    """
+    from mlflow.entities import Metric, Param, RunTag
+
+    params = {
+        "model": comparison["model"]["name"],
+        "data": comparison["data"]["name"],
+        "model_identity": comparison["model"]["identity"],
+        "data_identity": comparison["data"]["identity"],
+    }
+    run = next(iter(store.find_runs(kind="sweep", sweep=name)), None)
+    if run and any(run.data.params.get(key, value) != value for key, value in params.items()):
+        number = len(store.find_runs(earlier_sweep=name)) + 1
+        store.retire(run, f"sweep {name} (earlier {number})", earlier_sweep=name, sweep="")
+        run = None
+    if run is None:
+        tags = {"longspan.kind": "sweep", "longspan.sweep": name}
+        run = store.client.create_run(store.experiment_id, run_name=f"sweep {name}", tags=tags)
+    now = int(time.time() * 1000)
+    metrics, run_tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
+    for context in comparison["contexts"]:
+        for metric, value, step in sweep_metrics(context):
+            metrics.append(Metric(metric.replace("+", "_plus"), value, now, step))
+        if context["winner"]:
+            run_tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
+    run_tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
+    for label, trial_run_id in run_ids.items():
+        run_tags.append(RunTag(f"trial.{label.replace('+', '_plus')}", trial_run_id or ""))
+    missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+    run_id = run.info.run_id
+    store.client.log_batch(run_id, metrics=metrics, tags=run_tags, params=missing)
+    for path in artifacts:
+        store.client.log_artifact(run_id, str(path))
+    store.client.set_terminated(run_id, "FINISHED")
+    return run_id
