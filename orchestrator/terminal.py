@@ -70,7 +70,7 @@ def make_console(width: int | None = None) -> Console:
 
     Text is printed as it is: square brackets are no markup.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = width or LOG_WIDTH
     return console
