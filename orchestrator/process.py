@@ -26,7 +26,7 @@ def run_on_console(command: Callable[[], int], console: Console) -> int:
     """Runs a command that prints to a console; returns its exit status (:func:`workloads.command.exit_status`)."""
     return exit_status(
         command,
-        lambda line: console.print(line, style="bold red" if line.startswith("error:") else None, markup=False),
+        lambda line: console.print(line, style="bold red" if line.startswith("error:") else None),
     )
 
 

@@ -1,14 +1,13 @@
-"""``python -m orchestrator.status [SWEEP]``: what runs, what waits, what it has cost and will cost.
+"""``python -m orchestrator.status [SWEEP]``: what is running and waiting, and what it has cost and will cost.
 
-For another terminal, while a sweep runs and after. It reads only files (and asks the NVIDIA driver) and does not join
-Ray, so it works beside any sweep with the same storage root, on any machine that sees it.
+For another terminal, during a sweep and after it. It reads only files (and asks the NVIDIA driver), and does not join
+Ray: it works on any machine that sees the storage root.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from typing import Annotated, Any
@@ -19,23 +18,30 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.gpus import Gpu, gpus
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.disk_usage import DiskUsage, disk_usage
-from orchestrator.reporting.gpus import Gpu, gpus
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
 from orchestrator.reporting.progress import AT_WORK
-from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
+from orchestrator.terminal import device_hours, duration, file_size, first_of, make_console, usd
 from workloads.command import run_command
 from workloads.errors import InputError
 
 WATCH_S = 2.0
-# From this width on a trial is one line; in less, the rest of its facts follows the table.
+# From this width on, a trial is one line; below it, the other facts follow the table.
 WIDE = 110
 LOG_WIDTH = 120
 # Of several trials with the same facts, at most this many are named.
 LABELS = 4
-STYLES = {"interrupted": "yellow", "failed": "red", "cancelled": "yellow", "finished": "dim", "not begun": "dim"}
+STYLES = {
+    "damaged": "red",
+    "interrupted": "yellow",
+    "failed": "red",
+    "cancelled": "yellow",
+    "finished": "dim",
+    "not started": "dim",
+}
 
 
 def main(
@@ -45,21 +51,19 @@ def main(
     json: bool = False,
     disk: bool = False,
 ) -> None:
-    """Shows what runs, what waits, what it has cost and will cost; reads only files.
+    """Show what is running and waiting, and what it has cost and will cost. Reads only files.
 
     Args:
-        sweep: A sweep's name, to show it alone; without it all of the storage root, and the newest in detail.
+        sweep: Name of a sweep to show; by default all of them, the newest in detail.
         storage: The storage root.
-        watch: Show it again every two seconds, until nothing runs any more.
-        json: Print it as JSON.
+        watch: Refresh every two seconds, until nothing runs.
+        json: Print JSON.
         disk: Show the disk usage of each trial and of the rest of the storage root.
     """
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, markup=False, width=LOG_WIDTH)
+    console = make_console(LOG_WIDTH)
     opened = Storage.at(storage)
     if opened.store is None and not opened.root.is_dir():
-        raise InputError(f"there is no storage root {opened.root}; name one with --storage")
+        raise InputError(f"there is no storage root {opened.root}; give one with --storage")
     if disk:
         usage, overview = disk_usage(opened), Overview(opened)
         if json:
@@ -83,6 +87,7 @@ def as_json(overview: Overview, sweep: str | None = None) -> dict[str, Any]:
     sweeps = overview.sweeps() if sweep is None else [overview.sweep(sweep)]
     return {
         "sweeps": [dataclasses.asdict(each) for each in sweeps],
+        "damaged": overview.storage.damaged,
         "gpus": [dataclasses.asdict(gpu) for gpu in gpus()],
     }
 
@@ -98,15 +103,15 @@ def _watch(storage: Storage, sweep: str | None, console: Console) -> None:
 
 
 def status(overview: Overview, sweep: str | None, width: int) -> Group:
-    """All sweeps with the newest in detail, or one sweep."""
+    """All sweeps with the newest in detail, or one sweep; then what is damaged, and the GPUs."""
     if sweep is not None:
-        return Group(*sweep_lines(overview.sweep(sweep), overview.now, width), *gpu_lines(gpus()))
-    sweeps = overview.sweeps()
-    if not sweeps:
-        return Group(Text(f"{overview.storage.location} has no sweeps yet."))
-    return Group(
-        sweeps_table(sweeps, overview.now), Text(), *sweep_lines(sweeps[0], overview.now, width), *gpu_lines(gpus())
-    )
+        lines: list[Text | Table] = sweep_lines(overview.sweep(sweep), overview.now, width)
+    elif sweeps := overview.sweeps():
+        lines = [sweeps_table(sweeps, overview.now), Text(), *sweep_lines(sweeps[0], overview.now, width)]
+    else:
+        lines = [Text(f"{overview.storage.location} has no sweeps yet.")]
+    damaged = [Text(f"damaged: {what}", style="yellow") for what in overview.storage.damaged]
+    return Group(*lines, *damaged, *gpu_lines(gpus()))
 
 
 def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:
@@ -115,7 +120,7 @@ def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:
     table.add_column("sweep", overflow="fold")
     for name in ("state", "ended"):
         table.add_column(name, no_wrap=True)
-    for name in ("spent", "left", "begun"):
+    for name in ("spent", "left", "started"):
         table.add_column(name, justify="right", no_wrap=True)
     for sweep in sweeps:
         table.add_row(
@@ -147,12 +152,12 @@ def sweep_lines(sweep: SweepOverview, now: float, width: int) -> list[Text | Tab
 def _money(sweep: SweepOverview) -> str:
     spent = f"spent {_cost(sweep.hours, sweep.unit, sweep.usd)}"
     if sweep.left_hours is None:
-        return f"{spent}; how long it will take is not known yet"
+        return f"{spent}; time left not known yet"
     if not sweep.left_hours:
         return spent
     left = _cost(sweep.left_hours, sweep.unit, sweep.left_usd)
     when = duration(sweep.left_seconds or 0.0)
-    return f"{spent}; about {left} left, {when}{'' if sweep.runs else ' if it goes on'}"
+    return f"{spent}; about {left} left, {when}{'' if sweep.runs else ' once resumed'}"
 
 
 def _cost(hours: float, unit: str | None, money: float | None) -> str:
@@ -160,11 +165,11 @@ def _cost(hours: float, unit: str | None, money: float | None) -> str:
 
 
 def trial_rows(trials: list[TrialOverview], now: float, width: int) -> Table:
-    """The live table; with enough width also the tries, the last checkpoint, the last line and the host."""
+    """The live table; if wide enough, also the attempts, last checkpoint, last update and host."""
     table = trials_table()
     wide = width >= WIDE
     if wide:
-        for name in ("tries", "saved", "heard"):
+        for name in ("attempts", "saved", "updated"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("host", overflow="ellipsis", no_wrap=True)
     for trial in trials:
@@ -180,7 +185,7 @@ def _heard(trial: TrialOverview, now: float) -> str:
 
 
 def more_on(trials: list[TrialOverview], now: float, wide: bool) -> list[str]:
-    """The facts that do not fit into the trials' rows; the same facts of several trials are one line."""
+    """The facts that do not fit into the rows; trials with the same facts share a line."""
     alike: dict[tuple[str, str], list[str]] = {}
     for trial in trials:
         if facts := _facts(trial, now, wide):
@@ -191,9 +196,9 @@ def more_on(trials: list[TrialOverview], now: float, wide: bool) -> list[str]:
 def _facts(trial: TrialOverview, now: float, wide: bool) -> list[str]:
     facts = []
     if not wide and trial.state in AT_WORK | {"interrupted"} and trial.attempts:
-        saved = f"saved at {trial.saved_step}" if trial.saved_step else "nothing saved"
-        tries = f"{trial.attempts} {'try' if trial.attempts == 1 else 'tries'}"
-        facts.append(f"on {trial.host}, {tries}, {saved}, heard {_heard(trial, now)}")
+        saved = f"saved at {trial.saved_step}" if trial.saved_step else "no checkpoint"
+        attempts = f"{trial.attempts} attempt{'s' * (trial.attempts > 1)}"
+        facts.append(f"on {trial.host}, {attempts}, {saved}, updated {_heard(trial, now)}")
     facts += [fact for fact in (trial.elsewhere, trial.why) if fact]
     return facts + [remedy for remedy in trial.remedies if not (trial.why or "").startswith(remedy)]
 
@@ -206,8 +211,8 @@ def gpu_lines(found: list[Gpu]) -> list[Text]:
 def disk_table(usage: DiskUsage, overview: Overview) -> Table:
     """Disk usage by trial, the largest first, and of the rest."""
     labels = {trial.fingerprint: f"{sweep.name}/{trial.label}" for sweep in overview.sweeps() for trial in sweep.trials}
-    table = Table(box=None, pad_edge=False, caption=f"{file_size(usage.total)} in all", caption_justify="left")
-    table.add_column("what", overflow="fold")
+    table = Table(box=None, pad_edge=False, caption=f"{file_size(usage.total)} in total", caption_justify="left")
+    table.add_column("item", overflow="fold")
     for name in ("checkpoints", "earlier", "rest", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for trial in sorted(usage.trials.values(), key=lambda trial: trial.total, reverse=True):

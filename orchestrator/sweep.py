@@ -34,6 +34,7 @@ from orchestrator.process import (
 )
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat
+from orchestrator.records.json_files import DamagedFile
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
@@ -46,23 +47,23 @@ from workloads.command import EXIT_INTERRUPTED
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
 
-# A preparation that takes long prints what it is doing this often.
+# A long preparation prints what it is doing this often.
 PREPARING_NOTE_SECONDS = 15
 
 
 @dataclass
 class Status:
-    """What the command is doing: printed where it takes long, and shown by other terminals (orchestrator/status.py)."""
+    """What the command is doing: printed if it takes long, and shown by ``orchestrator.status``."""
 
     doing: str = "reading the model and the data"
     plan: SweepPlan | None = None
 
     def report(self, doing: str) -> None:
-        """Takes note of what is being prepared."""
+        """Notes what is being prepared."""
         self.doing = doing
 
     def adopt(self, plan: SweepPlan) -> None:
-        """Takes note of the plan that is being carried out."""
+        """Notes the plan that is being carried out."""
         self.plan = plan
 
     def describe(self) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     print_notes(sweep, plan, tracker.uri, console)
     refuse_impossible(sweep, plan)
     _put_aside_forced(sweep, plan, console)
+    _restore_damaged(sweep, plan, console)
 
     announced = plan.totals if plan.has_work else None
     if plan.has_work:
@@ -144,7 +146,7 @@ def _prepare(checked: Checked, tracker: Tracker, status: Status, console: Consol
     stop_on_sigterm()  # Ray has set its own handler of SIGTERM
 
     def print_status() -> None:
-        console.print(f"{status.doing} ...", markup=False)
+        console.print(f"{status.doing} ...")
 
     sweep = preparing.result(PREPARING_NOTE_SECONDS, print_status)
     connecting.result(PREPARING_NOTE_SECONDS, print_status)
@@ -155,7 +157,7 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
     """Moves the results of trials that --force starts over to a folder of the trial.
 
     Raises:
-        InputError: one is being trained, or another sweep that runs is to train it.
+        InputError: one is being trained, or is a trial of another running sweep.
     """
     forced = [planned.trial for planned in plan.planned if planned.forced]
     if not forced:
@@ -166,12 +168,26 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
         if holder := sweep.storage.trial(trial.fingerprint).holder():
             others.append(holder["sweep"])
         if others:
-            raise InputError(f"--force: {trial.label} is a trial of {others[0]}, which runs; wait, or cancel it there")
+            raise InputError(
+                f"--force: {trial.label} is a trial of {others[0]}, which is running; wait, or cancel it there"
+            )
     for trial in forced:
         aside = sweep.storage.trial(trial.fingerprint).put_aside()
         if sweep.rungs:
             sweep.rungs.forget(trial)
-        console.print(f"{trial.label}: what there was is kept in {shown_path(aside)}", soft_wrap=True)
+        console.print(f"{trial.label}: earlier results are kept in {shown_path(aside)}", soft_wrap=True)
+
+
+def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None:
+    """Writes the trial.json of trials that are not trained again where it is missing or damaged."""
+    if sweep.storage.store:
+        return
+    for trial in (planned.trial for planned in plan.planned if not planned.trains):
+        try:
+            sweep.storage.trial(trial.fingerprint).read_trial()
+        except DamagedFile as error:
+            sweep.storage.add_trial(trial, sweep.source.location)
+            console.print(f"note: {error}; it is written again", markup=False, soft_wrap=True)
 
 
 def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
@@ -180,7 +196,7 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
     for planned in plan.planned if plan else ():
         record = TrialRecord.of(storage.trial(planned.trial.fingerprint).journal)
         steps = planned.trial.training.steps
-        kept = "not begun"
+        kept = "not started"
         if record.state == "finished":
             kept = "finished"
         elif record.state == "stopped" and record.stopped:
@@ -188,11 +204,11 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
         elif record.state == "cancelled" and record.cancelled:
             kept = f"cancelled at step {record.cancelled.step} of {steps}"
         elif record.saved_step:
-            kept = f"kept up to step {record.saved_step} of {steps}"
+            kept = f"checkpoint at step {record.saved_step} of {steps}"
         elif record.launched:
-            kept = "starts over (no checkpoint yet)"
+            kept = "no checkpoint yet, starts over"
         lines.append(f"  {planned.trial.label:<22} {kept}")
-    return "\n".join([*lines, "The same command continues from there."])
+    return "\n".join([*lines, "The same command resumes from there."])
 
 
 if __name__ == "__main__":

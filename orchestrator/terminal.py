@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 # Columns of a table that goes to a file or a job log.
 LOG_WIDTH = 110
+GIB = 2**30
 
 
 def number_or_dash(value: float | None, form: str) -> str:
@@ -30,6 +32,11 @@ def file_size(size: int) -> str:
     """Bytes as ``3.2 GiB``, ``512.0 MiB``, ``4.0 KiB`` or ``17 bytes``."""
     unit, suffix = filesize.pick_unit_and_suffix(size, ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
     return f"{size / unit:,.{0 if unit == 1 else 1}f} {suffix}"
+
+
+def gib(size: float) -> str:
+    """Bytes as ``3.2 GiB``, however few."""
+    return f"{size / GIB:.1f} GiB"
 
 
 def device_hours(hours: float, unit: str | None) -> str:
@@ -58,7 +65,17 @@ def first_of(words: Sequence[str], most: int) -> str:
     return ", ".join(words[:most]) + more
 
 
+def printable(text: str) -> str:
+    r"""The text with escapes for what would act on a terminal instead of being seen: ``\x1b``, ``\n``."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def make_console(width: int | None = None) -> Console:
-    """A console for this terminal, or of fixed width (LOG_WIDTH by default) for a file or a job log."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=width or LOG_WIDTH)
+    """A console for this terminal; for a file or a job log, of COLUMNS or else ``width`` (default LOG_WIDTH) columns.
+
+    Text is printed as it is: square brackets are no markup.
+    """
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = width or LOG_WIDTH
+    return console

@@ -76,7 +76,7 @@ def show(compared: dict[str, Any], console: Console) -> None:
         spent = f", {hours(run['hours'], run['hours_unit'])}" if run["hours"] is not None else ""
         spent += f", {dollars(run['usd'])}" if run["usd"] is not None else ""
         steps = f", step {run['steps']} of {run['of_steps']}" if run["of_steps"] else ""
-        console.print(f"{letter}  {run['name']}: {run['state']}{steps}{spent}", markup=False)
+        console.print(f"{letter}  {run['name']}: {run['state']}{steps}{spent}")
     if compared["differences"]:
         table = Table(title="\nWhat differs", title_justify="left", box=None, pad_edge=False)
         for name in ("", "field", *letters):
@@ -102,7 +102,7 @@ def show(compared: dict[str, Any], console: Console) -> None:
         table.add_row(f"{row['step']:,}", *perplexities, *gaps)
     console.print(table)
     for sentence in compared["verdict"]:
-        console.print(sentence, markup=False)
+        console.print(sentence)
 
 
 if __name__ == "__main__":

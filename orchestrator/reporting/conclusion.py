@@ -16,7 +16,7 @@ from orchestrator.planning.planner import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
-from orchestrator.records.json_files import read_json, write_json
+from orchestrator.records.json_files import expect_fields, read_json, write_json
 from orchestrator.records.mlflow_store import without_password
 from orchestrator.records.mlflow_tracking import Tracker
 from orchestrator.records.provenance import Provenance
@@ -49,7 +49,7 @@ class Conclusion:
     console: Console
 
     def conclude(self) -> list[Outcome]:
-        """Compares the trials, writes and logs the report, and prints the answer; returns what became of each trial."""
+        """Compares the trials, writes and logs the report, and prints the answer; returns each trial's outcome."""
         from dashboards.report import render
         from orchestrator.reporting.result_table import result_table, winners
 
@@ -66,18 +66,18 @@ class Conclusion:
             if not self.tracker.outage:
                 self.tracker.log_sweep(sweep.name, comparison, list(self.plan.trials), [*report, *kept])
         except OSError as error:
-            self.console.print(f"note: the report could not be written: {error}", markup=False)
+            self.console.print(f"note: the report could not be written: {error}")
 
         self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
-            self.console.print(sentence, markup=False)
-        self.console.print(f"\n{time.time() - self.began:.0f} s in all.")
+            self.console.print(sentence)
+        self.console.print(f"\n{time.time() - self.began:.0f} s in total.")
         self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
         for trial in winners(comparison):
             command = self._export_command(trial["fingerprint"])
-            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
+            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True)
         self._print_unfinished(outcomes)
         return outcomes
 
@@ -95,35 +95,34 @@ class Conclusion:
             label, record = outcome.trial.label, outcome.record
             if record.state == "stopped" and record.stopped:
                 step = f"step {record.stopped.step} of {outcome.trial.training.steps}"
-                self.console.print(f"stopped early: {label} at {step}: {record.reason}", markup=False)
+                self.console.print(f"stopped early: {label} at {step}: {record.reason}")
         for outcome in outcomes:
             label, record = outcome.trial.label, outcome.record
             if record.state == "cancelled" and record.cancelled:
                 num_cancelled += 1
                 step = f"step {record.cancelled.step} of {outcome.trial.training.steps}"
-                self.console.print(f"cancelled: {label} at {step}, {record.reason}", markup=False)
+                self.console.print(f"cancelled: {label} at {step}, {record.reason}")
         if num_cancelled:
             self.console.print(
                 f"The sweep is unfinished: {num_cancelled} of {len(outcomes)} trials "
-                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command continues them."
+                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command resumes them."
             )
         for outcome in failures(outcomes):
             line = f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}"
-            self.console.print(line, style="red", markup=False)
+            self.console.print(line, style="red")
 
     def _print_mlflow(self) -> None:
         """Prints what MLflow lacks of the results, which are all in the storage, and what brings it there."""
         tracker, kept = self.tracker, f"the results are kept in {self.sweep.options.storage}"
         for note in tracker.store.notes:
-            self.console.print(f"note: {note}", markup=False)
+            self.console.print(f"note: {note}")
         if tracker.outage:
             self.console.print(
                 f"note: MLflow does not answer ({tracker.outage}); {kept}, and the same command logs them once it does",
-                markup=False,
             )
         refused = list(tracker.refused.values())
         for refusal in refused[:MOST_REFUSALS]:
-            self.console.print(f"error: {refusal}; {kept}", style="red", markup=False)
+            self.console.print(f"error: {refusal}; {kept}", style="red")
         if len(refused) > MOST_REFUSALS:
             self.console.print(f"error: MLflow refuses {len(refused) - MOST_REFUSALS} more runs", style="red")
 
@@ -185,7 +184,7 @@ class Conclusion:
 
         What an earlier run wrote stays if this one has trained nothing.
         """
-        file = self.sweep.folder / FILE
+        file, both = self.sweep.folder / FILE, {}
         if self.announced:
             price, cluster = self.plan.estimator.price, self.plan.cluster
             both = compare_with_plan(
@@ -194,7 +193,8 @@ class Conclusion:
             )  # fmt: skip
             write_json(file, both)
         else:
-            both = read_json(file) or {}
+            with self.sweep.storage.set_apart():
+                both = expect_fields(read_json(file) or {}, str(file))
         return [both["summary"]] if both.get("summary") else []
 
     def _describe_settings(self) -> dict[str, str]:
@@ -237,5 +237,5 @@ class Conclusion:
 
 
 def failures(outcomes: list[Outcome]) -> list[Outcome]:
-    """The trials that came to no end: failed, or never run."""
+    """The trials without an outcome: failed, or never run."""
     return [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]

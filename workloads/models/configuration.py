@@ -44,7 +44,7 @@ def read_configuration(what: str, pretrained: str, revision: str | None = None) 
 
     try:
         values, _ = PretrainedConfig.get_config_dict(pretrained, revision=revision)
-        kind = values.get("model_type")
+        kind = str(values.get("model_type"))
         if kind not in CONFIG_MAPPING:
             raise InputError(f"{what}: {_unknown_kind(kind, values)}")
         _update_rope(what, values)
