@@ -103,7 +103,7 @@ def _update_rope(what: str, values: dict[str, Any]) -> None:
         if any(isinstance(value, dict) for value in rope.values()):
             continue  # different positions in different layers, which workloads/models/positions.py refuses
         older = rope.pop("type", "default")
-        kind = rope.get("rope_type", older)
+        kind = str(rope.get("rope_type", older))
         rope["rope_type"] = RENAMED.get(kind, kind)
         for number in ROPE_NUMBERS:
             if rope.get(number) is not None:
