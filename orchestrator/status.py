@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from orchestrator.reporting.progress import AT_WORK
 from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
 from workloads.errors import InputError
+from workloads.terminal import make_console
 
 WATCH_S = 2.0
 # From this width on a trial is one line; in less, the rest of its facts follows the table.
@@ -54,9 +54,7 @@ def main(
         json: Print it as JSON.
         disk: Show the disk usage of each trial and of the rest of the storage root.
     """
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, markup=False, width=LOG_WIDTH)
+    console = make_console(LOG_WIDTH)
     opened = Storage.at(storage)
     if opened.store is None and not opened.root.is_dir():
         raise InputError(f"there is no storage root {opened.root}; name one with --storage")

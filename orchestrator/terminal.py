@@ -1,4 +1,4 @@
-"""How numbers, durations, sizes, money, paths and lists are written for people, and the console they are written to."""
+"""How numbers, durations, sizes, money, paths and lists are written for people."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import filesize
-from rich.console import Console
-
-# Columns of a table that goes to a file or a job log.
-LOG_WIDTH = 110
 
 
 def number_or_dash(value: float | None, form: str) -> str:
@@ -56,9 +52,3 @@ def first_of(words: Sequence[str], most: int) -> str:
     """``a, b, c``; of more than ``most`` words the first ones, ``and 3 more``."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
-
-
-def make_console(width: int | None = None) -> Console:
-    """A console for this terminal, or of fixed width (LOG_WIDTH by default) for a file or a job log."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=width or LOG_WIDTH)

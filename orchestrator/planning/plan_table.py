@@ -24,15 +24,15 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
     if plan.upcoming:
         console.print(f"  and {len(plan.upcoming)} more, which the search suggests ({sweep.spec.search})")
     if plan.has_work:
-        console.print(totals_line(plan.totals, plan.cluster), markup=False)
-        console.print(f"  ({plan.estimator.source}; {_price(plan.estimator, plan.cluster)})", markup=False)
+        console.print(totals_line(plan.totals, plan.cluster))
+        console.print(f"  ({plan.estimator.source}; {_price(plan.estimator, plan.cluster)})")
 
 
 def print_notes(sweep: Prepared, plan: SweepPlan, mlflow_uri: str, console: Console) -> None:
     """Prints what a user should know before the sweep starts, although nothing of it is an error."""
     scored = len(sweep.scored_documents(plan.trials))
     for note in notes(sweep.spec, sweep.options, sweep.original_length, sweep.packed, scored):
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     if sweep.early_stopping and not any(sweep.early_stopping.rungs(trial.training) for trial in plan.trials):
         console.print(
             f"note: --early-stopping {sweep.options.early_stopping} never applies: no evaluation lies between the "

@@ -66,18 +66,18 @@ class Conclusion:
             if not self.tracker.outage:
                 self.tracker.log_sweep(sweep.name, comparison, list(self.plan.trials), [*report, *kept])
         except OSError as error:
-            self.console.print(f"note: the report could not be written: {error}", markup=False)
+            self.console.print(f"note: the report could not be written: {error}")
 
         self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
-            self.console.print(sentence, markup=False)
+            self.console.print(sentence)
         self.console.print(f"\n{time.time() - self.began:.0f} s in all.")
         self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
         for trial in winners(comparison):
             command = self._export_command(trial["fingerprint"])
-            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True, markup=False)
+            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True)
         self._print_unfinished(outcomes)
         return outcomes
 
@@ -95,13 +95,13 @@ class Conclusion:
             label, record = outcome.trial.label, outcome.record
             if record.state == "stopped" and record.stopped:
                 step = f"step {record.stopped.step} of {outcome.trial.training.steps}"
-                self.console.print(f"stopped early: {label} at {step}: {record.reason}", markup=False)
+                self.console.print(f"stopped early: {label} at {step}: {record.reason}")
         for outcome in outcomes:
             label, record = outcome.trial.label, outcome.record
             if record.state == "cancelled" and record.cancelled:
                 num_cancelled += 1
                 step = f"step {record.cancelled.step} of {outcome.trial.training.steps}"
-                self.console.print(f"cancelled: {label} at {step}, {record.reason}", markup=False)
+                self.console.print(f"cancelled: {label} at {step}, {record.reason}")
         if num_cancelled:
             self.console.print(
                 f"The sweep is unfinished: {num_cancelled} of {len(outcomes)} trials "
@@ -109,21 +109,20 @@ class Conclusion:
             )
         for outcome in failures(outcomes):
             line = f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}"
-            self.console.print(line, style="red", markup=False)
+            self.console.print(line, style="red")
 
     def _print_mlflow(self) -> None:
         """Prints what MLflow lacks of the results, which are all in the storage, and what brings it there."""
         tracker, kept = self.tracker, f"the results are kept in {self.sweep.options.storage}"
         for note in tracker.store.notes:
-            self.console.print(f"note: {note}", markup=False)
+            self.console.print(f"note: {note}")
         if tracker.outage:
             self.console.print(
                 f"note: MLflow does not answer ({tracker.outage}); {kept}, and the same command logs them once it does",
-                markup=False,
             )
         refused = list(tracker.refused.values())
         for refusal in refused[:MOST_REFUSALS]:
-            self.console.print(f"error: {refusal}; {kept}", style="red", markup=False)
+            self.console.print(f"error: {refusal}; {kept}", style="red")
         if len(refused) > MOST_REFUSALS:
             self.console.print(f"error: MLflow refuses {len(refused) - MOST_REFUSALS} more runs", style="red")
 
