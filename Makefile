@@ -8,12 +8,23 @@ RUN    := $(VENV)/bin/python
 sweep: $(VENV)/.installed
 	$(RUN) -m orchestrator.sweep $(ARGS)
 
+# Tests that start no Ray have one thread each, so two run at a time. A test of Ray is several processes already.
+FAST := -n 2 --dist loadfile -m 'not gpu and not ray'
+
+# All tests on a CPU; with ARGS, the ones that they select.
 test: $(VENV)/.installed
+ifdef ARGS
 	$(RUN) -m pytest $(ARGS)
+else
+	@status=0; \
+	$(RUN) -m pytest $(FAST) || status=$$?; \
+	$(RUN) -m pytest -m 'ray and not gpu' || status=$$?; \
+	exit $$status
+endif
 
 # The tests that start no Ray.
 test-fast: $(VENV)/.installed
-	$(RUN) -m pytest -m 'not gpu and not ray' $(ARGS)
+	$(RUN) -m pytest $(FAST) $(ARGS)
 
 # Real kills and outages, about an hour: before a release. Its table goes into docs/faults.md.
 drill: $(VENV)/.installed

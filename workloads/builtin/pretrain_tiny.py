@@ -1,13 +1,13 @@
 """Trains ``builtin:tiny``, the embedded base model: a small byte-level Llama of Python source with a short context.
 
-A first sweep needs a pretrained model whose context is worth extending, and must not need a download. So this one is
-made from what a machine with longspan on it already has, in two steps that may run on two machines:
+A first sweep needs a pretrained model whose context is worth extending, and must not need a download. This one is made
+from what is installed beside longspan, in two steps that may run on two machines:
 
     python -m workloads.builtin.pretrain_tiny prepare --data tiny.npz
     python -m workloads.builtin.pretrain_tiny train --data tiny.npz --out workloads/builtin/tiny
 
-``prepare`` gathers Python source into one file. The held-out part of ``builtin:stdlib`` is in it for scoring only:
-files that share text with it are dropped from everything else. ``train`` runs on one device and leaves a folder that
+``prepare`` collects Python source in one file. The held-out part of ``builtin:stdlib`` is in it for scoring only:
+files that share text with it are dropped from the rest. ``train`` runs on one device and leaves a folder that
 stock transformers loads; the model card beside the weights holds the figures.
 """
 
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ CONTEXT = 512
 VOCABULARY = 264  # 256 bytes and the two below, rounded up to a multiple of 8
 END_OF_TEXT, PAD = 256, 257
 
-# Python sources under permissive licences, as installed beside longspan. Not among them, because they hold copies of
+# Python sources under permissive licences, as installed beside longspan. Excluded, since they contain copies of
 # standard-library modules: pip, setuptools, multiprocess, dill, importlib_metadata, typing_extensions, zipp, packaging.
 PACKAGES = (
     *("torch", "transformers", "ray", "sympy", "pandas", "scipy", "mlflow", "scikit-learn", "numpy", "SQLAlchemy"),
@@ -46,11 +47,11 @@ PACKAGES = (
     *("cryptography", "jsonschema", "Mako", "markdown-it-py", "sqlparse", "prettytable", "typer", "tyro", "filelock"),
     *("google-auth", "opentelemetry-sdk", "pillow", "pyasn1", "httpx2", "h11", "typeguard", "sortedcontainers"),
 )
-MAX_PACKAGE_BYTES = 12_000_000  # of one package, so that no one project's habits fill the corpus
+MAX_PACKAGE_BYTES = 12_000_000  # of one package, so that no project dominates the corpus
 MAX_FILE_BYTES = 400_000  # longer ones are tables
-MIN_LINE = 30  # characters of a line that says where a text comes from; shorter ones recur everywhere
-MAX_SHARED_OF_FILE = 0.05  # of a file's such lines, found anywhere in the held-out files
-MAX_SHARED_OF_HELD_OUT = 0.20  # of one held-out file's such lines, found in a file
+MIN_LINE = 30  # characters of a line that identifies its text; shorter ones recur everywhere
+MAX_SHARED_OF_FILE = 0.05  # of a file's identifying lines, found in any held-out file
+MAX_SHARED_OF_HELD_OUT = 0.20  # of one held-out file's identifying lines, found in a file
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "_vendor", "vendor", "thirdparty", "third_party", "thirdparty_files"})
 
 
@@ -58,7 +59,7 @@ _SKIPPED_FOLDERS = frozenset({"test", "tests", "_vendor", "vendor", "thirdparty"
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Writes the four groups of text, each a uint8 array of documents ended by NUL, and where they come from."""
+    """Writes the four groups of text, each a uint8 array of documents that end with NUL, and their sources."""
     held_out = [text for _, text in stdlib_documents("validation")]
     is_copy = copy_detector(held_out)
     seen: set[bytes] = set()
@@ -90,7 +91,10 @@ def prepare(arguments: argparse.Namespace) -> None:
         groups["packages"] += gather(
             name, package.version, licence_of(package.metadata), package_texts(name), MAX_PACKAGE_BYTES
         )
-    arrays = {name: np.frombuffer(b"".join(t.encode() + b"\0" for t in g), np.uint8) for name, g in groups.items()}
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(b"".join(text.encode() + b"\0" for text in texts), np.uint8)
+        for name, texts in groups.items()
+    }
     arguments.data.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(arguments.data, sources=json.dumps(sources), **arrays)
     for source in sources:
@@ -99,15 +103,15 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def copy_detector(held_out: list[str]) -> Callable[[str], bool]:
-    """Whether a text shares much with the held-out texts: a copy, a backport or another version of one of them."""
+    """Returns a function that detects copies of held-out texts, backports and other versions included."""
     owners: dict[str, set[int]] = {}
     for index, text in enumerate(held_out):
-        for line in telling_lines(text):
+        for line in _identifying_lines(text):
             owners.setdefault(line, set()).add(index)
     num_lines = Counter(index for indices in owners.values() for index in indices)
 
     def is_copy(text: str) -> bool:
-        lines = set(telling_lines(text))
+        lines = set(_identifying_lines(text))
         shared = [owners[line] for line in lines if line in owners]
         if len(shared) > MAX_SHARED_OF_FILE * len(lines):
             return True
@@ -120,28 +124,29 @@ def copy_detector(held_out: list[str]) -> Callable[[str], bool]:
     return is_copy
 
 
-def telling_lines(text: str) -> Iterator[str]:
+def _identifying_lines(text: str) -> Iterator[str]:
     return (line for line in map(str.strip, text.splitlines()) if len(line) >= MIN_LINE)
 
 
 def stdlib_test_texts() -> Iterator[str]:
+    """The sources of the standard library's tests."""
     folder = Path(sysconfig.get_path("stdlib"))
     for file in sorted(folder.rglob("*.py")):
         folders = set(file.relative_to(folder).parts[:-1])
         if folders & {"test", "tests", "idle_test"} and "site-packages" not in folders:
-            yield from readable(file)
+            yield from _readable_text(file)
 
 
 def package_texts(name: str) -> Iterator[str]:
-    """A package's sources, in an order that depends on their paths alone but mixes its folders."""
+    """A package's sources, in the order of a hash of their paths, which mixes its folders."""
     package = distribution(name)
     files = [file for file in package.files or [] if file.suffix == ".py" and _SKIPPED_FOLDERS.isdisjoint(file.parts)]
     for file in sorted(files, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest()):
-        yield from readable(Path(str(package.locate_file(file))))
+        yield from _readable_text(Path(str(package.locate_file(file))))
 
 
-def readable(file: Path) -> Iterator[str]:
-    """The file's text; nothing for one that does not decode, is empty, holds NUL, or is a table."""
+def _readable_text(file: Path) -> Iterator[str]:
+    """The file's text; nothing if it does not decode, is empty, contains NUL, or is a table."""
     if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
         return
     try:
@@ -154,8 +159,8 @@ def readable(file: Path) -> Iterator[str]:
         yield text
 
 
-def licence_of(metadata) -> str:
-    """What a package's metadata says of its licence, in the three ways that packages say it."""
+def licence_of(metadata: Any) -> str:
+    """A package's licence, from any of the three fields of its metadata that may state it."""
     classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier") or [] if c.startswith("License")]
     stated = metadata.get("License-Expression") or "; ".join(classifiers) or metadata.get("License") or "not stated"
     return stated.splitlines()[0]
@@ -165,15 +170,16 @@ def licence_of(metadata) -> str:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    """Trains on the prepared file, saves the model, and prints its held-out perplexities."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     data = np.load(arguments.data)
     groups = {name: torch.from_numpy(data[name]).to(device) for name in ("stdlib", "stdlib_tests", "packages")}
-    held_out = documents_of(data["held_out"])
-    seen_sample = documents_of(data["stdlib"][:800_000])  # about as much as is held out: shows overfitting
+    held_out = _documents_of(data["held_out"])
+    seen_sample = _documents_of(data["stdlib"][:800_000])  # about the size of the held-out text: shows overfitting
     sampler = Sampler(groups, arguments.shares, arguments.batch, arguments.seed)
 
-    model = LlamaForCausalLM(config_of(arguments)).to(device)
+    model = LlamaForCausalLM(_config_of(arguments)).to(device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
     print(f"{num_parameters:,} parameters on {device}; {settings}", flush=True)
@@ -243,7 +249,7 @@ def learning_rate_factor(step: int, progress: float, warmup_steps: int = 200, fl
 
 
 class Sampler:
-    """Rows of ``CONTEXT`` + 1 tokens from anywhere in a group's text, the group drawn by its share of the tokens."""
+    """Draws rows of ``CONTEXT`` + 1 tokens at random places of a group, and groups by their shares of the tokens."""
 
     def __init__(self, groups: dict[str, torch.Tensor], shares: list[float], batch: int, seed: int):
         self.text = torch.cat(list(groups.values()))
@@ -260,16 +266,16 @@ class Sampler:
         group = torch.multinomial(self.shares, self.batch, replacement=True, generator=self.generator)
         place = torch.rand(self.batch, generator=self.generator, device=self.text.device, dtype=torch.float64)
         starts = self.first[group] + (place * (self.last - self.first)[group]).long()
-        return tokens_of(self.text[starts[:, None] + self.window])
+        return _tokens_of(self.text[starts[:, None] + self.window])
 
 
-def tokens_of(text: torch.Tensor) -> torch.Tensor:
-    """Token ids of prepared text: a byte is its own id, and the NUL between documents is the end-of-text token."""
+def _tokens_of(text: torch.Tensor) -> torch.Tensor:
+    """Token ids of prepared text: a byte is its own id; the NUL after a document is the end-of-text token."""
     tokens = text.long()
     return tokens.masked_fill(tokens == 0, END_OF_TEXT)
 
 
-def documents_of(text: np.ndarray) -> list[torch.Tensor]:
+def _documents_of(text: np.ndarray) -> list[torch.Tensor]:
     return [torch.frombuffer(bytearray(d), dtype=torch.uint8) for d in text.tobytes().split(b"\0") if d]
 
 
@@ -281,19 +287,19 @@ def perplexity(model: LlamaForCausalLM, documents: list[torch.Tensor], window: i
     """Exp of the mean negative log-likelihood over the tokens of all full windows, each predicted from its own window.
 
     Windows of ``window`` tokens neither overlap nor cross documents; full attention; every token but a window's first
-    is scored. What is left of a document after its last full window is not.
+    is scored. The rest of a document after its last full window is not.
     """
     windows = torch.cat([document[: len(document) // window * window].view(-1, window) for document in documents])
     total = 0.0
     for rows in windows.split(max(1, 65_536 // window)):
-        rows = tokens_of(rows.to(model.device))
+        rows = _tokens_of(rows.to(model.device))
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
         total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / (windows.shape[0] * (window - 1)))
 
 
 def score(folder: Path, held_out: list[torch.Tensor], device: torch.device) -> dict[str, float]:
-    """Perplexities of the saved model in float32; beyond its context also with positions interpolated linearly."""
+    """Perplexities of the saved model in float32; beyond its context also with linear position interpolation."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     figures = {f"window {window}": perplexity(model, held_out, window) for window in (256, CONTEXT, 1024, 2048)}
     for factor in (2, 4):
@@ -307,7 +313,7 @@ def score(folder: Path, held_out: list[torch.Tensor], device: torch.device) -> d
 # The folder
 
 
-def config_of(arguments: argparse.Namespace) -> LlamaConfig:
+def _config_of(arguments: argparse.Namespace) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=arguments.hidden,
@@ -325,21 +331,22 @@ def config_of(arguments: argparse.Namespace) -> LlamaConfig:
 
 
 def save_folder(model: LlamaForCausalLM, folder: Path) -> None:
-    """Writes what ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, the weights in bfloat16."""
+    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, with weights in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # written for the owner alone, which an installed package cannot be
+    (folder / "model.safetensors").chmod(
+        0o644
+    )  # saved as readable by its owner only, which an installed package must not be
     byte_tokenizer().save_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each UTF-8 byte, its id the byte's value: a byte-level BPE without merges."""
-    # The printable stand-ins that byte-level BPE writes bytes as: a printable Latin-1 byte stands for itself, the
-    # others for the characters from 256 on, in order.
+    # Byte-level BPE writes a printable Latin-1 byte as itself, and the others as the characters from 256 on, in order.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     tokenizer = Tokenizer(models.BPE(vocab={symbols[byte]: byte for byte in range(256)}, merges=[]))
-    # Without its regular expression: there are no merges that words could keep apart, and it takes twice as long.
+    # No regular expression: without merges there is no need to split words, and it doubles the time.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
@@ -348,9 +355,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
+    """Runs ``prepare`` or ``train``, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(required=True)
-    preparing = steps.add_parser("prepare", help="gather the text into one .npz file")
+    preparing = steps.add_parser("prepare", help="collect the text in one .npz file")
     preparing.set_defaults(run=prepare)
     training = steps.add_parser(
         "train", help="train, save and score", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -366,7 +374,7 @@ def main() -> None:
     training.add_argument("--kv-heads", type=int, default=2)
     training.add_argument("--batch", type=int, default=256, help=f"sequences of {CONTEXT} tokens in a step")
     training.add_argument("--steps", type=int, default=8_000)
-    training.add_argument("--seconds", type=float, default=math.inf, help="ends sooner, the schedule with it")
+    training.add_argument("--seconds", type=float, default=math.inf, help="time limit; the schedule ends with it")
     training.add_argument("--lr", type=float, default=5e-3)
     training.add_argument("--weight-decay", type=float, default=0.1)
     training.add_argument(

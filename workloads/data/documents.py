@@ -32,12 +32,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a table: its unique name, its place (for error messages), its columns, and its side if known."""
+    """A row of a table: its unique name, its place (for error messages), and its columns."""
 
     name: str
     where: str
     columns: dict
-    split: Split | None = None
 
 
 def name_hash(name: str) -> int:

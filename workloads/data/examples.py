@@ -273,11 +273,11 @@ def _write(
         )
         empty: list[str] = []
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            empty += filter(None, map(empty_answer, chunk))
+            empty += filter(None, (empty_answer(row) for row, _ in chunk))
             if empty:
                 continue  # the rest is read only to report all of them at once
-            for row, tokens, answers in encode_rows(chunk, tokenizer):
-                side = row.split or "train"  # Instructions.rows gives every row its side
+            encoded = encode_rows([row for row, _ in chunk], tokenizer)
+            for (row, side), (tokens, answers) in zip(chunk, encoded, strict=True):
                 tokens_of[side].write(tokens.astype(dtype).data)
                 answers_of[side].write(answers.astype(np.uint8).data)
                 offsets[side].append(offsets[side][-1] + len(tokens))

@@ -98,11 +98,10 @@ class HubSource:
                     if not wanted(side):
                         break
 
-    def rows(self) -> Iterator[Row]:
-        """Every row of the splits that are read, whatever its columns."""
+    def sides(self) -> Iterator[tuple[Split | None, Iterator[Row]]]:
+        """Yields the rows of each split that is read, with its side; without one if rows are held out by hash."""
         for side, name, rows in self._splits():
-            for number, row in enumerate(rows):
-                yield Row(f"{name}#{number}", f"data set {self.repo}, {name} row {number}", row, side)
+            yield side, self._rows(name, rows)
 
     def _splits(self) -> list[tuple[Split | None, str, Iterable[dict]]]:
         """The splits to read, as (side, name, rows); without a side if rows are held out by hash."""
@@ -154,6 +153,10 @@ class HubSource:
     def _files(self) -> re.Match | None:
         """Where the configuration is a name of files: their format and compression."""
         return _FILES.fullmatch(self.config or "")
+
+    def _rows(self, split: str, rows: Iterable[dict]) -> Iterator[Row]:
+        for number, row in enumerate(rows):
+            yield Row(f"{split}#{number}", f"data set {self.repo}, {split} row {number}", row)
 
     def _texts(self, split: str, rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
         column = None

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workloads.data.documents import Row, assign_sides
+from workloads.data.documents import Row, Split, assign_sides
 from workloads.data.hub import HubSource
 from workloads.data.local import ROW_SUFFIXES, LocalRows
 from workloads.errors import InputError
@@ -68,24 +67,25 @@ class Instructions:
         """What the rows are, for the fingerprint: as of a corpus."""
         return self.source.identity
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[tuple[Row, Split]]:
         """Every row with its side: the data set's own validation split is held out, else rows by a hash of their name.
 
         Raises:
             InputError: there are fewer than two, or a file cannot be read.
         """
-        rows = self.source.rows()
-        first = next(rows, None)
-        if first is None:
+        is_empty = True
+        for side, rows in self.source.sides():
+            for row in self._held_out_by_hash(rows) if side is None else ((row, side) for row in rows):
+                is_empty = False
+                yield row
+        if is_empty:
             raise InputError(f"instruction data {self.name} has no row. Give data that has some.")
-        rows = chain([first], rows)
-        if first.split is not None:
-            yield from rows
-            return
+
+    def _held_out_by_hash(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Split]]:
         for _, row, side in assign_sides((row.name, row) for row in rows):
             if side is None:
                 raise InputError(f"instruction data {self.name} has a single row, and one is to be held out. Add rows.")
-            yield replace(row, split=side)
+            yield row, side
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Conversation:
     in_full: bool = False
 
 
-def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Row, np.ndarray, np.ndarray]]:
-    """Each row with its tokens (int64), and which of them are of an answer (bool), as this tokenizer's model sees them.
+def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each row's tokens (int64), and which of them belong to an answer (bool), as this tokenizer's model sees them.
 
     Raises:
         InputError: a row has neither form, or the template cannot take it, each with its place; or the tokenizer does
@@ -112,7 +112,7 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
     for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer)):
         if not answers[1:].any():
             raise InputError(f"{row.where}: none of its tokens is of an answer, by the tokenizer's chat template.")
-        yield row, tokens, answers
+        yield tokens, answers
 
 
 def empty_answer(row: Row) -> str | None:

@@ -83,8 +83,11 @@ class LocalRows:
         """``files:`` and a hash of all files."""
         return f"files:{files_digest(self.files)}"
 
-    def rows(self) -> Iterator[Row]:
-        """Streams every row, without a side."""
+    def sides(self) -> Iterator[tuple[Split | None, Iterator[Row]]]:
+        """Yields all rows, without a side: rows are held out by hash."""
+        yield None, self._rows()
+
+    def _rows(self) -> Iterator[Row]:
         readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": parquet_records}
         for name, path in self.files:
             for number, (where, record) in enumerate(readers[path.suffix.lower()](path)):

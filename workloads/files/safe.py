@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import uuid
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,8 +33,8 @@ def open_plain(path: Path, mode: str) -> IO[Any]:
 class PlainFileHandler(logging.FileHandler):
     """Appends log records to a file, and refuses a symbolic link."""
 
-    def _open(self) -> IO[Any]:
-        return open_plain(Path(self.baseFilename), self.mode)
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=_open_no_follow)
 
 
 def is_plain_file(path: Path) -> bool:

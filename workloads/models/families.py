@@ -59,6 +59,7 @@ class Family:
         gated: whether the MLP's activation is multiplied by a gate.
         grouped_queries: whether configurations may have fewer key/value heads than heads, and a head dimension.
         parallel_residual: whether attention and MLP both read the layer's input.
+        softcap: the field of configurations with the bound s on the logits, s tanh(logits / s); None if unbounded.
         refused: why no model of the family can be loaded for training; None if models can.
     """
 
@@ -72,6 +73,7 @@ class Family:
     gated: bool = True
     grouped_queries: bool = True
     parallel_residual: Fact = False
+    softcap: str | None = None
     refused: str | None = None
 
 
@@ -151,6 +153,7 @@ FAMILIES = Registry(
             linears=CONFIGURED_BIAS,
             norms=4,
             float32_norm_weights=True,
+            softcap="final_logit_softcapping",
         ),
         Family(
             model_type="gemma3_text",
@@ -159,6 +162,7 @@ FAMILIES = Registry(
             norms=4,
             float32_norm_weights=True,
             head_norms=True,
+            softcap="final_logit_softcapping",
             refused="its layers differ in their rotary positions, which workloads/models/positions.py refuses",
         ),
     ),
@@ -199,6 +203,12 @@ def family_of(config: Any) -> Family:
 def states(config: Any, fact: Fact) -> bool:
     """Whether a fact is true of a model with this configuration."""
     return bool(getattr(config, fact, False)) if isinstance(fact, str) else fact
+
+
+def logits_softcap(config: Any) -> float | None:
+    """The bound on the logits of a model with this configuration; None if they are not bounded."""
+    field = family_of(config).softcap
+    return getattr(config, field, None) if field else None
 
 
 def refuse_unsupported(config: Any) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from workloads.budget.loop import CHUNK_LOGITS
+from workloads.models.families import logits_softcap
 from workloads.training.compilation import compiled_like
 
 # A GPU computes matrix products in tiles of up to this many rows; other chunk sizes would waste part of a tile.
@@ -41,7 +42,7 @@ class NextTokenLoss(nn.Module):
     def __init__(self, model: nn.Module, recompute: bool = False) -> None:
         super().__init__()
         self.model, self.recompute = model, recompute
-        self.cross_entropy = partial(compiled_like(model, _cross_entropy), softcap=_softcap(model))
+        self.cross_entropy = partial(compiled_like(model, _cross_entropy), softcap=logits_softcap(model.config))
 
     def forward(self, tokens: torch.Tensor, weights: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The sum of each token's cross-entropy (nats) times its weight.
@@ -71,7 +72,7 @@ def next_token_losses(model: nn.Module, tokens: torch.Tensor, **inputs: Any) -> 
     """
     with torch.no_grad():
         hidden, targets = _hidden_states(model, tokens, inputs)
-        head, softcap = model.get_output_embeddings(), _softcap(model)
+        head, softcap = model.get_output_embeddings(), logits_softcap(model.config)
         chunks = _chunks(head, len(hidden))
         losses = torch.cat([_cross_entropy(head(hidden[chunk]), targets[chunk], softcap) for chunk in chunks])
     return losses.view(tokens.shape)[:, :-1]
@@ -118,11 +119,6 @@ def _chunks(head: nn.Module, num_tokens: int) -> Iterator[slice]:
     size = max(1, CHUNK_LOGITS // head.out_features)
     size -= size % TILE if size > TILE else 0
     return (slice(start, start + size) for start in range(0, num_tokens, size))
-
-
-def _softcap(model: nn.Module) -> float | None:
-    """The bound on the logits of Gemma 2 and 3; no other known family changes its output layer's result."""
-    return getattr(model.config, "final_logit_softcapping", None)
 
 
 def _loss(

@@ -88,8 +88,10 @@ def difference(found, expected):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_product_is_that_of_the_quantised_numbers_and_near_to_bfloat16s(bias):
-    """Exact but for bfloat16, which rounds the sum and the result. From what is not quantised it differs by 3.7%: each
-    operand is rounded to three bits, by up to 1/16 and in the root of the mean square by 2.6%.
+    """Exact but for bfloat16, which rounds the sum and the result.
+
+    It differs from the unquantised product by 3.7%: each operand is rounded to three bits, by up to 1/16, and in root
+    mean square by 2.6%.
     """
     plain, x = linear(bias=bias), activations(2, 24, 256)
     module = Float8Linear(plain, CPU)
@@ -422,8 +424,9 @@ def test_flops_and_bytes_are_what_a_pass_takes(method):
 
 
 def test_a_7b_has_another_byte_for_attentions_weights_and_products_at_twice_bfloat16s_rate():
-    """Without what quantising reads and writes: 20.9 of 26.5 GFLOP a token; the rest are attention's products of the
-    forward pass, the last layer, LoRA and the output layer.
+    """Without what quantising reads and writes: 20.9 of 26.5 GFLOP a token.
+
+    The rest are attention's products of the forward pass, the last layer, LoRA and the output layer.
     """
     shape, h200 = ModelShape.of(LlamaConfig(intermediate_size=11008)), Device.named("NVIDIA H200")
     flops, weights, seconds = {}, {}, {}

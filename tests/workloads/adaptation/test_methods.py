@@ -209,8 +209,9 @@ def test_what_trains_and_its_optimiser_state_are_float32_and_the_frozen_rest_kee
 
 
 def test_a_thousand_small_updates_add_up_which_bfloat16_would_lose():
-    """Under a steady gradient AdamW moves by its learning rate each step: 1,000 x 2e-5 from 1.0 is 0.98. The spacing of
-    bfloat16 below 1.0 is 0.0039, so there each of them is rounded away.
+    """Under a constant gradient AdamW moves by its learning rate each step: 1,000 x 2e-5 from 1.0 is 0.98.
+
+    The spacing of bfloat16 below 1.0 is 0.0039, which rounds each step away.
     """
     model = adapt(small_llama().bfloat16(), "lora+norm")
     norm = model.get_base_model().model.norm.weight
@@ -276,8 +277,9 @@ def test_without_autocast_nothing_is_cast():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "gate_proj", "down_proj")])
 def test_lora_computes_what_pefts_own_layers_do(targets, family):
-    """With biases (Qwen2), with projections in one (Phi-3), and beside layers that LoRA does not adapt. And its layers
-    stay PEFT's, to merge and to switch off.
+    """With biases (Qwen2), with joined projections (Phi-3), and beside layers that LoRA does not adapt.
+
+    Its layers stay PEFT's: they can be merged and switched off.
     """
     if family == "phi3":
         targets = targets and ("qkv_proj", "down_proj")
@@ -304,9 +306,7 @@ def test_lora_computes_what_pefts_own_layers_do(targets, family):
 
 
 def test_gradients_are_those_of_autocast_also_where_what_it_is_given_is_float32():
-    """The base is bfloat16, what runs through float32 (without ``keep_autocast_dtype``), the backward pass outside of
-    autocast.
-    """
+    """A bfloat16 base, float32 activations (no ``keep_autocast_dtype``), and the backward pass outside autocast."""
     tokens, results = torch.arange(16)[None], []
     for spared in (False, True):
         model = adapt(small_llama().bfloat16(), "lora+")

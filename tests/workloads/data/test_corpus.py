@@ -428,7 +428,7 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
 ASK_FOR_ROWS = """
 from workloads.data import Instructions
 instructions = Instructions.parse("Yukang/LongAlpaca-12k")
-print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, r.split] for r in instructions.rows()]]))
+print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, side] for r, side in instructions.rows()]]))
 """
 
 

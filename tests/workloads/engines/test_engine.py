@@ -183,8 +183,9 @@ def tensors_of(folder, step, kind=("model/", "optimizer/")):
 
 @pytest.mark.parametrize("how", ["plain", "micro_batch", "compiled", "offload", "activations"])
 def test_two_workers_train_what_one_trains(alone, together, how):
-    """Losses, the norm over all workers' gradients (some are clipped, some not), and perplexities; a worker's share of
-    three sequences makes micro-batches of two and one.
+    """Losses, the norm over all workers' gradients (some are clipped, some not), and perplexities.
+
+    A worker's share of three sequences makes micro-batches of two and one.
     """
     if how not in together:
         pytest.skip("ZeRO alone offloads what it shares out, and no activations; ZeRO-3 compiles no layers")

@@ -109,8 +109,9 @@ def test_when_an_answer_counts(answer, expected, right):
 
 
 def test_answers_are_greedy_with_full_attention_and_the_cache_changes_nothing():
-    """Against the most likely token of a fresh forward of everything so far, by a model that was never given a
-    pattern; the one under test trains with a sparse one.
+    """Against the most likely token of a fresh forward pass over all tokens so far.
+
+    The reference model was never given a pattern; the one under test trains with a sparse one.
     """
     model = SOURCE.load(512, "none", torch.float32)
     plain = SOURCE.load(512, "none", torch.float32)

@@ -81,8 +81,9 @@ def test_a_folder_that_is_no_checkpoint_of_its_step_is_passed_over(two_checkpoin
 
 
 def test_a_damaged_later_checkpoint_does_not_count_among_those_kept(two_checkpoints):
-    """A run that fell back to 10 saves 15: with 20, which is damaged, kept for the newest, nothing would be left to
-    fall back to.
+    """A run that fell back to 10 saves 15.
+
+    If 20, which is damaged, were kept as the newest, no checkpoint would be left to fall back to.
     """
     (two_checkpoints / "step-00000020" / TENSORS).unlink()
     save_checkpoint(two_checkpoints, 15, tensors(15), {})
@@ -93,10 +94,10 @@ def test_what_a_process_left_that_died_while_saving_is_removed_by_the_next_save(
     script = f"""
         import os, torch
         from pathlib import Path
-        import workloads.training.checkpoint
+        from workloads.training import checkpoint
         # Dies between the tensors and the state.
-        workloads.training.checkpoint.json.dumps = lambda *_, **__: os.kill(os.getpid(), 9)
-        workloads.training.checkpoint.save_checkpoint(Path({str(two_checkpoints)!r}), 30, {{"big": torch.zeros(1000)}}, {{}})
+        checkpoint.json.dumps = lambda *_, **__: os.kill(os.getpid(), 9)
+        checkpoint.save_checkpoint(Path({str(two_checkpoints)!r}), 30, {{"big": torch.zeros(1000)}}, {{}})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
     assert done.returncode == -9 and len(list(two_checkpoints.iterdir())) == 3

@@ -120,8 +120,9 @@ def test_a_folder_that_the_user_has_named_stays(tmp_path, monkeypatch):
 
 
 def test_other_code_of_an_operator_is_another_folder(tmp_path, monkeypatch):
-    """Torch's caches hold an operator's backward pass as it was traced, under the operator's name: a changed one would
-    not be taken up (seen on torch 2.13).
+    """Torch's caches hold an operator's backward pass as it was traced, under the operator's name.
+
+    A changed one would not be traced again (seen on torch 2.13).
     """
     before = chosen(tmp_path)
     source = tmp_path / "source"

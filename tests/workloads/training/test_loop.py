@@ -97,8 +97,9 @@ def train_in_a_process_to_kill(source, trial, corpus_folder, folder, progress):
 
 @pytest.mark.parametrize(("method", "changes"), [("lora+", GROUPS), ("full", {})])
 def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(method, changes, corpus, tmp_path):
-    """SIGKILL at a random moment between the first checkpoint and the end. The model drops attention scores, so that
-    the random state counts.
+    """SIGKILL at a random moment between the first checkpoint and the end.
+
+    The model has attention dropout, which makes the result depend on the random state.
     """
     shutil.copytree(SOURCE.location, tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "config.json").read_text())

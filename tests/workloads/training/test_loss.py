@@ -75,8 +75,9 @@ def test_evaluation_scores_what_the_model_says(family):
 
 @pytest.mark.parametrize("method", ["lora+", "full"])
 def test_bfloat16_rounds_as_the_plain_path_does(method):
-    """Under autocast: logits of a bfloat16 product, a softmax in float32; the loss is the same but for the order of
-    the sum, and gradients are as near as bfloat16 is to itself.
+    """Under autocast: logits of a bfloat16 product, a softmax in float32.
+
+    The loss is the same but for the order of the sum, and gradients agree within bfloat16's rounding.
     """
     model = adapt(small_llama(vocab_size=VOCABULARY, initializer_range=0.2).bfloat16(), method)
     tokens, weights = batch()

@@ -1,5 +1,4 @@
-"""Activations in host memory: nothing else changes, the device has what was planned, and the plan offloads what costs
-nothing.
+"""Activations in host memory: results stay, device memory is as planned, and the plan offloads what costs no time.
 
 Here the device is a CPU, whose copies are the same but for streams; ``-m gpu`` runs them on one.
 """
@@ -251,11 +250,13 @@ def on_gpu(context_length, group_size=8192, **overrides):
 
 
 def test_the_choice_for_98k_tokens_of_a_7b_on_an_h200():
-    """By hand. A compiled layer keeps of each token its input, the sum after attention, queries, keys, values and
-    attention's output, and what three modules with LoRA matrices read (the fourth reads attention's output), 4,096
-    each; what the activation function and its gate take, 11,008 each; all in 2 bytes; attention's statistics in 4; and
-    what four of LoRA's matrices give, 8 each. Of 128 GiB of the host 60% hold 8 layers; at 55 GB/s they take 1.45 s of
-    a forward pass that is predicted at 2.5 s.
+    """Counted by hand.
+
+    A compiled layer keeps for each token its input, the sum after attention, queries, keys, values and attention's
+    output, and what three modules with LoRA matrices read (the fourth reads attention's output), 4,096 each; what the
+    activation function and its gate read, 11,008 each; all in 2 bytes; attention's statistics in 4; and the outputs of
+    four of LoRA's matrices, 8 each. 60% of 128 GiB of the host hold 8 layers; at 55 GB/s they take 1.45 s of a forward
+    pass that is predicted at 2.5 s.
     """
     a_layer = 98_304 * (2 * (7 * 4096 + 2 * 11_008 + 4 * 8) + 4 * 32)
     chosen = fewest_recomputed(LLAMA2_7B, on_gpu(98_304), AUTO, 1, H200)
