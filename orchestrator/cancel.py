@@ -1,9 +1,9 @@
 """``python -m orchestrator.cancel TRIAL|SWEEP``: ends trials from another terminal, each with a checkpoint.
 
-A request is a small file, ``trials/<fingerprint>/cancel.json``; that of a whole sweep is ``sweeps/<name>/cancel.json``
-beside those of its trials. The worker that trains the trial finds it within two seconds and stops after the current
-step; a waiting trial does not begin. The sweep's other trials continue. A request holds for every sweep that shares the
-trial, until a sweep command adds the trial again: it resumes where it stopped.
+A request is a small file, ``trials/<fingerprint>/cancel.json``; for a whole sweep also ``sweeps/<name>/cancel.json``.
+The worker that trains the trial finds it within two seconds and stops after the current step; a waiting trial does not
+start. The sweep's other trials continue. A request holds for every sweep that shares the trial, until a sweep command
+adds the trial again: it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def main(
     if what in opened.sweeps():
         sweep = overview.sweep(what)
         if not sweep.runs:
-            raise InputError(f"the sweep {what} does not run; nothing is cancelled")
+            raise InputError(f"the sweep {what} is not running; nothing to cancel")
         request(opened, f"sweeps/{what}", by)
         trials = [trial for trial in sweep.trials if trial.is_to_do]
     else:
         trials = [overview.find(what)]
         if not trials[0].is_to_do:
-            raise InputError(f"{trials[0].label} ({trials[0].fingerprint}) is {trials[0].state}; nothing is cancelled")
+            raise InputError(f"{trials[0].label} ({trials[0].fingerprint}) is {trials[0].state}; nothing to cancel")
     for trial in trials:
         request(opened, f"trials/{trial.fingerprint}", by)
-        then = "does not begin" if trial.state == "waiting" else "stops with a checkpoint"
+        then = "does not start" if trial.state == "waiting" else "stops with a checkpoint"
         print(printable(f"cancelled: {trial.label} ({trial.fingerprint}), {trial.state}: it {then}"))
-    print("The same sweep command goes on with what is cancelled.")
+    print("The same sweep command resumes cancelled trials.")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, Run
 def _correct_learning_rates_chosen(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:
     """A recipe's statement of how it chose its learning rates does not hold for rates given as flags.
 
-    The text enters the hash in the sweep's name: whoever changes it gives such sweeps another name.
+    The text enters the hash in the sweep's name: changing it renames such sweeps.
     """
     fields = [
         field.name
@@ -103,7 +103,7 @@ def _description(plan: bool) -> str:
         f"  {name}{' (default)' if name == DEFAULT else ''}: {summary}" for name, summary in summaries.items()
     )
     what = (
-        "Show what a sweep would do with each of its trials, and what that costs. Nothing is started."
+        "Show what a sweep would do with each of its trials, and at what cost. Starts nothing."
         if plan
         else "Compare ways to give a language model a longer context."
     )

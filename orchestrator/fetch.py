@@ -1,6 +1,6 @@
 """``python -m orchestrator.fetch STORAGE FINGERPRINT``: a trial from an object store as a local folder.
 
-Downloads what ``workloads.export``, ``workloads.evaluate`` and ``workloads.ask`` read of a trial, with its newest
+Downloads what ``workloads.export``, ``workloads.evaluate`` and ``workloads.ask`` need, with the trial's newest
 checkpoint, and prints the folder:
 
     python -m workloads.export $(python -m orchestrator.fetch s3://bucket/runs 0123456789abcdef) DIR
@@ -35,7 +35,7 @@ def main(
 
 
 def fetch(location: str, fingerprint: str) -> Path:
-    """The trial's folder on this machine; that of a local storage is returned as it is.
+    """The trial's folder on this machine; in a local storage, its own folder.
 
     Raises:
         InputError: there is no such trial.

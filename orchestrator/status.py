@@ -1,7 +1,7 @@
-"""``python -m orchestrator.status [SWEEP]``: what runs, what waits, what it has cost and will cost.
+"""``python -m orchestrator.status [SWEEP]``: what is running and waiting, and what it has cost and will cost.
 
-For another terminal, while a sweep runs and after. It reads only files (and asks the NVIDIA driver) and does not join
-Ray, so it works beside any sweep with the same storage root, on any machine that sees it.
+For another terminal, during a sweep and after it. It reads only files (and asks the NVIDIA driver), and does not join
+Ray: it works on any machine that sees the storage root.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from workloads.errors import InputError
 from workloads.terminal import make_console
 
 WATCH_S = 2.0
-# From this width on a trial is one line; in less, the rest of its facts follows the table.
+# From this width on, a trial is one line; below it, the other facts follow the table.
 WIDE = 110
 LOG_WIDTH = 120
 # Of several trials with the same facts, at most this many are named.
 LABELS = 4
-STYLES = {"interrupted": "yellow", "failed": "red", "cancelled": "yellow", "finished": "dim", "not begun": "dim"}
+STYLES = {"interrupted": "yellow", "failed": "red", "cancelled": "yellow", "finished": "dim", "not started": "dim"}
 
 
 def main(
@@ -45,19 +45,19 @@ def main(
     json: bool = False,
     disk: bool = False,
 ) -> None:
-    """Shows what runs, what waits, what it has cost and will cost; reads only files.
+    """Show what is running and waiting, and what it has cost and will cost. Reads only files.
 
     Args:
-        sweep: A sweep's name, to show it alone; without it all of the storage root, and the newest in detail.
+        sweep: Name of a sweep to show; by default all of them, the newest in detail.
         storage: The storage root.
-        watch: Show it again every two seconds, until nothing runs any more.
-        json: Print it as JSON.
+        watch: Refresh every two seconds, until nothing runs.
+        json: Print JSON.
         disk: Show the disk usage of each trial and of the rest of the storage root.
     """
     console = make_console(LOG_WIDTH)
     opened = Storage.at(storage)
     if opened.store is None and not opened.root.is_dir():
-        raise InputError(f"there is no storage root {opened.root}; name one with --storage")
+        raise InputError(f"there is no storage root {opened.root}; give one with --storage")
     if disk:
         usage, overview = disk_usage(opened), Overview(opened)
         if json:
@@ -113,7 +113,7 @@ def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:
     table.add_column("sweep", overflow="fold")
     for name in ("state", "ended"):
         table.add_column(name, no_wrap=True)
-    for name in ("spent", "left", "begun"):
+    for name in ("spent", "left", "started"):
         table.add_column(name, justify="right", no_wrap=True)
     for sweep in sweeps:
         table.add_row(
@@ -145,12 +145,12 @@ def sweep_lines(sweep: SweepOverview, now: float, width: int) -> list[Text | Tab
 def _money(sweep: SweepOverview) -> str:
     spent = f"spent {_cost(sweep.hours, sweep.unit, sweep.usd)}"
     if sweep.left_hours is None:
-        return f"{spent}; how long it will take is not known yet"
+        return f"{spent}; time left not known yet"
     if not sweep.left_hours:
         return spent
     left = _cost(sweep.left_hours, sweep.unit, sweep.left_usd)
     when = duration(sweep.left_seconds or 0.0)
-    return f"{spent}; about {left} left, {when}{'' if sweep.runs else ' if it goes on'}"
+    return f"{spent}; about {left} left, {when}{'' if sweep.runs else ' once resumed'}"
 
 
 def _cost(hours: float, unit: str | None, money: float | None) -> str:
@@ -158,11 +158,11 @@ def _cost(hours: float, unit: str | None, money: float | None) -> str:
 
 
 def trial_rows(trials: list[TrialOverview], now: float, width: int) -> Table:
-    """The live table; with enough width also the tries, the last checkpoint, the last line and the host."""
+    """The live table; if wide enough, also the attempts, last checkpoint, last update and host."""
     table = trials_table()
     wide = width >= WIDE
     if wide:
-        for name in ("tries", "saved", "heard"):
+        for name in ("attempts", "saved", "updated"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("host", overflow="ellipsis", no_wrap=True)
     for trial in trials:
@@ -178,7 +178,7 @@ def _heard(trial: TrialOverview, now: float) -> str:
 
 
 def more_on(trials: list[TrialOverview], now: float, wide: bool) -> list[str]:
-    """The facts that do not fit into the trials' rows; the same facts of several trials are one line."""
+    """The facts that do not fit into the rows; trials with the same facts share a line."""
     alike: dict[tuple[str, str], list[str]] = {}
     for trial in trials:
         if facts := _facts(trial, now, wide):
@@ -189,9 +189,9 @@ def more_on(trials: list[TrialOverview], now: float, wide: bool) -> list[str]:
 def _facts(trial: TrialOverview, now: float, wide: bool) -> list[str]:
     facts = []
     if not wide and trial.state in AT_WORK | {"interrupted"} and trial.attempts:
-        saved = f"saved at {trial.saved_step}" if trial.saved_step else "nothing saved"
-        tries = f"{trial.attempts} {'try' if trial.attempts == 1 else 'tries'}"
-        facts.append(f"on {trial.host}, {tries}, {saved}, heard {_heard(trial, now)}")
+        saved = f"saved at {trial.saved_step}" if trial.saved_step else "no checkpoint"
+        attempts = f"{trial.attempts} attempt{'s' * (trial.attempts > 1)}"
+        facts.append(f"on {trial.host}, {attempts}, {saved}, updated {_heard(trial, now)}")
     facts += [fact for fact in (trial.elsewhere, trial.why) if fact]
     return facts + [remedy for remedy in trial.remedies if not (trial.why or "").startswith(remedy)]
 
@@ -204,8 +204,8 @@ def gpu_lines(found: list[Gpu]) -> list[Text]:
 def disk_table(usage: DiskUsage, overview: Overview) -> Table:
     """Disk usage by trial, the largest first, and of the rest."""
     labels = {trial.fingerprint: f"{sweep.name}/{trial.label}" for sweep in overview.sweeps() for trial in sweep.trials}
-    table = Table(box=None, pad_edge=False, caption=f"{file_size(usage.total)} in all", caption_justify="left")
-    table.add_column("what", overflow="fold")
+    table = Table(box=None, pad_edge=False, caption=f"{file_size(usage.total)} in total", caption_justify="left")
+    table.add_column("item", overflow="fold")
     for name in ("checkpoints", "earlier", "rest", "total"):
         table.add_column(name, justify="right", no_wrap=True)
     for trial in sorted(usage.trials.values(), key=lambda trial: trial.total, reverse=True):

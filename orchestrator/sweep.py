@@ -46,23 +46,23 @@ from workloads.errors import InputError
 from workloads.files.safe import replace_file
 from workloads.terminal import make_console
 
-# A preparation that takes long prints what it is doing this often.
+# A long preparation prints what it is doing this often.
 PREPARING_NOTE_SECONDS = 15
 
 
 @dataclass
 class Status:
-    """What the command is doing: printed where it takes long, and shown by other terminals (orchestrator/status.py)."""
+    """What the command is doing: printed if it takes long, and shown by ``orchestrator.status``."""
 
     doing: str = "reading the model and the data"
     plan: SweepPlan | None = None
 
     def report(self, doing: str) -> None:
-        """Takes note of what is being prepared."""
+        """Notes what is being prepared."""
         self.doing = doing
 
     def adopt(self, plan: SweepPlan) -> None:
-        """Takes note of the plan that is being carried out."""
+        """Notes the plan that is being carried out."""
         self.plan = plan
 
     def describe(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
     """Moves the results of trials that --force starts over to a folder of the trial.
 
     Raises:
-        InputError: one is being trained, or another sweep that runs is to train it.
+        InputError: one is being trained, or is a trial of another running sweep.
     """
     forced = [planned.trial for planned in plan.planned if planned.forced]
     if not forced:
@@ -165,12 +165,14 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
         if holder := sweep.storage.trial(trial.fingerprint).holder():
             others.append(holder["sweep"])
         if others:
-            raise InputError(f"--force: {trial.label} is a trial of {others[0]}, which runs; wait, or cancel it there")
+            raise InputError(
+                f"--force: {trial.label} is a trial of {others[0]}, which is running; wait, or cancel it there"
+            )
     for trial in forced:
         aside = sweep.storage.trial(trial.fingerprint).put_aside()
         if sweep.rungs:
             sweep.rungs.forget(trial)
-        console.print(f"{trial.label}: what there was is kept in {shown_path(aside)}", soft_wrap=True)
+        console.print(f"{trial.label}: earlier results are kept in {shown_path(aside)}", soft_wrap=True)
 
 
 def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
@@ -179,7 +181,7 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
     for planned in plan.planned if plan else ():
         record = TrialRecord.of(storage.trial(planned.trial.fingerprint).journal)
         steps = planned.trial.training.steps
-        kept = "not begun"
+        kept = "not started"
         if record.state == "finished":
             kept = "finished"
         elif record.state == "stopped" and record.stopped:
@@ -187,11 +189,11 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
         elif record.state == "cancelled" and record.cancelled:
             kept = f"cancelled at step {record.cancelled.step} of {steps}"
         elif record.saved_step:
-            kept = f"kept up to step {record.saved_step} of {steps}"
+            kept = f"checkpoint at step {record.saved_step} of {steps}"
         elif record.launched:
-            kept = "starts over (no checkpoint yet)"
+            kept = "no checkpoint yet, starts over"
         lines.append(f"  {planned.trial.label:<22} {kept}")
-    return "\n".join([*lines, "The same command continues from there."])
+    return "\n".join([*lines, "The same command resumes from there."])
 
 
 if __name__ == "__main__":

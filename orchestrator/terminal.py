@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich import filesize
 
+GIB = 2**30
+
 
 def number_or_dash(value: float | None, form: str) -> str:
     """A number in a format such as ``.3f``, or a dash for None."""
@@ -26,6 +28,11 @@ def file_size(size: int) -> str:
     """Bytes as ``3.2 GiB``, ``512.0 MiB``, ``4.0 KiB`` or ``17 bytes``."""
     unit, suffix = filesize.pick_unit_and_suffix(size, ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
     return f"{size / unit:,.{0 if unit == 1 else 1}f} {suffix}"
+
+
+def gib(size: float) -> str:
+    """Bytes as ``3.2 GiB``, however few."""
+    return f"{size / GIB:.1f} GiB"
 
 
 def device_hours(hours: float, unit: str | None) -> str:

@@ -224,7 +224,7 @@ def _costs(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware:
 
 
 def _dominator(beaten: dict[str, Any], settings: list[dict[str, Any]], chosen: dict[str, dict[str, Any]]) -> str:
-    """The best setting that is at least as good as another for no more hours; its method, where it stands for that."""
+    """The best setting that is at least as good for no more hours; by its method, if it is the method's chosen one."""
 
     def costs(setting: dict[str, Any]) -> tuple[float, float]:
         return setting["final"]["perplexity"], setting["hours"]

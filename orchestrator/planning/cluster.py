@@ -14,12 +14,11 @@ from orchestrator.planning.ray_head import RUN_HERE, check_head
 from orchestrator.process import end_on_signal
 from orchestrator.ray_internals import HEAD_NODE_RESOURCE, ray_folder
 from orchestrator.records.provenance import cpu_name
+from orchestrator.terminal import GIB
 from workloads.budget import Device, host_memory
 from workloads.config import Precision
 from workloads.engines.allocator import allocator_variables
 from workloads.errors import InputError
-
-GIB = 2**30
 
 # Set before Ray starts, so that its processes inherit them.
 ENVIRONMENT = {
@@ -108,7 +107,7 @@ class Cluster:
             raise InputError(f"--cluster: {error}") from error
         kind = found.instance
         memory, gpu_memory = (kind.memory_gib or 0) * GIB, (kind.gpu_memory_gib or 0) * GIB
-        node = Node(kind.cpus or 0, kind.gpus or 0, memory, kind.gpu, gpu_memory)
+        node = Node(kind.cpus or 0, kind.gpus, memory, kind.gpu, gpu_memory)
         return cls((node,) * found.nodes, kind.name)
 
     @classmethod

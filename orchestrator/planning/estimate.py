@@ -1,4 +1,4 @@
-"""What a trial will take before it runs: workers, memory, speed, time, hours and money; and what makes it fit.
+"""What a trial will take, before it runs: workers, memory, speed, time, hours and money; and what makes it fit.
 
 Memory and FLOPs come from ``workloads.budget``, prices from ``clusters.prices``. Speeds are those that trials measured
 on the same hardware, scaled by FLOPs; without such trials they follow from the device's stated efficiency.
@@ -15,7 +15,7 @@ from clusters.prices import Price, price_per_gpu_hour
 from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.terminal import and_list
+from orchestrator.terminal import and_list, gib
 from orchestrator.trial_spec import TrialSpec
 from workloads.budget import (
     Device,
@@ -33,7 +33,6 @@ from workloads.budget import (
 )
 from workloads.config import ExecutionConfig, TrainingConfig
 
-GIB = 2**30
 # From a trial's launch until its model is ready, if no trial of this storage has measured it: 9 to 10 s on two CPU
 # cores (docs/performance.md). A model from a hub is downloaded as well.
 START_UP_SECONDS = 10.0
@@ -50,7 +49,7 @@ class Estimate:
         devices: of all workers together: GPUs, or CPU threads.
         memory: what each worker needs.
         device_memory: bytes that each worker has.
-        seconds: until its end, start-up and evaluations included.
+        seconds: to its end, including start-up and evaluations.
         disk: bytes of its checkpoints.
         layers: layers with a backward pass, which could recompute their activations.
         changes: what --fit has changed.
@@ -77,7 +76,7 @@ class Estimate:
 
 
 def _normalised(training: TrainingConfig) -> TrainingConfig:
-    """Without what changes neither memory nor time: trials that differ in that alone share an estimate."""
+    """Without fields that change neither memory nor time: trials that differ only in them share an estimate."""
     return replace(training, seed=0, learning_rate=1.0, schedule="constant", warmup_steps=0)
 
 
@@ -143,7 +142,7 @@ class Estimator:
         """Estimates what is left of a trial.
 
         Args:
-            record: how far it is; None: it has not begun.
+            record: its progress; None: not started.
             fit: make the smallest change that makes it fit.
         """
         training = _normalised(trial.training)
@@ -162,14 +161,12 @@ class Estimator:
             execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
         needs = needed(self.shape, training, execution, workers, self.device)
         if execution.layers_offloaded and 0 < self.device.host_memory < needs.host:
-            has = (
-                f"{needs.host / GIB:.1f} GiB of {self.device.host_memory / GIB:.1f} GiB of host memory for each worker"
-            )
+            has = f"{gib(needs.host)} of {gib(self.device.host_memory)} of host memory for each worker"
             refusal = f"needs {has}; --offload-activations auto takes as many layers as fit"
             return Placed(workers, execution, needs, refusal=refusal)
         if needs.total <= self.device.memory:
             return Placed(workers, execution, needs)
-        has = f"{needs.total / GIB:.1f} GiB on each of {workers} x {self.device.memory / GIB:.1f} GiB"
+        has = f"{gib(needs.total)} on each of {workers} x {gib(self.device.memory)}"
         found = smallest_change_that_fits(
             self.shape, training, asked, workers, self.device, self.cluster.most_workers(options)
         )
@@ -245,7 +242,7 @@ class Estimator:
     def source(self) -> str:
         """Where the speeds come from, in words."""
         if not self.device.bfloat16:
-            return f"no speed is known for {self.device.name}: no trial has been timed on it here"
+            return f"the speed of {self.device.name} is unknown: no trial has been timed on it here"
         if self.timed:
             return f"speeds measured by {len(self.timed)} trial{'s' * (len(self.timed) > 1)} here on this hardware"
         return f"speeds from {self.device.name}'s peak times an efficiency ({self.device.efficiency_source})"

@@ -1,4 +1,4 @@
-"""The notes that a sweep prints before it starts: what is allowed but perhaps not intended."""
+"""The notes that a sweep prints before it starts: settings that are allowed but may not be intended."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from orchestrator.options import RunOptions
 from orchestrator.spec import SweepSpec
 from workloads.data import ExampleCorpus, PackedCorpus
 
-# A bootstrap interval over fewer documents says little: their spread is hardly known.
+# A bootstrap interval over fewer documents says little: it hardly knows their spread.
 FEW_DOCUMENTS = 8
-# Training examples that fill less of the context do not teach the length that they are padded or cut to.
+# Training examples that fill less of the context hardly train its far end.
 MIN_FILLED = 0.5
 
 

@@ -8,28 +8,28 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.planning.cluster import Cluster
-from orchestrator.planning.estimate import GIB, Estimate, Estimator
+from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.notes import notes
 from orchestrator.planning.planner import Planned, Totals, summarise_actions
 from orchestrator.planning.preparation import Identified, Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
-from orchestrator.terminal import duration, number_or_dash
+from orchestrator.terminal import GIB, duration, gib, number_or_dash, usd
 
 
 def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
-    """Prints what the sweep does with each trial, and what all of it takes."""
+    """Prints what the sweep does with each trial, and the time and cost of all of it."""
     console.print(f"sweep {sweep.name}: {sweep.spec.model} on {sweep.spec.data}, storage {sweep.options.storage}")
     console.print(summarise_actions(plan.planned))
     console.print(plan_table(plan.planned, _unit(plan.cluster)))
     if plan.upcoming:
-        console.print(f"  and {len(plan.upcoming)} more, which the search suggests ({sweep.spec.search})")
+        console.print(f"  and {len(plan.upcoming)} more, to be suggested by the search ({sweep.spec.search})")
     if plan.has_work:
         console.print(totals_line(plan.totals, plan.cluster))
         console.print(f"  ({plan.estimator.source}; {_price(plan.estimator, plan.cluster)})")
 
 
 def print_notes(sweep: Prepared, plan: SweepPlan, mlflow_uri: str, console: Console) -> None:
-    """Prints what a user should know before the sweep starts, although nothing of it is an error."""
+    """Prints what a user should know before the sweep starts, errors aside."""
     scored = len(sweep.scored_documents(plan.trials))
     for note in notes(sweep.spec, sweep.options, sweep.original_length, sweep.packed, scored):
         console.print(f"note: {note}")
@@ -40,8 +40,8 @@ def print_notes(sweep: Prepared, plan: SweepPlan, mlflow_uri: str, console: Cons
         )
     if sweep.storage.store and mlflow_uri.startswith("sqlite:"):
         console.print(
-            f"note: MLflow's store is on this machine, in {sweep.storage.mlflow}, since an object store cannot hold a "
-            "database; --tracking-uri names a server instead",
+            f"note: MLflow's store is on this machine, in {sweep.storage.mlflow}, because an object store cannot hold "
+            "a database; to use a server, give --tracking-uri",
             soft_wrap=True,
         )
 
@@ -95,8 +95,8 @@ def totals_line(total: Totals, cluster: Cluster) -> str:
     """One line: time, device hours, cost and disk space of what is left to do."""
     parts = ["time unknown" if total.makespan is None else f"about {duration(total.makespan)}"]
     parts.append(f"{number_or_dash(total.hours, ',.2f')} {_unit(cluster)} hours")
-    parts.append("cost unknown" if total.usd is None else f"{total.usd:,.2f} USD")
-    parts.append(f"{total.disk / GIB:.1f} GiB of checkpoints")
+    parts.append("cost unknown" if total.usd is None else usd(total.usd))
+    parts.append(f"{gib(total.disk)} of checkpoints")
     has = f"{cluster.gpus:g} x {_gpu_name(cluster)}" if cluster.gpus else f"{cluster.cpus:g} CPUs"
     return f"to do: {', '.join(parts)}, on {has}"
 
@@ -111,5 +111,5 @@ def _gpu_name(cluster: Cluster) -> str:
 
 def _price(estimator: Estimator, cluster: Cluster) -> str:
     if estimator.price is None:
-        return f"no price is known for {estimator.device.name}s here: --price-per-hour"
-    return f"{estimator.price.usd_per_gpu_hour:.2f} USD a {_unit(cluster)} hour: {estimator.price.source}"
+        return f"the price of {estimator.device.name} is unknown; set one with --price-per-hour"
+    return f"{usd(estimator.price.usd_per_gpu_hour)} per {_unit(cluster)} hour: {estimator.price.source}"

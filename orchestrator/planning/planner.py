@@ -1,4 +1,4 @@
-"""What a sweep would do with each of its trials, why, and what that takes."""
+"""What a sweep would do with each of its trials, why, and at what cost."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Action = Literal["run", "resume", "known", "stopped", "infeasible"]
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial, what its sweep does with it and why, and what that takes.
+    """A trial: what its sweep does with it, why, and at what cost.
 
     Args:
-        action: known: finished before; stopped: this sweep stopped it early before; infeasible: it does not fit.
-        forced: its earlier results are put aside first (--force).
+        action: known: already finished; stopped: this sweep has already stopped it early; infeasible: it does not fit.
+        forced: its earlier results are moved aside first (--force).
     """
 
     trial: TrialSpec
@@ -49,13 +49,13 @@ def plan_trials(
     stopping_sweep: str | None = None,
     forced: Collection[str] = (),
 ) -> list[Planned]:
-    """Decides what to do with each trial from what its journal says, and estimates what that takes.
+    """Decides what to do with each trial from its journal, and estimates the cost.
 
     Args:
-        fit: change a trial that does not fit into memory so that it does.
+        fit: change a trial that does not fit into memory until it does.
         stopping_sweep: the sweep's name if it stops trials early. A trial that it has stopped before stays stopped; for
             any other sweep the trial is unfinished.
-        forced: fingerprints of trials that start over whatever is known of them.
+        forced: fingerprints of trials that start over even if they are known.
     """
     records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
     estimator.learn([*zip(trials, records), *storage.others(list(trials))])
@@ -72,7 +72,7 @@ def _force(trial: TrialSpec, record: TrialRecord, estimator: Estimator, fit: boo
     if planned.action == "infeasible":
         return planned
     done = f"{record.state} at step {record.last_step}" if record.steps else record.state
-    reason = f"from the beginning (--force); what is {done} is put aside"
+    reason = f"starts over (--force); its earlier results ({done}) are kept"
     return dataclasses.replace(planned, reason=reason, forced=True)
 
 
@@ -85,19 +85,19 @@ def _plan(
         return Planned(trial, record, action, reason, estimate)
 
     if record.state == "finished":
-        return planned("known", f"finished before, in trials/{trial.fingerprint}")
+        return planned("known", f"already finished, in trials/{trial.fingerprint}")
     if record.state == "stopped" and record.stopped and record.stopped.sweep == stopping_sweep:
         return planned("stopped", f"stopped early at step {record.stopped.step}: {record.reason}")
     if estimate.refusal:
         return planned("infeasible", estimate.refusal)
-    changed = f"; with {', '.join(estimate.changes)} so that it fits" if estimate.changes else ""
+    changed = f"; with {', '.join(estimate.changes)}, to make it fit" if estimate.changes else ""
     if record.saved_step:
         reason = f"from step {record.saved_step} of {trial.training.steps}"
         if record.state == "cancelled":
             reason += f", where it was cancelled {record.reason}"
         return planned("resume", reason + changed)
     if record.state == "failed":
-        return planned("run", f"failed before ({record.reason}), tried again" + changed)
+        return planned("run", f"failed before ({record.reason}); will be retried" + changed)
     if record.state == "cancelled":
         return planned("run", f"cancelled before {record.reason}" + changed)
     return planned("run", ("not trained yet" if trial.training.steps else "not evaluated yet") + changed)
@@ -124,8 +124,8 @@ def summarise_actions(planned: Sequence[Planned]) -> str:
     words: dict[Action, str] = {
         "run": "to run",
         "resume": "to resume",
-        "known": "finished before, not trained again",
-        "stopped": "stopped early before",
+        "known": "already finished",
+        "stopped": "already stopped early",
         "infeasible": "infeasible",
     }
     counts = {action: sum(p.action == action for p in planned) for action in words}
@@ -135,7 +135,7 @@ def summarise_actions(planned: Sequence[Planned]) -> str:
 
 @dataclass(frozen=True)
 class Totals:
-    """What is left to do, of all trials together. None: unknown for at least one.
+    """What is left to do, for all trials together. None: unknown for at least one.
 
     Args:
         hours: of all devices together: GPU hours where there are GPUs, else CPU hours.
@@ -188,7 +188,7 @@ def refuse_over_budget(total: Totals, spent: tuple[float, float | None], options
         spent: device hours and US dollars that earlier runs of this sweep have taken.
 
     Raises:
-        InputError: the sweep would exceed its budget, or what it takes is unknown.
+        InputError: the sweep would exceed its budget, or its cost is unknown.
     """
     for flag, limit, before, left, unit in (
         ("--budget-hours", options.budget_hours, spent[0], total.hours, "device hours"),
@@ -198,16 +198,16 @@ def refuse_over_budget(total: Totals, spent: tuple[float, float | None], options
             continue
         if left is None:
             needed = "--price-per-hour" if flag == "--budget-usd" else "a device whose speed is known"
-            raise InputError(f"{flag} {limit:g}: the cost of this sweep is unknown; give {needed}, or leave it out")
+            raise InputError(f"{flag} {limit:g}: the cost of this sweep is unknown; give {needed}, or drop the flag")
         if left and left + (before or 0) > limit:
             raise InputError(
-                f"{flag} {limit:g}: the rest of this sweep takes about {left:,.3g} {unit}, after {before or 0:,.3g} "
-                "before; allow more, or sweep fewer lengths, methods or steps"
+                f"{flag} {limit:g}: the rest of this sweep takes about {left:,.3g} {unit}, and {before or 0:,.3g} "
+                "are already spent; raise the limit, or sweep fewer lengths, methods or steps"
             )
 
 
 def as_json(planned: Iterable[Planned], total: Totals) -> dict[str, Any]:
-    """The plan as plain data: kept with the sweep as ``plan.json``, to compare with what the trials take."""
+    """The plan as plain data: kept with the sweep as ``plan.json``, to compare with the trials' actual cost."""
     return {
         "totals": {"hours": total.hours, "usd": total.usd, "seconds": total.makespan, "disk_bytes": total.disk},
         "trials": [

@@ -1,12 +1,12 @@
 """Search beyond grids: settings of each method at each context length, at random or by Optuna's TPE.
 
 Each method has its own study at each context length, over its learning rate, LoRA's rank and the group size; the
-objective is the final perplexity at the trained length. A suggestion becomes a trial like any other, identified by its
-fingerprint, and the sweep grows by it.
+objective is the final perplexity at the trained length. A suggestion becomes an ordinary trial of the sweep, identified
+by its fingerprint.
 
-``sweeps/<name>/search.jsonl`` and the trials' journals are the whole state: each suggestion is written there before its
-trial begins. Suggestion n of a study depends only on the seed, on n, and on the outcomes of the suggestions before it:
-a search that was killed rebuilds its studies from disk and continues as it would have.
+``sweeps/<name>/search.jsonl`` and the trials' journals are the whole state: a suggestion is written before its trial
+starts. Suggestion n of a study depends only on the seed, on n, and on the outcomes of earlier suggestions: a killed
+search rebuilds its studies from disk and continues as it would have.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import TrialSpec
-from workloads.config import group_size_in_tokens
+from workloads.config import TrainingConfig, group_size_in_tokens, labels
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-# Their names in a trial's label.
-NAMES = {"learning_rate": "lr", "lora_rank": "r", "group_size": "g"}
-# How far below and above a method's own learning rate a search goes if no range is given.
+LABELS = labels(TrainingConfig)
+# Without a given range, a search covers a method's own learning rate divided and multiplied by this.
 RATE_FACTOR = 10
-# Rates are rounded to this many digits, so that a person can read them, and type them to get the same trial.
+# Rates are rounded to this many digits: readable, and a typed one names the same trial.
 SIGNIFICANT_DIGITS = 3
 # TPE's first suggestions are random: a third of a study, at most Optuna's own ten.
 MOST_RANDOM = 10
-# How often a repeated suggestion is drawn again: by the sampler, then at random. After that the space is used up.
+# Draws after a repeated suggestion: by the sampler, then at random. After that the space counts as exhausted.
 SAMPLER_DRAWS, RANDOM_DRAWS = 10, 500
-# How a trial's reason begins if its learning rate was too high: a result, not a fault.
+# The prefix of a trial's reason if its learning rate was too high: a result, not a fault.
 DIVERGED = "NonFiniteLoss"
 
 
@@ -53,7 +52,7 @@ class Space:
 
     Args:
         rates: the range of learning rates, uniform in their logarithm.
-        choices: ranks, and group sizes as they were given (shares or tokens), by field.
+        choices: ranks, and group sizes as given (shares or tokens), by field.
     """
 
     rates: tuple[float, float]
@@ -64,7 +63,7 @@ class Space:
         """The space of the method and context length of ``base``, without fields that do not change its result.
 
         Raises:
-            InputError: a group size that the context length cannot have, or too few settings for the trials asked for.
+            InputError: a group size is invalid at this context length, or there are fewer settings than trials.
         """
         training = base.training
         own = training.learning_rate
@@ -78,19 +77,19 @@ class Space:
         space = cls(rates, {name: tuple(dict.fromkeys(values)) for name, values in choices.items() if values})
         if rates[0] == rates[1] and math.prod(map(len, space.choices.values())) < spec.search_trials:
             raise InputError(
-                f"--search-trials {spec.search_trials}: there are fewer settings of {base.label} to choose from; lower "
+                f"--search-trials {spec.search_trials}: {base.label} has fewer settings than that; lower "
                 "it, or widen --search-learning-rate, --search-rank or --search-group-size"
             )
         return space
 
     @property
     def varied(self) -> tuple[str, ...]:
-        """The fields in which its trials differ."""
+        """The fields that differ between its trials."""
         rate = ("learning_rate",) if self.rates[0] < self.rates[1] else ()
         return (*rate, *(name for name, values in self.choices.items() if len(values) > 1))
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The space as Optuna describes one."""
+        """The space in Optuna's types."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution
 
         choices = {name: CategoricalDistribution(values) for name, values in self.choices.items()}
@@ -102,7 +101,7 @@ class Space:
         if "group_size" in values:
             values["group_size"] = group_size_in_tokens(values["group_size"], base.training.context_length)
         training = dataclasses.replace(base.training, **values)
-        named = [f"{NAMES[name]} {_short(getattr(training, name))}" for name in self.varied]
+        named = [f"{LABELS[name].short} {_short(getattr(training, name))}" for name in self.varied]
         return dataclasses.replace(base, training=training, distinction=" ".join(named))
 
     def own(self, base: TrialSpec) -> dict[str, Any] | None:
@@ -147,13 +146,13 @@ class Study:
 
     @property
     def to_come(self) -> int:
-        """How many suggestions are still to be made."""
+        """The number of suggestions still to be made."""
         return 0 if self.exhausted else max(0, self.spec.search_trials - len(self.suggested))
 
     def take(self, made: Suggested) -> TrialSpec | None:
-        """A suggestion that was written down, as a trial.
+        """Takes up a recorded suggestion; returns its trial.
 
-        None if it is another study's, or of another sweep that had the same name.
+        None if it belongs to another study, or to another sweep of the same name.
         """
         if made.study != self.name or not self.space.holds(made.parameters):
             return None
@@ -164,7 +163,7 @@ class Study:
         return trial
 
     def suggest(self) -> Suggested | None:
-        """The next suggestion, a new one for the study; None if none is left."""
+        """The next suggestion, new to the study; None if none is left."""
         for parameters in self._candidates():
             fingerprint = self.space.trial(self.base, parameters).fingerprint
             if fingerprint not in self.suggested:
@@ -188,7 +187,7 @@ class Study:
                 first_random = min(MOST_RANDOM, max(1, self.spec.search_trials // 3))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    # A running trial counts as a bad one, so that two at the same time differ.
+                    # A running trial counts as a bad one, to keep concurrent suggestions apart.
                     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=first_random, constant_liar=True)
             else:
                 sampler = optuna.samplers.RandomSampler(seed=seed)
@@ -197,7 +196,7 @@ class Study:
             yield self.space.rounded(study.ask(distributions).params)
 
     def _history(self, distributions: dict[str, BaseDistribution]) -> list[FrozenTrial]:
-        """The outcome of each suggestion so far, in Optuna's terms."""
+        """The outcome of each suggestion so far, as Optuna's trials."""
         from optuna.trial import create_trial
 
         return [
@@ -228,11 +227,11 @@ class Study:
 
 
 class Search:
-    """All studies of a sweep, and the file that they are rebuilt from.
+    """All studies of a sweep, and the journal that they are rebuilt from.
 
     Args:
-        bases: a trial of each method at each context length, as the sweep would have it without a search.
-        journal: of the search itself, ``search.jsonl``.
+        bases: the sweep's trial of each method and context length, as without a search.
+        journal: the search's own, ``search.jsonl``.
     """
 
     def __init__(
@@ -240,18 +239,18 @@ class Search:
     ) -> None:
         self.studies = [Study(spec, base, storage) for base in bases]
         self.journal = journal
-        # What has been suggested, in order.
+        # In the order of suggestion.
         made = [event for event in journal.read().events if isinstance(event, Suggested)]
         self.trials = [trial for each in made for study in self.studies if (trial := study.take(each))]
 
     def begin(self) -> None:
-        """Makes the first suggestion of each study that has none."""
+        """Suggests the first trial of each study that has none."""
         for study in self.studies:
             if not study.suggested:
                 self._add(study)
 
     def next(self) -> TrialSpec | None:
-        """Suggests a trial of the study with the fewest, and writes it down; None once all are made."""
+        """Suggests and records a trial of the study with the fewest; None once all are made."""
         while waiting := [study for study in self.studies if study.to_come]:
             study = min(waiting, key=lambda s: (len(s.suggested), -s.base.training.context_length))
             if trial := self._add(study):
@@ -260,7 +259,7 @@ class Search:
 
     @property
     def to_come(self) -> int:
-        """How many suggestions are still to be made."""
+        """The number of suggestions still to be made."""
         return sum(study.to_come for study in self.studies)
 
     @property

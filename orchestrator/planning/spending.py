@@ -1,4 +1,4 @@
-"""What a sweep has taken, against its budget: ``--budget-hours`` and ``--budget-usd``, while it runs."""
+"""What a running sweep has spent of its budget: ``--budget-hours`` and ``--budget-usd``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLL_S = 2.0
 
 
 class Spending:
-    """Device hours and US dollars that the attempts of one sweep have held, in all runs of its command."""
+    """Device hours and US dollars spent by the attempts of one sweep, over all runs of its command."""
 
     def __init__(self, sweep: str, storage: Storage) -> None:
         self.sweep, self.storage = sweep, storage
@@ -68,6 +68,6 @@ class BudgetWatch:
                 ("--budget-usd", self.options.budget_usd, usd),
             ):
                 if limit is not None and spent is not None and spent >= limit:
-                    self.exhausted = f"{flag} {limit:g}: {spent:,.4g} are spent"
+                    self.exhausted = f"{flag} {limit:g}: {spent:,.4g} spent"
                     self.stop(self.exhausted)
                     return

@@ -49,7 +49,7 @@ class Conclusion:
     console: Console
 
     def conclude(self) -> list[Outcome]:
-        """Compares the trials, writes and logs the report, and prints the answer; returns what became of each trial."""
+        """Compares the trials, writes and logs the report, and prints the answer; returns each trial's outcome."""
         from dashboards.report import render
         from orchestrator.reporting.result_table import result_table, winners
 
@@ -71,7 +71,7 @@ class Conclusion:
         self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
             self.console.print(sentence)
-        self.console.print(f"\n{time.time() - self.began:.0f} s in all.")
+        self.console.print(f"\n{time.time() - self.began:.0f} s in total.")
         self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
@@ -105,7 +105,7 @@ class Conclusion:
         if num_cancelled:
             self.console.print(
                 f"The sweep is unfinished: {num_cancelled} of {len(outcomes)} trials "
-                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command continues them."
+                f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command resumes them."
             )
         for outcome in failures(outcomes):
             line = f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}"
@@ -236,5 +236,5 @@ class Conclusion:
 
 
 def failures(outcomes: list[Outcome]) -> list[Outcome]:
-    """The trials that came to no end: failed, or never run."""
+    """The trials without an outcome: failed, or never run."""
     return [o for o in outcomes if o.record.state not in ("finished", "stopped", "cancelled")]

@@ -9,7 +9,7 @@ from orchestrator.records.storage import Storage
 
 @dataclass
 class TrialUsage:
-    """Bytes of one trial. ``earlier``: put aside by ``--force``."""
+    """Bytes of one trial. ``earlier``: results moved aside by ``--force``."""
 
     fingerprint: str
     checkpoints: int = 0

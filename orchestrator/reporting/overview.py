@@ -19,7 +19,7 @@ from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_t
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
-# A worker on another machine counts as dead after a silence of so many seconds, and of so many of its steps.
+# A worker on another machine counts as dead after a silence of SILENT_S and of SILENT_STEPS of its steps.
 # An evaluation between two steps is silent too.
 SILENT_S, SILENT_STEPS = 300.0, 20
 # States in which a sweep has nothing left to do for a trial.
@@ -69,7 +69,7 @@ class SweepOverview:
 
 
 class Overview:
-    """All sweeps of a storage root as they are now. It reads each file once: make another to read again."""
+    """All sweeps of a storage root now. It reads each file once: make another to read again."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage, self.now = storage, time.time()
@@ -178,7 +178,7 @@ class Overview:
         row = self._row(fingerprint)
         if row is None:
             label = planned["label"] if planned else fingerprint
-            return TrialOverview(fingerprint=fingerprint, label=label, state="waiting" if runs else "not begun")
+            return TrialOverview(fingerprint=fingerprint, label=label, state="waiting" if runs else "not started")
         record, holder, cancelling = row.record, None, False
         if record.state in ("starting", "running"):
             holder = self.storage.trial(fingerprint).holder()
@@ -210,7 +210,7 @@ def _state(command: dict[str, Any], runs: bool, trials: list[TrialOverview]) -> 
 def _left(
     trials: list[TrialOverview], rows: dict[str, Row], planned: dict[str, Any], command: dict[str, Any]
 ) -> dict[str, float | None]:
-    """What is left, trial by trial: at its own pace while it trains, else at that of all, else as planned."""
+    """What is left of each trial: at its own pace while it trains, else at the pace of all, else as planned."""
     pace = seconds_a_token(rows.values())
     started = {f: row.record.started for f, row in rows.items() if row.record.started}
     devices = {f: each.devices for f, each in started.items() if each.devices is not None}
@@ -226,7 +226,7 @@ def _left(
         if seconds is None and row and pace is not None:
             seconds = pace * tokens_left(row)
         if seconds is None:
-            seconds = plan.get("seconds")  # planned from where it stood then
+            seconds = plan.get("seconds")  # planned from its step at that time
         if seconds is None:
             return {}
         taken = seconds * devices.get(trial.fingerprint, max(devices.values(), default=plan.get("workers", 1))) / 3600

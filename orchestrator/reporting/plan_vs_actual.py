@@ -1,4 +1,4 @@
-"""What a plan estimated beside what its trials took, once a sweep has trained them.
+"""What a plan estimated and what its trials took, after a sweep has trained them.
 
 It is written to the sweep's folder as ``plan-and-truth.json``, where an estimate is called ``plan`` and what was
 measured ``truth``; one sentence of it goes into the comparison. A later run of the same command that trains nothing
@@ -16,16 +16,15 @@ from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.planner import Planned, Totals
 from orchestrator.records.events import Event, Failed, Finished, Launched, Preempted, Started, Step, Stopped
 from orchestrator.records.storage import Storage
-from orchestrator.terminal import duration
+from orchestrator.terminal import GIB, and_list, duration, usd
 
-GIB = 2**30
 FILE = "plan-and-truth.json"
 ENDS = (Finished, Stopped, Failed, Preempted)
 
 
 @dataclass(frozen=True)
 class Actual:
-    """What a trial took since a time, from its journal. None: it has not begun, has not ended, or was not measured.
+    """What a trial took since a time, from its journal. None: not started, not ended, or not measured.
 
     Args:
         launched, started, ended: Unix seconds: its driver's start, its worker's, and its last end.
@@ -127,8 +126,8 @@ def _summary(both: dict[str, Any]) -> str | None:
     def words(side: str, unit: str = "") -> str:
         parts = [duration(both["seconds"][side]), f"{both['hours'][side]:.2f}{unit}"]
         if both["usd"]["plan"] is not None and both["usd"]["truth"] is not None:
-            parts.append(f"{both['usd'][side]:,.2f} USD")
-        return f"{', '.join(parts[:-1])} and {parts[-1]}"
+            parts.append(usd(both["usd"][side]))
+        return and_list(parts)
 
     sentence = f"The plan estimated {words('plan', ' ' + both['unit'] + ' hours')}; it took {words('truth')}"
     unfinished = [trial for trial in both["trials"] if trial["outcome"] != "finished"]

@@ -11,7 +11,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.terminal import duration
 from orchestrator.trial_spec import TrialSpec
 
-# States of a trial that trains, or that a running command is about to train.
+# States of a trial that trains, or will be trained by a running command.
 AT_WORK = {"starting", "loading", "training", "evaluating", "cancelling", "pausing", "restarting"}
 TO_DO = AT_WORK | {"waiting"}
 
@@ -31,7 +31,7 @@ class Progress:
 
     Args:
         state: waiting, starting, loading, training, evaluating, cancelling, pausing, restarting; finished, known,
-            stopped, failed, cancelled; interrupted (no process trains it any more), not begun.
+            stopped, failed, cancelled; interrupted (no process trains it any more), not started.
         why: what it waits for, or what ended it.
         elsewhere: the other sweep that trains it, if one does.
         step: the last one; while it waits to be resumed, that of its checkpoint.
@@ -85,7 +85,7 @@ def progress(
     state, why = ("known", None) if row.known else _state(trial, record, sweep, alive, due, holder)
     if cancelling and state in TO_DO:
         state, why = "cancelling", why
-    began = state not in ("waiting", "starting", "pausing", "not begun")
+    began = state not in ("waiting", "starting", "pausing", "not started")
     last = record.steps.get(record.last_step) if began else None
     curve = record.curve(trial.training.context_length) if began else []
     return Progress(
@@ -113,20 +113,20 @@ def _state(
     trial: TrialSpec, record: TrialRecord, sweep: str, alive: bool, due: bool, holder: dict[str, Any] | None
 ) -> tuple[str, str | None]:
     """Its state, and why it waits or has ended."""
-    goes_on = f"its sweep's command goes on from step {record.saved_step}" if record.saved_step else None
+    resumes = f"its sweep's command resumes from step {record.saved_step}" if record.saved_step else None
     match record.state:
         case "waiting":
-            return ("waiting", "for its turn") if due else ("not begun", None)
+            return ("waiting", "for its turn") if due else ("not started", None)
         case "starting" if holder and holder["sweep"] != sweep:
             return "waiting", f"the sweep {holder['sweep']} trains it on {holder['host']}"
         case "starting" if not due:
-            return "interrupted", goes_on
+            return "interrupted", resumes
         case "starting" if record.pause_ends and record.pause_ends > time.time():
-            return "pausing", f"{record.remedies[-1]}, {duration(record.pause_ends - time.time())} to go"
+            return "pausing", f"{record.remedies[-1]}, {duration(record.pause_ends - time.time())} left"
         case "starting":
             return "starting", _waits_for(record)
         case "running" if not alive:
-            return ("restarting", "its worker is gone; Ray starts another") if due else ("interrupted", goes_on)
+            return ("restarting", "its worker was lost; Ray is starting another") if due else ("interrupted", resumes)
         case "running":
             return _doing(trial, record), None
     return record.state, record.reason
@@ -152,13 +152,14 @@ def _elsewhere(record: TrialRecord, sweep: str) -> str | None:
 
 
 def _waits_for(record: TrialRecord) -> str | None:
-    """What a trial needs before its worker begins; files do not tell whether it waits for that or only starts up."""
+    """What a trial needs before its worker begins; files do not show whether it waits for that or is starting up."""
     if record.launched is None or record.launched.resources is None:
         return None
     resources = record.launched.resources
-    each = f"{resources['gpus']:g} GPU" if resources.get("gpus") else f"{resources['cpus']:g} CPU"
+    count, device = (resources["gpus"], "GPU") if resources.get("gpus") else (resources["cpus"], "CPU")
     workers = resources["workers"]
-    return f"for {workers} worker{'s' * (workers > 1)} with {each}, or their start"
+    each = f"{count:g} {device}{'s' * (count > 1)}{' each' * (workers > 1)}"
+    return f"for {workers} worker{'s' * (workers > 1)} with {each} to start"
 
 
 def trial_seconds_left(row: Row) -> float | None:

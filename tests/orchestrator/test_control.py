@@ -60,10 +60,10 @@ def test_a_sweep_is_watched_killed_begun_anew_and_cancelled(tmp_path, text_folde
     while states()[first] != "interrupted":
         assert time.time() < deadline, states()
         time.sleep(0.5)
-    others = [label for label, state in states().items() if state == "not begun"]
+    others = [label for label, state in states().items() if state == "not started"]
     assert len(others) == 2 and "long: interrupted" in other_terminal("status", *where)[1]
     status, printed = other_terminal("cancel", "long", *where)
-    assert status == 2 and "does not run" in printed
+    assert status == 2 and "is not running" in printed
     folder = storage.trial(trials()[first].fingerprint)
     before = folder.journal.path.read_bytes()
 

@@ -42,7 +42,7 @@ def test_a_cluster_that_is_not_there_is_planned_for_with_its_price(plan, tmp_pat
     assert status == 0
     assert "6 trials: 6 to run" in told
     assert "of 39 GiB" in told and "on 16 x NVIDIA A100-SXM4-40GB" in told
-    assert "USD a GPU hour: p4d.24xlarge on demand" in told
+    assert "USD per GPU hour: p4d.24xlarge on demand" in told
     assert not list((tmp_path / "runs").glob("data/*")) and not list((tmp_path / "runs").glob("sweeps/*"))
 
 
@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused_with_what_would_and_fitted_on_request(plan
     assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs" in told
     assert "micro-batches of" in told and "would make it fit (--fit)" in told
     status, told = plan(*too_large, "--references", "--fit")
-    assert status == 0 and "so that it fits" in told and "error" not in told
+    assert status == 0 and "to make it fit" in told and "error" not in told
 
 
 def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan):
@@ -156,7 +156,7 @@ def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothi
     storage = Storage.open(str(tmp_path / "runs"))
     write_trial(storage, trials["lora 2048"], 1234.0)
     status, told = plan(*flags)
-    assert status == 0 and "2 trials: 1 to run, 1 finished before" in told
+    assert status == 0 and "2 trials: 1 to run, 1 already finished" in told
     assert "speeds measured by 1 trial here on this hardware" in told
     assert "infeasible" not in told and "lora 2048 known - - - - - - -" in told
     write_trial(storage, trials["full 2048"], 777.0, finished=False)
@@ -194,7 +194,7 @@ def test_bfloat16_is_taken_where_every_machine_that_trains_is_fast_in_it():
 def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
     monkeypatch.setattr("orchestrator.planning.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
     status, told = plan("--methods", "lora")
-    assert status == 0 and "time unknown" in told and "no speed is known for A GPU of tomorrow" in told
+    assert status == 0 and "time unknown" in told and "the speed of A GPU of tomorrow is unknown" in told
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(5, "5s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h")])
@@ -231,7 +231,7 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
         while not reasons and time.time() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)
-    assert reasons == ["--budget-usd 10: 15 are spent"], "once is enough"
+    assert reasons == ["--budget-usd 10: 15 spent"], "once is enough"
 
 
 def test_names_of_others_are_not_taken_for_markup(tmp_path, text_folder, capsys):

@@ -127,10 +127,10 @@ def test_what_waits_says_for_what(storage, trials):
     with running(storage, "mine"):
         told = {method: seen(storage, trial) for method, trial in trials.items()}
     assert (told["lora"].state, told["lora"].why) == ("waiting", "for its turn")
-    assert (told["lora+"].state, told["lora+"].why) == ("starting", "for 2 workers with 4 GPU, or their start")
+    assert (told["lora+"].state, told["lora+"].why) == ("starting", "for 2 workers with 4 GPUs each to start")
     assert told["full"].state == "pausing" and told["full"].remedies == ("transient: tried again after 80 s",)
     assert told["full"].why.startswith("transient: tried again after 80 s, 2h4")
-    assert seen(storage, trials["lora"]).state == "not begun"
+    assert seen(storage, trials["lora"]).state == "not started"
 
 
 def test_a_trial_that_another_sweep_trains_names_it(storage, trials):
@@ -217,9 +217,9 @@ def test_the_newest_sweep_is_first(storage, trials):
 def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, trials):
     where = str(storage.root)
     overview = Overview(storage)
-    with pytest.raises(InputError, match=r"lora 1024 \(.*\) is not begun; nothing is cancelled"):
+    with pytest.raises(InputError, match=r"lora 1024 \(.*\) is not started; nothing to cancel"):
         cancel.main("mine/lora 1024", where)
-    with pytest.raises(InputError, match="the sweep mine does not run"):
+    with pytest.raises(InputError, match="the sweep mine is not running"):
         cancel.main("mine", where)
     with pytest.raises(InputError, match=r"no trial or sweep 'yours'.*Trials: mine/lora 1024"):
         cancel.main("yours", where)
@@ -252,7 +252,9 @@ def test_what_is_put_aside_is_whole_also_where_that_was_interrupted(storage, tri
     assert folder.put_aside() == folder.path / "earlier-1"
     kept = {path.relative_to(folder.path).as_posix() for path in (folder.path / "earlier-1").glob("*")}
     assert kept == {"earlier-1/checkpoints", "earlier-1/journal.jsonl"}
-    assert plan_trials([trials["lora"]], storage, an_estimator(), forced={trials["lora"].fingerprint})[0].forced is False
+    assert (
+        plan_trials([trials["lora"]], storage, an_estimator(), forced={trials["lora"].fingerprint})[0].forced is False
+    )
     write(folder.journal, launched(), *steps(1, 3), ("finished", {}))
     assert folder.put_aside().name == "earlier-2" and (folder.path / "trial.json").exists()
 

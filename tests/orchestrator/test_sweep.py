@@ -81,10 +81,21 @@ def test_the_second_time_nothing_is_trained_and_it_says_why(finished):
     before = {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()}
     status, output = command.run()
     assert status == 0
-    assert "finished before" in output and "Nothing is left to train" in output
+    assert "already finished" in output and "Nothing is left to train" in output
     assert {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()} == before
     _, trials, sweeps = mlflow_runs(command.storage)
     assert (len(trials), len(sweeps)) == (6, 1)
+
+
+def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
+    command, _ = finished
+    read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
+    status, output = SweepCommand(command.storage, *command.arguments[3:-2], "--tracking-uri", read_only).run()
+    printed = " ".join(output.split())
+    assert status == 3 and "wins with a perplexity of" in printed
+    assert "error: MLflow refuses " in printed and "(attempt to write a readonly database)" in printed
+    assert "make them writable" in printed and "the results are kept in" in printed
+    assert "logs them" not in printed and "Traceback" not in output
 
 
 def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text_folder):
@@ -93,7 +104,7 @@ def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text
     other = SweepCommand(command.storage, "--spec", str(spec), "--methods", "lora", "full", "--name", "shared")
     status, output = other.run()
     assert status == 0
-    assert "5 trials: 5 finished before" in output
+    assert "5 trials: 5 already finished" in output
     _, trials, sweeps = mlflow_runs(command.storage)
     assert (len(trials), len(sweeps)) == (6, 2)
     shared = [run for run in trials if run.data.tags["longspan.sweeps"].endswith(", shared")]
@@ -128,7 +139,7 @@ def test_ctrl_c_ends_within_seconds_and_the_same_command_goes_on(tmp_path, text_
         assert time.time() - began < 20
         assert process.returncode == 130
         assert not kept or f"from step {kept} of 12" in output
-        kept = int(re.search(r"full 1024 +kept up to step (\d+) of 12", output)[1])
+        kept = int(re.search(r"full 1024 +checkpoint at step (\d+) of 12", output)[1])
         assert kept >= at_step - 1 and "The same command continues from there." in output
         assert "Traceback" not in output
         _, (run,), _ = mlflow_runs(command.storage)

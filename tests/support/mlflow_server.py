@@ -16,7 +16,7 @@ def start_mlflow_server(tmp_path, port):
         [*command, "--workers", "1"], env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.time() + 60
+    deadline = time.time() + 180
     while time.time() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -2,16 +2,16 @@
 
 ``longspan::grouped_attention`` and its backward pass call PyTorch's kernels directly on views of the heads and tokens
 that form equal groups, and write into one output, one dQ, one dK and one dV. Left to autograd, the same calls would
-each make a gradient of full size, filled with zeros, and add them up. Everything is laid out (batch, tokens, heads,
-head_dim) in memory, as transformers lays it out: what goes in and comes out is a transposed view, and neither the
-projections before nor the one after it copies. ``torch.compile`` takes the operator as it is, without a graph break.
+each make a gradient of full size, filled with zeros, and add them up. Memory is laid out (batch, tokens, heads,
+head_dim), as in transformers: inputs and outputs are transposed views, and neither the projections before nor the one
+after it copies. ``torch.compile`` keeps the operator whole, without a graph break.
 
-``cudnn``   cuDNN's, on a Hopper GPU about twice as fast as FlashAttention-2
+``cudnn``   cuDNN's, about twice as fast as FlashAttention-2 on a Hopper GPU
 ``flash4``  FlashAttention-4, the package flash-attn-4, whose kernels write into the views themselves
 ``flash``   torch's own FlashAttention-2
-``cpu``     torch's on a CPU, float64 included; in bfloat16 small groups' backward pass is products of whole matrices
+``cpu``     torch's on a CPU, float64 included; in bfloat16 the backward pass of small groups multiplies whole matrices
 
-All take fewer key/value heads than query heads without copies. None has masks or dropout: for these
+All support fewer key/value heads than query heads without copies. None has masks or dropout, for which
 :mod:`workloads.attention.shifted` uses scaled dot-product attention.
 """
 
@@ -31,18 +31,18 @@ from workloads.attention.groups import head_shifts, shared_heads
 
 aten = torch.ops.aten
 KernelName = Literal["cudnn", "flash4", "flash", "cpu"]
-# A kernel may read its statistics in vectors: those of each call begin at a multiple of this many numbers.
+# Kernels may read statistics in vectors: those of each call begin at a multiple of this many numbers.
 ALIGNMENT = 64
-# On a CPU, in bfloat16: for groups of up to this many tokens products of whole matrices make a faster backward pass
-# (640: 34 ms, not 46; 768: as fast; measured on an AMD EPYC).
+# On a CPU, in bfloat16: up to this group size, products of whole matrices make a faster backward pass (34 ms instead of
+# 46 at 640 tokens, equal at 768; measured on an AMD EPYC).
 LARGEST_BY_PRODUCTS = 640
-# Numbers of these matrices that exist at a time, 4 MiB of bfloat16: memory does not grow with the sequence.
+# Numbers of these matrices that exist at a time, 4 MiB in bfloat16: memory does not grow with the sequence.
 SCORES_AT_ONCE = 2**21
 
 
 @torch.compiler.assume_constant_result
 def kernel_for(preferred: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelName | None:
-    """The kernel that serves here: ``cudnn`` or ``flash4`` if it is preferred and can, None if none can."""
+    """The kernel to use: ``cudnn`` or ``flash4`` if preferred and supported, None if none is supported."""
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or torch.version.hip:
@@ -50,8 +50,8 @@ def kernel_for(preferred: str, device: torch.device, dtype: torch.dtype, head_di
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return None
-    # As torch's own choice has it (sdp_utils.cpp): cuDNN's backward pass adds up in no fixed order, and is made for
-    # large heads on Hopper alone. That of FlashAttention-4 is as unordered.
+    # As torch chooses (sdp_utils.cpp): cuDNN's backward pass sums in no fixed order, and supports large heads on Hopper
+    # only. FlashAttention-4's sums in no fixed order either.
     largest = 256 if capability == (9, 0) and torch.backends.cudnn.version() >= 91000 else 128
     if preferred in ("cudnn", "flash4") and head_dim <= largest and not torch.are_deterministic_algorithms_enabled():
         return "cudnn" if preferred == "cudnn" else "flash4"
@@ -77,14 +77,14 @@ def grouped_attention(
         query: (batch, heads, tokens, head_dim).
         key, value: (batch, key_value_heads, tokens, head_dim); ``heads`` is a multiple of ``key_value_heads``.
         group_size: tokens in a group; the last may be shorter.
-        first_shifted: query heads from this index on have their groups moved by half a group; ``heads`` for none, and
-            none where the sequence is not longer than a group.
+        first_shifted: query heads from this index on have groups shifted by half a group; ``heads`` for none. None are
+            shifted if the sequence is not longer than a group.
         scale: factor on the scores.
         kernel: one that :func:`kernel_for` returned.
 
     Returns:
         The output, (batch, heads, tokens, head_dim), laid out (batch, tokens, heads, head_dim) in memory; and the
-        statistics that its backward pass needs, which have no gradient.
+        statistics for its backward pass, which have no gradient.
     """
     query, key, value = _laid_out(query), _laid_out(key), _laid_out(value)
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
@@ -118,7 +118,7 @@ def grouped_attention_backward(
     kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of ``query``, ``key`` and ``value``, laid out (batch, tokens, heads, head_dim) in memory."""
-    # cuDNN's plans are cached by the layouts of query, key and value alone: those of the others must follow from them.
+    # cuDNN caches plans by the layouts of query, key and value alone; the other tensors' layouts must follow from them.
     gradient, query, key, value, output = (_laid_out(x) for x in (gradient, query, key, value, output))
     calls = _calls(query.shape, key.shape[1], group_size, first_shifted)
     writes = kernel == "flash4"
@@ -146,7 +146,7 @@ def grouped_attention_backward(
         pieces = call.kernel(kernel).backward(*inputs(call))
         _copy(call.of(gradients[0], call.heads), pieces[0])
         for whole, piece in zip(gradients[1:], pieces[1:], strict=True):
-            # The query heads of one key/value head may lie in two runs: the second adds to what the first has written.
+            # The query heads of a key/value head may be in two runs: the second adds to the first one's gradient.
             shared = call.of(whole, call.shared)
             shared.add_(piece) if call.adds else _copy(shared, piece)
     return gradients
@@ -182,7 +182,7 @@ def _backward(ctx, gradient, _):
 grouped_attention.register_autograd(_backward, setup_context=_save)
 
 
-# ---- which heads and tokens go into one call
+# ---- the heads and tokens of one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class _Call:
 
     heads: slice
     shared: slice  # their key/value heads
-    adds: bool  # to the gradients of these, which an earlier call has written
+    adds: bool  # to their gradients, which an earlier call has written
     rows: slice  # sequences of the batch
     first: int  # token
     size: int
@@ -230,7 +230,7 @@ def _calls(shape: torch.Size, key_value_heads: int, group_size: int, first_shift
 def _runs_of_tokens(
     batch: int, num_tokens: int, group_size: int, shift: int
 ) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
-    """Rows of the batch, and in them (first token, size, step, count) of groups that fold into the batch as a view."""
+    """Rows of the batch, with (first token, size, step, count) of groups that fold into the batch as a view."""
     for first, size, step, count in _equal_groups(num_tokens, group_size, shift):
         if batch == 1 or count == 1 or size * count == num_tokens:
             yield slice(0, batch), (first, size, step, count)
@@ -270,7 +270,7 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
 
 
 def _joined(piece: torch.Tensor, batch: int) -> torch.Tensor:
-    """All tokens and heads, as one call has them, back into (batch, heads, tokens, head_dim); as a rule a view."""
+    """The tokens and heads of a single call, back as (batch, heads, tokens, head_dim); usually a view."""
     _, heads, _, head_dim = piece.shape
     return piece.transpose(1, 2).contiguous().view(batch, -1, heads, head_dim).transpose(1, 2)
 
@@ -278,8 +278,8 @@ def _joined(piece: torch.Tensor, batch: int) -> torch.Tensor:
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies between strided views in elements of 16 bytes.
 
-    Where tensors are not contiguous the time of torch's kernel goes by the element: it moved the 2 bytes of a bfloat16
-    at 1.4 of an H200's 4.3 TB/s.
+    For tensors that are not contiguous, torch's kernel takes time for each element: with bfloat16's 2 bytes it reached
+    1.4 of an H200's 4.3 TB/s.
     """
     if target.shape[-1] * target.element_size() % torch.complex128.itemsize == 0 and source.stride(-1) == 1:
         target, source = target.view(torch.complex128), source.view(torch.complex128)
@@ -315,7 +315,7 @@ def _cudnn_backward(gradient, query, key, value, output, log_sum_exp, scale):
     log_sum_exp = log_sum_exp.view(query.shape[:3])
     if _cudnn_statistics_dims(query.device) == 4:
         log_sum_exp = log_sum_exp.unsqueeze(-1)
-    seed = offset = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout, which there is none of
+    seed = offset = torch.empty((), dtype=torch.int64, device=query.device)  # unused: no dropout
     return aten._scaled_dot_product_cudnn_attention_backward(
         gradient, query, key, value, output, log_sum_exp, seed, offset, None, None, None, tokens, tokens, 0.0, True,
         scale=scale,
@@ -324,7 +324,7 @@ def _cudnn_backward(gradient, query, key, value, output, log_sum_exp, scale):
 
 @cache
 def _cudnn_statistics_dims(device: torch.device) -> int:
-    """Whether torch has cuDNN's log-sum-exp as (batch, heads, tokens) or (batch, heads, tokens, 1): releases differ."""
+    """Dimensions of cuDNN's log-sum-exp in this torch: (batch, heads, tokens) or (batch, heads, tokens, 1)."""
     x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     return _cudnn_forward(x, x, x, 1.0)[1].dim()
 
@@ -335,7 +335,7 @@ def _flash_forward(query, key, value, scale):
 
 def _flash_backward(gradient, query, key, value, output, log_sum_exp, scale):
     tokens = query.shape[2]
-    state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    state = torch.empty(2, dtype=torch.uint64, device=query.device)  # unused: no dropout
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
     return aten._scaled_dot_product_flash_attention_backward(
         gradient, query, key, value, output, log_sum_exp.view(query.shape[:3]), None, None, tokens, tokens, 0.0, True,
@@ -345,21 +345,21 @@ def _flash_backward(gradient, query, key, value, output, log_sum_exp, scale):
 
 @cache
 def _flash4():
-    """The module whose functions, unlike the package's public ones, write where they are told to."""
-    # Each of its kernels, when it is compiled, warns of an argument that it has no use for here.
+    """The module whose functions, unlike the package's public ones, write into given tensors."""
+    # Its kernels warn, when they are compiled, about an argument that is unused here.
     warnings.filterwarnings("ignore", message="Argument aux_data")
     return importlib.import_module("flash_attn.cute.interface")
 
 
 def flash4_writes_into_views() -> bool:
-    """Whether the installed version's functions take our arguments: they are not public, and may change."""
+    """Whether the installed version's functions accept our arguments: they are not public, and may change."""
     called = {"_flash_attn_fwd": {"out", "lse", "return_lse"}, "_flash_attn_bwd": {"dq", "dk", "dv"}}
     functions = {name: getattr(_flash4(), name, None) for name in called}
     return all(f and called[name] <= inspect.signature(f).parameters.keys() for name, f in functions.items())
 
 
 def _flash4_forward(query, key, value, scale, output=None, log_sum_exp=None):
-    """Where ``output`` and the log-sum-exp, flat, are given it writes there."""
+    """Writes into ``output`` and the log-sum-exp, flat, if they are given."""
     query, key, value, output = (x if x is None else x.transpose(1, 2) for x in (query, key, value, output))
     if log_sum_exp is not None:
         log_sum_exp = log_sum_exp.view(query.shape[0], query.shape[2], query.shape[1])
@@ -370,7 +370,7 @@ def _flash4_forward(query, key, value, scale, output=None, log_sum_exp=None):
 
 
 def _flash4_backward(gradient, query, key, value, output, log_sum_exp, scale, *targets):
-    """Where targets are given, gradients of query, key and value are written there."""
+    """Writes the gradients of query, key and value into ``targets`` if they are given."""
     log_sum_exp = log_sum_exp.view(query.shape[:3])
     gradient, query, key, value, output, *targets = (
         x.transpose(1, 2) for x in (gradient, query, key, value, output, *targets)
@@ -395,11 +395,11 @@ def _cpu_backward(gradient, query, key, value, output, log_sum_exp, scale):
 
 
 def _backward_by_products(gradient, query, key, value, output, scale):
-    """The gradients by batched products of whole matrices, those of the query heads of one key/value head as one.
+    """The gradients by batched products of whole matrices; the query heads of a key/value head are one matrix.
 
-    torch's kernel has its products from MKL, which on an AMD EPYC computes them in float32: these, oneDNN's, take 5.6
-    ms and not 10.5 for 8 groups of 256 tokens and 2 heads, 10.8 and not 16.5 for 4 of 512, though they compute what is
-    masked too. Their errors against float64 are the kernel's: 0.3% to 0.5%, and 0.2% to 0.6%.
+    torch's kernel multiplies with MKL, which computes in float32 on an AMD EPYC. These products, oneDNN's, take 5.6 ms
+    instead of 10.5 for 8 groups of 256 tokens and 2 heads, and 10.8 instead of 16.5 for 4 of 512, although they compute
+    masked scores too. Errors against float64 are alike: 0.3% to 0.5%, and 0.2% to 0.6%.
     """
     rows, heads, tokens, head_dim = query.shape
     key_value_heads = key.shape[1]
@@ -427,7 +427,7 @@ def _backward_by_products(gradient, query, key, value, output, scale):
 
 
 def _one_token_forward(query, key, value, scale):
-    """A token alone attends to itself. cuDNN refuses it, and FlashAttention takes it for a step of generation."""
+    """A single token attends to itself. cuDNN refuses it, and FlashAttention treats it as a step of generation."""
     output = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return output, output.new_zeros(query.shape[:3])
 

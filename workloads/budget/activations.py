@@ -22,12 +22,12 @@ class Widths:
     """Bytes of a number, by what it is.
 
     Args:
-        compute: what matrix products take and give.
+        compute: inputs and outputs of matrix products.
         frozen: a frozen weight.
-        trained: a weight that trains, with its gradient and each of its optimiser's two moments; of LoRA, ``lora``.
-        narrow: embeddings and norms that train give the compute type too, and LoRA takes it; else their float32 goes on
-            from layer to layer, and PEFT casts what LoRA takes.
-        autocast: whether torch.autocast makes the compute type, else each product computes in what it is given.
+        trained: a weight that trains, its gradient and each of its optimiser's two moments; for LoRA's, ``lora``.
+        narrow: embeddings and norms that train return the compute type too, and LoRA reads it; else they return float32
+            through all layers, and PEFT casts LoRA's inputs.
+        autocast: whether torch.autocast casts to the compute type; else each product computes in its inputs' type.
     """
 
     compute: int
@@ -51,8 +51,8 @@ class Activations:
 
     Args:
         rows: sequences in a forward pass.
-        masked: attention is computed with a mask of queries by keys, which is kept.
-        compiled: layers are compiled, and keep what cannot be computed again without a matrix product.
+        masked: attention takes a mask of queries by keys, which is kept.
+        compiled: layers are compiled, and keep only what cannot be recomputed without a matrix product.
         one_operator: see :class:`workloads.budget.loop.Loop`.
     """
 
@@ -75,11 +75,11 @@ class Activations:
 
     @property
     def layer_input(self) -> int:
-        """What gradient checkpointing keeps of a layer."""
+        """What gradient checkpointing keeps for a layer."""
         return self.residual * self.trains.shape.hidden_size
 
     def layer(self, layer: int) -> float:
-        """What a layer keeps without checkpointing; with it, what is kept while its backward pass runs."""
+        """What a layer keeps without checkpointing; with it, during its backward pass."""
         if self.compiled:
             return self._from_products(layer) + self._inputs_once(layer) if layer in self.trains.backward else 0.0
         return self.attention_part(layer) + self.mlp_part(layer)
@@ -88,20 +88,20 @@ class Activations:
         """The least that a frozen layer's backward pass needs without repeating a matrix product or attention.
 
         torch.compile keeps it: the layer's input, queries, keys and values, attention's output, the sum after it, and
-        what the activation function and its gate take. 2.99 MB a token in Llama-2-7B.
+        the inputs of the activation function and its gate. 2.99 MB a token in Llama-2-7B.
         """
         shape, compute = self.trains.shape, self.widths.compute
         stream = self.residual * shape.hidden_size * (1 if shape.parallel else 2)
         attention = compute * (2 * shape.query_width + 2 * shape.key_value_width) + FLOAT32 * shape.num_heads
         mlp = compute * shape.intermediate_size * (2 if shape.gated else 1)
-        after_norms = compute * shape.hidden_size * (shape.norms == 4)  # of what the last norm takes
+        after_norms = compute * shape.hidden_size * (shape.norms == 4)  # the last norm's input
         return stream + attention + mlp + after_norms
 
     def _inputs_once(self, layer: int) -> float:
-        """What linear modules that train or have LoRA matrices read: one copy for all that read the same.
+        """Inputs of linear modules that train or have LoRA matrices: one copy for all modules with the same input.
 
-        With :meth:`_from_products` it makes the 47.6 GiB that Llama-2-7B took compiled on an H200 (LoRA+, 8,192 tokens,
-        no checkpointing, all in bfloat16 but LoRA's matrices; 69.0 GiB not compiled).
+        With :meth:`_from_products` it gives the 47.6 GiB that Llama-2-7B took compiled on an H200 (LoRA+, 8,192
+        tokens, no checkpointing, all in bfloat16 but LoRA's matrices; 69.0 GiB not compiled).
         """
         trains, widths = self.trains, self.widths
         kept = 0.0
@@ -128,9 +128,9 @@ class Activations:
             value = shape.query_width + 2 * shape.key_value_width if shape.fused_qkv else shape.key_value_width
             kept += compute * (2 * shape.query_width + shape.key_value_width + value) + FLOAT32 * shape.num_heads
             kept += self._moved_groups(layer) * (not self.one_operator)
-            if self.masked:  # a boolean, and what it becomes to be added to the scores, for each head and key
+            if self.masked:  # a boolean, and the number added to the score, for each head and key
                 kept += (1 + compute) * shape.num_heads * trains.config.context_length
-        # Where autograd joins the parts of heads, the output layer of attention reads what no kernel has written.
+        # Where autograd joins the parts of heads, attention's output layer reads the joined copy.
         joined = self.shifted_heads(layer) > 0 and not self.one_operator
         kept += self._inputs(layer, "attention", compute, kept_already=flows and not joined)
         if shape.norms == 4:
@@ -145,7 +145,7 @@ class Activations:
         kept = self._norm(shape.hidden_size, 1, self.residual, reached, trained)
         kept += self._inputs(layer, "mlp norm", self.norm_output(trained))
         if trains.needs_gradient(layer, "activation"):
-            # What the activation function takes; with a gate also what it gives, and the other factor.
+            # The activation function's input; with a gate also its output and the other factor.
             kept += compute * shape.intermediate_size * (3 if shape.gated else 1)
         kept += self._inputs(layer, "activation", compute)
         if shape.norms == 4:
@@ -167,7 +167,7 @@ class Activations:
         return self._norm(trains.shape.hidden_size, 1, self.residual, trains.trainable > 0, trains.final_norm)
 
     def backward_work(self, layer: int) -> float:
-        """The most that a layer's backward pass holds beside what was kept: gradients between its operations."""
+        """The peak of a layer's backward pass beside its activations: gradients between its operations."""
         shape, compute = self.trains.shape, self.widths.compute
         stream = 2 * self.residual * shape.hidden_size
         mlp = compute * shape.intermediate_size * (3 if shape.gated else 2)
@@ -181,7 +181,7 @@ class Activations:
             return (number * width + 2 * FLOAT32 * statistics) * (reached or trained)
         # RMSNorm computes in float32: a copy of its input (or the input) and a root for each mean.
         kept = FLOAT32 * (width + statistics) * reached
-        # For the weight's gradient what it multiplies: cast back before (Llama) or not (Gemma).
+        # For the weight's gradient the tensor it multiplies, cast back before (Llama) or not (Gemma).
         return kept + width * trained * (FLOAT32 if self.trains.shape.float32_norm_weights else given)
 
     def norm_output(self, trained: bool) -> int:
@@ -196,14 +196,14 @@ class Activations:
         return max(self.residual, self.widths.trained if trained else self.widths.frozen)
 
     def _inputs(self, layer: int, reads: Reads, given: int, kept_already: bool = False) -> float:
-        """What linear modules keep of what they read, for the gradients of weights; ``given`` is bytes of a number."""
+        """The inputs that linear modules keep for the gradients of weights; ``given`` is bytes of a number."""
         trains, widths = self.trains, self.widths
         linears = [linear for linear in trains.shape.linears if linear.reads == reads]
         width = linears[0].inputs
         copies, itself = 0.0, False
         for linear in linears:
             if trains.weights(layer):
-                # Autocast casts what it is given for each module anew.
+                # Autocast casts the input once for each module.
                 cast = widths.autocast and given != widths.compute
                 copies += widths.compute * width * cast
                 itself |= not cast
@@ -216,7 +216,7 @@ class Activations:
         return copies + given * width * (itself and not kept_already)
 
     def _lora(self, linear: Linear) -> float:
-        """What LoRA's matrix A gives, which B reads."""
+        """The output of LoRA's matrix A, which B reads."""
         number = self.widths.compute if self.widths.autocast else self.widths.lora
         return number * self.trains.config.lora_rank
 
@@ -228,9 +228,9 @@ class Activations:
         return PATTERNS[config.attention].shifted_share_in(layer)
 
     def _moved_groups(self, layer: int) -> float:
-        """Copies of what shifted heads read: the whole groups of several sequences are not evenly spaced in memory.
+        """Copies of the inputs of shifted heads: whole groups of several sequences are not evenly spaced in memory.
 
-        The operator makes them too where it cannot take rows one by one, and keeps none.
+        The operator copies them too where it cannot process rows one by one, and keeps none.
         """
         if self.rows == 1:
             return 0.0

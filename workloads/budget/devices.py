@@ -1,4 +1,4 @@
-"""Devices by the names that torch gives them: memory, peaks, and how much of a peak training reaches."""
+"""Devices by torch's names for them: memory, peak rates, and the share of a peak that training reaches."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What one worker computes on.
+    """The device of one worker.
 
     Args:
         name: as ``torch.cuda.get_device_name`` gives it.
-        memory: bytes that torch sees (``total_memory``: less than the label says).
-        bfloat16, float32, float8: peak of dense matrix products, FLOP/s. Float32 is without TF32, which torch leaves
-            off; float8 is zero where there are no such units.
+        memory: bytes that torch reports (``total_memory``, less than the device's nominal memory).
+        bfloat16, float32, float8: peak of dense matrix products, FLOP/s. Float32 is without TF32, which torch disables
+            by default; float8 is zero on devices without FP8 units.
         bandwidth: peak of its memory, bytes/s read and written.
         linear_efficiency, attention_efficiency, bandwidth_efficiency, streaming_efficiency: the share of these peaks
-            that training reaches in products with weights, in attention, in what else happens to tokens, and in what
-            happens to all weights at once: the optimiser's update, copies, sums of gradients (traffic.py).
+            that training reaches in products with weights, in attention, in other operations on tokens, and in
+            operations on all weights at once: the optimiser's update, copies, sums of gradients (traffic.py).
         launch: seconds that the host takes to launch one kernel.
-        efficiency_source: where these come from.
-        link, host_link: bytes/s to another device of the same machine, and to the host's memory.
-        host_memory: bytes of the host's memory that there are for each worker; 0: not known.
+        efficiency_source: the source of these.
+        link, host_link: bytes/s to another device of the same machine, and to host memory.
+        host_memory: bytes of host memory for each worker; 0 if unknown.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Device:
     host_memory: int = 0
 
     def peak(self, precision: Precision) -> float:
-        """Peak of matrix products in a precision, FLOP/s; 0 where it is not known."""
+        """Peak of matrix products in a precision, FLOP/s; 0 if unknown."""
         return self.bfloat16 if precision == "bfloat16" else self.float32
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """Whether this is a GPU, not CPU cores."""
         return self.name != "CPU"
 
     @property
@@ -70,24 +70,24 @@ class Device:
     def float8_rate(self) -> float:
         """FLOP/s that products in FP8 reach: on GPUs the same share of the peak as in bfloat16.
 
-        On an H200 products alone made 1,313 to 1,509 TFLOP/s, 0.66 to 0.76 of it; whole steps are predicted within 3%.
+        On an H200 products reached 1,313 to 1,509 TFLOP/s, 0.66 to 0.76 of it; whole steps are predicted within 3%.
         """
         return self.float8 * (self.linear_efficiency if self.is_gpu else 1.0)
 
     @classmethod
     def named(cls, name: str) -> Device | None:
-        """The device of this name, or None if it is not known."""
+        """The device of this name, or None if it is unknown."""
         return DEVICES.get(name)
 
     @classmethod
     def cpu(cls, cores: int, memory: int, multiplies_bfloat16: bool = False) -> Device:
         """``cores`` cores for one worker, with ``memory`` bytes.
 
-        100 GFLOP/s a core is what 32 FLOPs a cycle at about 3 GHz give (AVX-512 or two AVX2 units, multiply and add);
-        20 GB/s about what one core draws from caches and memory. The first two efficiencies fit docs/performance.md's
-        speeds of builtin:tiny, within 4%. A processor that multiplies in bfloat16 (AMD EPYC with AVX-512 BF16) made its
-        steps 1.8 to 2.0 times as fast, at 1,024 and 2,048 tokens, LoRA+ and full: predicted within 7%. Products in FP8,
-        which it has no units for, ran at 31 to 40 GFLOP/s on one of its cores.
+        100 GFLOP/s a core follow from 32 FLOPs a cycle at about 3 GHz (AVX-512 or two AVX2 units, multiply and add);
+        20 GB/s are about what one core reads from caches and memory. The first two efficiencies fit the speeds of
+        builtin:tiny in docs/performance.md within 4%. On a processor that multiplies in bfloat16 (AMD EPYC with AVX-512
+        BF16) steps were 1.8 to 2.0 times as fast, at 1,024 and 2,048 tokens, LoRA+ and full: predicted within 7%.
+        Products in FP8, for which it has no units, ran at 31 to 40 GFLOP/s a core.
         """
         return cls(
             name="CPU",
@@ -108,7 +108,7 @@ class Device:
 
 
 def host_memory() -> int:
-    """Returns the bytes of this machine's memory, or the part of it that its container may use."""
+    """Returns the bytes of this machine's memory, or the limit of its container."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroups 2 and 1
         with contextlib.suppress(OSError, ValueError):  # "max": none
@@ -117,7 +117,7 @@ def host_memory() -> int:
 
 
 # A kernel of eager PyTorch with autograd, autocast and PEFT's modules: builtin:tiny's sweep on an H200, 800 to 1,000
-# kernels a step, made 100,000 to 230,000 tokens/s at 1,024 and 2,048 tokens (docs/performance.md).
+# kernels a step, reached 100,000 to 230,000 tokens/s at 1,024 and 2,048 tokens (docs/performance.md).
 LAUNCH = 20e-6
 
 # Large products alone were timed on one H200 at 691 to 802 TFLOP/s, up to 0.81 of the peak. The other two fit whole
@@ -126,9 +126,8 @@ LAUNCH = 20e-6
 # attention, within 2.5%. Not fitted: 9,835 without cuDNN's, predicted 9% too fast; SmolLM2-135M at 32k, 95,000 (LoRA+)
 # and 103,000 (full), predicted within 5%.
 #
-# Streaming: copies of whole tensors were timed at 3.7 to 4.3 of 4.8 TB/s. Of these 0.77 to
-# 0.90 the share was chosen with full fine-tuning of the 7B in view, which it predicts within 1%: compiled, 8k with S²,
-# 12,588 and 12,623 tokens/s.
+# Streaming: copies of whole tensors were timed at 3.7 to 4.3 of 4.8 TB/s, 0.77 to 0.90. The share was chosen to fit
+# full fine-tuning of the 7B, which it predicts within 1%: compiled, 8k with S², 12,588 and 12,623 tokens/s.
 STREAMING = 0.80
 HOPPER = dict(
     linear_efficiency=0.80,
@@ -139,7 +138,7 @@ HOPPER = dict(
     efficiency_source="measured on one H200, Llama-2-7B",
 )
 # The last two fit LongLoRA v3 table 12 (8 A100, ZeRO-2, checkpointing), 8k to 64k: LoRA 6.0, 14.0, 36.5 and 92.5 hours
-# for 64,000 sequences, LongLoRA 5.2, 11.3, 24.6 and 52.4, all within 7%. As on an H200, all are within 16%.
+# for 64,000 sequences, LongLoRA 5.2, 11.3, 24.6 and 52.4, all within 7%; with an H200's shares, within 16%.
 AMPERE = dict(
     linear_efficiency=0.80,
     attention_efficiency=0.61,
@@ -178,8 +177,8 @@ def _gpu(
     )
 
 
-# Peaks: NVIDIA's data sheet of each, dense (where a sheet tells the rate with sparsity: half of it), bfloat16 with
-# float32 accumulation, SXM clocks for SXM names.
+# Peaks: NVIDIA's data sheets, dense (half the rate where a sheet has it with sparsity), bfloat16 with float32
+# accumulation, SXM clocks for SXM names.
 DEVICES = {
     device.name: device
     for device in (
@@ -201,8 +200,8 @@ DEVICES = {
         _gpu("NVIDIA A10G", 22.0, 70, 35, 600, ASSUMED, PCIE, PCIE_HOST),
         # L4 data sheet: 242 TFLOP/s with sparsity, in FP8 485; 24 GB, 300 GB/s.
         _gpu("NVIDIA L4", 22.0, 121, 30.3, 300, ASSUMED, PCIE, PCIE_HOST, float8=242.5),
-        # T4 and V100 data sheets. Their tensor cores know float16 (65 and 125 TFLOP/s) but no bfloat16, which runs at
-        # no more than float32's rate; 320 and 900 GB/s.
+        # T4 and V100 data sheets. Their tensor cores support float16 (65 and 125 TFLOP/s) but not bfloat16, which runs
+        # at float32's rate at most; 320 and 900 GB/s.
         _gpu("Tesla T4", 14.6, 8.1, 8.1, 320, ASSUMED, PCIE / 2, PCIE_HOST / 2),
         _gpu("Tesla V100-SXM2-16GB", 15.8, 15.7, 15.7, 900, ASSUMED, NVLINK / 2, PCIE_HOST / 2),
         _gpu("Tesla V100-SXM2-32GB", 31.7, 15.7, 15.7, 900, ASSUMED, NVLINK / 2, PCIE_HOST / 2),

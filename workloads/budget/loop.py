@@ -1,7 +1,6 @@
-"""How the training loop computes, where configurations do not say it: memory and speed follow from both.
+"""How the training loop computes beyond what a configuration states: memory and speed follow from both.
 
-It describes workloads/training/loop.py and changes with it; that takes :data:`CHUNK_LOGITS` and :func:`layers_compile`
-from here.
+It describes workloads/training/loop.py, which imports :data:`CHUNK_LOGITS` and :func:`layers_compile` from here.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from workloads.budget.shape import ModelShape
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.errors import InputError
 
-# Logits of one chunk of the loss: 0.25 GiB in float32, about 1 GiB with all that their cross-entropy and its gradient
-# need. It is 2,097 tokens of a vocabulary of 32,000 and 512 of one of 128k, enough to keep a GPU's matrix units busy.
+# Logits of one chunk of the loss: 0.25 GiB in float32, about 1 GiB with their cross-entropy and its gradient. That is
+# 2,097 tokens of a vocabulary of 32,000 and 512 of one of 128k, enough to keep a GPU's matrix units busy.
 CHUNK_LOGITS = 2**26
-# FLOPs of a worker in a whole trial above which compiling saves more than it costs: about five minutes of an H200, of
-# which it saves one in four (14,621 against 10,898 tokens/s, Llama-2-7B at 8k), while it takes up to one itself.
+# FLOPs of a worker in a whole trial above which compiling saves more than it costs: about five minutes of an H200.
+# Compiling saves a quarter of them (14,621 against 10,898 tokens/s, Llama-2-7B at 8k) and takes up to one minute.
 COMPILING_PAYS_FROM = 1e17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loop:
-    """How the training loop computes; by default as transformers and PEFT do by themselves.
+    """How the training loop computes; the defaults are those of transformers and PEFT.
 
     Args:
         widths: bytes of numbers.
-        chunked_loss: :data:`CHUNK_LOGITS` exist at a time, and the gradient of what the output layer reads is ready
-            before the backward pass begins; else those of all tokens do.
-        compiled: each decoder layer is compiled by itself; else every operation keeps what its own gradient needs.
+        chunked_loss: :data:`CHUNK_LOGITS` exist at a time, and the gradient of the output layer's input is ready before
+            the backward pass begins; else the logits of all tokens exist.
+        compiled: each decoder layer is compiled separately; else each operation keeps what its gradient needs.
         one_operator: attention in groups is one operator that writes each result once
             (workloads/attention/grouped.py); else autograd joins its parts.
     """
@@ -75,7 +74,7 @@ def layers_compile(
         able: the devices are GPUs whose machine can build kernels.
 
     Raises:
-        InputError: it is asked for with ZeRO-3, which fetches a layer's weights between its modules.
+        InputError: it is requested with ZeRO-3, which fetches a layer's weights between its modules.
     """
     if training.steps == 0 or execution.compile_layers == "off":
         return False
@@ -86,7 +85,7 @@ def layers_compile(
                 "the engine zero2 or ddp, or compile_layers off"
             )
         return True
-    # Each length is compiled anew, and so may be where documents end.
+    # Each length is compiled again, and so may be each set of document boundaries.
     same_each_step = training.task == "pretraining" and not training.document_mask
     if not able or not same_each_step or training.quantization == "nf4" or execution.engine == "zero3":
         return False
@@ -94,7 +93,7 @@ def layers_compile(
 
 
 def _has_operator(training: TrainingConfig, execution: ExecutionConfig, gpu: Device | None) -> bool:
-    """Whether workloads/attention/shifted.py takes the operator; ``gpu`` None: on a CPU."""
+    """Whether workloads/attention/shifted.py uses the operator; ``gpu`` None means a CPU."""
     if training.document_mask or execution.attention_backend not in ("auto", "sdpa", "cudnn", "flash4"):
         return False
     return gpu is None or (training.precision == "bfloat16" and gpu.multiplies_bfloat16)

@@ -1,17 +1,17 @@
 """Memory of one worker, by parts, at its peak.
 
-The moments of a step (workloads/training/loop.py), each with the tensors that are alive then:
+The moments of a step (workloads/training/loop.py), and the tensors alive at each:
 
-    forward     its end: what all layers kept, autocast's copies of weights that train, logits
-    loss        its backward pass: also log-probabilities and two gradients of the logits, in float32; in chunks it
-                has all of this for one chunk at a time, already in the forward pass
-    last layer  the backward pass of the layer that comes first, all others still kept
-    recompute   that of the last layer that recomputes its activations, where later ones have kept theirs
-    first layer the one that comes last: all gradients are there
-    offload     the forward pass where the copies of an offloaded layer must have left the device but just may not have
-    fetch       the backward pass of a layer while an offloaded one comes back
-    update      gradients, weights and optimiser state
-    evaluation  no gradients; as many tokens as an evaluation forwards, at least a whole window
+    forward      end of the forward pass: activations of all layers, autocast's copies of trained weights, logits
+    loss         its backward pass: also log-probabilities and two gradients of the logits, in float32; a loss in chunks
+                 has all of this for one chunk at a time, during the forward pass
+    last layer   backward pass of the last layer, which runs first: activations of all others are still kept
+    recompute    backward pass of the last layer that recomputes, while later ones have kept their activations
+    first layer  backward pass of the first layer, which runs last: all gradients exist
+    offload      forward pass just before the copies of an offloaded layer must have left the device
+    fetch        backward pass of a layer while an offloaded one is copied back
+    update       gradients, weights and optimiser state
+    evaluation   no gradients; as many tokens as an evaluation forwards, at least a whole window
 """
 
 from __future__ import annotations
@@ -35,18 +35,17 @@ GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
 
 # Bytes for each number of the widest operand or result of a product in FP8 (workloads/adaptation/float8.py): compiled,
-# what is quantised; else two float32 results, one of them scaled.
+# its quantised copy; else two float32 results, one of them scaled.
 FLOAT8_COMPILED, FLOAT8_WORK = 1, 2 * FLOAT32
 
-# DeepSpeed under workloads/engines/zero.py: buckets of 50 million float32 numbers; of stage 3's gathered weights up to
-# a billion stay (stage3_max_live_parameters).
+# DeepSpeed under workloads/engines/zero.py: buckets of 50 million float32 numbers; stage 3 keeps up to a billion
+# gathered weights (stage3_max_live_parameters).
 ZERO_BUCKET = 50_000_000 * FLOAT32
 ZERO3_LIVE = 1_000_000_000
 
 # What the allocator does not count: the CUDA context with its libraries (0.5 to 0.6 GiB on A100 and H100), NCCL's
-# channels where there are several workers; and a share of what comes and goes, for gaps between blocks. On an H200 (7B,
-# LoRA+) torch had reserved 6.4% of that more than it used at 32,768 tokens and 8.1% at 8,192; at 98,304, planned with
-# 5%, memory ran out.
+# channels between workers, and a share of temporary memory for gaps between blocks. On an H200 (7B, LoRA+) torch
+# reserved 6.4% of it beyond its use at 32,768 tokens and 8.1% at 8,192; at 98,304, planned with 5%, memory ran out.
 CONTEXT_BYTES = int(0.6 * GIB)
 NCCL_BYTES = int(1.0 * GIB)
 FRAGMENTATION = 0.10
@@ -57,17 +56,17 @@ class Memory:
     """Bytes on one worker's device at the worst moment of a trial.
 
     Args:
-        moment: which, see this module.
-        weights: frozen ones.
-        trained: weights that train (float32: their own masters), with ZeRO also its partition of them.
+        moment: one of those listed above.
+        weights: frozen weights.
+        trained: weights that train, in float32; with ZeRO also its partition of them.
         casts: autocast's bfloat16 copies of trained weights.
-        gradients: those that exist then, and what DDP or ZeRO keep of them.
+        gradients: those that exist at the moment, and the copies of DDP or ZeRO.
         optimizer: AdamW's two moments.
         activations: kept for the backward pass.
-        logits: and the loss's float32 work on them.
+        logits: with the loss's float32 copies of them.
         workspace: gradients between operations, ZeRO's buckets and gathered weights, masks.
         reserve: what torch does not count as allocated: CUDA context, NCCL, gaps between blocks.
-        host: bytes in the host's memory that ``offload`` and ``offload_activations`` put there; not part of ``total``.
+        host: bytes in host memory, from ``offload`` and ``offload_activations``; not part of ``total``.
     """
 
     moment: str
@@ -84,17 +83,17 @@ class Memory:
 
     @property
     def allocated(self) -> int:
-        """What ``torch.cuda.max_memory_allocated`` would say, and a step's ``peak_memory_gib``."""
+        """What ``torch.cuda.max_memory_allocated`` and a step's ``peak_memory_gib`` report."""
         return sum(getattr(self, part) for part in self.parts() if part != "reserve")
 
     @property
     def total(self) -> int:
-        """What the device has to have."""
+        """What the device must have."""
         return self.allocated + self.reserve
 
     @classmethod
     def parts(cls) -> tuple[str, ...]:
-        """The names of the parts that make the total."""
+        """The names of the parts of the total."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("moment", "host"))
 
 
@@ -106,7 +105,7 @@ def memory(
     *,
     loop: Loop | None = None,
 ) -> Memory:
-    """Returns the memory of one of ``workers`` workers that train (or, untuned, evaluate) by this configuration.
+    """Returns the memory of one of ``workers`` workers that train (or, untuned, evaluate) with this configuration.
 
     Args:
         loop: how training computes; None: as this package does on CPUs.
@@ -116,8 +115,8 @@ def memory(
     """
     moments = _Moments(shape, training, execution, workers, loop or Loop.of(shape, training, execution, workers))
     worst = max(moments.all(), key=lambda moment: moment.allocated)
-    comes_and_goes = worst.activations + worst.logits + worst.workspace
-    reserve = CONTEXT_BYTES + NCCL_BYTES * (workers > 1) + int(FRAGMENTATION * comes_and_goes)
+    temporary = worst.activations + worst.logits + worst.workspace
+    reserve = CONTEXT_BYTES + NCCL_BYTES * (workers > 1) + int(FRAGMENTATION * temporary)
     return dataclasses.replace(worst, reserve=reserve)
 
 
@@ -134,9 +133,9 @@ def micro_batch(training: TrainingConfig, execution: ExecutionConfig, workers: i
 
 
 def checkpoint_bytes(shape: ModelShape, training: TrainingConfig) -> int:
-    """Returns about what one checkpoint takes on disk: each trained weight and its two moments, in float32.
+    """Returns the approximate size of a checkpoint on disk: each trained weight and its two moments, in float32.
 
-    Names, shapes and the random state are some kilobytes more. A trial keeps two (workloads/training/checkpoint.py).
+    Names, shapes and the random state add some kilobytes. A trial keeps two (workloads/training/checkpoint.py).
     """
     return 3 * FLOAT32 * what_trains(shape, training).trainable
 
@@ -154,7 +153,7 @@ class _Moments:
         masked = execution.attention_backend == "sdpa" and not PATTERNS[training.attention].is_grouped
         self.kept = Activations(self.trains, loop.widths, self.rows, masked, loop.compiled, loop.one_operator)
         self.stage = int(execution.engine[-1]) if execution.engine.startswith("zero") else 0
-        # Bytes of the logits that last: a chunk's are gone with it.
+        # Bytes of logits that outlive their chunk.
         self.logits = 0 if self.chunked else self.tokens * shape.vocab_size * loop.widths.compute
 
     def all(self) -> list[Memory]:
@@ -173,18 +172,18 @@ class _Moments:
         return moments
 
     def trained_bytes(self, share: float = 1.0) -> int:
-        """Bytes of what trains, or of its gradients, or of one of its moments; or a share of them."""
+        """Bytes of the trained weights, of their gradients, or of one of their moments; or a share of these."""
         trains, widths = self.trains, self.widths
         others = trains.trainable - trains.lora_parameters
         return int(share * (others * widths.trained + trains.lora_parameters * widths.lora))
 
     def fixed(self) -> Memory:
-        """What is there from the first update to the end."""
+        """Memory allocated from the first update to the end."""
         frozen = self.frozen_bytes()
         whole, share, offload = self.trained_bytes(), 1 / self.workers, self.execution.offload
         part = self.trained_bytes(share)
         if self.stage == 0:
-            buckets = whole if self.workers > 1 else 0  # DDP's, into which gradients are copied
+            buckets = whole if self.workers > 1 else 0  # of DDP, which copies gradients into them
             return Memory(moment="", weights=frozen, trained=whole, optimizer=2 * whole, gradients=buckets)
         # ZeRO updates a copy of its partition, and keeps the partition's gradients.
         on_host = 4 * part if offload else 0
@@ -208,15 +207,15 @@ class _Moments:
         return int(quantized * NF4_BYTES) + (frozen - quantized) * self.widths.frozen
 
     def _float8_copies(self) -> int:
-        """What FP8 takes beyond a weight's two bytes in bfloat16, which become two copies of a byte each.
+        """Bytes beyond a weight's two in bfloat16, which FP8 replaces by two copies of one byte.
 
-        One byte more, for the backward pass, where the forward pass is in bfloat16.
+        A weight whose forward pass is in bfloat16 takes one byte more, for the backward pass.
         """
         once = sum(linear.weights for linear in self.shape.linears if linear.float8 and not linear.float8_forwards)
         return once * sum(map(self.trains.in_float8, range(self.shape.num_layers)))
 
     def gradients(self) -> int:
-        """Of the weights themselves. ZeRO takes each away as it comes, and keeps its own: see :meth:`fixed`."""
+        """Bytes of the weights' own gradients. ZeRO frees each at once and keeps its copies: see :meth:`fixed`."""
         if not self.stage:
             return self.trained_bytes()
         of_linears = max(linear.weights for linear in self.shape.linears) if self.training.method == "full" else 0
@@ -238,7 +237,7 @@ class _Moments:
         return sum(map(self.trains.weights, layers)) * self.shape.layer_weights
 
     def kept_casts(self, up_to: int) -> int:
-        """What layers up to one keep of these copies for the backward pass.
+        """The copies that layers up to this one keep for the backward pass.
 
         Layers that recompute or are offloaded keep none.
         """
@@ -251,7 +250,7 @@ class _Moments:
         return list(itertools.accumulate(self.layer_casts(range(i, i + 1)) if i not in without else 0 for i in layers))
 
     def layers(self, up_to: int) -> float:
-        """What the layers up to one keep, bytes a token.
+        """What the layers up to this one keep, in bytes a token.
 
         A layer that recomputes keeps its input, an offloaded one nothing.
         """
@@ -269,17 +268,17 @@ class _Moments:
         return list(itertools.accumulate(kept))
 
     def whole(self, layer: int) -> float:
-        """Bytes of all that a layer keeps where it does not recompute it."""
+        """Bytes that a layer keeps if it does not recompute."""
         return self.tokens * self.kept.layer(layer) + self.layer_casts(range(layer, layer + 1))
 
     def activations(self) -> float:
         head = self.kept.head()
-        if self.chunked:  # in place of the output layer's input its gradient, in full
+        if self.chunked:  # the whole gradient of the output layer's input replaces the input
             head = self.kept.final_norm() + self.kept.residual * self.shape.hidden_size
         return self.tokens * (self.layers(self.shape.num_layers - 1) + head)
 
     def forward(self, fixed: Memory) -> Memory:
-        before = self.logits * self.accumulates  # the logits of the micro-batch before
+        before = self.logits * self.accumulates  # the previous micro-batch's logits
         return self.add(
             fixed,
             "forward",
@@ -290,21 +289,19 @@ class _Moments:
         )
 
     def leaving(self, fixed: Memory, layer: int) -> Memory:
-        """The end of a layer's forward pass, with what may still be on its way to the host."""
-        on_its_way = sum(
-            self.whole(each.layer) for each in self.trains.offloaded if each.layer <= layer < each.released
-        )
+        """The end of a layer's forward pass, with activations that may still be being copied to the host."""
+        leaving = sum(self.whole(each.layer) for each in self.trains.offloaded if each.layer <= layer < each.released)
         return self.add(
             fixed,
             "offload",
             gradients=self.gradients() * self.accumulates,
             casts=self.casts(),
-            activations=self.tokens * self.layers(layer) + on_its_way,
+            activations=self.tokens * self.layers(layer) + leaving,
             logits=self.logits * self.accumulates,
         )
 
     def loss(self, fixed: Memory) -> Memory:
-        """In chunks, the gradient of an output layer that trains is summed up beside what there is of it."""
+        """In chunks, the gradient of an output layer that trains is summed in a second tensor."""
         if self.chunked:
             logits = self.chunk(self.tokens) * (3 * FLOAT32 + self.widths.compute)
         else:
@@ -319,20 +316,20 @@ class _Moments:
         )
 
     def chunk(self, tokens: int) -> int:
-        """Logits that a loss in chunks has of so many tokens at a time."""
+        """Logits that a loss in chunks holds at a time, of this many tokens."""
         return min(tokens * self.shape.vocab_size, CHUNK_LOGITS)
 
     def head_gradient(self) -> int:
         return self.trains.output * self.shape.embedding_parameters * self.widths.trained
 
     def in_layer(self, fixed: Memory, moment: str, layer: int) -> Memory:
-        """The backward pass of a layer: what it and those before it keep, the gradients of those after it."""
+        """The backward pass of a layer: activations up to this layer, and gradients of the later ones."""
         kept, trains = self.kept, self.trains
-        again, back = layer in trains.checkpointed, layer in trains.away
+        recomputes, returns = layer in trains.checkpointed, layer in trains.away
         a_token = self.layers(layer)
-        if again:  # a float32 input is what its first norm keeps
+        if recomputes:  # its first norm keeps a float32 input itself
             a_token += kept.layer(layer) - kept.layer_input * (kept.residual == FLOAT32 and not kept.compiled)
-        elif back:
+        elif returns:
             a_token += kept.layer(layer)
         coming = sum(self.whole(each.layer) for each in trains.offloaded if each.layer < layer <= each.fetched)
         gradients = self.gradients()
@@ -343,7 +340,7 @@ class _Moments:
             fixed,
             moment,
             gradients=gradients,
-            casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * (again or back),
+            casts=self.kept_casts(layer) + self.layer_casts(range(layer, layer + 1)) * (recomputes or returns),
             activations=self.tokens * a_token + coming,
             logits=self.logits,
             workspace=self.tokens * kept.backward_work(layer) + self.for_products(self.tokens, kept.compiled),
@@ -351,7 +348,7 @@ class _Moments:
 
     def update(self, fixed: Memory) -> Memory:
         gradients = self.gradients()
-        if self.stage:  # joined to one tensor; stage 3 does that for a billion numbers at a time
+        if self.stage:  # joined in one tensor; stage 3 joins a billion numbers at a time
             partition = self.trained_bytes(1 / self.workers)
             gradients = min(partition, FLOAT32 * ZERO3_LIVE) if self.stage == 3 else partition
             gradients *= not self.execution.offload
@@ -364,7 +361,7 @@ class _Moments:
             fixed = dataclasses.replace(fixed, gradients=0, optimizer=0)
         inner = 3 if shape.gated else 2
         layer = widths.compute * inner * shape.intermediate_size + 3 * self.kept.residual * shape.hidden_size
-        # As the output layer gives them, in float32, and their log-probabilities.
+        # Logits in the output layer's type and in float32, and their log-probabilities.
         logits = self.chunk(tokens) * (widths.compute * (widths.compute < FLOAT32) + 2 * FLOAT32)
         return self.add(
             fixed,
@@ -374,10 +371,10 @@ class _Moments:
         )
 
     def for_products(self, tokens: int, compiled: bool) -> int:
-        """What a product with a frozen weight takes by itself.
+        """What a single product with a frozen weight allocates.
 
-        A 4-bit weight is made whole; what FP8 multiplies has a copy, and the result, where layers are not compiled, is
-        scaled in float32.
+        A 4-bit weight is dequantised; FP8 multiplies quantised copies, and scales the result in float32 where layers
+        are not compiled.
         """
         match self.training.quantization:
             case "none":

@@ -1,8 +1,8 @@
 """Which layers keep their activations in host memory, and when they are copied there and back.
 
-One rule for the plan (memory.py) and for training (workloads/training/offload.py). It goes by the order in which layers
-are computed, not by time, so the memory of a step is known before it runs, however fast the copies are. Where they are
-slower than planned, the device waits for them.
+The plan (memory.py) and training (workloads/training/offload.py) share this rule. It follows the order of layers, not
+time, so the memory of a step is known in advance at any speed of the copies. If they are slower than planned, the
+device waits for them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Generic, TypeVar
 
 Layer = TypeVar("Layer")  # a layer's index, or the layer itself
 
-# The copy back begins with the backward pass of the layer this many after the offloaded one: it has the time of two
-# backward passes (2 x 120 ms for Llama-2-7B at 98,304 tokens on an H200, where a layer's 9 GB take 166 ms), and takes
-# the memory of later layers that are done.
+# The copy back begins with the backward pass of the layer this many after the offloaded one. That leaves two backward
+# passes for it (2 x 120 ms for Llama-2-7B at 98,304 tokens on an H200, where a layer's 9 GB take 166 ms), and memory
+# that later layers have freed.
 FETCHED_AHEAD = 2
 
 
@@ -24,9 +24,9 @@ class Offloaded(Generic[Layer]):
     """A layer whose activations go to host memory.
 
     Args:
-        layer: which.
-        released: its copies must be done before the forward pass of this one, and free the device's memory.
-        fetched: its copies begin to come back with the backward pass of this one.
+        layer: the offloaded layer.
+        released: before this layer's forward pass the copies to the host end, and free device memory.
+        fetched: with this layer's backward pass the copies back begin.
     """
 
     layer: Layer
@@ -35,10 +35,10 @@ class Offloaded(Generic[Layer]):
 
 
 def offloaded_layers(layers: Sequence[Layer], count: int) -> tuple[Offloaded[Layer], ...]:
-    """Returns ``count`` of ``layers``, spread evenly; at most all but the last, whose backward pass comes at once.
+    """Returns ``count`` of ``layers``, spread evenly; at most all but the last, whose backward pass follows at once.
 
-    Each is released when the next begins, the last of them when the last layer does: each one's copies have the forward
-    passes of the layers in between to themselves, and at the end of the forward pass no copy is under way.
+    Each is released when the next one begins, and the last one when the last layer does. Copies of two layers never
+    overlap, and at the end of the forward pass none is running.
     """
     last = len(layers) - 1
     count = max(0, min(count, last))

@@ -1,14 +1,14 @@
 """Activations of some decoder layers in pinned host memory, between a layer's forward pass and its backward pass.
 
-What such a layer saves for its backward pass is copied to the host while later layers compute, and back while their
-backward passes do; only what is being copied is on the device. How many layers is chosen before a trial runs
-(workloads/budget/fitting.py); which ones and when is the rule of workloads/budget/offloading.py.
+Tensors that such a layer saves for its backward pass are copied to the host while later layers compute, and back
+during their backward passes; only those being copied are on the device. The number of layers is chosen before a trial
+runs (workloads/budget/fitting.py); workloads/budget/offloading.py has the rule for which and when.
 
 Memory stays safe without the host ever waiting. All device memory belongs to the compute stream; two side streams only
-copy, one out and one back. A side stream waits for what the compute stream was given before it begins, and the compute
-stream waits for the copy before it uses or frees that memory. Freed memory is then available to the very next kernel,
-in program order: with ``record_stream`` it would be once the host happens to see that the copy is done, and the host is
-seconds ahead.
+copy, one out and one back. A side stream waits for all work queued on the compute stream before it begins, and the
+compute stream waits for the copy before it uses or frees that memory. The next kernel in program order can then use
+freed memory. With ``record_stream`` it could only once the host notices the end of the copy, and the host is seconds
+ahead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from workloads.budget.offloading import offloaded_layers
 from workloads.errors import InputError
 from workloads.training.recompute import layers_with_backward
 
-SMALLEST = 2**20  # bytes: smaller memory stays on the device, a copy of it would cost more than it saves
+SMALLEST = 2**20  # bytes; smaller tensors stay on the device, since a copy would cost more than it saves
 
 
 def layers_to_offload(model: nn.Module, count: int) -> list[nn.Module]:
@@ -49,17 +49,17 @@ def layers_to_offload(model: nn.Module, count: int) -> list[nn.Module]:
 def offload_activations(model: nn.Module, count: int, device: torch.device) -> None:
     """Makes ``count`` layers that have a backward pass keep their activations in host memory, in training.
 
-    The layers are spread evenly; at most all but the last. Parameters and buffers stay where they are, and so does what
-    all layers share: keyword arguments of their calls (rotary positions, masks). A tensor that is saved several times,
-    or in several views, is copied once. The result is bit for bit the same. Buffers are pinned in the first step, as
-    large as what they take, and reused in each step; on a CPU they are ordinary memory, and copies are synchronous.
+    The layers are spread evenly; at most all but the last. Parameters and buffers stay on the device, and so do the
+    keyword arguments that all layers share (rotary positions, masks). A tensor that is saved several times, or in
+    several views, is copied once. The result is bit for bit the same. Host buffers are pinned in the first step, at the
+    size they need, and reused in each step; on a CPU they are ordinary memory, and copies are synchronous.
 
     Args:
         model: as :func:`workloads.adaptation.methods.adapt` returns it.
         device: where it trains.
 
     Raises:
-        MemoryError: in the first step: the host's memory cannot be had.
+        MemoryError: in the first step: host memory cannot be allocated.
     """
     if count == 0:
         return
@@ -78,7 +78,7 @@ def offload_activations(model: nn.Module, count: int, device: torch.device) -> N
 
 
 class _Offload(Wrapper):
-    """Around a layer's call: does what is due before and after it."""
+    """Wraps a layer's call: runs what is due before and after it."""
 
     position = Position.OFFLOAD
     offload_schedule: _Schedule
@@ -91,10 +91,10 @@ class _Offload(Wrapper):
 
 @dataclass(frozen=True, slots=True)
 class _Schedule:
-    """What is due at one layer: for its own activations, and for those of other layers.
+    """What is due at a layer, for its own activations and those of other layers.
 
     Args:
-        own: where the layer's own activations go; None: they stay.
+        own: where the layer's own activations go; None if they stay.
         discard: activations to discard, if an interrupted step has left any.
         release: activations that must have left the device before this layer's forward pass.
         fetch: activations whose copies back begin with this layer's backward pass.
@@ -127,13 +127,13 @@ class _Stored:
     """A piece of memory that a layer saved tensors in: in host memory, and on the device while it is needed there."""
 
     host: torch.Tensor
-    uses: int = 0  # saved tensors in it that the backward pass has not asked for yet
+    uses: int = 0  # saved tensors in it that the backward pass has not read yet
     device: torch.Tensor | None = None
     overwritten: bool = False  # by a later forward pass
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps of an offloaded tensor: its layout in its memory."""
+    """What autograd keeps for an offloaded tensor: its layout in its memory."""
 
     stored: _Stored
     dtype: torch.dtype
@@ -148,7 +148,7 @@ class _HostActivations:
     def __init__(self, copies: _Copies, device: torch.device) -> None:
         self.copies, self.device = copies, device
         self.buffers: list[torch.Tensor] = []  # reused by every step, in the order in which a layer saves
-        self.excluded: set[int] = set()  # addresses of what stays on the device
+        self.excluded: set[int] = set()  # addresses of tensors that stay on the device
         self.stored: dict[int, _Stored] = {}  # by address on the device at the time of saving
         self.leaving: list[torch.Tensor] = []
         self.last_out: torch.cuda.Event | None = None  # the end of the last copy out
@@ -156,7 +156,7 @@ class _HostActivations:
 
     @contextlib.contextmanager
     def saving(self, layer: nn.Module, shared: dict[str, Any]) -> Iterator[None]:
-        """Around the layer's forward pass. ``shared``: what other layers are called with too."""
+        """A context for the layer's forward pass. ``shared``: arguments that other layers are called with too."""
         self.discard()
         tensors = [*layer.parameters(), *layer.buffers(), *tree_leaves(shared)]
         self.excluded = {_address(each) for each in tensors if isinstance(each, torch.Tensor)}
@@ -201,16 +201,16 @@ class _HostActivations:
         return whole.set_(memory.untyped_storage(), saved.offset, saved.size, saved.stride)
 
     def release(self) -> None:
-        """Frees the device's memory once all is copied."""
+        """Frees device memory once all copies to the host are done."""
         self.copies.wait(self.last_out)
         self.leaving.clear()
 
     def fetch(self) -> None:
-        """Begins to copy back what the backward pass will ask for."""
+        """Begins to copy back what the backward pass will read."""
         self._copy_back([each for each in self.stored.values() if each.uses > 0 and each.device is None])
 
     def discard(self) -> None:
-        """Drops what an interrupted step has left, and what no backward pass has asked for."""
+        """Drops what an interrupted step has left, and what no backward pass has read."""
         self.release()
         self.copies.wait(self.last_back)
         for each in self.stored.values():
@@ -226,7 +226,7 @@ class _HostActivations:
         return memories
 
     def _buffer(self, index: int, num_bytes: int) -> torch.Tensor:
-        """Host memory of this size: that of the step before, or a new one where it was smaller."""
+        """Host memory of this size: the previous step's, or new memory if that is too small."""
         if index == len(self.buffers):
             self.buffers.append(_host_memory(num_bytes, self.device))
         elif len(self.buffers[index]) < num_bytes:
@@ -236,7 +236,7 @@ class _HostActivations:
 
 
 class _Copies:
-    """Copies beside the compute stream: one side stream for each direction; on a CPU there is none."""
+    """Copies on a side stream for each direction, beside the compute stream; on a CPU without streams."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -250,7 +250,7 @@ class _Copies:
 
     @staticmethod
     def wait(event: torch.cuda.Event | None) -> None:
-        """Makes all later computation wait for the event; the host does not wait."""
+        """Makes all later computation wait for the event, without the host."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
@@ -258,7 +258,7 @@ class _Copies:
     def _copy(
         stream: torch.cuda.Stream | None, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.cuda.Event | None:
-        """Copies (to, from) after everything the compute stream was given so far; returns the event of its end."""
+        """Copies (to, from) after all work queued on the compute stream; returns the event at the end."""
         if stream is None:
             for to, source in pairs:
                 to.copy_(source)
@@ -282,11 +282,11 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
     """Pinned memory, which the device copies to and from by itself; ordinary memory on a CPU.
 
-    torch's own pinned memory is rounded up to a power of two, which would waste up to half. Pages are taken from the
-    system instead, large ones where it has them, and pinned as they are.
+    torch rounds its own pinned memory up to a power of two, which would waste up to half. Pages come from the system
+    instead, large ones where it has them, and are pinned as they are.
 
     Raises:
-        MemoryError: it cannot be had.
+        MemoryError: it cannot be allocated.
     """
     if device.type != "cuda":
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -305,13 +305,13 @@ def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def _unpin(address: int, pages: mmap.mmap) -> None:
-    """Unpins memory; ``pages`` is an argument so that they are not unmapped before."""
+    """Unpins memory; ``pages`` is an argument to keep them mapped until then."""
     torch.cuda.synchronize()  # a copy may be running
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _no_memory(num_bytes: int, why: str) -> MemoryError:
     return MemoryError(
-        f"{num_bytes / 2**30:.2f} GiB of pinned host memory for activations cannot be had ({why}); offload fewer "
+        f"{num_bytes / 2**30:.2f} GiB of pinned host memory for activations cannot be allocated ({why}); offload fewer "
         "layers (--offload-activations), or none"
     )

@@ -136,7 +136,7 @@ def test_rates_are_short_numbers_inside_their_range_and_name_the_trial(tmp_path)
 
 def test_a_small_space_is_used_up_without_repeating_and_then_ends(tmp_path):
     asked = spec(search_learning_rate=(1e-4, 1e-4), search_rank=(4, 8, 16), search_group_size=(0.25, 0.5))
-    with pytest.raises(InputError, match="--search-trials 24: there are fewer settings of lora 1024"):
+    with pytest.raises(InputError, match="--search-trials 24: lora 1024 has fewer settings"):
         open_search(tmp_path, asked)
     assert len(set(run(tmp_path / "all", spec(**{**vars(asked), "search_trials": 6})))) == 6
     narrow = spec(search_learning_rate=(1.01e-4, 1.03e-4), search_rank=(8,), search_group_size=(0.25,))
@@ -202,7 +202,7 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
 
     status, output = command.run()
     assert status == 0, output
-    assert "lora 512 lr" in output and "and 2 more, which the search suggests (random)" in output
+    assert "lora 512 lr" in output and "and 2 more, to be suggested by the search (random)" in output
     after = records(command.storage)
     assert {name: after[name].journal.path.read_bytes() for name in before} == before
     assert [record.state for record in after.values()] == ["finished"] * 4

@@ -6,62 +6,14 @@ import socket
 import time
 
 import pytest
-from mlflow import MlflowClient
 
-from orchestrator.records.events import Cancelled, Eval, Failed, Finished, ModelReady, Started, Step, Stopped
-from orchestrator.records.mlflow_tracking import Tracker, TrackingThread, tracking_uri
+from orchestrator.records.events import Cancelled, Failed, Finished, ModelReady, Started, Step, Stopped
+from orchestrator.records.mlflow_tracking import TrackingThread
 from orchestrator.records.provenance import Provenance
-from orchestrator.records.storage import Storage
-from orchestrator.spec import SweepSpec
-from orchestrator.trial_spec import Identities
-from tests.support.events import a_step, evaluation
+from tests.support.events import a_step
 from tests.support.mlflow_server import start_mlflow_server
+from tests.support.mlflow_store import PROVENANCE, STARTED, connect, history, runs, write_some_steps
 from workloads.errors import InputError
-
-PROVENANCE = Provenance(git_commit="abc123", packages={})
-STARTED = {
-    "hardware": "1 x NVIDIA H200", "host": "here", "packages": {"torch": "2"}, "workers": 1, "driver": "580.65.06",
-    "cuda": "13.0", "git_commit": "abc123-dirty", "usd_per_device_hour": 7.912, "price_source": "p5en.48xlarge",
-    "execution": {"engine": "zero2", "offload": True, "micro_batch": None},
-}  # fmt: skip
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage.open(str(tmp_path / "runs"))
-
-
-@pytest.fixture
-def trial(storage):
-    spec = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=())
-    (trial,) = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
-    storage.add_trial(trial)
-    return trial
-
-
-def connect(storage, uri=None):
-    tracker = Tracker(tracking_uri(storage, uri), "longspan", storage)
-    tracker.connect()
-    return tracker
-
-
-def runs(uri):
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("longspan")
-    return client, client.search_runs([experiment.experiment_id])
-
-
-def history(client, run, name):
-    return [(m.step, m.value) for m in sorted(client.get_metric_history(run.info.run_id, name), key=lambda m: m.step)]
-
-
-def write_some_steps(journal, first=1, last=3):
-    journal.append(Started(**STARTED))
-    if first == 1:
-        journal.append(Eval(**evaluation(0, 20.0)))
-        journal.append(Eval(**evaluation(0, 2.0, context_length=512)))
-    for step in range(first, last + 1):
-        journal.append(Step(**a_step(step, loss=10.0 - step)))
 
 
 def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, trial):
@@ -241,7 +193,7 @@ def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, tria
     for step in range(6, 10):
         began = time.time()
         journal.append(Step(**a_step(step, loss=10.0 - step)))
-        assert time.time() - began < 0.5  # training does not wait for the server
+        assert time.time() - began < 5  # training does not wait for the server, whose calls time out after 10 s
     deadline = time.time() + 60
     while thread.trouble is None and time.time() < deadline:
         time.sleep(0.2)
