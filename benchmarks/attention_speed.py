@@ -1,5 +1,6 @@
-"""Attention alone, forward and backward, by longspan's backends and by the published recipe: ``python -m
-benchmarks.attention_speed``, on a CUDA device, about 2 minutes on an H200.
+"""Attention alone, forward and backward: longspan's backends and the published recipe.
+
+``python -m benchmarks.attention_speed`` on a CUDA device; about 2 minutes on an H200.
 
 One sequence of random bfloat16 numbers, laid out in memory as transformers lays them out: (batch, tokens, heads,
 head_dim). Medians by device events.
@@ -38,9 +39,11 @@ COUNTING = (
 
 @dataclass(frozen=True)
 class Case:
-    """Args:
-    group_size: of S²-Attn; None: full attention.
-    must_reach, stretch: milliseconds, forward and backward.
+    """A measured case.
+
+    Args:
+        group_size: of S²-Attn; None: full attention.
+        must_reach, stretch: target milliseconds, forward and backward.
     """
 
     tokens: int
@@ -73,10 +76,12 @@ CASES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Args:
-    way: a backend of longspan, or the published recipe.
-    forward, both: milliseconds of the forward pass, and of forward and backward.
-    failure: what happened where nothing was measured.
+    """The result of a case.
+
+    Args:
+        way: a backend of longspan, or the published recipe.
+        forward, both: milliseconds of the forward pass, and of forward and backward.
+        failure: the error, if nothing was measured.
     """
 
     case: Case

@@ -93,8 +93,10 @@ def with_liger_kernels() -> None:
 def published_s2(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group_size: int, scale: float | None = None
 ) -> torch.Tensor:
-    """S²-Attn as LongLoRA published it, re-stated. Not what longspan computes: the roll joins the sequence's two ends
-    to one group, in which its first half group of tokens attends to its last (a leak from the future).
+    """S²-Attn as LongLoRA published it, re-implemented; not what longspan computes.
+
+    The roll joins the sequence's two ends into one group, in which the first half group of tokens attends to the last
+    (a leak from the future).
 
     Args:
         query: (batch, heads, tokens, head_dim).

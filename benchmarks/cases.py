@@ -41,12 +41,14 @@ START_SECONDS = {"longspan": 30.0, "user's way": 12.0, "published S²": 12.0, "L
 
 @dataclass(frozen=True)
 class Case:
-    """Args:
-    group_size: of S²-Attn in tokens; None: full attention.
-    warmup, steps: steps that do not count, and that do.
-    expected: tokens/s, to estimate how long it takes; where longspan is measured, what it must reach.
-    stretch: tokens/s hoped for.
-    offload_activations: as in ``ExecutionConfig``, of longspan.
+    """What is trained, and in which way.
+
+    Args:
+        group_size: of S²-Attn in tokens; None: full attention.
+        warmup, steps: uncounted and counted steps.
+        expected: tokens/s, to estimate the duration; for longspan, the target.
+        stretch: the ambitious target, tokens/s.
+        offload_activations: as in ``ExecutionConfig``; for longspan only.
     """
 
     name: str
@@ -86,9 +88,10 @@ class Case:
 
     @cached_property
     def limit(self) -> float | None:
-        """tokens/s that one H200 cannot exceed, where that was calculated. Of full fine-tuning: its FLOPs alone, at the
-        rate of matrix products (6N and attention, causal, its backward pass 2.5 times its forward). Of an FP8 base:
-        that of bfloat16, with its frozen products at FP8's rate and all else as it is.
+        """The tokens/s that one H200 cannot exceed; None if not calculated.
+
+        For full fine-tuning: its FLOPs alone, at the rate of matrix products (6N and causal attention, whose backward
+        pass takes 2.5 times its forward). For an FP8 base: the limit of bfloat16, with frozen products at FP8's rate.
         """
         flops = training_flops(ModelShape.of(MODELS["7B"]), self.training)
         if self.method != "lora+":
@@ -161,8 +164,9 @@ class Row:
 
 
 def baseline(case: Case, way: Way) -> Case | None:
-    """The case that does the same in another way: with S²-Attn too if the way knows it, else with full attention; in
-    bfloat16.
+    """The case that does the same in another way, in bfloat16.
+
+    With S²-Attn too if that way has it, else with full attention.
     """
     group_size = case.group_size if way == "published S²" else None
     for other in CASES.values():

@@ -2,7 +2,8 @@
 
 Shapes of Llama-2-7B at 8,192 tokens, forward (x Wᵀ) and backward (dy W), random numbers that lean to one sign by a
 tenth of their size. For each way its time, and its error against the exact product of the same FP8 numbers (of 64
-tokens, in float64): what ``FAST_FORWARD`` and ``FAST_BACKWARD`` of workloads/adaptation/float8.py choose between. Half a minute.
+tokens, in float64): what ``FAST_FORWARD`` and ``FAST_BACKWARD`` of
+workloads/adaptation/float8.py choose between. Half a minute.
 """
 
 from __future__ import annotations

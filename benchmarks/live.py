@@ -1,5 +1,6 @@
-"""The peak of live tensors in a stretch of code, on any device: what ``torch.cuda.max_memory_allocated`` says of a GPU,
-for a CPU too (less the rounding of an allocator and what a kernel takes inside itself).
+"""The peak of live tensors in a stretch of code, on any device.
+
+Like ``torch.cuda.max_memory_allocated``, but for CPUs too (without allocator rounding and kernels' workspaces).
 """
 
 from __future__ import annotations

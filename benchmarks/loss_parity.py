@@ -4,9 +4,9 @@
     python -m benchmarks.loss_parity --model ... --data ... --ways not-compiled bfloat16   # what compiling changes
     python -m benchmarks.loss_parity --model ... --data ... --seeds 0 1                    # and what another seed does
 
-Same seed, same data in the same order, through the product's own loop (``workloads.training.loop.run``). How far two ways of
-computing in bfloat16 are apart (the second line), and two seeds (the third), is what the distance of FP8 is to be held
-against. On a GPU the layers are compiled, but for ``not-compiled``; on a CPU nothing is.
+Same seed, same data in the same order, through the product's own loop (``workloads.training.loop.run``). Compare the
+difference of FP8 with that of two ways of computing in bfloat16 (the second line) and of two seeds (the third). On a
+GPU the layers are compiled, except with ``not-compiled``; on a CPU nothing is.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the second way is from the first: of each step ``second / first - 1``, its absolute value for ``median``
-    and ``largest``; and the same of the last perplexity, and of that of what is exported.
+    """The difference of the second way from the first: ``second / first - 1``.
+
+    Of each step's loss (in absolute value for ``median`` and ``largest``), of the last perplexity, and of the export's.
     """
 
     differences: list[float]

@@ -79,8 +79,9 @@ POINTS = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One point: bytes and tokens/s, predicted and measured. Measured is None where memory ran out; a speed is None
-    where it is not known.
+    """One point: bytes and tokens/s, predicted and measured.
+
+    Measured is None if memory ran out; a speed is None if it is unknown.
     """
 
     point: Point
@@ -122,8 +123,9 @@ def start_trial(
     folder: Path,
     emit: Emit = lambda event, **fields: None,
 ) -> tuple[Trial, nn.Module]:
-    """A trial of the product itself, on random weights made on the device, before its first step; and the module to
-    give to ``Trial.train_step``. It writes no checkpoint into ``folder`` unless it is asked to.
+    """A trial of the product on random weights, before its first step, and the module for ``Trial.train_step``.
+
+    It writes no checkpoint into ``folder`` unless asked to.
     """
     engine = make_engine(execution, device, training.precision)
     torch.manual_seed(0)

@@ -73,8 +73,9 @@ def configuration(context_length: int, group_size: int, workers: int, on_gpu: bo
 
 
 def planned(config: LlamaConfig, training: TrainingConfig, engine: EngineName, device: torch.device) -> ExecutionConfig:
-    """Longspan's defaults with this engine, changed as its plan would so that each worker's share fits its GPU and its
-    part of the host's memory. On a GPU layers are compiled, as in a trial that is longer than these few steps.
+    """Longspan's defaults with this engine, changed as its plan would to fit each GPU and its part of host memory.
+
+    On a GPU layers are compiled, as in a trial longer than these few steps.
 
     Raises:
         ValueError: it does not fit.

@@ -43,9 +43,11 @@ LONGEST = 12
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Args:
-    parts: milliseconds a step by part (:data:`PARTS`); what no kernel fills of a step is idle.
-    longest: milliseconds a step of the kernels that take longest, all calls together, by name.
+    """Where a step's time goes.
+
+    Args:
+        parts: milliseconds a step by part (:data:`PARTS`); time without a kernel is idle.
+        longest: milliseconds a step of the longest kernels, all calls together, by name.
     """
 
     parts: dict[str, float]
@@ -69,9 +71,11 @@ def step_profile(step: Callable[[], Any], vocab_size: int, steps: int = 2) -> St
 
 
 def of_trace(events: Sequence[dict[str, Any]], vocab_size: int, milliseconds: float, steps: int) -> StepProfile:
-    """Args:
-    events: of a profiler's trace, in Chrome's format.
-    milliseconds: from the first step's beginning to the last one's end.
+    """The profile from a trace.
+
+    Args:
+        events: of a profiler's trace, in Chrome's format.
+        milliseconds: from the start of the first step to the end of the last.
     """
     given = {
         event["args"]["External id"]: event["args"].get("Input Dims", [])
@@ -96,8 +100,10 @@ def of_trace(events: Sequence[dict[str, Any]], vocab_size: int, milliseconds: fl
 
 
 def part_of(kernel: str, shapes: list, vocab_size: int) -> str:
-    """Args:
-    shapes: of what the operator that launched the kernel was given; empty where that is not known.
+    """The part that a kernel counts to.
+
+    Args:
+        shapes: of the inputs of the operator that launched the kernel; empty if unknown.
     """
     part = next((part for part, name in BY_NAME if re.search(name, kernel, re.IGNORECASE)), ELEMENTWISE)
     # Logits, their gradient and the output layer's transposed weight; the embeddings have the vocabulary first.

@@ -18,8 +18,9 @@ PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "fla
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, warmup: int, repeats: int) -> list[float]:
-    """Seconds of each of ``repeats`` calls, after ``warmup`` ones that do not count: by events on the device's own
-    stream, which nothing waits for in between, or by the clock where the device is a CPU.
+    """Seconds of each of ``repeats`` calls, after ``warmup`` uncounted ones.
+
+    By events on the device's stream, without waiting in between; on a CPU by the clock.
     """
     for _ in range(warmup):
         call()

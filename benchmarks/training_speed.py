@@ -1,8 +1,7 @@
-"""Whole training steps of a 7B model, longspan's beside what users would run instead: ``python -m
-benchmarks.training_speed``, on a CUDA device.
+"""Whole training steps of a 7B model: longspan beside what users would run instead. Needs a CUDA device.
 
     python -m benchmarks.training_speed                        # the table, for at most ten minutes
-    python -m benchmarks.training_speed                        # once more: goes on with the cases that are missing
+    python -m benchmarks.training_speed                        # once more: continues with the missing cases
     python -m benchmarks.training_speed --cases 8k-s2 8k-user  # these, anew
     python -m benchmarks.training_speed --profile              # and where a step's time goes, at 8k and 98k
     python -m benchmarks.training_speed --picture speed.png    # from the JSON; needs no GPU
@@ -126,8 +125,9 @@ def longspans_step(
 
 
 def planned_execution(case: Case, config: LlamaConfig, device: torch.device) -> ExecutionConfig:
-    """Longspan's defaults, changed as its plan would so that the trial fits the device. Layers are compiled on a GPU,
-    which longspan does by itself in a trial that is longer than these few steps.
+    """Longspan's defaults, changed as its plan would to fit the trial on the device.
+
+    On a GPU layers are compiled, as longspan does in a trial longer than these few steps.
     """
     known = Device.named(machine(device)["device"])
     asked = ExecutionConfig(
@@ -250,7 +250,7 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
         for index, name in enumerate(names):
             case, left = CASES[name], until - time.monotonic()
             if case.seconds > left:
-                print(f"{name}: not begun, it takes about {case.seconds:.0f} s and {left:.0f} s are left", flush=True)
+                print(f"{name}: not started: it takes about {case.seconds:.0f} s and {left:.0f} s are left", flush=True)
                 continue
             print(f"{name}: about {case.seconds:.0f} s", flush=True)
             worker, waiting = waiting, Worker(measure_7b) if index + 1 < len(names) else None
@@ -287,7 +287,7 @@ def main(
     Args:
         cases: names of the cases to measure, also if the JSON file has them; without any, all that it has not.
         json_file: the results; taken up if there, and written after every case.
-        minutes: no case goes on longer than this after the start; one that would not come to its end is not begun.
+        minutes: no case runs longer than this after the start; one that would not finish is not started.
         profile: also tell where a step's time goes, at 8k and 98k.
         picture: measure nothing, and draw the JSON file into this PNG.
     """
@@ -305,7 +305,7 @@ def main(
     run(list(cases) or results.missing(profile), results, profile, began + 60 * minutes)
     print(f"\n{in_words(facts)}\nLlama-2-7B's shape, random weights. {COUNTING}\n\n{table(results.rows)}")
     if missing := results.missing(profile):
-        print(f"\nMissing: {', '.join(missing)}. The same command goes on with them.")
+        print(f"\nMissing: {', '.join(missing)}. The same command continues with them.")
     print(f"{time.monotonic() - began:.0f} s; {json_file}")
 
 

@@ -1,5 +1,4 @@
-"""The same training step as Unsloth takes it: ``python -m benchmarks.unsloth_way``, which ``benchmarks.training_speed``
-starts.
+"""The same training step with Unsloth; ``benchmarks.training_speed`` starts it.
 
 A process of its own, since Unsloth wants to be imported before transformers, of which it replaces parts. It loads
 checkpoints alone, so that one of random weights is made and removed again: 13 GB for Llama-2-7B. As its documents tell:

@@ -35,7 +35,14 @@ WIDE = 110
 LOG_WIDTH = 120
 # Of several trials with the same facts, at most this many are named.
 LABELS = 4
-STYLES = {"interrupted": "yellow", "failed": "red", "cancelled": "yellow", "finished": "dim", "not started": "dim"}
+STYLES = {
+    "damaged": "red",
+    "interrupted": "yellow",
+    "failed": "red",
+    "cancelled": "yellow",
+    "finished": "dim",
+    "not started": "dim",
+}
 
 
 def main(
@@ -81,6 +88,7 @@ def as_json(overview: Overview, sweep: str | None = None) -> dict[str, Any]:
     sweeps = overview.sweeps() if sweep is None else [overview.sweep(sweep)]
     return {
         "sweeps": [dataclasses.asdict(each) for each in sweeps],
+        "damaged": overview.storage.damaged,
         "gpus": [dataclasses.asdict(gpu) for gpu in gpus()],
     }
 
@@ -96,15 +104,15 @@ def _watch(storage: Storage, sweep: str | None, console: Console) -> None:
 
 
 def status(overview: Overview, sweep: str | None, width: int) -> Group:
-    """All sweeps with the newest in detail, or one sweep."""
+    """All sweeps with the newest in detail, or one sweep; then what is damaged, and the GPUs."""
     if sweep is not None:
-        return Group(*sweep_lines(overview.sweep(sweep), overview.now, width), *gpu_lines(gpus()))
-    sweeps = overview.sweeps()
-    if not sweeps:
-        return Group(Text(f"{overview.storage.location} has no sweeps yet."))
-    return Group(
-        sweeps_table(sweeps, overview.now), Text(), *sweep_lines(sweeps[0], overview.now, width), *gpu_lines(gpus())
-    )
+        lines: list[Text | Table] = sweep_lines(overview.sweep(sweep), overview.now, width)
+    elif sweeps := overview.sweeps():
+        lines = [sweeps_table(sweeps, overview.now), Text(), *sweep_lines(sweeps[0], overview.now, width)]
+    else:
+        lines = [Text(f"{overview.storage.location} has no sweeps yet.")]
+    damaged = [Text(f"damaged: {what}", style="yellow") for what in overview.storage.damaged]
+    return Group(*lines, *damaged, *gpu_lines(gpus()))
 
 
 def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:

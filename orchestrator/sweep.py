@@ -33,6 +33,7 @@ from orchestrator.process import (
 )
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat
+from orchestrator.records.json_files import DamagedFile
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
@@ -114,6 +115,7 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     print_notes(sweep, plan, tracker.uri, console)
     refuse_impossible(sweep, plan)
     _put_aside_forced(sweep, plan, console)
+    _restore_damaged(sweep, plan, console)
 
     announced = plan.totals if plan.has_work else None
     if plan.has_work:
@@ -173,6 +175,18 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
         if sweep.rungs:
             sweep.rungs.forget(trial)
         console.print(f"{trial.label}: earlier results are kept in {shown_path(aside)}", soft_wrap=True)
+
+
+def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None:
+    """Writes the trial.json of trials that are not trained again where it is missing or damaged."""
+    if sweep.storage.store:
+        return
+    for trial in (planned.trial for planned in plan.planned if not planned.trains):
+        try:
+            sweep.storage.trial(trial.fingerprint).read_trial()
+        except DamagedFile as error:
+            sweep.storage.add_trial(trial, sweep.source.location)
+            console.print(f"note: {error}; it is written again", markup=False, soft_wrap=True)
 
 
 def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:

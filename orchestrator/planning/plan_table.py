@@ -26,6 +26,8 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
     if plan.has_work:
         console.print(totals_line(plan.totals, plan.cluster))
         console.print(f"  ({plan.estimator.source}; {_price(plan.estimator, plan.cluster)})")
+    for damage in sweep.storage.damaged:
+        console.print(f"damaged: {damage}", style="yellow", markup=False, soft_wrap=True)
 
 
 def print_notes(sweep: Prepared, plan: SweepPlan, mlflow_uri: str, console: Console) -> None:
