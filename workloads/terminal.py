@@ -22,9 +22,13 @@ _SHOWN = {code: chr(code).encode("unicode_escape", "surrogatepass").decode() for
 LOG_WIDTH = 110
 
 
-def printable(text: str) -> str:
-    r"""The text with what a terminal would obey, or could not write, as escapes such as ``\x1b``."""
-    return text.translate(_SHOWN)
+def printable(text: str, *, one_line: bool = False) -> str:
+    r"""The text with what a terminal would obey, or could not write, as escapes such as ``\x1b``.
+
+    Args:
+        one_line: newlines and tabs too: for what must not look like lines of ours.
+    """
+    return text.translate(_SHOWN | {0x09: r"\t", 0x0A: r"\n"} if one_line else _SHOWN)
 
 
 class _Console(Console):

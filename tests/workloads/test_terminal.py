@@ -29,6 +29,7 @@ def test_what_a_terminal_obeys_is_shown_as_escapes():
     assert printable(HOSTILE) == SHOWN
     ordinary = "tab\tnewline\n[brackets] ünïcode 日本語 \u200d🎉"
     assert printable(ordinary) == ordinary
+    assert printable("a\tb\nerror: c", one_line=True) == r"a\tb\nerror: c"
 
 
 def test_a_console_shows_text_of_others_as_text(wide, capsys):
