@@ -18,15 +18,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.gpus import Gpu, gpus
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.disk_usage import DiskUsage, disk_usage
-from orchestrator.reporting.gpus import Gpu, gpus
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
 from orchestrator.reporting.progress import AT_WORK
-from orchestrator.terminal import device_hours, duration, file_size, first_of, make_console, usd
+from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
 from workloads.errors import InputError
+from workloads.terminal import make_console
 
 WATCH_S = 2.0
 # From this width on, a trial is one line; below it, the other facts follow the table.
@@ -34,7 +35,14 @@ WIDE = 110
 LOG_WIDTH = 120
 # Of several trials with the same facts, at most this many are named.
 LABELS = 4
-STYLES = {"interrupted": "yellow", "failed": "red", "cancelled": "yellow", "finished": "dim", "not started": "dim"}
+STYLES = {
+    "damaged": "red",
+    "interrupted": "yellow",
+    "failed": "red",
+    "cancelled": "yellow",
+    "finished": "dim",
+    "not started": "dim",
+}
 
 
 def main(
@@ -80,6 +88,7 @@ def as_json(overview: Overview, sweep: str | None = None) -> dict[str, Any]:
     sweeps = overview.sweeps() if sweep is None else [overview.sweep(sweep)]
     return {
         "sweeps": [dataclasses.asdict(each) for each in sweeps],
+        "damaged": overview.storage.damaged,
         "gpus": [dataclasses.asdict(gpu) for gpu in gpus()],
     }
 
@@ -95,15 +104,15 @@ def _watch(storage: Storage, sweep: str | None, console: Console) -> None:
 
 
 def status(overview: Overview, sweep: str | None, width: int) -> Group:
-    """All sweeps with the newest in detail, or one sweep."""
+    """All sweeps with the newest in detail, or one sweep; then what is damaged, and the GPUs."""
     if sweep is not None:
-        return Group(*sweep_lines(overview.sweep(sweep), overview.now, width), *gpu_lines(gpus()))
-    sweeps = overview.sweeps()
-    if not sweeps:
-        return Group(Text(f"{overview.storage.location} has no sweeps yet."))
-    return Group(
-        sweeps_table(sweeps, overview.now), Text(), *sweep_lines(sweeps[0], overview.now, width), *gpu_lines(gpus())
-    )
+        lines: list[Text | Table] = sweep_lines(overview.sweep(sweep), overview.now, width)
+    elif sweeps := overview.sweeps():
+        lines = [sweeps_table(sweeps, overview.now), Text(), *sweep_lines(sweeps[0], overview.now, width)]
+    else:
+        lines = [Text(f"{overview.storage.location} has no sweeps yet.")]
+    damaged = [Text(f"damaged: {what}", style="yellow") for what in overview.storage.damaged]
+    return Group(*lines, *damaged, *gpu_lines(gpus()))
 
 
 def sweeps_table(sweeps: list[SweepOverview], now: float) -> Table:

@@ -29,11 +29,11 @@ from orchestrator.process import (
     enable_gc,
     exit_without_gc,
     log_libraries_to,
-    run_on_console,
     stop_on_sigterm,
 )
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat
+from orchestrator.records.json_files import DamagedFile
 from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
@@ -41,10 +41,11 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
 from orchestrator.running.sweep_runner import SweepRunner
-from orchestrator.terminal import make_console, shown_path
-from workloads.command import EXIT_INTERRUPTED
+from orchestrator.terminal import shown_path
+from workloads.command import EXIT_INTERRUPTED, exit_status
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
+from workloads.terminal import make_console
 
 # A long preparation prints what it is doing this often.
 PREPARING_NOTE_SECONDS = 15
@@ -74,8 +75,7 @@ class Status:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    console = make_console()
-    return run_on_console(lambda: _run(sys.argv[1:] if arguments is None else arguments, console), console)
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, make_console()))
 
 
 def _run(arguments: list[str], console: Console) -> int:
@@ -115,6 +115,7 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     print_notes(sweep, plan, tracker.uri, console)
     refuse_impossible(sweep, plan)
     _put_aside_forced(sweep, plan, console)
+    _restore_damaged(sweep, plan, console)
 
     announced = plan.totals if plan.has_work else None
     if plan.has_work:
@@ -174,6 +175,18 @@ def _put_aside_forced(sweep: Prepared, plan: SweepPlan, console: Console) -> Non
         if sweep.rungs:
             sweep.rungs.forget(trial)
         console.print(f"{trial.label}: earlier results are kept in {shown_path(aside)}", soft_wrap=True)
+
+
+def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None:
+    """Writes the trial.json of trials that are not trained again where it is missing or damaged."""
+    if sweep.storage.store:
+        return
+    for trial in (planned.trial for planned in plan.planned if not planned.trains):
+        try:
+            sweep.storage.trial(trial.fingerprint).read_trial()
+        except DamagedFile as error:
+            sweep.storage.add_trial(trial, sweep.source.location)
+            console.print(f"note: {error}; it is written again", markup=False, soft_wrap=True)
 
 
 def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.records.events import Started
-from orchestrator.records.json_files import read_json
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -96,28 +95,26 @@ def find_run(text: str, storage: Storage) -> Run:
 
 def _by_sweep_and_label(text: str, storage: Storage) -> list[TrialFolder]:
     name, _, label = text.partition("/")
-    sweep = read_json(storage.sweep(name) / "sweep.json") if re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) else None
-    if sweep is None:
+    listed = storage.read_listed(name) if re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) else None
+    if listed is None:
         known = sorted(path.parent.name for path in storage.root.glob("sweeps/*/sweep.json"))
         raise InputError(f"no sweep {name!r} in {storage.root}; it has {', '.join(known) or 'none'}. {EXPECTED}")
-    folders = [storage.trial(fingerprint) for fingerprint in sweep["trials"]]
-    labels = {_read(folder).trial.label: folder for folder in folders if (folder.path / "trial.json").is_file()}
+    labels = {}
+    for folder in map(storage.trial, listed):
+        with storage.set_apart():
+            labels[folder.read_trial().label] = folder
     if label not in labels:
-        raise InputError(f"the sweep {name} has no trial {label!r}; it has {', '.join(labels)}")
+        damaged = f". Damaged: {'; '.join(storage.damaged)}" if storage.damaged else ""
+        raise InputError(f"the sweep {name} has no trial {label!r}; it has {', '.join(labels)}{damaged}")
     return [labels[label]]
 
 
 def _has_mlflow_run(folder: TrialFolder, run_id: str) -> bool:
-    return any(state["run_id"] == run_id for state in (read_json(folder.mlflow_state) or {}).values())
+    return any(state["run_id"] == run_id for state in folder.read_mlflow_state().values())
 
 
 def _read(folder: TrialFolder) -> Run:
-    values = read_json(folder.path / "trial.json") or {}
-    try:
-        trial = TrialSpec.from_dict(values)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder.path / 'trial.json'} is no trial of this version of longspan ({error})") from error
-    return Run(trial, TrialRecord.of(folder.journal), folder.path)
+    return Run(folder.read_trial(), TrialRecord.of(folder.journal), folder.path)
 
 
 def differences(runs: list[Run]) -> tuple[list[dict[str, Any]], dict[str, int]]:

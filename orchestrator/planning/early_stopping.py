@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.options import RunOptions
+from orchestrator.records.json_files import expect_fields
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec
@@ -140,7 +141,7 @@ class Rungs:
         evaluated = curve_of(trial, record)
         curve = {step: evaluated[step] for step in self.settings.rungs(trial.training) if step in evaluated}
         for step in curve:
-            if self.storage.read(self.file(trial, step)) is None:
+            if trial.fingerprint not in self._entries(trial, step):
                 self.storage.write(self.file(trial, step), self.entry(trial, step, curve) | {"stop": False})
 
     def forget(self, trial: TrialSpec) -> None:
@@ -154,7 +155,7 @@ class Rungs:
         Args:
             curve: its perplexity by step, at this rung and those before.
         """
-        entries = self.storage.read_folder(self.folder(trial, step))
+        entries = self._entries(trial, step)
         if trial.fingerprint in entries:
             return entries[trial.fingerprint]
         settings = self.settings
@@ -173,6 +174,16 @@ class Rungs:
             mine["reason"] = settings.reason(score, cutoff, len(others), mine["tokens"])
         self.storage.write(self.file(trial, step), mine)
         return mine
+
+    def _entries(self, trial: TrialSpec, step: int) -> dict[str, dict[str, Any]]:
+        """What trials have written at a rung, by fingerprint; a damaged file counts as none."""
+        entries = {}
+        for fingerprint, entry in self.storage.read_folder(self.folder(trial, step)).items():
+            with self.storage.set_apart():
+                expect_fields(entry, fingerprint, scored_on=str, method=str, scores=dict, stop=bool)
+                expect_fields(entry["scores"], fingerprint, **{self.settings.rule: float})
+                entries[fingerprint] = entry
+        return entries
 
     def entry(self, trial: TrialSpec, step: int, curve: dict[int, float]) -> dict[str, Any]:
         """The fields of a file that follow from the trial and its score alone."""

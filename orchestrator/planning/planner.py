@@ -58,6 +58,8 @@ def plan_trials(
         forced: fingerprints of trials that start over even if they are known.
     """
     records = [TrialRecord.of(storage.trial(trial.fingerprint).journal) for trial in trials]
+    for record in records:
+        storage.note_damage(record.damage)
     estimator.learn([*zip(trials, records), *storage.others(list(trials))])
     return [
         _force(trial, record, estimator, fit)

@@ -8,6 +8,7 @@ import time
 from typing import Any, Literal
 
 from orchestrator.records.events import Cancelled, Event, Resumed, Step
+from orchestrator.records.json_files import DamagedFile, expect_fields
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -24,8 +25,12 @@ def request(storage: Storage, what: str, by: str) -> None:
 
 
 def pending_request(storage: Storage, what: str) -> dict[str, Any] | None:
-    """The request's fields, by and time; None if there is no request."""
-    return storage.read(f"{what}/cancel.json")
+    """The request's fields, by and time; None if there is no request. A damaged one is a request too."""
+    try:
+        content = storage.read(f"{what}/cancel.json")
+        return None if content is None else expect_fields(content, "cancel.json", by=str)
+    except DamagedFile:
+        return {"by": "somebody"}
 
 
 def withdraw(storage: Storage, what: str) -> None:

@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -26,6 +28,11 @@ FaultKind = Literal[
     "configuration", "not_finite", "disk_full", "error", "out_of_memory", "out_of_host_memory", "transient", "lost",
     "preempted",
 ]  # fmt: skip
+
+# Unix seconds of a line are below this (the year 2603): no other number is a time.
+LATEST = 2e10
+# Whole numbers of a line are below this: no count of ours is larger, and a float could not hold it.
+LARGEST = 2**63
 
 # Values that older journals have under another name, by event and field.
 _FAULT_KINDS = {"hiccup": "transient"}
@@ -162,6 +169,10 @@ class Eval(Event, name="eval"):
     perplexity: float
     nll: list[float]
     num_tokens: list[int]
+
+    def __post_init__(self) -> None:
+        if len(self.nll) != len(self.num_tokens):
+            raise ValueError(f"eval with {len(self.nll)} scores of {len(self.num_tokens)} documents")
 
     @property
     def scores(self) -> DocumentScores:
@@ -300,7 +311,7 @@ def parse(content: bytes) -> Parsed:
             continue
         try:
             events.append(_parse_event(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             skipped.append(Skipped(line, str(error)))
     return Parsed(events, skipped)
 
@@ -309,18 +320,21 @@ def _parse_event(values: Any) -> Event:
     """The event of a line's values, which are used up.
 
     Raises:
-        TypeError, ValueError: it is no event, or lacks fields.
+        TypeError, ValueError: it is no event, lacks fields, or has values of other types.
     """
     if not isinstance(values, dict) or not isinstance(values.get("event"), str):
         raise ValueError("not a JSON object with the name of an event")
     name = values.pop("event")
-    if not isinstance(values.get("time"), int | float):
-        raise ValueError(f"{name} without a time")
+    if not isinstance(when := values.get("time"), int | float) or not 0 <= when < LATEST:
+        raise ValueError(f"{name!r} without a time")
     cls = EVENTS.get(name, Unknown)
     for renamed, new_values in RENAMED.get(name, {}).items():
         if renamed in values:
             values[renamed] = new_values.get(values[renamed], values[renamed])
     values.setdefault("version", 1)
+    for field_name, fits in _field_types(name).items():
+        if field_name in values and not fits(values[field_name]):
+            raise ValueError(f"{name!r} with the {field_name} {str(values[field_name])[:40]!r}")
     if unknown := values.keys() - _fields(name).keys():
         values["extra"] = {each: values.pop(each) for each in unknown}
     return Unknown(unknown_name=name, **values) if cls is Unknown else cls(**values)
@@ -332,3 +346,37 @@ def _fields(name: str) -> dict[str, bool]:
     fields = {each.name: each for each in dataclasses.fields(EVENTS.get(name, Unknown))}
     inside = fields.keys() - {"extra", "unknown_name"}
     return {name: "optional" in each.metadata for name, each in fields.items() if name in inside}
+
+
+@functools.cache
+def _field_types(name: str) -> dict[str, Callable[[Any], bool]]:
+    """For each field of a line of this name, whether a value is of the type that the event declares."""
+    hints = typing.get_type_hints(EVENTS.get(name, Unknown))
+    return {each: _type_check(hints[each]) for each in _fields(name)}
+
+
+def _type_check(hint: Any) -> Callable[[Any], bool]:
+    """Whether a value read from JSON is of a declared type. Of literals only the type counts: others may be newer."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return lambda value: True
+    if origin in (types.UnionType, typing.Union):
+        checks = [_type_check(each) for each in arguments]
+        return lambda value: any(check(value) for check in checks)
+    if origin is Literal:
+        return lambda value: isinstance(value, type(arguments[0]))
+    if origin is list:
+        element = _type_check(arguments[0])
+        return lambda value: isinstance(value, list) and all(map(element, value))
+    if origin is dict:
+        element = _type_check(arguments[1])
+        return lambda value: isinstance(value, dict) and all(map(element, value.values()))
+    if hint is float:
+        return lambda value: isinstance(value, float) or _is_whole_number(value)
+    if hint is int:
+        return _is_whole_number
+    return lambda value: isinstance(value, hint)
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.records import leases
+from orchestrator.records.json_files import expect_fields
 from orchestrator.records.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,24 @@ class Heartbeat:
 
 
 def read_command(storage: Storage, sweep: str) -> dict[str, Any] | None:
-    """The file of the command that runs the sweep, or ran it last."""
-    return storage.read(f"sweeps/{sweep}/command.json")
+    """The file of the command that runs the sweep, or ran it last.
+
+    Raises:
+        DamagedFile: it is damaged.
+    """
+    file = f"sweeps/{sweep}/command.json"
+    content = storage.read(file)
+    if content is not None:
+        name = f"{storage.location}/{file}"
+        expect_fields(content, name, owner=dict)
+        expect_fields(content["owner"], name, host=str, pid=int)
+        times = {field: content[field] for field in ("began", "beat", "ended") if field in content}
+        expect_fields(times, name, **dict.fromkeys(times, float))
+    return content
 
 
 def is_alive(command: dict[str, Any] | None, now: float) -> bool:
     """Whether the command of :func:`read_command` still runs, as far as is known."""
     if command is None or "ended" in command or leases.is_dead(command["owner"]):
         return False
-    return leases.is_here(command["owner"]) or now - command["beat"] < LIMIT_S
+    return leases.is_here(command["owner"]) or now - command.get("beat", 0.0) < LIMIT_S

@@ -55,6 +55,11 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
+    @property
+    def location(self) -> str:
+        """The file, to be shown."""
+        return str(self.path)
+
     def read(self, offset: int = 0) -> Read:
         """The complete lines from a byte offset on."""
         try:

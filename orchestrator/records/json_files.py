@@ -14,6 +14,20 @@ class DamagedFile(InputError):
     """A file of a storage that cannot be used. The message names it."""
 
 
+def expect_fields(content: Any, name: str, **kinds: type) -> dict[str, Any]:
+    """The content of a JSON file, once it is seen to be an object whose fields have these types.
+
+    Raises:
+        DamagedFile: it is not.
+    """
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{name} is damaged (it is no JSON object)")
+    for field, kind in kinds.items():
+        if not isinstance(content.get(field), kind):
+            raise DamagedFile(f"{name} is damaged (its {field} is no {kind.__name__})")
+    return content
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all."""
     replace_file(path, json.dumps(content, indent=1, default=str).encode())
@@ -41,7 +55,10 @@ def parse_json(content: bytes, name: str) -> Any:
         DamagedFile: it is not JSON.
     """
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         reason = "it is empty" if not content.strip() else f"it is not JSON: {error}"
         raise DamagedFile(f"{name} is damaged ({reason})") from error
+    if value is None:
+        raise DamagedFile(f"{name} is damaged (it is null)")
+    return value

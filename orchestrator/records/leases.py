@@ -132,7 +132,7 @@ class Lease:
         try:
             held = json.loads(content or b"")
             return held["released"] or held["owner"]["attempt"] == self.owner["attempt"] or is_dead(held["owner"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False  # being written; if that is never completed, it expires
 
     def _create(self, generation: int) -> bool:
@@ -194,12 +194,12 @@ def is_dead(owner: dict[str, Any]) -> bool:
 
     Nothing is known of a process elsewhere.
     """
-    return is_here(owner) and process_start(owner["pid"]) != owner["process_start"]
+    return is_here(owner) and process_start(owner["pid"]) != owner.get("process_start")
 
 
 def is_here(owner: dict[str, Any]) -> bool:
     """Whether it is, or was, a process of this machine and container."""
-    return owner["machine"] is not None and owner["machine"] == _machine()
+    return owner.get("machine") is not None and owner["machine"] == _machine()
 
 
 def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | None:
@@ -211,8 +211,8 @@ def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | Non
     try:
         content: dict[str, Any] = json.loads(store.read(newest) or b"") if newest else {"released": True}
         return None if content["released"] or is_dead(content["owner"]) else content["owner"]
-    except (ValueError, KeyError):
-        return None  # being written
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # being written, or damaged
 
 
 def _machine() -> str | None:

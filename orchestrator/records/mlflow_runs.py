@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from orchestrator.records.events import Eval, Started, Step
-from orchestrator.records.json_files import read_json, write_json
+from orchestrator.records.json_files import write_json
 from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of
 from orchestrator.records.mlflow_store import MlflowStore, without_password
 from orchestrator.records.provenance import Provenance
@@ -39,7 +39,7 @@ class TrialRun:
         self.status: str | None = None
         folder.path.mkdir(parents=True, exist_ok=True)  # may be missing in the mirror of an object store
         with FileLock(folder.path / ".mlflow.lock", timeout=LOCK_S):  # two sweeps that share the trial share its run
-            state = self._read_states().get(self._store_key)
+            state = self.folder.read_mlflow_state().get(self._store_key)
             run = self.store.usable_run(state["run_id"]) if state else None
             if state is None or run is None:
                 state, run = {}, self._find_or_create()
@@ -155,16 +155,8 @@ class TrialRun:
             self.store.client.set_terminated(self.run_id, status, end_time=int(ended * 1000))
         self.status = status
 
-    def _read_states(self) -> dict[str, Any]:
-        """What was logged to each store; empty if the file is damaged, since logging a point again changes nothing."""
-        try:
-            states = read_json(self.folder.mlflow_state)
-        except ValueError:
-            return {}
-        return states if isinstance(states, dict) else {}
-
     def _save(self) -> None:
-        states = self._read_states()
+        states = self.folder.read_mlflow_state()
         states[self._store_key] = {"run_id": self.run_id, "logged": self.logged, "artifacts": self.kept}
         write_json(self.folder.mlflow_state, states)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import logging
 import time
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from workloads.errors import InputError
+from workloads.files.hashes import content_hash
 from workloads.files.safe import is_plain_name, open_plain, replace_file
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,6 @@ def _parse_manifest(content: bytes) -> dict[str, dict[str, Any]]:
         if not isinstance(described, dict) or not isinstance(described.get("bytes"), int):
             raise ValueError(f"{MANIFEST} has no size for {name}")
     return files
-
-
-def _sha256(file: Path) -> str:
-    with open_plain(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class ObjectStore:
@@ -294,7 +289,7 @@ class ObjectStore:
         files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
         manifest = own.read_bytes() if own.exists() else None
         if manifest is None:
-            described = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+            described = {path.name: {"bytes": path.stat().st_size, "sha256": content_hash(path)} for path in files}
             manifest = json.dumps(described, indent=1).encode()
         for path in files:
             call(partial(self.upload, path, f"{name}/{path.name}"))
@@ -314,7 +309,7 @@ class ObjectStore:
                 path = retry(partial(self.download, f"{name}/{file}", folder))
                 if path.stat().st_size != described["bytes"]:
                     raise ValueError(f"{file} has {path.stat().st_size:,} bytes, not {described['bytes']:,}")
-                if "sha256" in described and _sha256(path) != described["sha256"]:
+                if "sha256" in described and content_hash(path) != described["sha256"]:
                     raise ValueError(f"{file} has another SHA-256 than its manifest says")
         except (ValueError, FileNotFoundError) as error:
             logger.warning("%s/%s is damaged: %s", self.url, name, error)

@@ -40,6 +40,11 @@ class SegmentedJournal:
         """The journal in a folder, one a process."""
         return cls(store, folder)
 
+    @property
+    def location(self) -> str:
+        """The folder of the segments, to be shown."""
+        return f"{self.store.url}/{self.folder}"
+
     def append(self, event: Event) -> None:
         """Adds a line, which is stored on return; waits for an unreachable store."""
         content = as_line(event).encode()

@@ -23,15 +23,16 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.records.journal import Journal
-from orchestrator.records.json_files import parse_json, read_json, write_json
-from orchestrator.records.object_store import MANIFEST, ObjectStore, check_names, retry
+from orchestrator.records.json_files import DamagedFile, expect_fields, parse_json, read_json, write_json
+from orchestrator.records.object_store import MANIFEST, ObjectStore, UnsafeName, check_names, retry
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_folder import JOURNAL, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -51,10 +52,14 @@ READERS = 32
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage root: ``root`` is its folder, or with a ``store`` this node's mirror of it."""
+    """A storage root: ``root`` is its folder, or with a ``store`` this node's mirror of it.
+
+    ``damaged``: what was found damaged and is set apart, in words.
+    """
 
     root: Path
     store: ObjectStore | None = None
+    damaged: list[str] = field(default_factory=list, compare=False)
 
     @classmethod
     def open(cls, location: str) -> Storage:
@@ -166,11 +171,25 @@ class Storage:
         model = {trial.identities.model for trial in trials}
         journals = [path for path in self.root.glob(f"trials/*/{JOURNAL}") if path.parent.name not in known]
         found = []
-        for path in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True)[:most]:
-            trial = TrialSpec.from_dict(json.loads(path.with_name("trial.json").read_text()))
-            if trial.identities.model in model:
-                found.append((trial, TrialRecord.of(Journal(path))))
+        for path in sorted(journals, key=lambda path: path.lstat().st_mtime, reverse=True)[:most]:
+            with self.set_apart():
+                trial = TrialFolder(path.parent).read_trial()
+                if trial.identities.model in model:
+                    found.append((trial, TrialRecord.of(Journal(path))))
         return found
+
+    @contextlib.contextmanager
+    def set_apart(self) -> Iterator[None]:
+        """A context that a damaged file ends: it is noted in ``damaged``, and stops nothing else."""
+        try:
+            yield
+        except (DamagedFile, UnsafeName, OSError) as error:
+            self.note_damage(str(error))
+
+    def note_damage(self, what: str | None) -> None:
+        """Adds to ``damaged``; None adds nothing."""
+        if what and what not in self.damaged:
+            self.damaged.append(what)
 
     def add_trial(self, trial: TrialSpec, model_location: str | None = None) -> TrialFolder:
         """Creates a trial's folder. ``model_location``: the base model's folder or id, for its export later.
@@ -193,6 +212,20 @@ class Storage:
         """A sweep's folder."""
         check_names([name], f"{self.location}/sweeps")
         return self.root / "sweeps" / name
+
+    def read_listed(self, name: str) -> list[str] | None:
+        """The fingerprints of a sweep's trials, as its sweep.json lists them; None if there is none.
+
+        Raises:
+            DamagedFile, UnsafeName: it is damaged.
+        """
+        file = f"sweeps/{name}/sweep.json"
+        content = self.read(file)
+        if content is None:
+            return None
+        listed = expect_fields(content, f"{self.location}/{file}", trials=list)["trials"]
+        check_names(listed, f"{self.location}/{file}")
+        return listed
 
     def search_journal(self, sweep: str) -> Journal | SegmentedJournal:
         """The suggestions of a sweep's search."""
@@ -244,13 +277,23 @@ class Storage:
         return sizes
 
     def read_folder(self, name: str) -> dict[str, Any]:
-        """The content of each JSON file in a folder below the root, by the file's name without its extension."""
+        """The content of each JSON file in a folder below the root, by the file's name without its extension.
+
+        Damaged ones are set apart.
+        """
+        stored: dict[str, bytes | Path]
         if self.store:
             names = [found for found in retry(partial(self.store.names, name)) if found.endswith(".json")]
-            contents = retry(partial(self.store.read_many, names))
-            return {Path(found).stem: json.loads(content) for found, content in zip(names, contents)}
-        files = {file.stem: read_json(file) for file in sorted((self.root / name).glob("*.json"))}
-        return {stem: content for stem, content in files.items() if content is not None}
+            stored = dict(zip(names, retry(partial(self.store.read_many, names))))
+        else:
+            stored = {file.name: file for file in sorted((self.root / name).glob("*.json"))}
+        contents = {}
+        for found, content in stored.items():
+            with self.set_apart():
+                value = read_json(content) if isinstance(content, Path) else parse_json(content, found)
+                if value is not None:
+                    contents[Path(found).stem] = value
+        return contents
 
     @property
     def data(self) -> Path:

@@ -13,16 +13,31 @@ from filelock import FileLock
 
 from orchestrator.records import leases
 from orchestrator.records.journal import Journal
+from orchestrator.records.json_files import DamagedFile, expect_fields, read_json
 from orchestrator.records.leases import Lease
 from orchestrator.records.object_store import MANIFEST, LocalStore, ObjectStore, retry
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.writer import CHECKPOINT_NAME, LocalWriter, Uploader, stored_checkpoints
+from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
 
 logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
+
+
+def parse_trial(values: Any, name: str) -> TrialSpec:
+    """The trial from a trial.json's values.
+
+    Raises:
+        DamagedFile: they are no trial of this version of longspan.
+    """
+    try:
+        return TrialSpec.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedFile(f"{name} is no trial of this version of longspan ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,27 @@ class TrialFolder:
     def mlflow_state(self) -> Path:
         """What has been logged to MLflow."""
         return self.path / "mlflow.json"
+
+    def read_trial(self) -> TrialSpec:
+        """The trial, from its trial.json on this node.
+
+        Raises:
+            DamagedFile: there is none, or it is damaged.
+        """
+        file = self.path / "trial.json"
+        values = read_json(file)
+        if values is None:
+            raise DamagedFile(f"{self.path} has no trial.json")
+        return parse_trial(values, str(file))
+
+    def read_mlflow_state(self) -> dict[str, dict[str, Any]]:
+        """What was logged to each MLflow store; empty if the file is damaged, since logging again changes nothing."""
+        try:
+            stores = expect_fields(read_json(self.mlflow_state) or {}, str(self.mlflow_state))
+            return {key: expect_fields(each, key, run_id=str, logged=dict) for key, each in stores.items()}
+        except DamagedFile as error:
+            logger.warning("%s", error)
+            return {}
 
     def reserve(self, size: int) -> None:
         """Sets bytes aside for the journal's last lines on a full disk."""

@@ -128,6 +128,17 @@ class TrialRecord:
                 self.ended = event.time
 
     @property
+    def damage(self) -> str | None:
+        """The lines of the journal that could not be read, in words; None without any."""
+        if not self.skipped:
+            return None
+        first, number = self.skipped[0], len(self.skipped)
+        lines = "1 line is" if number == 1 else f"{number:,} lines are"
+        return (
+            f"{self.journal.location}: {lines} damaged and passed over, the first: {first.line[:60]!r} ({first.reason})"
+        )
+
+    @property
     def started(self) -> Started | None:
         """The last attempt."""
         return self.attempts[-1] if self.attempts else None

@@ -16,7 +16,7 @@ from orchestrator.planning.planner import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
-from orchestrator.records.json_files import read_json, write_json
+from orchestrator.records.json_files import expect_fields, read_json, write_json
 from orchestrator.records.mlflow_store import without_password
 from orchestrator.records.mlflow_tracking import Tracker
 from orchestrator.records.provenance import Provenance
@@ -184,7 +184,7 @@ class Conclusion:
 
         What an earlier run wrote stays if this one has trained nothing.
         """
-        file = self.sweep.folder / FILE
+        file, both = self.sweep.folder / FILE, {}
         if self.announced:
             price, cluster = self.plan.estimator.price, self.plan.cluster
             both = compare_with_plan(
@@ -193,7 +193,8 @@ class Conclusion:
             )  # fmt: skip
             write_json(file, both)
         else:
-            both = read_json(file) or {}
+            with self.sweep.storage.set_apart():
+                both = expect_fields(read_json(file) or {}, str(file))
         return [both["summary"]] if both.get("summary") else []
 
     def _describe_settings(self) -> dict[str, str]:

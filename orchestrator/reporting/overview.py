@@ -11,12 +11,13 @@ from typing import Any
 
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import is_alive, read_command
+from orchestrator.records.json_files import DamagedFile, expect_fields
 from orchestrator.records.leases import is_here
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_cost import held_cost, unit_of
+from orchestrator.records.trial_folder import parse_trial
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_token, tokens_left
-from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 # A worker on another machine counts as dead after a silence of SILENT_S and of SILENT_STEPS of its steps.
@@ -72,8 +73,9 @@ class Overview:
     """All sweeps of a storage root now. It reads each file once: make another to read again."""
 
     def __init__(self, storage: Storage) -> None:
-        self.storage, self.now = storage, time.time()
+        self.storage, self.now = dataclasses.replace(storage, damaged=[]), time.time()
         self._rows: dict[str, Row | None] = {}
+        self._damaged: dict[str, str] = {}
         self._commands: dict[str, dict[str, Any] | None] = {}
 
     def sweeps(self) -> list[SweepOverview]:
@@ -94,8 +96,7 @@ class Overview:
             known = ", ".join(self.storage.sweeps()) or "none"
             raise InputError(f"{self.storage.location} has no sweep {name!r}; it has {known}")
         runs = is_alive(command, self.now)
-        plan = self.storage.read(f"sweeps/{name}/plan.json") if listed else None
-        planned = {entry["fingerprint"]: entry for entry in plan["trials"]} if plan else {}
+        planned = self._planned(name) if listed else {}
         trials = [self._trial(fingerprint, name, runs, planned.get(fingerprint)) for fingerprint in listed or ()]
         rows = {trial.fingerprint: row for trial in trials if (row := self._row(trial.fingerprint))}
         command = command or {}
@@ -149,7 +150,9 @@ class Overview:
     def command(self, name: str) -> dict[str, Any] | None:
         """The file of the command that runs the sweep, or ran it last."""
         if name not in self._commands:
-            self._commands[name] = read_command(self.storage, name)
+            self._commands[name] = None
+            with self.storage.set_apart():
+                self._commands[name] = read_command(self.storage, name)
         return self._commands[name]
 
     @cached_property
@@ -162,22 +165,47 @@ class Overview:
         }  # fmt: skip
 
     def _listed(self, name: str) -> list[str] | None:
-        sweep = self.storage.read(f"sweeps/{name}/sweep.json")
-        return None if sweep is None else sweep["trials"]
+        with self.storage.set_apart():
+            return self.storage.read_listed(name)
+        return None
+
+    def _planned(self, name: str) -> dict[str, dict[str, Any]]:
+        """The sweep's plan by fingerprint; of a damaged one nothing."""
+        with self.storage.set_apart():
+            file = f"sweeps/{name}/plan.json"
+            content = self.storage.read(file)
+            plan = expect_fields({"trials": []} if content is None else content, file, trials=list)
+            each = [expect_fields(entry, file, fingerprint=str, label=str) for entry in plan["trials"]]
+            return {entry["fingerprint"]: entry for entry in each}
+        return {}
 
     def _row(self, fingerprint: str) -> Row | None:
-        """The trial with its record; None if it was planned and never added."""
+        """The trial with its record; None if it was planned and never added, or is damaged."""
         if fingerprint not in self._rows:
-            values = self.storage.read(f"trials/{fingerprint}/trial.json")
-            self._rows[fingerprint] = values and Row(
-                TrialSpec.from_dict(values), TrialRecord.of(self.storage.trial(fingerprint).journal)
-            )
+            self._rows[fingerprint] = None
+            try:
+                self._rows[fingerprint] = self._read_row(fingerprint)
+            except (DamagedFile, OSError) as error:
+                self._damaged[fingerprint] = str(error)
+                self.storage.note_damage(str(error))
         return self._rows[fingerprint]
+
+    def _read_row(self, fingerprint: str) -> Row | None:
+        folder, file = self.storage.trial(fingerprint), f"trials/{fingerprint}/trial.json"
+        values, record = self.storage.read(file), TrialRecord.of(folder.journal)
+        self.storage.note_damage(record.damage)
+        if values is None and record.heard is None:
+            return None
+        if values is None:
+            raise DamagedFile(f"{self.storage.location}/trials/{fingerprint} has no trial.json")
+        return Row(parse_trial(values, f"{self.storage.location}/{file}"), record)
 
     def _trial(self, fingerprint: str, sweep: str, runs: bool, planned: dict[str, Any] | None) -> TrialOverview:
         row = self._row(fingerprint)
         if row is None:
             label = planned["label"] if planned else fingerprint
+            if why := self._damaged.get(fingerprint):
+                return TrialOverview(fingerprint=fingerprint, label=label, state="damaged", why=why)
             return TrialOverview(fingerprint=fingerprint, label=label, state="waiting" if runs else "not started")
         record, holder, cancelling = row.record, None, False
         if record.state in ("starting", "running"):

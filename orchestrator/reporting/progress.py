@@ -31,7 +31,8 @@ class Progress:
 
     Args:
         state: waiting, starting, loading, training, evaluating, cancelling, pausing, restarting; finished, known,
-            stopped, failed, cancelled; interrupted (no process trains it any more), not started.
+            stopped, failed, cancelled; interrupted (no process trains it any more), not started; damaged (by its
+            trial.json).
         why: what it waits for, or what ended it.
         elsewhere: the other sweep that trains it, if one does.
         step: the last one; while it waits to be resumed, that of its checkpoint.
@@ -156,8 +157,8 @@ def _waits_for(record: TrialRecord) -> str | None:
     if record.launched is None or record.launched.resources is None:
         return None
     resources = record.launched.resources
-    count, device = (resources["gpus"], "GPU") if resources.get("gpus") else (resources["cpus"], "CPU")
-    workers = resources["workers"]
+    count, device = (resources["gpus"], "GPU") if resources.get("gpus") else (resources.get("cpus", 0), "CPU")
+    workers = resources.get("workers", 1)
     each = f"{count:g} {device}{'s' * (count > 1)}{' each' * (workers > 1)}"
     return f"for {workers} worker{'s' * (workers > 1)} with {each} to start"
 

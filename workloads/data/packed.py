@@ -35,7 +35,7 @@ class Prepared(Protocol):
 T = TypeVar("T", bound=Prepared)
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class PackedCorpus:
     """A prepared corpus. Cheap to open and to pickle: tokens stay on disk until they are read.
 
     ``validation_offsets[i]`` is where document i begins in the validation stream, counting end-of-sequence tokens;
-    its last entry is the stream's length.
+    its last entry is the stream's length. ``columns`` are the columns of text that were read, and ``sample`` is how the
+    first document begins.
     """
 
     folder: Path
@@ -70,6 +71,8 @@ class PackedCorpus:
     validation_tokens: int
     validation_names: list[str]
     validation_offsets: list[int]
+    columns: list[str]
+    sample: str
 
     @classmethod
     def open(cls, folder: Path | str) -> "PackedCorpus":
