@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from workloads.models.positions import POSITIONS, max_context_length, original_context_length
@@ -51,6 +52,7 @@ def model_card(trial: TrainedTrial, base: ModelSource, config: Any, *, what: str
             *_perplexities(trial, step),
             "\n## How to load it\n",
             *_loading(base, what, trial.training.quantization),
+            f"\n{_versions(config)}",
             "\n## Exactness\n",
             f"{rounding[0].upper()}{rounding[1:]}.\n",
         ]
@@ -126,6 +128,28 @@ def _loading(base: ModelSource, what: str, quantization: str) -> list[str]:
         "```",
         *([_IN_4_BITS] if quantization == "nf4" else []),
     ]
+
+
+def _versions(config: Any) -> str:
+    """Which versions and programs read the positions as they were trained."""
+    rope, length = config.rope_parameters, max_context_length(config)
+    sentences = [
+        f"Needs transformers 4.57 or newer (written with {transformers.__version__}), where config.json holds the "
+        "positions in both forms; older versions may ignore them."
+    ]
+    if rope["rope_type"] == "linear":
+        sentences.append(
+            f"`max_position_embeddings` is the length before the factor of {rope['factor']:g}, as vLLM and SGLang read "
+            f"it; llama.cpp takes it for the longest context: give it `--override-kv "
+            f"{config.model_type}.context_length=int:{length}`."
+        )
+    if rope["rope_type"] == "dynamic":
+        sentences.append(
+            "Transformers keeps the frequencies of the longest sequence since the model was loaded: the perplexities "
+            "below that length hold for a model freshly loaded. vLLM takes those of the full length for every "
+            "sequence, and llama.cpp's converter leaves the positions unextended."
+        )
+    return " ".join(sentences)
 
 
 def _local_base(base: ModelSource) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def save_merged(
     make_stock(model)
     cast_parameters(model, compute_dtype(dtype))
     model.save_pretrained(out)
+    _add_older_forms(out / "config.json")
     _save_tokenizer(tokenizer, model, out)
 
 
@@ -73,6 +75,7 @@ def save_adapter(
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in (tensors | whole).items()}
     save_file(copies, out / "adapter_model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(out)
+    _add_older_forms(out / "config.json")
     _save_tokenizer(tokenizer, model, out)
 
 
@@ -144,5 +147,37 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, out: P
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max_context_length(model.config)
     tokenizer.save_pretrained(out)
+    _make_tokenizer_portable(out / "tokenizer_config.json")
     for weights in out.glob("*.safetensors"):  # safetensors ignores the umask and writes for the owner alone
         weights.chmod((out / "config.json").stat().st_mode)
+
+
+def _add_older_forms(file: Path) -> None:
+    """Adds to a config.json how transformers 4 reads positions and dtype, which ignores ``rope_parameters``.
+
+    Transformers 5 reads both forms. llama.cpp's converter reads ``rope_parameters``, and of GPT-NeoX the older names.
+    """
+    values = json.loads(file.read_text())
+    if rope := values.get("rope_parameters"):
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        values["rope_theta"] = rope["rope_theta"]
+        values["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
+        if (rotated := rope.get("partial_rotary_factor")) is not None:
+            values["partial_rotary_factor"] = rotated
+        if values["model_type"] == "gpt_neox":
+            values |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rotated}
+    if "dtype" in values:
+        values["torch_dtype"] = values["dtype"]
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _make_tokenizer_portable(file: Path) -> None:
+    """Names a tokenizer's class and special tokens as transformers 4 knows them too."""
+    values = json.loads(file.read_text())
+    for name in ("is_local", "local_files_only", "backend"):  # of this load; transformers 5 finds the last by itself
+        values.pop(name, None)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

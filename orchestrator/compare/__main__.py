@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from orchestrator.compare.words import dollars, hours
 from orchestrator.records.storage import Storage
 from workloads.command import exit_status
 from workloads.errors import InputError
+from workloads.files.json_text import json_text
 from workloads.terminal import make_console
 
 
@@ -48,7 +48,7 @@ def _compare(arguments: list[str] | None) -> None:
     )
     compared = side_by_side(_find(options))
     if options.json:
-        print(json.dumps(compared, indent=1))
+        print(json_text(compared, indent=1))
     else:
         show(compared, make_console())
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.files.json_text import json_text
 
 # 1: lines without a version (up to b1875aa).
 VERSION = 2
@@ -300,7 +301,7 @@ def as_line(event: Event) -> str:
         value = getattr(event, name)
         if not (is_optional and value is None):
             values[name] = value
-    return json.dumps({**values, **event.extra}) + "\n"
+    return json_text({**values, **event.extra}) + "\n"
 
 
 def parse(content: bytes) -> Parsed:

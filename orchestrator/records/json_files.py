@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads.errors import InputError
+from workloads.files.json_text import json_text
 from workloads.files.safe import replace_file
 
 
@@ -30,7 +31,7 @@ def expect_fields(content: Any, name: str, **kinds: type) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all."""
-    replace_file(path, json.dumps(content, indent=1, default=str).encode())
+    replace_file(path, json_text(content, indent=1, default=str).encode())
 
 
 def read_json(path: Path) -> Any | None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 from workloads.files.cache import user_cache
+from workloads.files.json_text import json_text
 from workloads.files.once import make_once
 from workloads.files.safe import is_plain_file, is_plain_name, replace_file
 
@@ -237,7 +237,7 @@ class Storage:
         """Writes a small JSON file below the root, for every node to see: whole or not at all."""
         check_names(name.split("/"), self.location)
         if self.store:
-            retry(partial(self.store.write, name, json.dumps(content, default=str).encode()))
+            retry(partial(self.store.write, name, json_text(content, default=str).encode()))
         else:
             write_json(self.root / name, content)
 

@@ -319,6 +319,7 @@ def test_the_card_tells_every_setting_that_is_not_at_its_default(train):
 
     assert [name for name, value in CHANGES.items() if card(**{name: value}) in (card(), card(task="sft"))] == ["task"]
     assert "NTK-aware positions" in card(positions="ntk") and "[INST]" in card(task="sft")
+    assert "Needs transformers 4.57 or newer" in card()
 
 
 def test_the_card_states_the_licence_that_the_base_states(train, tmp_path):

@@ -19,6 +19,7 @@ from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.subject import load_subject
 from workloads.evaluation.task import EvaluationTask, Result
 from workloads.evaluation.tasks import TASKS
+from workloads.files.json_text import json_text
 
 
 def evaluate(options: CommonOptions, console: Console) -> list[Path]:
@@ -49,7 +50,7 @@ def _write(result: Result, task: EvaluationTask, options: CommonOptions) -> list
     suffix = f"-{options.positions}" if stretched else ""
     options.output.mkdir(parents=True, exist_ok=True)
     path = _result_path(options.output, f"{task.name}-{name}{suffix}", result)
-    path.write_text(json.dumps(result, indent=1))
+    path.write_text(json_text(result, indent=1))
     return [path, task.picture(result, path.with_suffix(".png"))]
 
 

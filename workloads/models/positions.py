@@ -55,7 +55,8 @@ class PositionKind:
         label: the name in reports and model cards.
         source: what it does, and the paper or author it is from.
         parameters: the ``rope_parameters`` that it writes into the configuration; None changes nothing.
-        keeps_length: whether transformers reads ``max_position_embeddings`` as the original length.
+        keeps_length: whether ``max_position_embeddings`` stays the original length, by which other programs multiply
+            the factor (vLLM and SGLang for linear and dynamic, transformers for dynamic).
     """
 
     name: str
@@ -88,6 +89,7 @@ POSITIONS = Registry(
             label="linear interpolation",
             source="position interpolation (arXiv 2306.15595): theta_i / s, the paper's choice",
             parameters=lambda stretch: stretch.scaled("linear"),
+            keeps_length=True,
         ),
         PositionKind(
             name="ntk",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from workloads.config import ExecutionConfig, TrainingConfig
@@ -16,6 +17,10 @@ from workloads.training.compilation import uncompiled
 from workloads.training.trial_data import TrialData
 
 Emit = Callable[..., None]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or a gradient became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,19 @@ class Evaluator:
             )
 
     def score(self, length: int) -> DocumentScores:
-        """Scores held-out data with a context of up to ``length`` tokens."""
+        """Scores held-out data with a context of up to ``length`` tokens.
+
+        Raises:
+            NonFiniteLoss: some of it has no finite score.
+        """
         with uncompiled(self.model):
-            return self.data.score(self.model, length, self.engine, self.execution.eval_batch_tokens)
+            scores = self.data.score(self.model, length, self.engine, self.execution.eval_batch_tokens)
+        if unscored := int((~np.isfinite(scores.nll)).sum()):
+            raise NonFiniteLoss(
+                f"evaluation at {length:,} tokens: the loss of {unscored} of {len(scores.nll)} held-out documents is "
+                "NaN or infinite; use float32 if it is a matter of precision, or another model"
+            )
+        return scores
 
     def _note_best(self, step: int, perplexity: float) -> None:
         # Step 0 has no checkpoint. Every worker has the same scores, so that all save or none.

@@ -35,7 +35,7 @@ from workloads.models.rotary import padded_inputs
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from workloads.training.compilation import compile_layers, layers_compile
-from workloads.training.evaluator import BestEvaluation, Emit, Evaluator
+from workloads.training.evaluator import BestEvaluation, Emit, Evaluator, NonFiniteLoss
 from workloads.training.optimization import build_optimizer, set_learning_rate
 from workloads.training.setup import build_model
 from workloads.training.trial_data import trial_data
@@ -48,10 +48,6 @@ from workloads.training.trial_state import (
 
 # What a caller may request between two steps: a checkpoint, or to stop with one.
 Request = Literal["save", "stop"]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss or a gradient became NaN or infinite."""
 
 
 def run(

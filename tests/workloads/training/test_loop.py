@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.support.models import plain_losses
@@ -267,6 +269,26 @@ def test_the_untuned_model_is_evaluated_at_both_lengths_and_nothing_is_trained(c
     events = train(untuned, corpus, tmp_path)
     assert [(length, step) for length, step, _ in perplexities(events)] == [(1024, 0), (512, 0)]
     assert not losses(events)
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "message"),
+    [
+        (1e38, NonFiniteLoss, "evaluation at 1,024 tokens: the loss of 2 of 2 held-out documents is NaN or infinite"),
+        (math.nan, InputError, r"its weight model\.norm\.weight holds NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("method", ["untuned", "lora"])
+def test_a_base_that_gives_no_finite_loss_is_named_before_the_first_step(
+    factor, error, message, method, tmp_path, corpus
+):
+    shutil.copytree(SOURCE.location, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * factor
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    settings = dict(attention="full", group_size=None, **({"steps": 0} if method == "untuned" else {}))
+    with pytest.raises(error, match=message):
+        train(config(method, **settings), corpus, tmp_path / "run", source=ModelSource.parse(str(tmp_path / "base")))
 
 
 def test_the_order_of_events_and_what_tokens_count(corpus, tmp_path):
