@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -29,6 +30,7 @@ def exit_status(command: Callable[[], int | None], print_line: Callable[[str], N
     An InputError is one line and status 2, as for an unknown flag. Ctrl-C is status 130, with what the interruption's
     notes (``add_note``) say.
     """
+    _print_any_text()
     try:
         return command() or 0
     except InputError as error:
@@ -39,6 +41,13 @@ def exit_status(command: Callable[[], int | None], print_line: Callable[[str], N
         for note in getattr(interruption, "__notes__", ()):
             print_line(note)
         return EXIT_INTERRUPTED
+
+
+def _print_any_text() -> None:
+    """Escapes what the terminal's encoding lacks, where Python would raise (in ASCII: half of what is printed)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_transformers() -> None:

@@ -51,7 +51,7 @@ class TrainedTrial:
         """
         file = folder / "trial.json"
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text("utf-8"))
             return cls(
                 folder=folder,
                 model=values["model"],
@@ -212,7 +212,7 @@ class TrainedTrial:
 
     def _events(self) -> Iterator[dict[str, Any]]:
         try:
-            lines = (self.folder / "journal.jsonl").read_text().splitlines()
+            lines = (self.folder / "journal.jsonl").read_text("utf-8").splitlines()
         except OSError:
             return  # not trained by a sweep
         for line in lines:

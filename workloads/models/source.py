@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from workloads.config import Positions
 from workloads.errors import InputError, one_error
+from workloads.files.given import existing_path
 from workloads.files.hashes import content_hash
 from workloads.models.families import refuse_sliding_windows
 from workloads.models.gguf import converted
@@ -65,8 +66,8 @@ class ModelSource:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise InputError(f"model {name!r} is not built in; did you mean {nearest[0]}?")
             return cls(name, str(BUILTIN / name.removeprefix("builtin:")))
-        path = Path(name).expanduser()
-        if path.is_dir():
+        path = existing_path(name)
+        if path and path.is_dir():
             if not (path / "config.json").is_file():
                 raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
             if not any(path.glob("*.safetensors")):
@@ -74,8 +75,8 @@ class ModelSource:
                     f"model folder {name} has no .safetensors weights; expected a folder that transformers loads"
                 )
             return cls(name, str(path.resolve()))
-        if path.suffix.lower() == ".gguf":
-            if not path.is_file():
+        if name.lower().endswith(".gguf"):
+            if not (path and path.is_file()):
                 raise InputError(f"model {name!r} is no file here; expected a GGUF file (looked in {Path.cwd()})")
             return cls(name, str(path.resolve()))
         if name.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(name):
