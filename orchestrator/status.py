@@ -18,15 +18,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.gpus import Gpu, gpus
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.disk_usage import DiskUsage, disk_usage
-from orchestrator.reporting.gpus import Gpu, gpus
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
 from orchestrator.reporting.progress import AT_WORK
-from orchestrator.terminal import device_hours, duration, file_size, first_of, make_console, usd
+from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
 from workloads.errors import InputError
+from workloads.terminal import make_console
 
 WATCH_S = 2.0
 # From this width on, a trial is one line; below it, the other facts follow the table.
