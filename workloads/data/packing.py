@@ -19,7 +19,7 @@ import numpy as np
 
 from workloads.data.corpus import Corpus
 from workloads.data.documents import Document, Split
-from workloads.data.packed import FORMAT_VERSION, PackedCorpus
+from workloads.data.packed import FORMAT_VERSION, PackedCorpus, hashes_of
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -122,6 +122,7 @@ def _write(
         "validation_tokens": tokens["validation"],
         "validation_names": names,
         "validation_offsets": offsets,
+        "sha256": hashes_of(folder),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
 
