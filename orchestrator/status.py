@@ -18,9 +18,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.gpus import Gpu, gpus
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.disk_usage import DiskUsage, disk_usage
-from orchestrator.reporting.gpus import Gpu, gpus
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
 from orchestrator.reporting.progress import AT_WORK

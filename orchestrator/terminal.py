@@ -65,6 +65,11 @@ def first_of(words: Sequence[str], most: int) -> str:
     return ", ".join(words[:most]) + more
 
 
+def printable(text: str) -> str:
+    r"""The text with escapes for what would act on a terminal instead of being seen: ``\x1b``, ``\n``."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def make_console(width: int | None = None) -> Console:
     """A console for this terminal; for a file or a job log, of COLUMNS or else ``width`` (default LOG_WIDTH) columns.
 

@@ -1,5 +1,6 @@
 """What every test has: one thread, and no Ray unless it is marked."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -7,7 +8,14 @@ import pytest
 
 # Before torch is imported. On tensors as small as these, two threads take up to eight times the CPU time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # while modules are imported, of which it would find nothing to collect
 WITHOUT_RAY = "/dev/null/a-test-that-starts-Ray-needs-the-marker-ray"
+
+
+def pytest_collection_finish() -> None:
+    """From here the garbage collector looks at what tests make, and at nothing that was imported for them."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

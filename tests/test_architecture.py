@@ -19,7 +19,7 @@ FORBIDDEN = {
 }
 # The levels of orchestrator: none imports from one further down this list. What stands in no level is a command.
 LEVELS = (
-    {"terminal", "process", "options", "spec", "trial_spec", "recipes", "cli", "ray_internals"},
+    {"terminal", "process", "gpus", "options", "spec", "trial_spec", "recipes", "cli", "ray_internals"},
     {"records"},
     {"planning"},
     {"compare"},

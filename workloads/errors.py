@@ -1,8 +1,33 @@
 """The one exception a user's mistake ends in."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """What the user gave cannot work. The message says what was given, what was expected, and the fix.
 
     Command lines print the message alone (no traceback) and exit with status 2.
     """
+
+
+@contextmanager
+def one_error(problem: str, fix: str) -> Iterator[None]:
+    """Turns whatever is raised inside into an InputError: the problem, its first line in brackets, and the fix.
+
+    For the places where files of others are read: a library raises what it likes for a broken one.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{problem} ({first_line(error)}). {fix}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

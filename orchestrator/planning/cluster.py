@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.prices import find_cluster
+from orchestrator.gpus import visible_gpus
 from orchestrator.options import RunOptions
 from orchestrator.planning.ray_head import RUN_HERE, check_head
 from orchestrator.process import end_on_signal
@@ -201,24 +201,6 @@ def multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def visible_gpus() -> list[tuple[str, float]]:
-    """(name, bytes of memory) of the NVIDIA GPUs of this machine that a process may use.
-
-    Without torch, which takes seconds to import.
-    """
-    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found = [[field.strip() for field in line.split(",")] for line in lines if line.count(",") == 3]
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None:
-        wanted = [each.strip() for each in allowed.split(",") if each.strip()]
-        found = [gpu for gpu in found if gpu[0] in wanted or any(gpu[1].startswith(each) for each in wanted)]
-    return [(name, float(mebibytes) * 2**20) for _, _, name, mebibytes in found]
 
 
 def join_or_start(options: RunOptions) -> Cluster:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.data_summary import data_summary
 from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.notes import notes
 from orchestrator.planning.planner import Planned, Totals, summarise_actions
@@ -19,6 +20,8 @@ from orchestrator.terminal import GIB, duration, gib, number_or_dash, usd
 def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
     """Prints what the sweep does with each trial, and the time and cost of all of it."""
     console.print(f"sweep {sweep.name}: {sweep.spec.model} on {sweep.spec.data}, storage {sweep.options.storage}")
+    for line in data_summary(sweep):
+        console.print(line, markup=False, soft_wrap=True)
     console.print(summarise_actions(plan.planned))
     console.print(plan_table(plan.planned, _unit(plan.cluster)))
     if plan.upcoming:

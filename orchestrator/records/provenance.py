@@ -23,7 +23,8 @@ from workloads.files.safe import replace_file
 if TYPE_CHECKING:
     import torch
 
-    from orchestrator.options import RunOptions
+    from orchestrator.gpus import nvidia_driver
+from orchestrator.options import RunOptions
 
 # Packages that a result or its speed depends on.
 PACKAGES = (
@@ -212,20 +213,6 @@ def own_prices(options: RunOptions) -> dict[str, float]:
     except ValueError as error:
         raise InputError(f"--prices: {error}") from error
     return given | ({ANY: options.price_per_hour} if options.price_per_hour is not None else {})
-
-
-def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver, such as 580.65.06; None without one."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            return pynvml.nvmlSystemGetDriverVersion()
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
 
 
 def hardware(device: torch.device, workers: int) -> str:

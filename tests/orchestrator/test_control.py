@@ -59,7 +59,7 @@ def test_a_sweep_is_watched_killed_begun_anew_and_cancelled(tmp_path, text_folde
     deadline = time.time() + 60
     while states()[first] != "interrupted":
         assert time.time() < deadline, states()
-        time.sleep(0.5)
+        time.sleep(0.1)
     others = [label for label, state in states().items() if state == "not started"]
     assert len(others) == 2 and "long: interrupted" in other_terminal("status", *where)[1]
     status, printed = other_terminal("cancel", "long", *where)

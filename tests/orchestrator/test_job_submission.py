@@ -47,13 +47,13 @@ def cluster(tmp_path_factory):
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(240):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"{address}/api/version", timeout=2)
             except urllib.error.HTTPError:
                 break  # it answers: 401 without the token
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.1)
             else:
                 break
         yield address, f"127.0.0.1:{port}", environment

@@ -51,6 +51,6 @@ def wait_for(condition, process: subprocess.Popen, what: str, seconds: float = 1
             return value
         if process.poll() is not None:
             raise AssertionError(f"the command ended before {what}:\n{process.stdout.read()}")
-        time.sleep(0.2)
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     raise AssertionError(f"{what} did not happen within {seconds} s:\n{process.stdout.read()}")

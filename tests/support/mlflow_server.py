@@ -21,5 +21,5 @@ def start_mlflow_server(tmp_path, port):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return server
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise AssertionError("the MLflow server did not start")

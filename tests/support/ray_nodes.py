@@ -65,21 +65,30 @@ class RayNodes:
             )  # fmt: skip
         self.processes.append(process)
         deadline = time.time() + 60
-        while len(self.alive()) < sum(p.poll() is None for p in self.processes) or process.poll() is not None:
+        host, _, port = self.address.partition(":")
+        while process.poll() is None and time.time() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+                break
+            time.sleep(0.1)
+        expected = sum(p.poll() is None for p in self.processes)
+        while len(self.alive(expected)) < expected or process.poll() is not None:
             if time.time() > deadline or process.poll() is not None:
                 raise AssertionError((self.folder / "output").read_text())
         return process
 
-    def alive(self) -> list[str]:
-        """The ids of the nodes that are alive, the head first."""
+    def alive(self, at_least: int = 1) -> list[str]:
+        """The ids of the nodes that are alive, the head first; waits up to 60 s for ``at_least`` of them."""
         code = f"""
-import json, ray
+import json, ray, time
+deadline, nodes = time.time() + 60, []
 try:
     ray.init(address={self.address!r}, log_to_driver=False, logging_level="ERROR")
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    print(json.dumps([n["NodeID"] for n in sorted(nodes, key=lambda n: n["Resources"].get("CPU", 0))]))
+    while len(nodes) < {at_least} and time.time() < deadline:
+        time.sleep(0.1 if nodes else 0)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
 except ConnectionError:
-    print("[]")
+    pass
+print(json.dumps([n["NodeID"] for n in sorted(nodes, key=lambda n: n["Resources"].get("CPU", 0))]))
 """
         done = subprocess.run([sys.executable, "-c", code], env=self.environment, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1]) if done.stdout else []

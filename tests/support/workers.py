@@ -1,5 +1,6 @@
 """Several workers of one trial, as real processes on this machine."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+
+# Forks processes from one that has imported what takes seconds and has neither threads nor CUDA. They see the
+# environment variables of its start.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["torch", "transformers", "transformers.models.llama.modeling_llama", "peft"])
 
 
 def run_workers(folder, device: str, scenario: Callable[..., Any], *args, workers: int = 2) -> list[Any]:
@@ -21,7 +27,12 @@ def run_workers(folder, device: str, scenario: Callable[..., Any], *args, worker
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (workers, port, str(folder), device, scenario, args), nprocs=workers)
+    torch.multiprocessing.start_processes(
+        _worker,
+        (workers, port, str(folder), device, scenario, args),
+        nprocs=workers,
+        start_method="spawn" if device == "cuda" else "forkserver",
+    )
     return [torch.load(folder / f"result-{rank}", weights_only=True) for rank in range(workers)]
 
 

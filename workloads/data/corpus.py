@@ -18,7 +18,7 @@ from typing import Protocol
 
 from workloads.data.documents import Document, Split, files_digest
 from workloads.data.hub import HubSource
-from workloads.data.local import SUFFIXES, LocalSource
+from workloads.data.local import SUFFIXES, LocalSource, local_path
 from workloads.data.stdlib import stdlib_documents, stdlib_files
 from workloads.errors import InputError
 
@@ -89,8 +89,7 @@ class Corpus:
             if text_column is not None:
                 raise InputError(f"--text-column {text_column} has no effect on {text}. Leave it out.")
             return cls(text, BUILTINS[text](), max_train_tokens)
-        path = Path(text).expanduser()
-        if text and path.exists():
+        if path := local_path(text):
             source = LocalSource(path, text_column)
             source.files  # noqa: B018 (a folder without readable files is refused here, not at the first document)
             return cls(path.resolve().name, source, max_train_tokens)
@@ -110,6 +109,11 @@ class Corpus:
         """
         budget = "" if self.max_train_tokens is None else f":{self.max_train_tokens} tokens"
         return self.source.identity + budget
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of text that were read so far."""
+        return sorted(getattr(self.source, "columns", ()))
 
     def documents(self, split: Split | None = None, wanted: Wanted | None = None) -> Iterator[Document]:
         """The documents of one side, or of both in one pass: streamed, in a fixed order, blank ones left out.

@@ -14,6 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from workloads.errors import one_error
+
 Split = Literal["train", "validation"]
 Item = TypeVar("Item")
 
@@ -82,6 +84,11 @@ def assign_sides(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item,
     yield from ((name, item, "validation" if name in held_out else "train") for name, item in first)
 
 
+def first_words(text: str) -> str:
+    """How a text begins: its first line that is not blank, of at most 100 characters."""
+    return text.lstrip()[:100].partition("\n")[0].rstrip()
+
+
 def is_blank(text: str) -> bool:
     """Whether a text is empty or all white space."""
     return not text or text.isspace()
@@ -91,7 +98,7 @@ def files_digest(files: Iterable[tuple[str, Path]]) -> str:
     """SHA-256 over (relative path, content) of every file, whatever folder they are in."""
     digest = hashlib.sha256()
     for relative_path, path in files:
-        with path.open("rb") as file:
+        with one_error(f"{path} cannot be read", "Make it readable, or take it out."), path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
         digest.update(hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest() + content)
     return digest.hexdigest()

@@ -29,6 +29,7 @@ import numpy as np
 
 from workloads.config import LongExamples
 from workloads.data.batch import Batch
+<<<<<<< HEAD
 from workloads.data.documents import Split, name_hash
 from workloads.data.instructions import Instructions, empty_answer, encode_rows
 from workloads.data.packed import (
@@ -40,6 +41,11 @@ from workloads.data.packed import (
     open_prepared,
     permutation,
 )
+=======
+from workloads.data.documents import Split, first_words, name_hash
+from workloads.data.instructions import Instructions, empty_answer, encode_rows, first_text, form_of
+from workloads.data.packed import epoch_order, open_prepared, permutation
+>>>>>>> main
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -47,7 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 SIDES: tuple[Split, ...] = ("train", "validation")
 _ROWS_AT_ONCE = 64
@@ -72,7 +78,8 @@ class ExampleCorpus:
     """Prepared instruction data. Cheap to open and to pickle: tokens stay on disk until they are read.
 
     ``long_examples`` says what training does with examples longer than the context: ``drop``, or ``truncate`` (cut at
-    the context's end, and dropped if no token of an answer is left).
+    the context's end, and dropped if no token of an answer is left). ``columns`` are the columns that were read, and
+    ``sample`` is how the first text begins.
     """
 
     folder: Path
@@ -83,6 +90,8 @@ class ExampleCorpus:
     tokens: dict[Split, int]
     examples: dict[Split, int]
     validation_names: list[str]
+    columns: list[str]
+    sample: str
 
     def __post_init__(self) -> None:
         for counts in (self.tokens, self.examples):
@@ -291,10 +300,14 @@ def _write(
             for kind in ("tokens", "answers")
         )
         empty: list[str] = []
+        columns: set[str] = set()
+        sample = ""
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             empty += filter(None, (empty_answer(row) for row, _ in chunk))
             if empty:
                 continue  # the rest is read only to report all of them at once
+            columns.update(form_of(row) for row, _ in chunk)
+            sample = sample or first_words(first_text(chunk[0][0]))
             encoded = encode_rows([row for row, _ in chunk], tokenizer)
             for (row, side), (tokens, answers) in zip(chunk, encoded, strict=True):
                 tokens_of[side].write(tokens.astype(dtype).data)
@@ -319,6 +332,11 @@ def _write(
         "tokens": {side: offsets[side][-1] for side in SIDES},
         "examples": {side: len(offsets[side]) - 1 for side in SIDES},
         "validation_names": names,
+<<<<<<< HEAD
         "sha256": hashes_of(folder),
+=======
+        "columns": sorted(columns),
+        "sample": sample,
+>>>>>>> main
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")

@@ -10,13 +10,13 @@ A data set that needs a loading script is refused, but its files can be read by 
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 
-from workloads.data.columns import record_text, record_text_column
+from workloads.data.columns import record_texts
 from workloads.data.documents import Document, Row, Split, hold_out, is_blank
-from workloads.errors import InputError
+from workloads.errors import InputError, first_line
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
 
@@ -37,18 +37,22 @@ _FILES = re.compile(r".*\.(?P<format>json|parquet)l?(?P<compression>\.gz|\.zst)?
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the hub: repository, revision (branch, tag, commit; default the newest), configuration or files."""
+    """A data set on the hub: repository, revision (branch, tag, commit; default the newest), configuration or files.
+
+    ``columns`` are the columns of text that were read so far.
+    """
 
     repo: str
     revision: str | None = None
     config: str | None = None
     text_column: str | None = None
+    columns: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
     def parse(cls, text: str, text_column: str | None = None) -> "HubSource | None":
         """``org/name[@revision][:config or files]``, or None where the text is not of that form."""
         match = _FORM.fullmatch(text)
-        return cls(**match.groupdict(), text_column=text_column) if match else None
+        return cls(match["repo"], match["revision"], match["config"], text_column) if match else None
 
     @cached_property
     def identity(self) -> str:
@@ -155,15 +159,19 @@ class HubSource:
         return _FILES.fullmatch(self.config or "")
 
     def _rows(self, split: str, rows: Iterable[dict]) -> Iterator[Row]:
-        for number, row in enumerate(rows):
-            yield Row(f"{split}#{number}", f"data set {self.repo}, {split} row {number}", row)
+        number = 0
+        try:
+            for number, row in enumerate(rows):
+                yield Row(f"{split}#{number}", f"data set {self.repo}, {split} row {number}", row)
+        except InputError:
+            raise
+        except Exception as error:  # of any of the libraries that fetch, unpack and read it
+            raise self._error(f"cannot be read after {split} row {number} ({first_line(error)})") from error
 
     def _texts(self, split: str, rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
-        column = None
-        for number, row in enumerate(rows):
-            where = f"data set {self.repo}, {split} row {number}"
-            column = column or record_text_column(row, self.text_column, where)
-            yield f"{split}#{number}", record_text(row, column, where)
+        records = ((row.where, row.columns) for row in self._rows(split, rows))
+        texts = record_texts(records, self.text_column, self.columns)
+        return ((f"{split}#{number}", text) for number, text in enumerate(texts))
 
     def _error(self, what: str) -> InputError:
         instead = _INSTEAD.get(self.repo)

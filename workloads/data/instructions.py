@@ -1,11 +1,12 @@
 """Instruction data, for supervised fine-tuning: from its name, as the user gave it, to texts with marked answers.
 
-A row has one of two forms, recognised by its columns:
+A row has one of three forms, recognised by its columns:
 
     instruction, output[, input]    LongAlpaca's: the prompt is ``[INST]{instruction}[/INST]``, then the output and the
                                     end of the sequence (LongLoRA's code; an input that is not empty follows the
                                     instruction on a line of its own)
     messages                        a list of {role, content}, written out by the tokenizer's chat template
+    conversations                   ShareGPT's: a list of {from, value}, from human, gpt or system, written out likewise
 
 The loss is taken on answers only: on the output with the end of the sequence, or on every assistant turn. A template
 that marks those turns itself (``{% generation %}``) says which tokens they are. Any other is asked for the
@@ -17,22 +18,29 @@ tokens, and the template is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workloads.data.columns import encodable
 from workloads.data.documents import Row, Split, assign_sides
+from workloads.data.encoding import SpelledTokens
 from workloads.data.hub import HubSource
-from workloads.data.local import ROW_SUFFIXES, LocalRows
+from workloads.data.local import ROW_SUFFIXES, LocalRows, local_path
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMS = "columns instruction and output (LongAlpaca's form), or messages (a list of {role, content})"
+_FORMS = (
+    "columns instruction and output (LongAlpaca's form), messages (a list of {role, content}), or conversations "
+    "(ShareGPT's list of {from, value})"
+)
+_CHATS = ("messages", "conversations")
+# ShareGPT's names of roles.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -50,8 +58,7 @@ class Instructions:
         Raises:
             InputError: the text is none of these, or the folder holds nothing that can be read.
         """
-        path = Path(text).expanduser()
-        if text and path.exists():
+        if path := local_path(text):
             source = LocalRows(path)
             source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
             return cls(path.resolve().name, source)
@@ -90,7 +97,7 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A text, and the ranges of its answers: (begin, end) in characters.
+    """A text, and ranges in it, (begin, end) in characters: of its answers, and of special tokens that are spelled out.
 
     ``in_full`` adds the beginning-of-sequence token, if the tokenizer has one, and the end, which is part of the
     answer; a chat template writes its own.
@@ -99,6 +106,7 @@ class Conversation:
     text: str
     answers: list[tuple[int, int]]
     in_full: bool = False
+    spelled: tuple[tuple[int, int], ...] = ()
 
 
 def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -108,38 +116,64 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
         InputError: a row has neither form, or the template cannot take it, each with its place; or the tokenizer does
             not tell which characters a token stands for.
     """
-    conversations = [_conversation(row, tokenizer) for row in rows]
-    for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer)):
+    tokens_in_text = SpelledTokens(tokenizer)
+    conversations = [_conversation(row, tokenizer, tokens_in_text) for row in rows]
+    for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer, tokens_in_text)):
         if not answers[1:].any():
             raise InputError(f"{row.where}: none of its tokens is of an answer, by the tokenizer's chat template.")
         yield tokens, answers
 
 
 def empty_answer(row: Row) -> str | None:
-    """Which answer of a row is empty, with its place; None if none is. encode_rows refuses a row of neither form."""
-    messages = row.columns.get("messages")
-    if messages is None:
-        return f"{row.where}: the answer ('output') is empty" if _is_blank(row.columns.get("output")) else None
-    for number, message in enumerate(messages if isinstance(messages, list) else []):
-        if isinstance(message, dict) and message.get("role") == "assistant" and _is_blank(message.get("content")):
+    """Which answer of a row is empty, with its place; None if none is.
+
+    Raises:
+        InputError: the row has none of the forms.
+    """
+    if (form := form_of(row)) not in _CHATS:
+        return f"{row.where}: the answer ('output') is empty" if _is_blank(row.columns["output"]) else None
+    for number, message in enumerate(_messages(row, form)):
+        if message["role"] == "assistant" and _is_blank(message["content"]):
             return f"{row.where}, message {number}: the assistant's answer is empty"
     return None
+
+
+def form_of(row: Row) -> str:
+    """The columns that make a row an example: ``messages``, ``conversations``, or ``instruction and output``.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    for chat in _CHATS:
+        if row.columns.get(chat) is not None:
+            return chat
+    if "instruction" in row.columns and "output" in row.columns:
+        return "instruction and output"
+    raise InputError(f"{row.where}: expected {_FORMS}; its columns are {', '.join(row.columns) or '(none)'}.")
+
+
+def first_text(row: Row) -> str:
+    """The text that a row begins with: its first message, or its instruction."""
+    form = form_of(row)
+    return _messages(row, form)[0]["content"] if form in _CHATS else str(row.columns["instruction"])
 
 
 def _is_blank(text: Any) -> bool:
     return isinstance(text, str) and not text.strip()
 
 
-def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    if row.columns.get("messages") is not None:
-        return _of_messages(_messages(row), tokenizer, row.where)
-    if "instruction" in row.columns and "output" in row.columns:
-        return _of_instruction(row)
-    raise InputError(f"{row.where}: expected {_FORMS}; its columns are {', '.join(row.columns) or '(none)'}.")
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, tokens_in_text: SpelledTokens) -> Conversation:
+    if (form := form_of(row)) in _CHATS:
+        messages = [{**message, "content": tokens_in_text.hide(message["content"])} for message in _messages(row, form)]
+        conversation = _of_messages(messages, tokenizer, row.where)
+    else:
+        conversation = _of_instruction(row, tokens_in_text.hide)
+    text, spelled = tokens_in_text.reveal(conversation.text)
+    return replace(conversation, text=text, spelled=tuple(spelled))
 
 
 def _encode(
-    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, tokens_in_text: SpelledTokens
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A token that begins in the prompt and ends in the answer counts to the answer."""
     texts = [conversation.text for conversation in conversations]
@@ -153,6 +187,7 @@ def _encode(
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     begin = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
     for conversation, ids, offsets in zip(conversations, encoded["input_ids"], encoded["offset_mapping"]):
+        ids, offsets = tokens_in_text.as_text(conversation.text, conversation.spelled, ids, offsets)
         begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         answers = np.zeros(len(ids), dtype=bool)
         for start, stop in conversation.answers:
@@ -164,31 +199,41 @@ def _encode(
         yield np.array(ids, dtype=np.int64), answers
 
 
-def _of_instruction(row: Row) -> Conversation:
+def _of_instruction(row: Row, hide: Callable[[str], str]) -> Conversation:
     texts = {}
     for column in ("instruction", "input", "output"):
         text = row.columns.get(column)
         if not isinstance(text, str) and not (text is None and column == "input"):
             raise InputError(f"{row.where}: {column!r} is {type(text).__name__}, not a string. Fix the row.")
-        texts[column] = _encodable(text or "", f"{row.where}: {column!r}")
+        texts[column] = hide(encodable(text or "", f"{row.where}: {column!r}"))
     instruction = f"{texts['instruction']}\n{texts['input']}" if texts["input"].strip() else texts["instruction"]
     prompt = f"[INST]{instruction}[/INST]"
     text = prompt + texts["output"]
     return Conversation(text, [(len(prompt), len(text))], in_full=True)
 
 
-def _messages(row: Row) -> list[dict[str, str]]:
-    messages = row.columns["messages"]
+def _messages(row: Row, form: str) -> list[dict[str, str]]:
+    messages = row.columns[form]
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{row.where}: 'messages' is no list of {{role, content}} with something in it. Fix the row.")
-    for number, message in enumerate(messages):
-        where = f"{row.where}, message {number}"
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"{where}: expected {{role, content}}, two strings. Fix the row.")
-        _encodable(message["content"], where)
-    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{row.where}: {form!r} is no list of messages with something in it. Fix the row.")
+    found = [_message(message, f"{row.where}, message {number}") for number, message in enumerate(messages)]
+    if not any(message["role"] == "assistant" for message in found):
         raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Fix the row.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return found
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    """A message as {role, content}."""
+    fields = message if isinstance(message, dict) else {}
+    if isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str):
+        return {"role": fields["role"], "content": encodable(fields["content"], where)}
+    if isinstance(fields.get("from"), str) and isinstance(fields.get("value"), str):
+        if fields["from"] not in _ROLES:
+            raise InputError(
+                f"{where}: it is from {fields['from']!r}; expected one of {', '.join(_ROLES)}. Fix the row."
+            )
+        return {"role": _ROLES[fields["from"]], "content": encodable(fields["value"], where)}
+    raise InputError(f"{where}: expected {{role, content}} or {{from, value}}, two strings. Fix the row.")
 
 
 def _of_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
@@ -245,11 +290,3 @@ class _template_errors:
 
         if isinstance(error, TemplateError):
             raise InputError(f"{self.where}: the chat template does not take it ({error}). Fix the row.") from error
-
-
-def _encodable(text: str, where: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped pair, which no tokenizer accepts
-        raise InputError(f"{where} has a lone surrogate. Fix the row.") from error
-    return text

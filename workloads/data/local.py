@@ -1,42 +1,79 @@
 """Documents from local files: one document a text file, one document a row of a JSON Lines or Parquet file; and rows.
 
 A document is named by its path relative to the folder that was given, with ``#row`` (counted from 0) for a row.
-Texts are read byte for byte (UTF-8), line ends included. Names that begin with a dot are skipped.
+Texts are read as they are (UTF-8), line ends included; only a byte order mark is left out. Text and JSON files may be
+compressed (.gz, .zst). Names that begin with a dot are skipped; other files that are not read are ``passed_over``.
 """
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from workloads.data.columns import choose_text_column, record_text, record_text_column
-from workloads.data.documents import Document, Row, Split, files_digest, hold_out
-from workloads.data.tables import decode, json_records, jsonl_records, parquet_records
-from workloads.errors import InputError
+from workloads.data.columns import Columns, choose_text_column, record_texts
+from workloads.data.documents import Document, Row, Split, files_digest, hold_out, is_blank
+from workloads.data.tables import file_format, json_records, jsonl_records, parquet_records, read_text
+from workloads.errors import InputError, one_error
 
 TEXT_SUFFIXES = (".txt", ".md", ".tex")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
 ROW_SUFFIXES = (".json", ".jsonl", ".parquet")
 
+# Columns that instruction data has (see instructions.py); of a Parquet file that has some, no others are read.
+ROW_COLUMNS = ("instruction", "input", "output", "messages", "conversations")
+
+
+def local_path(text: str) -> Path | None:
+    """The file or folder that a user named; None if there is none.
+
+    Raises:
+        InputError: it is a link to what does not exist.
+    """
+    try:
+        path = Path(text).expanduser()
+        if text and path.exists():
+            return path
+        if path.is_symlink():
+            raise InputError(f"{text} is a link to {os.readlink(path)}, where there is nothing. Give what exists.")
+    except (OSError, ValueError, RuntimeError) as error:  # a name of 256 bytes; NUL in it; the home of no user
+        if isinstance(error, InputError):
+            raise
+    return None
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The files below a path: those that are read, as (posix path relative to it, file), and the names of the others.
+
+    Both sorted by name.
+    """
+
+    read: list[tuple[str, Path]]
+    passed_over: list[str]
+
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A file, or every readable file below a folder."""
+    """A file, or every readable file below a folder.
+
+    ``columns`` are the columns of text that were read so far.
+    """
 
     path: Path
     text_column: str | None = None
+    columns: set[str] = field(default_factory=set, compare=False)
 
     @cached_property
-    def files(self) -> list[tuple[str, Path]]:
-        """(posix path relative to the folder, file), sorted by the former; symbolic links are followed.
+    def files(self) -> FoundFiles:
+        """The files, symbolic links followed.
 
         Raises:
             InputError: there is none that can be read.
         """
         files = _find_files(self.path, SUFFIXES, "corpus")
-        if self.text_column is not None and not any(path.suffix.lower() in TABLE_SUFFIXES for _, path in files):
+        if self.text_column is not None and not any(file_format(path) in TABLE_SUFFIXES for _, path in files.read):
             raise InputError(
                 f"--text-column {self.text_column} has no effect: corpus {self.path} has no "
                 f"{' or '.join(TABLE_SUFFIXES)} file. Leave it out."
@@ -47,20 +84,36 @@ class LocalSource:
     def identity(self) -> str:
         """``files:`` and a hash of all files, and a text column of another name than ``text``, the default."""
         column = "" if self.text_column in (None, "text") else f":{self.text_column}"
-        return f"files:{files_digest(self.files)}{column}"
+        return f"files:{files_digest(self.files.read)}{column}"
 
     def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
         """Streams every document with its side."""
         return hold_out(self._texts())
 
+    def first_text(self) -> str:
+        """The first text that is not blank, or an empty one: read without any other."""
+        return next((text for _, text in self._texts() if not is_blank(text)), "")
+
     def _texts(self) -> Iterator[tuple[str, str]]:
-        for name, path in self.files:
-            suffix = path.suffix.lower()
-            if suffix in TEXT_SUFFIXES:
-                yield name, decode(path.read_bytes(), path)
+        for name, path in self.files.read:
+            kind = file_format(path)
+            if kind in TEXT_SUFFIXES:
+                yield name, read_text(path)
+            elif kind == ".jsonl":
+                texts = record_texts(jsonl_records(path), self.text_column, self.columns)
+                yield from ((f"{name}#{row}", text) for row, text in enumerate(texts))
             else:
-                texts = _jsonl_texts if suffix == ".jsonl" else _parquet_texts
-                yield from ((f"{name}#{row}", text) for row, text in enumerate(texts(path, self.text_column)))
+                yield from ((f"{name}#{row}", text) for row, text in enumerate(self._parquet_texts(path)))
+
+    def _parquet_texts(self, path: Path) -> Iterator[str]:
+        def choose(columns: Columns) -> list[str]:
+            column = choose_text_column(columns, self.text_column, str(path))
+            self.columns.add(column)
+            return [column]
+
+        for _, record in parquet_records(path, choose):
+            (text,) = record.values()
+            yield text or ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +123,7 @@ class LocalRows:
     path: Path
 
     @cached_property
-    def files(self) -> list[tuple[str, Path]]:
+    def files(self) -> FoundFiles:
         """As of a :class:`LocalSource`.
 
         Raises:
@@ -81,34 +134,48 @@ class LocalRows:
     @cached_property
     def identity(self) -> str:
         """``files:`` and a hash of all files."""
-        return f"files:{files_digest(self.files)}"
+        return f"files:{files_digest(self.files.read)}"
 
     def sides(self) -> Iterator[tuple[Split | None, Iterator[Row]]]:
         """Yields all rows, without a side: rows are held out by hash."""
         yield None, self._rows()
 
     def _rows(self) -> Iterator[Row]:
-        readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": parquet_records}
-        for name, path in self.files:
-            for number, (where, record) in enumerate(readers[path.suffix.lower()](path)):
+        readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": _parquet_rows}
+        for name, path in self.files.read:
+            for number, (where, record) in enumerate(readers[file_format(path)](path)):
                 yield Row(f"{name}#{number}", where, record)
 
 
-def _find_files(path: Path, suffixes: tuple[str, ...], what: str) -> list[tuple[str, Path]]:
-    if path.is_file():
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    return parquet_records(
+        path, lambda columns: [name for name in columns.types if name in ROW_COLUMNS] or [*columns.types]
+    )
+
+
+def _find_files(path: Path, suffixes: tuple[str, ...], what: str) -> FoundFiles:
+    if not path.is_dir():
         found = [(path.name, path)]
     else:
-        found = sorted((file.relative_to(path).as_posix(), file) for file in _walk(path))
-    files = [(name, file) for name, file in found if file.suffix.lower() in suffixes]
-    if not files:
-        problem = "is not a file" if path.is_file() else f"has no file (of {len(found)})"
+        with one_error(f"{what} {path} cannot be read", "Make all of its folders readable, or give another."):
+            found = sorted((file.relative_to(path).as_posix(), file) for file in _walk(path))
+    files = FoundFiles(
+        [(name, file) for name, file in found if file_format(file) in suffixes],
+        [name for name, file in found if file_format(file) not in suffixes],
+    )
+    if not files.read:
+        problem = f"has no file (of {len(found)})" if path.is_dir() else "is not a file"
         raise InputError(f"{what} {path} {problem} that longspan reads, by its suffix: {', '.join(suffixes)}.")
+    for _, file in files.read:
+        if not file.is_file():  # nor is a pipe, which would be waited for
+            link = f", but a link to {os.readlink(file)}, where there is none" if file.is_symlink() else ""
+            raise InputError(f"{what}: {file} is no regular file{link}. Take it out, or put the file there.")
     return files
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     seen = set()  # a link to a parent folder would loop
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_fail):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -118,17 +185,5 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
-def _jsonl_texts(path: Path, text_column: str | None) -> Iterator[str]:
-    column = None
-    for where, record in jsonl_records(path):
-        column = column or record_text_column(record, text_column, where)
-        yield record_text(record, column, where)
-
-
-def _parquet_texts(path: Path, text_column: str | None) -> Iterator[str]:
-    def choose(names: list[str], strings: list[str]) -> list[str]:
-        return [choose_text_column(names, strings, text_column, str(path))]
-
-    for _, record in parquet_records(path, choose):
-        (text,) = record.values()
-        yield text or ""
+def _fail(error: OSError) -> None:
+    raise error

@@ -36,9 +36,13 @@ class Prepared(Protocol):
 T = TypeVar("T", bound=Prepared)
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
+<<<<<<< HEAD
 FORMAT_VERSION = 1
 # The dtypes that tokens are stored in.
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
+=======
+FORMAT_VERSION = 2
+>>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class PackedCorpus:
     """A prepared corpus. Cheap to open and to pickle: tokens stay on disk until they are read.
 
     ``validation_offsets[i]`` is where document i begins in the validation stream, counting end-of-sequence tokens;
-    its last entry is the stream's length.
+    its last entry is the stream's length. ``columns`` are the columns of text that were read, and ``sample`` is how the
+    first document begins.
     """
 
     folder: Path
@@ -73,6 +78,8 @@ class PackedCorpus:
     validation_tokens: int
     validation_names: list[str]
     validation_offsets: list[int]
+    columns: list[str]
+    sample: str
 
     def __post_init__(self) -> None:
         check_index(

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workloads.data.corpus import Corpus
-from workloads.data.documents import Document, Split
+from workloads.data.documents import Document, Split, first_words
+from workloads.data.encoding import encode_texts
 from workloads.data.packed import FORMAT_VERSION, PackedCorpus, hashes_of
 from workloads.errors import InputError
 from workloads.files.once import make_once
@@ -90,10 +91,12 @@ def _write(
 
     names: list[str] = []
     offsets = [0]
+    sample = ""
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {"train": train, "validation": validation}
         for batch in _batches(corpus.documents(wanted=wanted)):
-            for document, ids in zip(batch, _encode(tokenizer, [document.text for document in batch])):
+            sample = sample or first_words(batch[0].text)
+            for document, ids in zip(batch, encode_texts(tokenizer, [document.text for document in batch])):
                 split = document.split
                 if not wanted(split):
                     continue
@@ -122,6 +125,8 @@ def _write(
         "validation_tokens": tokens["validation"],
         "validation_names": names,
         "validation_offsets": offsets,
+        "columns": corpus.columns,
+        "sample": sample,
         "sha256": hashes_of(folder),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
@@ -138,13 +143,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[list[int]]:
-    if getattr(tokenizer, "is_fast", False):
-        # Without transformers' wrapper, which also builds masks and offsets: 1.3 s against 3.2 s for 12 MB of bytes.
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-    return iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])

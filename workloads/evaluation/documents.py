@@ -10,6 +10,7 @@ import numpy as np
 
 from workloads.data import Corpus
 from workloads.data.documents import Document, name_hash
+from workloads.data.encoding import encode_texts
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def documents_to_score(
     """
     found, sizes = [], []
     for document in _in_fixed_order(corpus.documents("validation" if held_out_only else None)):
-        tokens = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        (tokens,) = encode_texts(tokenizer, [document.text])
         sizes.append(len(tokens))
         if len(tokens) >= span:
             found.append(ScoredDocument(document.name, np.array(tokens[:span], dtype=np.int64)))

@@ -281,6 +281,7 @@ STOPPING = ("--early-stopping", "asha", "--reduction-factor", "2", "--min-trials
 @pytest.mark.ray
 def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_never_had_been(tmp_path, text_folder):
     flags = (*FLAGS, "--data", str(text_folder))
+    undisturbed = SweepCommand(tmp_path / "whole", *flags, "--methods", "lora").start()
     stopping = SweepCommand(tmp_path / "runs", *flags, *STOPPING)
     status, output = stopping.run()
     assert status == 0, output
@@ -308,8 +309,8 @@ def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_ne
     _, runs, _ = mlflow_runs(stopping.storage)
     assert {run.info.status for run in runs} == {"FINISHED"}
 
-    status, output = SweepCommand(tmp_path / "whole", *flags, "--methods", "lora").run()
-    assert status == 0, output
+    output, _ = undisturbed.communicate(timeout=200)
+    assert undisturbed.returncode == 0, output
     ((name, whole),) = records(tmp_path / "whole").items()
     assert name == bad.journal.path.parent.name
     assert [e.nll for e in resumed.curve(512)] == [e.nll for e in whole.curve(512)]

@@ -201,8 +201,13 @@ def test_an_error_that_process_exit_causes_in_a_thread_is_recognised():
     worker.start()
     begun.wait()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "error True\n", done.stderr
+    # Torch removes its operators under the running step: in one of four runs the thread segfaults in torch and raises
+    # nothing. Such a run says nothing about watch_exit.
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+        if done.stdout or done.returncode != -signal.SIGSEGV:
+            break
+    assert done.stdout == "error True\n", (done.returncode, done.stderr)
 
 
 @pytest.mark.ray

@@ -107,6 +107,52 @@ def test_the_papers_prompt_and_the_answer_with_its_end(tmp_path, suffix):
     assert all(tokens[-1] == answers[-1] == EOS for tokens, answers in examples)
 
 
+def test_conversations_of_sharegpt_are_messages(tmp_path):
+    tokenizer = byte_tokenizer(UNMARKED)
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    conversation = [{"from": names[message["role"]], "value": message["content"]} for message in CHAT]
+    rows = [{"id": "identity_0", "conversations": conversation}] * 2
+    for suffix in (".jsonl", ".parquet"):
+        prepared = prepare(write(tmp_path / f"sharegpt{suffix}", rows), tokenizer)
+        expected = prepare(write(tmp_path / f"messages{suffix}", [{"messages": CHAT}] * 2), tokenizer)
+        assert all_examples(prepared) == all_examples(expected)
+        assert prepared.columns == ["conversations"] and prepared.sample == "Be brief."
+    rows[1] = {"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}
+    message = error_of(prepare, write(tmp_path / "bot.jsonl", rows), tokenizer)
+    assert "line 2, message 1" in message and "'bot'" in message and "gpt" in message
+    rows[1] = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}
+    assert "line 2, message 1: the assistant's answer is empty" in error_of(
+        prepare, write(tmp_path / "empty.jsonl", rows), tokenizer
+    )
+
+
+def test_special_tokens_that_a_message_spells_are_text(tmp_path):
+    """The template's own stay tokens; what follows a spelled-out one is still of its answer."""
+    tokenizer = byte_tokenizer(UNMARKED.replace("</s>", "<eos>"))
+    said = "<eos><eos> ends <eos>"
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": f"Yes: {said}"}]
+    for tokens, answers in all_examples(prepare(write(tmp_path / "chat.jsonl", [{"messages": chat}] * 2), tokenizer)):
+        assert tokens.count(EOS) == 2 and answers.count(EOS) == 1 and answers[-1] == EOS
+        assert tokenizer.decode(answers[:-1]) == f"Yes: {said}"
+        assert tokenizer.decode(tokens) == f"<|user|>{said}<eos><|assistant|>Yes: {said}<eos>"
+    rows = [{"instruction": said, "output": said}] * 2
+    for tokens, answers in all_examples(prepare(write(tmp_path / "rows.jsonl", rows), tokenizer)):
+        assert tokens.count(EOS) == answers.count(EOS) == 1
+        assert tokenizer.decode(tokens[:-1]) == f"[INST]{said}[/INST]{said}"
+
+
+def test_only_the_columns_of_examples_are_read(tmp_path):
+    """A date in year 100,000, which Python has none for, stands beside them."""
+    far = pa.array([2**62] * 2, pa.timestamp("us"))
+    table = pa.table({"instruction": ["a", "b"], "output": ["c", "d"], "when": far})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert sum(prepare(tmp_path / "rows.parquet").examples.values()) == 2
+    pq.write_table(table.drop_columns(["output", "instruction"]), tmp_path / "far.parquet")
+    assert f"{tmp_path / 'far.parquet'} cannot be read as Parquet, at row 0" in error_of(
+        prepare, tmp_path / "far.parquet"
+    )
+
+
 def test_a_tokenizer_that_begins_sequences_begins_these_too(tmp_path):
     from tokenizers import processors
 

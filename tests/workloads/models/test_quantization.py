@@ -50,7 +50,7 @@ def test_only_lora_methods_can_have_a_quantised_base(method, steps):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tied", [True, False])
 def test_nf4_trains_near_to_bfloat16_over_a_base_that_stays_as_it_is(tied, tmp_path):
-    """Needs bitsandbytes."""
+    pytest.importorskip("bitsandbytes")
     source = saved_llama(tmp_path, tied)
     engine = Engine(torch.device("cuda", 0), "bfloat16")
     tokens = torch.randint(96, (4, 64), generator=torch.Generator().manual_seed(0)).to(engine.device)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.support.models import plain_losses
 from tests.support.texts import prepare_texts
+from tests.support.workers import FORK_SERVER
 from workloads.attention.documents import document_ids
 from workloads.attention.masks import dense_mask
 from workloads.attention.patterns import AttentionPattern
@@ -108,7 +109,7 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(method, changes, co
     trial = config(method, context_length=256, group_size=64, eval_span=256, steps=16, eval_every=4, **changes)
     progress, last = tmp_path / "progress", random.randrange(4, 12)
     arguments = (source, trial, corpus.folder, tmp_path / "parts", progress)
-    child = torch.multiprocessing.get_context("spawn").Process(target=train_in_a_process_to_kill, args=arguments)
+    child = FORK_SERVER.Process(target=train_in_a_process_to_kill, args=arguments)
     child.start()
     while child.is_alive() and not (progress.exists() and progress.read_text().count("step\n") >= last):
         time.sleep(0.001)

@@ -1,12 +1,18 @@
-"""The GPUs of this machine and how busy they are, from the NVIDIA driver (NVML): without torch, in milliseconds."""
+"""What the NVIDIA driver (NVML) reports: its version, this machine's GPUs, and how busy they are.
+
+Without torch, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,7 @@ class Gpu:
     busy: int | None
     used_gib: float | None
     gib: float | None
+    uuid: str = ""
 
     def __str__(self) -> str:
         busy = "use unknown" if self.busy is None else f"{self.busy}% busy"
@@ -29,16 +36,38 @@ def gpus() -> list[Gpu]:
     """The GPUs of this machine; empty without an NVIDIA driver, or if it does not answer."""
     import pynvml
 
+    return _ask(lambda: [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]) or []
+
+
+def visible_gpus() -> list[tuple[str, float]]:
+    """(name, bytes of memory) of the GPUs of this machine that a process may use (CUDA_VISIBLE_DEVICES)."""
+    found = gpus()
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        wanted = [each.strip() for each in allowed.split(",") if each.strip()]
+        found = [g for g in found if str(g.index) in wanted or any(g.uuid.startswith(each) for each in wanted)]
+    return [(gpu.name, gpu.gib * GIB) for gpu in found if gpu.gib is not None]
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver, such as 580.65.06; None without one."""
+    import pynvml
+
+    return _ask(pynvml.nvmlSystemGetDriverVersion)
+
+
+def _ask(call: Callable[[], T]) -> T | None:
+    """What a call of NVML returns; None without a driver, or if it fails."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
+        try:
+            return call()
+        finally:
+            pynvml.nvmlShutdown()
     except pynvml.NVMLError:
-        return []
-    try:
-        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
+        return None
 
 
 def _gpu(index: int) -> Gpu:
@@ -57,6 +86,7 @@ def _gpu(index: int) -> Gpu:
         index,
         pynvml.nvmlDeviceGetName(handle),
         use.gpu if use else None,
-        memory.used / 2**30 if memory else None,
-        memory.total / 2**30 if memory else None,
+        memory.used / GIB if memory else None,
+        memory.total / GIB if memory else None,
+        pynvml.nvmlDeviceGetUUID(handle),
     )

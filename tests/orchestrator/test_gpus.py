@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from orchestrator.records.provenance import nvidia_driver
-from orchestrator.reporting.gpus import Gpu, gpus
+from orchestrator import gpus as module
+from orchestrator.gpus import Gpu, gpus, nvidia_driver, visible_gpus
 
 
 def test_a_gpu_is_written_with_what_it_reports():
@@ -15,6 +15,20 @@ def test_a_gpu_is_written_with_what_it_reports():
 
 def test_a_machine_without_gpus_has_none_and_no_driver():
     assert bool(gpus()) == (nvidia_driver() is not None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "visible"),
+    [(None, "AB"), ("", ""), ("1", "B"), (" 1 , 0", "AB"), ("GPU-1f", "A"), ("MIG-1f", "")],
+)
+def test_a_process_may_use_the_gpus_that_cuda_shows_it(monkeypatch, allowed, visible):
+    two = [Gpu(0, "A", 0, 1.0, 2.0, "GPU-1f00"), Gpu(1, "B", 0, 1.0, 3.0, "GPU-2f00"), Gpu(2, "C", 0, None, None, "")]
+    monkeypatch.setattr(module, "gpus", lambda: two)
+    if allowed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert visible_gpus() == [(gpu.name, gpu.gib * 2**30) for gpu in two if gpu.name in visible]
 
 
 @pytest.mark.gpu

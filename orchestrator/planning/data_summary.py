@@ -1,0 +1,60 @@
+"""What was read as data, in a few lines: files, files passed over, columns, documents, tokens, and how it begins."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from orchestrator.planning.preparation import Identified, Prepared
+from orchestrator.terminal import first_of, printable
+from workloads.data import Corpus, ExampleCorpus, Instructions, PackedCorpus
+from workloads.data.documents import first_words
+from workloads.data.local import FoundFiles, LocalSource
+from workloads.data.tables import file_format
+
+# File names that a line has room for.
+_NAMES = 5
+
+
+def data_summary(sweep: Identified) -> Iterator[str]:
+    """One line each; of data that is not tokenised yet only what its files tell."""
+    files = getattr(sweep.corpus.source, "files", None)
+    if files is not None:
+        yield _files_line(sweep.corpus, files)
+    if isinstance(sweep, Prepared):
+        yield from _prepared_lines(sweep.packed)
+    elif isinstance(sweep.corpus, Corpus) and isinstance(sweep.corpus.source, LocalSource):
+        sample = first_words(sweep.corpus.source.first_text())
+        yield from _content_lines(sweep.corpus.columns, sample)
+
+
+def _files_line(corpus: Corpus | Instructions, files: FoundFiles) -> str:
+    kinds = Counter(file_format(path) for _, path in files.read).most_common()
+    listing = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+    line = f"data: {_counted(len(files.read), 'file')} of {corpus.name} read ({listing})"
+    if files.passed_over:
+        line += f"; {len(files.passed_over):,} passed over: {first_of(files.passed_over, _NAMES)}"
+    return printable(line)
+
+
+def _prepared_lines(packed: PackedCorpus | ExampleCorpus) -> Iterator[str]:
+    yield from _content_lines(packed.columns, packed.sample)
+    if isinstance(packed, ExampleCorpus):
+        what, documents, tokens = "example", packed.examples, packed.tokens
+    else:
+        what = "document"
+        documents = {"train": packed.train_documents, "validation": len(packed.validation_names)}
+        tokens = {"train": packed.train_tokens, "validation": packed.validation_tokens}
+    yield (
+        f"data: {_counted(documents['train'], what)} of {tokens['train']:,} tokens to train on, "
+        f"{documents['validation']:,} of {tokens['validation']:,} tokens held out"
+    )
+
+
+def _content_lines(columns: list[str], sample: str) -> Iterator[str]:
+    column = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}, which begins" if columns else "it begins"
+    yield printable(f"data: {column}: {sample}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,44 @@
+"""A plan says what was read as data."""
+
+import json
+
+from orchestrator.options import RunOptions
+from orchestrator.planning.data_summary import data_summary
+from orchestrator.planning.preparation import Identified, check_sweep, identify, prepare
+from orchestrator.spec import SweepSpec
+
+
+def identified(tmp_path, **fields) -> Identified:
+    spec = SweepSpec(context_lengths=(1024,), **fields)
+    return identify(check_sweep("summary", spec, RunOptions(storage=str(tmp_path / "runs"))))
+
+
+def test_files_column_sample_and_counts(tmp_path):
+    data = tmp_path / "books"
+    data.mkdir()
+    (data / "a.jsonl").write_text(
+        "".join(json.dumps({"n": i, "body": f"\n row\x1b {i}\nmore"}) + "\n" for i in range(9))
+    )
+    (data / "b.md").write_text("a note")
+    (data / "c.pdf").write_text("not read")
+    sweep = identified(tmp_path, data=str(data))
+    begins = "data: column body, which begins: row\\x1b 0"
+    files = "data: 2 files of books read (1 .jsonl, 1 .md); 1 passed over: c.pdf"
+    assert list(data_summary(sweep)) == [files, begins]
+    for _ in range(2):  # the second time the data is known
+        *lines, counts = data_summary(prepare(sweep))
+        assert lines == [files, begins]
+        assert counts == "data: 9 documents of 126 tokens to train on, 1 of 7 tokens held out"
+
+
+def test_a_corpus_without_files_has_no_line_of_them(tmp_path):
+    assert list(data_summary(identified(tmp_path, data="builtin:stdlib"))) == []
+
+
+def test_instructions(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Count {i}", "output": "1"}) + "\n" for i in range(20)))
+    files, begins, counts = data_summary(prepare(identified(tmp_path, data=str(rows), task="sft")))
+    assert files == "data: 1 file of rows.jsonl read (1 .jsonl)"
+    assert begins == "data: column instruction and output, which begins: Count 0"
+    assert "examples of" in counts and "held out" in counts
