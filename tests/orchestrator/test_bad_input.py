@@ -27,6 +27,7 @@ def errors_of(arguments, capsys):
     ("arguments", "message"),
     [
         (["--data", "./nowhere"], "nowhere"),
+        (["--data", "./da[/b]\x1b[2J"], r"./da[/b]\x1b[2J"),
         (["--data", "builtin:stdlb"], "builtin:stdlib"),
         (["--model", "./nowhere"], "model './nowhere' is no folder here"),
         (["--context-lengths", "1000", "--group-size", "300"], "an even number of tokens that divides"),

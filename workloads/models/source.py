@@ -8,15 +8,18 @@ more, and imports neither torch nor transformers for it.
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workloads.config import Positions
-from workloads.errors import InputError
+from workloads.errors import InputError, one_error
 from workloads.files.hashes import content_hash
 from workloads.models.families import refuse_sliding_windows
 from workloads.models.gguf import converted
@@ -27,6 +30,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model")
+_CHAT_FILES = ("chat_template*", "additional_chat_templates/*")
+# Weights, the model's own settings and documents. Whatever is neither here nor above counts as read by the tokenizer.
+_NO_TOKENIZER_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.h5",
+    "*.msgpack", "config.json", "generation_config.json", ".*", "*.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -108,17 +119,24 @@ class ModelSource:
 
     @cached_property
     def tokenizer_identity(self) -> str:
-        """The tokenizer's part of a fingerprint: the content of its files, or the identity of a hub or GGUF model."""
+        """The tokenizer's part of a fingerprint: the content of its files, or the identity of a hub or GGUF model.
+
+        Any file counts that a tokenizer may read, after those of the usual names (``added_tokens.json``, say).
+        """
         if self.revision or self.is_gguf:
             return self.identity
-        return _content_hash(Path(self.location), ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model"))
+        folder = Path(self.location)
+        usual = _content_hash(folder, _TOKENIZER_FILES)
+        known = {*_matching(folder, (*_TOKENIZER_FILES, *_CHAT_FILES, *_NO_TOKENIZER_FILES))}
+        others = [path.name for path in _matching(folder, ("*",)) if path not in known]
+        return f"{usual}:{_content_hash(folder, map(glob.escape, others))}" if others else usual
 
     @cached_property
     def chat_identity(self) -> str:
         """The tokenizer's identity with its chat template, which is part of what instruction data become."""
         if self.revision or self.is_gguf:
             return self.identity
-        return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), ('chat_template*',))}"
+        return f"{self.tokenizer_identity}:{_content_hash(Path(self.location), _CHAT_FILES)}"
 
     def refuse_adapter(self) -> None:
         """Raises InputError if the model is an adapter, which is not a whole model."""
@@ -258,9 +276,15 @@ def _hub_revision(hub_id: str, revision: str | None) -> str:
         ) from error
 
 
-def _content_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+def _content_hash(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(path.name.encode() + b"\0")
-        digest.update(bytes.fromhex(content_hash(path)))
+    for path in _matching(folder, patterns):
+        with one_error(f"{path} cannot be read", "Put the file there, or take it out of the model's folder."):
+            digest.update(os.fsencode(path.name) + b"\0")
+            digest.update(bytes.fromhex(content_hash(path)))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files and links of a folder that match a pattern, sorted."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()})
