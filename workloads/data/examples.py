@@ -29,9 +29,8 @@ import numpy as np
 
 from workloads.config import LongExamples
 from workloads.data.batch import Batch
-<<<<<<< HEAD
-from workloads.data.documents import Split, name_hash
-from workloads.data.instructions import Instructions, empty_answer, encode_rows
+from workloads.data.documents import Split, first_words, name_hash
+from workloads.data.instructions import Instructions, empty_answer, encode_rows, first_text, form_of
 from workloads.data.packed import (
     check_index,
     check_names,
@@ -41,11 +40,6 @@ from workloads.data.packed import (
     open_prepared,
     permutation,
 )
-=======
-from workloads.data.documents import Split, first_words, name_hash
-from workloads.data.instructions import Instructions, empty_answer, encode_rows, first_text, form_of
-from workloads.data.packed import epoch_order, open_prepared, permutation
->>>>>>> main
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -332,11 +326,8 @@ def _write(
         "tokens": {side: offsets[side][-1] for side in SIDES},
         "examples": {side: len(offsets[side]) - 1 for side in SIDES},
         "validation_names": names,
-<<<<<<< HEAD
-        "sha256": hashes_of(folder),
-=======
         "columns": sorted(columns),
         "sample": sample,
->>>>>>> main
+        "sha256": hashes_of(folder),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")

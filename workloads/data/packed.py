@@ -36,13 +36,9 @@ class Prepared(Protocol):
 T = TypeVar("T", bound=Prepared)
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
-<<<<<<< HEAD
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The dtypes that tokens are stored in.
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
-=======
-FORMAT_VERSION = 2
->>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -201,21 +197,21 @@ def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_
     """Opens prepared data: a ``kind`` made from its index, whose files are checked against it.
 
     Raises:
-        InputError: it is not there, of another version, its index is none, or a file has another size, or where the
-            index has it another SHA-256.
+        InputError: it is not there, of another version, its index is none, or a file has another size
+            or SHA-256.
     """
     folder = Path(folder)
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
         if index.pop("format_version") != format_version:
             raise ValueError("it was written by another version of longspan")
-        hashes = index.pop("sha256", {})  # absent up to b1875aa
+        hashes = index.pop("sha256")
         prepared = kind(folder=folder, **index)
         for name, expected in prepared.sizes().items():
             found = (folder / name).stat().st_size
             if found != expected:
                 raise ValueError(f"{name} has {found} bytes, its index says {expected}")
-            if hashes and hashes.get(name) != content_hash(folder / name):
+            if hashes.get(name) != content_hash(folder / name):
                 raise ValueError(
                     f"the content of {name} is not what was prepared: its SHA-256 differs from the index's"
                 )

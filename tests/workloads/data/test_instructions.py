@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.tokenizers import EOS, error_of
 from tests.support.tokenizers import byte_tokenizer as bytes_without_decoder
 from workloads.data import ExampleCorpus, Instructions, prepare_examples
+from workloads.data.packed import hashes_of
 from workloads.errors import InputError
 
 CHATML = (
@@ -359,12 +360,13 @@ def test_an_index_is_not_believed(examples, tmp_path, changed):
 
 @pytest.mark.parametrize("hashed", [True, False])
 def test_offsets_that_changed_are_found(examples, tmp_path, hashed):
+    """Also where the index was changed with them."""
     folder = shutil.copytree(examples.folder, tmp_path / "copy")
     offsets = np.fromfile(folder / "train.offsets", dtype=np.int64)
     offsets[3] = -(2**40)
     offsets.tofile(folder / "train.offsets")
     index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(index if hashed else index | {"sha256": {}}))
+    (folder / "index.json").write_text(json.dumps(index if hashed else index | {"sha256": hashes_of(folder)}))
     with pytest.raises(InputError, match="elete that folder"):
         ExampleCorpus.open(folder).num_train_examples(64)
 
