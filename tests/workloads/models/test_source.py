@@ -1,5 +1,6 @@
 """Base models: what a name stands for, and what cannot be one."""
 
+import json
 import shutil
 
 import pytest
@@ -25,6 +26,36 @@ def test_a_local_copy_is_the_same_model_wherever_it_lies(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert ModelSource.parse(str(tmp_path / "other")).identity != builtin.identity
     assert ModelSource.parse(str(tmp_path / "other")).tokenizer_identity == builtin.tokenizer_identity
+
+
+def test_the_tokenizers_identity_is_of_every_file_that_it_reads(tmp_path):
+    builtin, folder = ModelSource.parse("builtin:tiny"), tmp_path / "model"
+    shutil.copytree(builtin.location, folder)
+    assert ModelSource.parse(str(folder)).tokenizer_identity == builtin.tokenizer_identity
+
+    def read() -> tuple[list[int], str, str]:
+        source = ModelSource.parse(str(folder))
+        return source.tokenizer()("a stone")["input_ids"], source.tokenizer_identity, source.chat_identity
+
+    tokens, identity, chat = read()
+    found = {identity}
+    for added in ({"stone": 258}, {"stone": 259}):  # transformers adds it at the next free id
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+        new_tokens, identity, _ = read()
+        found.add(identity)
+    assert len(new_tokens) < len(tokens) and len(found) == 3
+    (folder / "vocabulary-of-a-new-kind.spm").write_text("x")
+    assert read()[1] not in found
+    for path in folder.glob("[av]*"):
+        path.unlink()
+    (folder / "README.md").write_text("A note changes nothing.")
+    assert read() == (tokens, builtin.tokenizer_identity, builtin.chat_identity) and chat == builtin.chat_identity
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    assert read()[1:] != (builtin.tokenizer_identity, builtin.chat_identity) and read()[1] == builtin.tokenizer_identity
+    (folder / "tokenizer.model").symlink_to("blobs/gone")
+    with pytest.raises(InputError, match=r"tokenizer\.model cannot be read .*No such file"):
+        read()
 
 
 def test_a_dead_network_is_one_clear_error(monkeypatch):
