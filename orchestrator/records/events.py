@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.files.journal_lines import parse_line
 
 # 1: lines without a version (up to b1875aa).
 VERSION = 2
@@ -30,8 +31,6 @@ FaultKind = Literal[
     "preempted",
 ]  # fmt: skip
 
-# Unix seconds of a line are below this (the year 2603): no other number is a time.
-LATEST = 2e10
 # Whole numbers of a line are below this: no count of ours is larger, and a float could not hold it.
 LARGEST = 2**63
 
@@ -337,23 +336,19 @@ def parse(content: bytes) -> Parsed:
         if not line.strip():
             continue
         try:
-            events.append(_parse_event(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            events.append(_make_event(parse_line(line)))
+        except (ValueError, TypeError) as error:
             skipped.append(Skipped(line, str(error)))
     return Parsed(events, skipped)
 
 
-def _parse_event(values: Any) -> Event:
+def _make_event(values: dict[str, Any]) -> Event:
     """The event of a line's values, which are used up.
 
     Raises:
-        TypeError, ValueError: it is no event, lacks fields, or has values of other types.
+        TypeError, ValueError: it lacks fields, or has values of other types.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
-        raise ValueError("not a JSON object with the name of an event")
     name = values.pop("event")
-    if not isinstance(when := values.get("time"), int | float) or not 0 <= when < LATEST:
-        raise ValueError(f"{name!r} without a time")
     cls = EVENTS.get(name, Unknown)
     for renamed, new_values in RENAMED.get(name, {}).items():
         if renamed in values:
