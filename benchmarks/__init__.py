@@ -1,3 +1,3 @@
-"""Speed and memory, side by side with what users would pick instead."""
+"""Speed and memory, compared with the alternatives that users have."""
 
-import workloads  # noqa: F401  # first of all, for its allocator: each benchmark, and each process that it starts
+import workloads  # noqa: F401  # first: it sets the allocator of every benchmark and of the processes it starts

@@ -46,7 +46,7 @@ def max_errors(backend: AttentionBackend, name: Attention, case: Case) -> dict[s
     """The largest relative error of the output and of each gradient.
 
     Raises:
-        InputError: the backend cannot serve here.
+        InputError: the backend cannot compute this here.
     """
     device = torch.device("cuda")
     pattern = AttentionPattern(name=name, group_size=None if name == "full" else GROUP_SIZE)
@@ -54,14 +54,14 @@ def max_errors(backend: AttentionBackend, name: Attention, case: Case) -> dict[s
     generator = torch.Generator().manual_seed(0)
 
     def tensor(heads: int) -> torch.Tensor:
-        # As transformers lays them out, (batch, tokens, heads, head_dim) in memory.
+        # transformers' layout in memory: (batch, tokens, heads, head_dim).
         x = torch.randn(2, case.tokens, heads, HEAD_DIM, generator=generator)
         return x.to(device, torch.bfloat16).transpose(1, 2).requires_grad_()
 
     inputs = tensor(case.heads), tensor(case.key_value_heads), tensor(case.key_value_heads)
     weights = tensor(case.heads).detach()
     where = {"layer": case.layer, "lengths": case.lengths, "document_ids": None}
-    if case.lengths is not None:  # what comes out for padding has no meaning
+    if case.lengths is not None:  # outputs at padding have no meaning
         real = torch.arange(case.tokens, device=device) < torch.tensor(case.lengths, device=device)[:, None]
         weights = weights * real[:, None, :, None]
     if case.documents:

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.attention_speed`` on a CUDA device; about 2 minutes on an H200.
 
-One sequence of random bfloat16 numbers, laid out in memory as transformers lays them out: (batch, tokens, heads,
-head_dim). Medians by device events.
+One sequence of random bfloat16 numbers in transformers' layout in memory: (batch, tokens, heads, head_dim). Medians
+by device events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from benchmarks.baselines import published_s2
-from benchmarks.timing import in_words, machine, seconds_of, write_json
+from benchmarks.timing import describe, machine, seconds_of, write_json
 from workloads.attention.backends import BACKENDS, attention, choose_backend
 from workloads.attention.patterns import AttentionPattern
 from workloads.budget import attended_pairs
@@ -31,9 +31,9 @@ WARMUP, REPEATS = 5, 20
 PUBLISHED = "published S²"
 COUNTING = (
     f"Median of {REPEATS} calls after {WARMUP}, by device events. TFLOP/s: of the pairs that attend, causally inside "
-    "groups, of which shifted heads have two half ones; backward 2.5 times the forward, since kernels compute scores "
-    "again. Published S²: rolled, cut, FlashAttention-2, rolled back; its first half group attends to the last, so "
-    "that it is not the same function."
+    "groups (for shifted heads, two of them are half groups); backward counts 2.5 times the forward, since kernels "
+    "recompute scores. Published S²: rolled, cut, FlashAttention-2, rolled back; its first half group attends to the "
+    "last, so it is not the same function."
 )
 
 
@@ -99,7 +99,7 @@ class Row:
 
 
 def ways(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
-    """(name, function of query, key, value) of what can serve. FlexAttention is for other patterns."""
+    """(name, function of query, key, value) of every way that runs here; FlexAttention is for other patterns."""
     if case.group_size:
 
         def published(*qkv: torch.Tensor) -> torch.Tensor:
@@ -145,19 +145,19 @@ HEADER = (
 
 def line(row: Row, rows: list[Row]) -> str:
     case = row.case
-    said = [f"{case.tokens:,}", f"{case.group_size:,}" if case.group_size else "full"]
-    said += [f"{case.heads}/{case.key_value_heads}", row.way]
+    cells = [f"{case.tokens:,}", f"{case.group_size:,}" if case.group_size else "full"]
+    cells += [f"{case.heads}/{case.key_value_heads}", row.way]
     if row.failure:
-        said += ["-", row.failure, *["-"] * 5]
+        cells += ["-", row.failure, *["-"] * 5]
     else:
         published = next((other.both for other in rows if other.case == case and other.way == PUBLISHED), None)
-        said += [
+        cells += [
             f"{row.forward:.2f}",
             f"{row.both:.2f}",
             *(f"{x:g}" if x else "-" for x in (case.must_reach, case.stretch)),
         ]
-        said += [f"{published / row.both:.2f}" if published else "-", *(f"{rate:.0f}" for rate in row.rates)]
-    return "| " + " | ".join(said) + " |"
+        cells += [f"{published / row.both:.2f}" if published else "-", *(f"{rate:.0f}" for rate in row.rates)]
+    return "| " + " | ".join(cells) + " |"
 
 
 def head() -> str:
@@ -172,14 +172,14 @@ def main(json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("attentio
     """Measures attention alone and prints a table.
 
     Args:
-        json_file: where the same goes as JSON, after every line.
+        json_file: the results as JSON, written after every line.
     """
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.attention_speed needs a CUDA device; torch finds none here")
     began = time.monotonic()
     device = torch.device("cuda", 0)
     facts, rows = machine(device), []
-    print(f"{in_words(facts)}\n{COUNTING}\n\n{head()}", flush=True)
+    print(f"{describe(facts)}\n{COUNTING}\n\n{head()}", flush=True)
     for case in CASES:
         for way, compute in ways(case, device):
             rows.append(measure(case, way, compute, device))

@@ -1,15 +1,15 @@
 """What longspan's speed is compared with: how its users would train without it, and the published S²-Attn.
 
-    user's way     transformers and PEFT as people write a fine-tuning script: the model in bfloat16, attention as it
-                   comes (``sdpa``, full), gradient checkpointing on, no autocast; LoRA on q, k, v and o, embeddings and
-                   norms switched to trainable; the loss from ``labels``; torch's AdamW with its defaults
+    user's way     transformers and PEFT in a typical fine-tuning script: the model in bfloat16, default attention
+                   (``sdpa``, full), gradient checkpointing on, no autocast; LoRA on q, k, v and o, embeddings and norms
+                   switched to trainable; the loss from ``labels``; torch's AdamW with its defaults
     published S²   the same, with the attention of LongLoRA's own recipe (arXiv 2309.12307, algorithm 1): half of the
                    heads rolled by half a group, cut into groups, one FlashAttention-2 call, rolled back
     Liger          the user's way (full attention) with ``apply_liger_kernel_to_llama``
-    Unsloth        full attention, as its documents tell (unsloth_way.py)
+    Unsloth        full attention, as its documentation recommends (unsloth_way.py)
 
-None of them is longspan's code path, and they train what it trains; trainable embeddings and norms are bfloat16 here,
-as such a script has them, and float32 in longspan.
+They train the same parameters as longspan, by other code; trainable embeddings and norms are bfloat16 here,
+as in such a script, and float32 in longspan.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def users_step(model: nn.Module, context_length: int, autocast: bool = False) ->
     """A function that takes one training step on one sequence of random tokens, without waiting for the device.
 
     Args:
-        autocast: forward passes in bfloat16's, which transformers' Trainer puts around them with ``bf16``.
+        autocast: run forward passes under bfloat16 autocast, as transformers' Trainer does with ``bf16``.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""The cases of ``benchmarks.training_speed``: what is trained, in which way, and what it is held against.
+"""The cases of ``benchmarks.training_speed``: what is trained, by which code, and the targets.
 
 All are Llama-2-7B's shape, bfloat16, one sequence a step; one with its frozen base in FP8.
 """
@@ -18,13 +18,13 @@ Way = Literal["longspan", "user's way", "published S²", "Liger", "Unsloth"]
 # Rate of large matrix products measured on one H200 (8192x4096x4096: 802 TFLOP/s, 16384x11008x4096: 789).
 PRODUCTS_RATE = 790e12
 
-# Of products in FP8: twice that, as of their peaks. Measured were 1,352 to 1,509 TFLOP/s (float8_products.py).
+# Rate of FP8 products: twice that, as their peaks are. Measured: 1,352 to 1,509 TFLOP/s (float8_products.py).
 FLOAT8_RATE = 2 * PRODUCTS_RATE
 
 # tokens/s that one H200 cannot exceed with LoRA+ and nothing recomputed, by (context, group size): matrix products at
 # 790 TFLOP/s, attention at cuDNN's published rate for its length, element-wise work at 4.3 TB/s, nothing overlapped;
 # frozen weights 4N FLOPs a token. Those of 98,304 tokens were calculated for 102,400 (groups of 8,192 and of a
-# quarter), and are up to 3% higher in truth.
+# quarter); the true ones are up to 3% higher.
 LIMITS = {
     (8_192, 2_048): 24_288,
     (8_192, None): 20_248,
@@ -35,13 +35,13 @@ LIMITS = {
     (98_304, None): 5_246,
 }
 
-# Seconds to start on a GPU: random weights, CUDA, and what longspan compiles. Estimates.
+# Estimated seconds to start on a GPU: random weights, CUDA, and longspan's compilation.
 START_SECONDS = {"longspan": 30.0, "user's way": 12.0, "published S²": 12.0, "Liger": 15.0, "Unsloth": 75.0}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and in which way.
+    """What is trained, and by which code.
 
     Args:
         group_size: of S²-Attn in tokens; None: full attention.
@@ -104,7 +104,7 @@ class Case:
 # A trial that trains all weights must reach 60% of its limit of 19,080 tokens/s, and 70% would be good.
 ALL_WEIGHTS = dict(method="full", expected=0.6 * 19_080)
 
-# In the order of worth: what takes long comes late. A step at 98k takes 8 to 31 s, so fewer of the baselines' count.
+# Most important first, long cases last. A step at 98k takes 8 to 31 s, so the baselines take fewer of them.
 CASES = {
     case.name: case
     for case in (
@@ -145,9 +145,9 @@ class Row:
         seconds: of each counted step.
         peak_gib, reserved_gib: the most that torch had allocated, and reserved from the device, in all steps.
         mfu: None if the device's peak is unknown.
-        settings: the execution settings that are not longspan's defaults, and what else it resolved by itself.
+        settings: the execution settings that differ from longspan's defaults, and its resolved choices.
         profile: see step_profile.py.
-        reason: what torch said when memory ran out; of a row that is measured, at the first try: ``settings`` are
+        reason: torch's message when memory ran out; in a measured row, that of the first attempt: ``settings`` are
             then those of the next smaller memory plan.
     """
 
@@ -164,9 +164,9 @@ class Row:
 
 
 def baseline(case: Case, way: Way) -> Case | None:
-    """The case that does the same in another way, in bfloat16.
+    """The same case by other code, in bfloat16.
 
-    With S²-Attn too if that way has it, else with full attention.
+    With S²-Attn too if that code has it, else with full attention.
     """
     group_size = case.group_size if way == "published S²" else None
     for other in CASES.values():

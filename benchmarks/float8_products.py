@@ -1,9 +1,9 @@
-"""Products of an FP8 base alone, in the ways that a GPU can do them: ``python -m benchmarks.float8_products``.
+"""Matrix products of an FP8 base, each way a GPU can compute them: ``python -m benchmarks.float8_products``.
 
-Shapes of Llama-2-7B at 8,192 tokens, forward (x Wᵀ) and backward (dy W), random numbers that lean to one sign by a
-tenth of their size. For each way its time, and its error against the exact product of the same FP8 numbers (of 64
-tokens, in float64): what ``FAST_FORWARD`` and ``FAST_BACKWARD`` of
-workloads/adaptation/float8.py choose between. Half a minute.
+Shapes of Llama-2-7B at 8,192 tokens, forward (x Wᵀ) and backward (dy W), random numbers with a mean of a tenth of
+their standard deviation. For each way its time, and its error against the exact product of the same FP8 numbers (of 64
+tokens, in float64). ``FAST_FORWARD`` and ``FAST_BACKWARD`` of workloads/adaptation/float8.py choose between them. Half
+a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from benchmarks.timing import in_words, machine, seconds_of, write_json
+from benchmarks.timing import describe, machine, seconds_of, write_json
 from workloads.adaptation.float8 import FLOAT8, quantise_rows
 
 TOKENS, CHECKED = 8_192, 64
@@ -26,13 +26,13 @@ SHAPES = (
     ("gate, up forward; down backward", 4_096, 11_008),
     ("down forward; gate, up backward", 11_008, 4_096),
 )
-LEAN = 0.1
+MEAN = 0.1
 
 
 def products(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each way as a function that gives x Wᵀ in bfloat16, of x (tokens, K) and W (N, K); without quantising x.
+    """Each way as a function that returns x Wᵀ in bfloat16, for x (tokens, K) and W (N, K); x is already quantised.
 
-    ``no scales`` is what workloads/adaptation/float8.py takes; its result still lacks the scales.
+    ``no scales`` is what workloads/adaptation/float8.py uses; its result is not yet scaled.
     """
     (rows, row_scale), (columns, column_scale) = quantise_rows(x), quantise_rows(weight)
     one = torch.ones((), device=x.device)
@@ -50,7 +50,7 @@ def products(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], to
 
 
 def error(way: str, found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Relative, of ``CHECKED`` tokens, against what is multiplied; bfloat16's rounding of the result is 0.0017."""
+    """The relative error on ``CHECKED`` tokens, against the exact product; bfloat16 rounding alone is 0.0017."""
     operands = [x[:CHECKED], weight]
     if way != "bfloat16":
         scaled = [quantise_rows(each) for each in operands]
@@ -61,18 +61,18 @@ def error(way: str, found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
 
 
 def measure(k: int, n: int, tokens: int, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """By way: TFLOP/s, milliseconds and the error; of one that cannot run here, why."""
+    """By way: TFLOP/s, milliseconds and the error, or why it cannot run here."""
     generator = torch.Generator(device).manual_seed(0)
-    x, weight = ((torch.randn(rows, k, generator=generator, device=device) + LEAN).bfloat16() for rows in (tokens, n))
+    x, weight = ((torch.randn(rows, k, generator=generator, device=device) + MEAN).bfloat16() for rows in (tokens, n))
     results = {}
     for way, product in products(x, weight).items():
         try:
-            off = error(way, product(), x, weight)
+            relative_error = error(way, product(), x, weight)
             seconds = statistics.median(seconds_of(product, device, warmup=3, repeats=repeats))
         except (RuntimeError, ValueError) as failure:
             results[way] = {"failed": str(failure).splitlines()[0]}
             continue
-        results[way] = {"tflops": 2 * tokens * k * n / seconds / 1e12, "ms": seconds * 1e3, "error": off}
+        results[way] = {"tflops": 2 * tokens * k * n / seconds / 1e12, "ms": seconds * 1e3, "error": relative_error}
     return results
 
 
@@ -89,13 +89,13 @@ def main(json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("float8_p
     """Times products in FP8 and prints a table.
 
     Args:
-        json_file: the same as JSON.
+        json_file: the results as JSON.
     """
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.float8_products needs a CUDA device; torch finds none here")
     device = torch.device("cuda", 0)
     facts = machine(device)
-    print(in_words(facts), flush=True)
+    print(describe(facts), flush=True)
     rows = {what: measure(k, n, TOKENS, device, repeats=30) for what, k, n in SHAPES}
     print(table(rows))
     write_json(json_file, {"machine": facts, "tokens": TOKENS, "dtype": str(FLOAT8), "rows": rows})

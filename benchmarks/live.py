@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Inside this context every tensor that an operator makes is counted from its making until it is freed.
+    """Counts every tensor that an operator makes inside this context, until it is freed.
 
-    ``peak`` is the largest sum of bytes; ``now`` the present one. What was there before is told by ``start_with``.
+    ``peak`` is the largest sum of bytes, ``now`` the current one. ``start_with`` adds tensors that already exist.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""The same trial trained twice, in two ways that should give the same: ``python -m benchmarks.loss_parity``.
+"""The same trial trained twice, in two ways that should agree: ``python -m benchmarks.loss_parity``.
 
     python -m benchmarks.loss_parity --model SmolLM2-135M --data papers            # FP8 base against bfloat16
     python -m benchmarks.loss_parity --model ... --data ... --ways not-compiled bfloat16   # what compiling changes
     python -m benchmarks.loss_parity --model ... --data ... --seeds 0 1                    # and what another seed does
 
-Same seed, same data in the same order, through the product's own loop (``workloads.training.loop.run``). Compare the
+Same seed, same data in the same order, through longspan's training loop (``workloads.training.loop.run``). Compare the
 difference of FP8 with that of two ways of computing in bfloat16 (the second line) and of two seeds (the third). On a
 GPU the layers are compiled, except with ``not-compiled``; on a CPU nothing is.
 """
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from benchmarks.timing import in_words, machine, write_json
+from benchmarks.timing import describe, machine, write_json
 from dashboards.drawing import INK, MUTED, new_figure, style
 from workloads.adaptation.methods import trainable_parameters
 from workloads.command import quiet_transformers, run_command
@@ -38,17 +38,17 @@ from workloads.training.loop import Trial, run
 from workloads.training.setup import build_model
 
 Way = Literal["bfloat16", "fp8", "not-compiled"]
-EVERY = 50  # steps of which the mean loss is printed
+EVERY = 50  # the printed losses are means over so many steps
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What came of a way.
+    """The result of training in one way.
 
     Args:
         losses: of each step.
-        perplexities: held out, at the trained length, by step: before the first and after the last.
-        exported: the last one of what the trial exports: what it has trained, over the base as it was, in bfloat16.
+        perplexities: held-out, at the trained length, by step: before the first and after the last.
+        exported: the last perplexity of the exported model: the trained parameters on the original bfloat16 base.
         seconds: of the whole run, with loading and evaluations; tokens_per_second: the median of its steps.
     """
 
@@ -93,7 +93,7 @@ def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: Packe
     import torch._dynamo
 
     torch._dynamo.reset()
-    gc.collect()  # the model before is gone
+    gc.collect()  # frees the previous model
     compiled = device.type == "cuda" and way != "not-compiled"
     execution = ExecutionConfig(
         compile_layers="on" if compiled else "off", checkpoint_every=training.steps, checkpoint_minutes=math.inf
@@ -122,7 +122,7 @@ def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: Packe
 
 
 def table(first: Curve, second: Curve, parity: Parity) -> str:
-    """Mean losses of each so many steps, perplexities, and the differences."""
+    """Mean losses of every ``EVERY`` steps, perplexities, and the differences."""
     lines = [f"| steps | {first.way} | {second.way} | difference |", "|---|---|---|---|"]
     for start in range(0, len(first.losses), EVERY):
         a, b = (statistics.fmean(curve.losses[start : start + EVERY]) for curve in (first, second))
@@ -132,9 +132,9 @@ def table(first: Curve, second: Curve, parity: Parity) -> str:
     for step, a in sorted(first.perplexities.items()):
         b = second.perplexities[step]
         lines.append(f"| held-out perplexity at {step} | {a:.4f} | {b:.4f} | {b / a - 1:+.3%} |")
-    lines.append(f"| of what is exported | {first.exported:.4f} | {second.exported:.4f} | {parity.exported:+.3%} |")
+    lines.append(f"| of the exported model | {first.exported:.4f} | {second.exported:.4f} | {parity.exported:+.3%} |")
     lines.append(
-        f"\nof each step's loss: median {parity.median:.3%}, largest {parity.largest:.3%}, mean with its sign "
+        f"\ndifference of each step's loss: median {parity.median:.3%}, largest {parity.largest:.3%}, signed mean "
         f"{parity.mean:+.4%}"
     )
     for curve in (first, second):
@@ -143,18 +143,18 @@ def table(first: Curve, second: Curve, parity: Parity) -> str:
 
 
 def over_seeds(pairs: Sequence[tuple[Curve, Curve, Parity]]) -> str:
-    """Where there are several: how far apart the ways end, and how far apart the seeds do."""
-    lines = ["held-out perplexity of what is exported, by seed"]
+    """With several seeds: how far apart the two ways end, and how far apart the seeds."""
+    lines = ["held-out perplexity of the exported model, by seed"]
     for curves in zip(*((first, second) for first, second, _ in pairs)):
         ends = [curve.exported for curve in curves]
         apart = max(ends) / min(ends) - 1
         lines.append(f"{curves[0].way}: {', '.join(f'{end:.4f}' for end in ends)} ({apart:.3%} apart)")
     mean = statistics.fmean(parity.mean for *_, parity in pairs)
-    return "\n".join([*lines, f"losses differ by {mean:+.4%} in the mean"])
+    return "\n".join([*lines, f"losses differ by {mean:+.4%} on average"])
 
 
 def draw(pairs: Sequence[tuple[Curve, Curve, Parity]], title: str, path: Path) -> None:
-    """Writes a PNG: both losses over the steps, of the first seed, and below how far they are apart, of each."""
+    """Writes a PNG: both losses of the first seed over the steps; below, the difference for each seed."""
     first, second, _ = pairs[0]
     steps = range(1, len(first.losses) + 1)
     with style():
@@ -177,7 +177,7 @@ def draw(pairs: Sequence[tuple[Curve, Curve, Parity]], title: str, path: Path) -
 def compare(
     ways: Sequence[Way], training: TrainingConfig, source: ModelSource, corpus: PackedCorpus, device: torch.device
 ) -> tuple[Curve, Curve, Parity]:
-    """Both ways; ``training`` is that of bfloat16."""
+    """Trains in both ways; ``training`` is that of bfloat16."""
     first, second = (
         train(way, replace(training, quantization="fp8" if way == "fp8" else "none"), source, corpus, device)
         for way in ways
@@ -204,12 +204,12 @@ def main(
 
     Args:
         model: a folder, a Hugging Face id, or builtin:tiny.
-        data: a folder of text, or what else a sweep takes.
-        ways: the first is what the second is held against.
+        data: a folder of text, or any other corpus that a sweep accepts.
+        ways: the second is compared with the first.
         group_size: of S²-Attn, as a share of the context.
-        seeds: with each the trial is trained in both ways.
-        json_file: losses and figures.
-        picture: a PNG of both.
+        seeds: the trial is trained in both ways with each.
+        json_file: losses and differences.
+        picture: a PNG of them.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     quiet_transformers()
@@ -227,7 +227,7 @@ def main(
         eval_span=context_length,
     )
     facts = machine(device)
-    print(in_words(facts), flush=True)
+    print(describe(facts), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare(Corpus.parse(data), source.tokenizer, source.tokenizer_identity, folder)
         corpus.check(context_length, batch)

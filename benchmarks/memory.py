@@ -1,7 +1,7 @@
 """Predicted and measured memory and speed side by side: ``python -m benchmarks.memory``, on a CUDA device.
 
-Each point is a model of random weights that takes two steps of the training loop itself, one sequence each. What
-workloads/budget predicts beyond the device is left out. Ten minutes are enough on an H200.
+Each point is a model of random weights that takes two steps of longspan's training loop, one sequence each. Points
+that workloads/budget predicts not to fit the device are left out. Ten minutes are enough on an H200.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workloads.training.loop import Emit, Trial
 from workloads.training.setup import prepare_model
 
 GIB = 2**30
-# Llama-2-7B and Llama-3.2-1B, as their configurations tell.
+# Llama-2-7B and Llama-3.2-1B, from their configurations.
 MODELS = {
     "7B": LlamaConfig(
         hidden_size=4096,
@@ -81,7 +81,7 @@ POINTS = (
 class Result:
     """One point: bytes and tokens/s, predicted and measured.
 
-    Measured is None if memory ran out; a speed is None if it is unknown.
+    ``measured`` is None if memory ran out; a speed is None if it is unknown.
     """
 
     point: Point
@@ -92,7 +92,7 @@ class Result:
 
 
 class RandomTokens:
-    """What a corpus is to the training loop."""
+    """Stands in for a corpus in the training loop."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -111,7 +111,7 @@ def configure(point: Point, on_gpu: bool) -> tuple[TrainingConfig, ExecutionConf
         precision="bfloat16" if on_gpu else "float32",
         eval_span=point.context_length,
     )
-    # No evaluation is measured; the smallest there is.
+    # No evaluation is measured, so the smallest.
     return training, ExecutionConfig(gradient_checkpointing="all" if point.checkpointing else 0, eval_batch_tokens=1)
 
 
@@ -123,9 +123,9 @@ def start_trial(
     folder: Path,
     emit: Emit = lambda event, **fields: None,
 ) -> tuple[Trial, nn.Module]:
-    """A trial of the product on random weights, before its first step, and the module for ``Trial.train_step``.
+    """A trial on random weights, before its first step, and the module for ``Trial.train_step``.
 
-    It writes no checkpoint into ``folder`` unless asked to.
+    It writes a checkpoint into ``folder`` only on request.
     """
     engine = make_engine(execution, device, training.precision)
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def main(json_file: Path = Path("memory.json")) -> None:
     """Measures every point and prints a table.
 
     Args:
-        json_file: where the same goes as JSON.
+        json_file: the results as JSON.
     """
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.memory needs a CUDA device; torch finds none here")

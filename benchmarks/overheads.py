@@ -1,13 +1,15 @@
-"""What the orchestrator costs beside training: ``python -m benchmarks.overheads``, on a quiet machine, about 2 minutes.
+"""What the orchestrator adds to training time: ``python -m benchmarks.overheads``, about 2 minutes.
+
+It needs a quiet machine.
 
     first step      seconds from the command of a default sweep to the first training step of its first trial
     between trials  seconds from the end of one trial to the first step of the next, one at a time
-    report          what a step's line in the journal costs, and a step with it and without
-    plan            ``python -m orchestrator.plan``, from command to end: the default sweep, and one of 1,000 trials,
-                    with an empty storage and with 1,000 finished journals of 100 steps each; also the seconds of CPU,
-                    which are about the same on a busy machine
+    report          the time of a step's line in the journal, and of a step with it and without
+    plan            ``python -m orchestrator.plan``, from start to end: the default sweep, and one of 1,000 trials,
+                    with an empty storage and with 1,000 finished journals of 100 steps each; also in CPU seconds, which
+                    are about the same on a busy machine
 
-Steps are tiny (64 tokens), so that nearly all of what is measured is overhead. Nothing it writes is kept.
+Steps are tiny (64 tokens), so nearly all the measured time is overhead. All files are removed at the end.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from workloads.engines.engine import Engine
 from workloads.models.source import ModelSource
 from workloads.training.loop import run
 
-# Steps of the trials that a sweep is timed with, and of the loop that the journal is timed in.
+# Steps of the trials in a timed sweep, and of the loop that times the journal.
 STEPS, LOOP_STEPS = 3, 200
 TINY = f"--context-lengths 64 --steps {STEPS} --batch 1 --eval-documents 2 --eval-every 100".split()
 # 3 methods and 2 lengths for each, with 6 references: 1,002 trials.
@@ -55,10 +57,10 @@ JOURNAL_STEPS = 100
 
 
 def command(module: str, *arguments: str) -> tuple[float, float]:
-    """(seconds that ``python -m module`` took from its start to its end, seconds of CPU).
+    """(wall-clock seconds of ``python -m module`` from start to end, CPU seconds).
 
     Raises:
-        RuntimeError: it failed, with what it said.
+        RuntimeError: it failed; the message holds its output.
     """
     began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
@@ -69,7 +71,7 @@ def command(module: str, *arguments: str) -> tuple[float, float]:
 
 
 def sweep_seconds(folder: Path, *flags: str) -> tuple[float, float, list[TrialRecord]]:
-    """(when a sweep's command was given, its seconds, records of its trained trials in the order of their start)."""
+    """(when a sweep's command was started, its seconds, records of its trained trials in the order of their start)."""
     began = time.time()
     seconds, _ = command("orchestrator.sweep", *TINY, "--storage", str(folder), *flags)
     records = [TrialRecord.of(Storage.at(str(folder)).trial(path.name).journal) for path in folder.glob("trials/*")]
@@ -87,14 +89,14 @@ def first_step(folder: Path) -> dict[str, float]:
 
 
 def between_trials(folder: Path) -> dict[str, float]:
-    """One at a time; the first trial's own start is not among them."""
+    """Trials run one at a time; the start of the first is not counted."""
     _, _, records = sweep_seconds(folder, "--max-concurrent", "1", "--references", "--seeds", "0", "1")
     gaps = [first_step_of(after) - before.ended for before, after in itertools.pairwise(records)]
     return {"between trials": statistics.median(gaps), "longest": max(gaps)}
 
 
 def report(folder: Path) -> dict[str, float]:
-    """Of the training loop itself in this process, without Ray, in turns with and without a journal."""
+    """The training loop in this process, without Ray, alternately with and without a journal."""
     torch.set_num_threads(1)
     storage, source = Storage.open(str(folder)), ModelSource.parse("builtin:tiny")
     corpus = prepare(Corpus.parse("builtin:stdlib"), source.tokenizer, source.tokenizer_identity, storage.data)
@@ -115,7 +117,7 @@ def report(folder: Path) -> dict[str, float]:
                 if event == "step":
                     appended.append(time.perf_counter() - before)
 
-        # As a worker does it: with the trial's lease, which is looked at before each line.
+        # As in a worker: with the trial's lease, which is checked before each line.
         with trial_folder.lease("benchmark") as lease, trial_folder.writer(lease) as writer:
             engine = Engine(torch.device("cpu"), "float32")
             checkpoints = folder / f"checkpoints-{index}"
@@ -128,7 +130,7 @@ def report(folder: Path) -> dict[str, float]:
 
 
 def tiny_trial(source: ModelSource) -> TrialSpec:
-    """Of 64 tokens, that evaluates as seldom as it may."""
+    """A trial of 64 tokens that evaluates as rarely as possible."""
     spec = SweepSpec(
         model="builtin:tiny", data="builtin:stdlib", context_lengths=(64,), methods=("lora",), references=(), batch=1,
         steps=LOOP_STEPS, eval_every=LOOP_STEPS, eval_documents=1,
@@ -138,7 +140,7 @@ def tiny_trial(source: ModelSource) -> TrialSpec:
 
 
 def planning(folder: Path) -> dict[str, float]:
-    """Commands from start to end, then planning alone, as the sweep does it, in this process."""
+    """Commands from start to end, then only a sweep's planning, in this process."""
     many = ["--seeds", *SEEDS]
     empty, full = (Storage.open(str(folder / name)) for name in ("empty", "full"))
     for trial in make_plan(full, many).trials:
@@ -163,7 +165,7 @@ def make_plan(storage: Storage, flags: list[str]) -> SweepPlan:
 
 
 def write_finished(storage: Storage, trial: TrialSpec) -> None:
-    """A journal as a trial leaves it. Written at once: appending line by line waits for the disk each time."""
+    """Writes the journal of a finished trial, at once: appending line by line would wait for the disk each time."""
     journal = storage.add_trial(trial).journal
     events = [{"event": "launched"}, {"event": "started", "hardware": "another machine", "workers": 1, "packages": {}}]
     events.append({"event": "model", "parameters": 3_086_592, "trainable_parameters": 43_008})
@@ -193,7 +195,7 @@ def main(json_file: Path | None = None) -> None:
     """Measures and prints a table.
 
     Args:
-        json_file: where the same goes as JSON; without it, to the terminal after the table.
+        json_file: the results as JSON; by default they are printed after the table.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = os.getloadavg()
@@ -213,11 +215,11 @@ def main(json_file: Path | None = None) -> None:
         "load before and after": [before[0], after[0]],
     }
     print("\n".join(rows(figures)))
-    told = json.dumps({"machine": machine, "seconds": figures}, indent=1)
+    content = json.dumps({"machine": machine, "seconds": figures}, indent=1)
     if json_file is None:
-        print(told)
+        print(content)
     else:
-        json_file.write_text(told)
+        json_file.write_text(content)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A process of its own for each measurement: memory, compiled code, patched classes and crashes of one reach no other.
+"""A separate process for each measurement: memory, compiled code, patched classes and crashes of one affect no other.
 
 Starting Python with torch and transformers takes about ten seconds, so the next process does that while this one works.
 """
@@ -11,44 +11,44 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# What a process that has told its result may still take to end: it gives back tens of gigabytes.
+# Time for a process to exit after sending its result: it frees tens of gigabytes.
 LAST_SECONDS = 5.0
 
 
 class Failed(RuntimeError):
-    """The function raised, its process died, or the time was over."""
+    """The function raised, its process died, or it ran out of time."""
 
 
 class Worker:
-    """A process that waits to call ``function`` once. Both are to be importable, as ``multiprocessing`` wants it."""
+    """A process that waits to call ``function`` once; it must be importable, as ``multiprocessing`` requires."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork of a process that knows CUDA cannot use it
+        context = multiprocessing.get_context("spawn")  # a fork of a process that uses CUDA cannot use it
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(function, theirs))
         self._process.start()
         theirs.close()
 
     def call(self, *arguments: Any, seconds: float) -> Any:
-        """What the function returns. The process has ended afterwards.
+        """Returns what the function returns. The process has ended afterwards.
 
         Raises:
-            Failed: with the reason in one line; a traceback went to stderr.
+            Failed: the message is the reason in one line; a traceback went to stderr.
         """
         self.begin(*arguments)
         return self.result(seconds)
 
     def begin(self, *arguments: Any) -> None:
-        """Has the process call the function; a process that has died by then is told of by :meth:`result`."""
+        """Makes the process call the function; :meth:`result` reports a process that has already died."""
         with contextlib.suppress(ConnectionError):
             self._connection.send(arguments)
 
     def result(self, seconds: float) -> Any:
-        """What the function returned, as :meth:`call`."""
+        """Waits for the result, as :meth:`call`."""
         try:
             if not self._connection.poll(seconds):
                 self._process.kill()
-                raise Failed(f"stopped after {seconds:.0f} s, when the time was over")
+                raise Failed(f"stopped after {seconds:.0f} s, its time limit")
             result, failure = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join()

@@ -3,9 +3,9 @@
     python -m benchmarks.scaling                                   # one GPU alone, then all with DDP and with ZeRO-2
     python -m benchmarks.scaling --context-length 8192 --group-size 2048
 
-Llama-2-7B's shape, LoRA+, S²-Attn, random weights and tokens. Each worker trains one sequence a step, so that twice the
-workers train twice the tokens; the step is the product's own, with the execution settings that longspan plans for that
-number of workers. One step's time is what all workers have taken, since they wait for each other in it.
+Llama-2-7B's shape, LoRA+, S²-Attn, random weights and tokens. Each worker trains one sequence a step, so twice the
+workers train twice the tokens; the step is longspan's own, with the execution settings that it plans for that number of
+workers. A step's time is that of the slowest worker, since they wait for each other in it.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from transformers import LlamaConfig
 
 from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
-from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
+from benchmarks.timing import GIB, describe, machine, seconds_of, write_json
 from benchmarks.training_speed import resolved_settings
 from workloads.budget import Device, ModelShape, host_memory, smallest_change_that_fits
 from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
 WARMUP, STEPS = 3, 10
-SECONDS = 200.0  # in which a measurement must be done: NCCL, compiling, and 13 steps of 2 to 5 s
+SECONDS = 200.0  # time limit of a measurement: NCCL, compiling, and 13 steps of 2 to 5 s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What came of a number of workers.
+    """The result for a number of workers.
 
     Args:
         seconds: of each counted step.
         tokens_per_second: of all workers together, by the median step.
-        peak_gib: the most of any of them.
-        settings: the execution settings that are not longspan's defaults.
-        failure: why there is nothing, in a line.
+        peak_gib: the highest of any worker.
+        settings: the execution settings that differ from longspan's defaults.
+        failure: why it was not measured, in one line.
     """
 
     workers: int
@@ -73,7 +73,7 @@ def configuration(context_length: int, group_size: int, workers: int, on_gpu: bo
 
 
 def planned(config: LlamaConfig, training: TrainingConfig, engine: EngineName, device: torch.device) -> ExecutionConfig:
-    """Longspan's defaults with this engine, changed as its plan would to fit each GPU and its part of host memory.
+    """Longspan's defaults with this engine, changed as its plan would to fit each GPU and its share of host memory.
 
     On a GPU layers are compiled, as in a trial longer than these few steps.
 
@@ -83,9 +83,9 @@ def planned(config: LlamaConfig, training: TrainingConfig, engine: EngineName, d
     known = Device.named(machine(device)["device"])
     if known is None:
         return ExecutionConfig(engine=engine)
-    asked = ExecutionConfig(engine=engine, compile_layers="on", offload_activations="auto")
+    requested = ExecutionConfig(engine=engine, compile_layers="on", offload_activations="auto")
     known = dataclasses.replace(known, host_memory=host_memory() // training.batch)
-    fit = smallest_change_that_fits(ModelShape.of(config), training, asked, training.batch, known)
+    fit = smallest_change_that_fits(ModelShape.of(config), training, requested, training.batch, known)
     if fit is None:
         raise ValueError(f"{training.context_length:,} tokens do not fit {known.name} with {engine}")
     return fit.execution
@@ -94,7 +94,7 @@ def planned(config: LlamaConfig, training: TrainingConfig, engine: EngineName, d
 def measure(
     config: LlamaConfig, training: TrainingConfig, engine: EngineName, rank: int, port: int, on_gpu: bool
 ) -> tuple[list[float], float | None, dict[str, Any]]:
-    """One worker's (seconds of each counted step, peak GiB, settings), in a process of its own."""
+    """One worker's (seconds of each counted step, peak GiB, settings), in its own process."""
     workers = training.batch
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
@@ -121,7 +121,7 @@ def measure(
 
 
 def point(config: LlamaConfig, training: TrainingConfig, engine: EngineName, on_gpu: bool) -> Point:
-    """All workers of a number, each a process."""
+    """Measures with this many workers, each in its own process."""
     workers = training.batch
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,26 +131,26 @@ def point(config: LlamaConfig, training: TrainingConfig, engine: EngineName, on_
         process.begin(config, training, engine, rank, port, on_gpu)
     try:
         until = time.monotonic() + SECONDS
-        told = [process.result(max(0.0, until - time.monotonic())) for process in processes]
+        results = [process.result(max(0.0, until - time.monotonic())) for process in processes]
     except Failed as failure:
         return Point(workers=workers, engine=engine, failure=str(failure))
     finally:
         for process in processes:
             process.close()
-    # The slowest worker's, step by step: all are about the same.
-    seconds = [max(each) for each in zip(*(seconds for seconds, _, _ in told), strict=True)]
+    # The slowest worker of each step; all are about the same.
+    seconds = [max(each) for each in zip(*(seconds for seconds, _, _ in results), strict=True)]
     return Point(
         workers=workers,
         engine=engine,
         seconds=seconds,
         tokens_per_second=workers * training.context_length / statistics.median(seconds),
-        peak_gib=max(peak for _, peak, _ in told) if on_gpu else None,
-        settings=told[0][2],
+        peak_gib=max(peak for _, peak, _ in results) if on_gpu else None,
+        settings=results[0][2],
     )
 
 
 def table(points: Sequence[Point]) -> str:
-    """Each point beside one worker alone, which comes first."""
+    """Each point compared with a single worker, which comes first."""
     head = ["| workers | engine | tokens/s | x one | ms a step | peak GiB | settings |", "|---|" + "---|" * 6]
     return "\n".join([*head, *(line(each, points[0]) for each in points)])
 
@@ -179,14 +179,14 @@ def main(
     Args:
         context_length: tokens of a sequence, of which each worker trains one a step.
         group_size: of S²-Attn, in tokens.
-        engines: with which all GPUs train together.
+        engines: used when all GPUs train together.
         json_file: the results.
     """
     count = torch.cuda.device_count()
     if count < 2:
         raise SystemExit(f"benchmarks.scaling needs two CUDA devices or more; torch finds {count} here")
     facts = machine(torch.device("cuda", 0)) | {"devices": count}
-    print(in_words(facts), flush=True)
+    print(describe(facts), flush=True)
     points = []
     for workers, engine in itertools.chain([(1, "ddp")], ((count, engine) for engine in engines)):
         training = configuration(context_length, group_size, workers, on_gpu=True)

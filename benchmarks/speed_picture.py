@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.cases import CASES, Case, Row, Way, baseline
 from dashboards.drawing import INK, MUTED, new_figure, style
 
-# (of the bar, of the text on it): they differ in lightness, which no colour vision deficiency and no grey print takes.
+# (bar, text on it). They differ in lightness, which colour vision deficiency and grey print preserve.
 COLOURS: dict[Way, tuple[str, str]] = {
     "user's way": ("#e3e7eb", INK),
     "Liger": ("#cbd2d9", INK),
@@ -22,7 +22,7 @@ LEFT, RIGHT, TOP, BOTTOM, WIDTH = 150, 24, 66, 50, 640
 
 
 def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
-    """Writes a PNG of the cases of longspan that were measured, each with those of its baselines that were.
+    """Writes a PNG of longspan's measured cases, each with its measured baselines.
 
     Raises:
         SystemExit: there are none.
@@ -63,9 +63,9 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
         handles.append(Line2D([], [], color=LIMIT, linewidth=2.2, label="limit of the machine"))
         where = (8 / WIDTH, 1 - 26 / height)
         figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=6, frameon=False, handlelength=1.2)
-        said = f"user's way, Liger, Unsloth: full attention · torch {machine['torch']}, "
-        said += f"transformers {machine['transformers']}, peft {machine['peft']}"
-        figure.text(1 - RIGHT / WIDTH, 8 / height, said, color=MUTED, size=8, ha="right")
+        footer = f"user's way, Liger, Unsloth: full attention · torch {machine['torch']}, "
+        footer += f"transformers {machine['transformers']}, peft {machine['peft']}"
+        figure.text(1 - RIGHT / WIDTH, 8 / height, footer, color=MUTED, size=8, ha="right")
         figure.savefig(path, dpi=160)
 
 
@@ -74,7 +74,7 @@ def speed(case: Case, rows: dict[str, Row]) -> float | None:
 
 
 def bars(case: Case, rows: dict[str, Row]) -> list[tuple[Way, float]]:
-    """What was measured of it, longspan last."""
+    """(code, tokens/s) of each measured bar, longspan last."""
     ways = {way: case if way == "longspan" else baseline(case, way) for way in COLOURS}
     return [(way, speed(each, rows)) for way, each in ways.items() if each and speed(each, rows)]
 

@@ -1,8 +1,8 @@
-"""Where a training step's time goes, by torch's profiler: each GPU kernel counts to one of a few parts of the step.
+"""Where a training step's time goes, by torch's profiler: each GPU kernel is assigned to one part of the step.
 
-A kernel is told by its name, and where that does not say enough by the operator that launched it: what is given
-something as wide as the vocabulary belongs to the output layer or the loss. What a compiler fused counts as a whole.
-What runs beside the stream that computes (copies of offloaded activations) counts where that one waits for it, as idle.
+A kernel is recognised by its name, else by the operator that launched it: one with an input as wide as the vocabulary
+belongs to the output layer or the loss. A fused kernel is not divided. Work on other streams (copies of offloaded
+activations) counts only while the computing stream waits for it, as idle time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BY_NAME = (
     (OPTIMISER, r"multi_tensor|adam|lp_?norm"),
     (LOSS, r"softmax|nll|cross_entropy"),
     (PRODUCTS, r"gemm|nvjet|cutlass|xmma|cublas|gemv|splitk|triton_tem_"),
-    (COPIES, r"^(?!triton_).*(copy|memcpy|memset|fill|catarray)"),  # the compiler names casts in what it fuses
+    (COPIES, r"^(?!triton_).*(copy|memcpy|memset|fill|catarray)"),  # the compiler's fused kernels name their casts
 )
 LONGEST = 12
 
@@ -55,7 +55,7 @@ class StepProfile:
 
 
 def step_profile(step: Callable[[], Any], vocab_size: int, steps: int = 2) -> StepProfile:
-    """Of a step that is warm, taken ``steps`` times on a CUDA device."""
+    """Profiles a warm step, run ``steps`` times on a CUDA device."""
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiled:
         before.record()
@@ -100,7 +100,7 @@ def of_trace(events: Sequence[dict[str, Any]], vocab_size: int, milliseconds: fl
 
 
 def part_of(kernel: str, shapes: list, vocab_size: int) -> str:
-    """The part that a kernel counts to.
+    """The part of the step that a kernel belongs to.
 
     Args:
         shapes: of the inputs of the operator that launched the kernel; empty if unknown.

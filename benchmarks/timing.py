@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: how a call is timed, and the machine and versions that a figure belongs to."""
+"""Shared by the speed benchmarks: timing of a call, and the machine and versions that a figure belongs to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "fla
 def seconds_of(call: Callable[[], Any], device: torch.device, warmup: int, repeats: int) -> list[float]:
     """Seconds of each of ``repeats`` calls, after ``warmup`` uncounted ones.
 
-    By events on the device's stream, without waiting in between; on a CPU by the clock.
+    Timed by events on the device's stream, without waiting in between; on a CPU by the clock.
     """
     for _ in range(warmup):
         call()
@@ -61,15 +61,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def in_words(facts: dict[str, Any]) -> str:
-    """One line, with what is not installed last."""
+def describe(facts: dict[str, Any]) -> str:
+    """One line; packages that are not installed come last."""
     missing = [name for name, value in facts.items() if value is None]
     known = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     return known + (f"; not installed: {', '.join(missing)}" if missing else "")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: whoever is killed while writing leaves what was there before."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(path)
+    """Writes the whole file or nothing: a process killed while writing leaves the earlier content."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)

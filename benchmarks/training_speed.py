@@ -1,14 +1,14 @@
-"""Whole training steps of a 7B model: longspan beside what users would run instead. Needs a CUDA device.
+"""Whole training steps of a 7B model: longspan compared with what users would run instead. Needs a CUDA device.
 
     python -m benchmarks.training_speed                        # the table, for at most ten minutes
-    python -m benchmarks.training_speed                        # once more: continues with the missing cases
-    python -m benchmarks.training_speed --cases 8k-s2 8k-user  # these, anew
+    python -m benchmarks.training_speed                        # again: continues with the missing cases
+    python -m benchmarks.training_speed --cases 8k-s2 8k-user  # these, measured again
     python -m benchmarks.training_speed --profile              # and where a step's time goes, at 8k and 98k
     python -m benchmarks.training_speed --picture speed.png    # from the JSON; needs no GPU
 
 Random weights and random tokens; nothing depends on their values. The cases are in cases.py, the baselines in
-baselines.py. A step is the product's own (``Trial.train_step``), with the execution settings that longspan chooses by
-itself. Each case is measured in a process of its own, and is in the JSON file as soon as it is.
+baselines.py. longspan's step is its own (``Trial.train_step``), with the execution settings that it chooses by itself.
+Each case is measured in a separate process and then written to the JSON file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Row, Way, ba
 from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
 from benchmarks.speed_picture import draw
-from benchmarks.timing import GIB, in_words, machine, seconds_of, write_json
+from benchmarks.timing import GIB, describe, machine, seconds_of, write_json
 from workloads.attention.interface import backend_of
 from workloads.budget import (
     Device,
@@ -46,22 +46,22 @@ from workloads.budget import (
 from workloads.config import ExecutionConfig
 from workloads.training.loop import Trial
 
-# Of the machine that the table is of. Its container does not tell its limit.
+# Of the machine that the published table comes from: its container does not expose its limit.
 HOST_MEMORY = 128 * GIB
 MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
-SPARE = 10.0  # seconds in which a process that a case has started itself is ended and cleaned up after
+SPARE = 10.0  # seconds to end a process that a case has started, and to clean up after it
 COUNTING = (
     "tokens/s: tokens of a step over its median time, forward, backward and optimiser, by device events. MFU: the "
     "model's own FLOPs (attention causal, nothing computed twice, no weight gradient of frozen weights) over the "
     "device's peak. Limit: of one H200, nothing recomputed (benchmarks/cases.py). Published S²: its first half group "
-    "attends to the last, so that it is not the same function. The baselines take fewer steps than longspan."
+    "attends to the last, so it is not the same function. The baselines take fewer steps than longspan."
 )
 
 
 def measure(
     case: Case, config: LlamaConfig, device: torch.device, profiled: bool = False, smaller: bool = False
 ) -> Row:
-    """A case, in this process. ``smaller``: longspan takes the next smaller memory plan than it would."""
+    """Measures a case in this process. ``smaller``: longspan takes its next smaller memory plan."""
     settings: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -78,14 +78,14 @@ def measure(
                 peaks["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
             parts = profile_or_none(step, config.vocab_size) if profiled else None
     except torch.OutOfMemoryError as error:
-        # torch tells there what it holds itself and what other processes do.
+        # torch's message says how much memory it holds and how much other processes do.
         return Row(case=case.name, outcome=OUT_OF_MEMORY, settings=settings, reason=str(error))
     profile = dataclasses.asdict(parts) if parts else None
     return row_of(case, config, device, seconds, outcome=MEASURED, settings=settings, profile=profile, **peaks)
 
 
 def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.StepProfile | None:
-    """A profiler that fails says why on stderr, and takes no measured speed with it."""
+    """A step's profile; None if the profiler fails, which must not lose the measured speed. stderr says why."""
     try:
         return step_profile.step_profile(step, vocab_size, PROFILED_STEPS)
     except Exception:
@@ -94,16 +94,16 @@ def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.S
 
 
 def measure_7b(name: str, seconds: float, profiled: bool, smaller: bool = False) -> Row:
-    """A case of the table, in at most so many seconds; what each worker process calls."""
+    """Measures a case of the table in at most ``seconds``; runs in a worker process."""
     case, device = CASES[name], torch.device("cuda", 0)
     if case.way == "Unsloth":
-        told = unsloth_way.measure_apart(case.context_length, case.warmup, case.steps, seconds)
-        return row_of(case, MODELS["7B"], device, **told)
+        measured = unsloth_way.measure_in_process(case.context_length, case.warmup, case.steps, seconds)
+        return row_of(case, MODELS["7B"], device, **measured)
     return measure(case, MODELS["7B"], device, profiled, smaller)
 
 
 def row_of(case: Case, config: LlamaConfig, device: torch.device, seconds: Sequence[float] = (), **fields: Any) -> Row:
-    """With what follows from the seconds of each step: speed and MFU."""
+    """A row, with speed and MFU from the seconds of each step."""
     if not seconds:
         return Row(case=case.name, **fields)
     speed = case.context_length / statistics.median(seconds)
@@ -115,11 +115,11 @@ def row_of(case: Case, config: LlamaConfig, device: torch.device, seconds: Seque
 def longspans_step(
     case: Case, config: LlamaConfig, device: torch.device, folder: Path, smaller: bool = False
 ) -> tuple[Callable[[], None], dict[str, Any]]:
-    """One training step of longspan itself as a function, and the settings that it runs with."""
+    """One training step of longspan as a function, and its settings."""
     execution = planned_execution(case, config, device)
     if smaller:  # as a sweep does (orchestrator/running/faults.py)
         execution = less_memory(execution, case.training.batch, config.num_hidden_layers) or execution
-    config = copy.deepcopy(config)  # a pattern is written there
+    config = copy.deepcopy(config)  # the attention pattern is written into it
     trial, model = start_trial(config, case.training, execution, device, folder)
     return lambda: trial.train_step(model), resolved_settings(trial)
 
@@ -130,14 +130,14 @@ def planned_execution(case: Case, config: LlamaConfig, device: torch.device) -> 
     On a GPU layers are compiled, as longspan does in a trial longer than these few steps.
     """
     known = Device.named(machine(device)["device"])
-    asked = ExecutionConfig(
+    requested = ExecutionConfig(
         compile_layers="on" if device.type == "cuda" else "auto", offload_activations=case.offload_activations
     )
     if known is None:
-        return dataclasses.replace(asked, offload_activations=asked.layers_offloaded)
+        return dataclasses.replace(requested, offload_activations=requested.layers_offloaded)
     known = dataclasses.replace(known, host_memory=min(host_memory(), HOST_MEMORY))
-    fit = smallest_change_that_fits(ModelShape.of(config), case.training, asked, 1, known)
-    return fit.execution if fit else asked
+    fit = smallest_change_that_fits(ModelShape.of(config), case.training, requested, 1, known)
+    return fit.execution if fit else requested
 
 
 def resolved_settings(trial: Trial) -> dict[str, Any]:
@@ -159,10 +159,10 @@ class Results:
     """Rows by case, of one machine and its versions; on disk as JSON after every row."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        """Takes up what is there.
+        """Reads earlier results, if there are any.
 
         Raises:
-            SystemExit: it was measured on another machine or with other versions.
+            SystemExit: they were measured on another machine or with other versions.
         """
         self.path, self.facts, self.rows = path, facts, {}
         if path.exists():
@@ -170,7 +170,8 @@ class Results:
             if known != facts:
                 different = ", ".join(name for name in facts | known if facts.get(name) != known.get(name))
                 raise SystemExit(
-                    f"{path} was measured elsewhere ({different} differ from here); name another file with --json"
+                    f"{path} was measured on another machine or with other versions ({different} differ); name another "
+                    "file with --json"
                 )
 
     def add(self, row: Row) -> None:
@@ -181,7 +182,7 @@ class Results:
         write_json(self.path, {"machine": self.facts, "model": "Llama-2-7B", "counting": COUNTING, "rows": rows})
 
     def missing(self, profile: bool) -> list[str]:
-        """Cases that no call has come to the end of; not Liger's or Unsloth's where it is not installed."""
+        """Cases without a result; not those of Liger or Unsloth if it is not installed."""
         packages = {"Liger": "liger-kernel", "Unsloth": "unsloth"}
         possible = [
             name for name, case in CASES.items() if case.way not in packages or self.facts.get(packages[case.way])
@@ -195,7 +196,7 @@ class Results:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
-    """Machine and rows of a JSON file. Rows of cases that there are no more are left out."""
+    """Machine and rows of a JSON file. Rows of cases that no longer exist are left out."""
     content = json.loads(path.read_text())
     names = {each.name for each in dataclasses.fields(Row)}
     rows = {case: Row(**{name: row[name] for name in names & row.keys()}) for case, row in content["rows"].items()}
@@ -204,7 +205,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
 
 HEADER = (
     "case", "way", "context", "group", "tokens/s", "must reach", "stretch", "x user's way", "x published S²",
-    "limit", "of limit", "MFU", "peak GiB", "ms a step", "steps", "settings, or what happened",
+    "limit", "of limit", "MFU", "peak GiB", "ms a step", "steps", "settings, or failure",
 )  # fmt: skip
 
 
@@ -215,20 +216,20 @@ def line(case: Case, row: Row, rows: dict[str, Row]) -> str:
         return "-" if value is None else format(value, form)
 
     speed = row.tokens_per_second
-    said = [case.name, case.way, f"{case.context_length:,}", shown(case.group_size), shown(speed)]
-    said += [shown(case.must_reach), shown(case.stretch)]
-    said += [shown(ratio(case, row, way, rows), ".2f") for way in ("user's way", "published S²")]
-    said += [shown(case.limit), shown(speed and case.limit and speed / case.limit, ".0%")]
-    said += [shown(row.mfu, ".1%"), shown(row.peak_gib, ".1f")]
-    said += [shown(1e3 * statistics.median(row.seconds)) if row.seconds else "-", f"{case.warmup} + {case.steps}"]
+    cells = [case.name, case.way, f"{case.context_length:,}", shown(case.group_size), shown(speed)]
+    cells += [shown(case.must_reach), shown(case.stretch)]
+    cells += [shown(ratio(case, row, way, rows), ".2f") for way in ("user's way", "published S²")]
+    cells += [shown(case.limit), shown(speed and case.limit and speed / case.limit, ".0%")]
+    cells += [shown(row.mfu, ".1%"), shown(row.peak_gib, ".1f")]
+    cells += [shown(1e3 * statistics.median(row.seconds)) if row.seconds else "-", f"{case.warmup} + {case.steps}"]
     settings = ", ".join(f"{name} {value}" for name, value in row.settings.items()) or "-"
-    settings += "; at the second try" if row.reason else ""
-    said.append(settings if row.outcome == MEASURED else row.outcome)
-    return "| " + " | ".join(said) + " |"
+    settings += "; second attempt" if row.reason else ""
+    cells.append(settings if row.outcome == MEASURED else row.outcome)
+    return "| " + " | ".join(cells) + " |"
 
 
 def ratio(case: Case, row: Row, way: Way, rows: dict[str, Row]) -> float | None:
-    """How many times as fast longspan is as another way of doing the same, where both are measured."""
+    """How many times as fast longspan is as the same case by other code; None if one is not measured."""
     other = baseline(case, way)
     theirs = rows[other.name].tokens_per_second if other and other.name in rows else None
     if case.way != "longspan" or row.tokens_per_second is None or theirs is None:
@@ -243,7 +244,7 @@ def table(rows: dict[str, Row]) -> str:
 
 
 def run(names: list[str], results: Results, profile: bool, until: float) -> None:
-    """Measures these cases, one after the other, as long as time is left on the monotonic clock."""
+    """Measures these cases one after the other until ``until`` on the monotonic clock."""
     print(f"{len(names)} cases, about {sum(CASES[name].seconds for name in names):.0f} s", flush=True)
     waiting = Worker(measure_7b) if names else None
     try:
@@ -258,7 +259,9 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
             try:
                 row = worker.call(name, left - SPARE, profiled, seconds=left)
                 if row.outcome == OUT_OF_MEMORY and case.way == "longspan":
-                    print(f"{name}: out of memory, once more with less, as in a sweep\n{row.reason}", flush=True)
+                    print(
+                        f"{name}: out of memory; trying again with less memory, as in a sweep\n{row.reason}", flush=True
+                    )
                     left = until - time.monotonic()
                     again = Worker(measure_7b).call(name, left - SPARE, profiled, True, seconds=left)
                     row = dataclasses.replace(again, reason=row.reason)
@@ -285,11 +288,11 @@ def main(
     """Measures training steps of a 7B model and prints a table.
 
     Args:
-        cases: names of the cases to measure, also if the JSON file has them; without any, all that it has not.
-        json_file: the results; taken up if there, and written after every case.
-        minutes: no case runs longer than this after the start; one that would not finish is not started.
-        profile: also tell where a step's time goes, at 8k and 98k.
-        picture: measure nothing, and draw the JSON file into this PNG.
+        cases: names of the cases to measure, even if the JSON file has them; by default all that it lacks.
+        json_file: the results; read if it exists, and written after every case.
+        minutes: time limit of the whole run; a case that would not finish in it is not started.
+        profile: also print where a step's time goes, at 8k and 98k.
+        picture: measure nothing; draw the JSON file as this PNG.
     """
     began = time.monotonic()
     if picture:
@@ -301,9 +304,9 @@ def main(
         raise SystemExit("benchmarks.training_speed needs a CUDA device; torch finds none here")
     facts = machine(torch.device("cuda", 0))
     results = Results(json_file, facts)
-    print(in_words(facts), flush=True)
+    print(describe(facts), flush=True)
     run(list(cases) or results.missing(profile), results, profile, began + 60 * minutes)
-    print(f"\n{in_words(facts)}\nLlama-2-7B's shape, random weights. {COUNTING}\n\n{table(results.rows)}")
+    print(f"\n{describe(facts)}\nLlama-2-7B's shape, random weights. {COUNTING}\n\n{table(results.rows)}")
     if missing := results.missing(profile):
         print(f"\nMissing: {', '.join(missing)}. The same command continues with them.")
     print(f"{time.monotonic() - began:.0f} s; {json_file}")

@@ -1,9 +1,9 @@
 """The same training step with Unsloth; ``benchmarks.training_speed`` starts it.
 
-A process of its own, since Unsloth wants to be imported before transformers, of which it replaces parts. It loads
-checkpoints alone, so that one of random weights is made and removed again: 13 GB for Llama-2-7B. As its documents tell:
-``FastLanguageModel``, its own gradient checkpointing, bfloat16 under autocast; its statistics and the hub are off.
-Embeddings and norms train too (``modules_to_save``), in bfloat16.
+It runs in a separate process, since Unsloth must be imported before transformers, of which it replaces parts. It loads
+only checkpoints, so one of random weights is made and removed again: 13 GB for Llama-2-7B. As its documentation
+recommends: ``FastLanguageModel``, its own gradient checkpointing, bfloat16 under autocast; its statistics and the hub
+are off. Embeddings and norms train too (``modules_to_save``), in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_
 TRAINED = ("embed_tokens", "input_layernorm", "post_attention_layernorm", "model.norm")
 
 
-def measure_apart(context_length: int, warmup: int, steps: int, seconds: float) -> dict[str, Any]:
-    """In a process of its own: ``outcome`` and, if measured, ``seconds`` of each step, ``peak_gib``, ``reserved_gib``.
+def measure_in_process(context_length: int, warmup: int, steps: int, seconds: float) -> dict[str, Any]:
+    """Measures in a new process: ``outcome``; if measured, ``seconds`` of each step, ``peak_gib``, ``reserved_gib``.
 
     Args:
-        seconds: after which it is ended.
+        seconds: time limit of the process.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(each) for each in (context_length, warmup, steps, folder)]
-        # Unsloth keeps files in the folder that it runs in.
+        # Unsloth writes files into the folder that it runs in.
         environment = {**os.environ, **OFFLINE, "UNSLOTH_COMPILE_LOCATION": f"{folder}/compiled"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         try:
@@ -37,17 +37,17 @@ def measure_apart(context_length: int, warmup: int, steps: int, seconds: float) 
                 cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return {"outcome": f"stopped after {seconds:.0f} s, when the time was over"}
+            return {"outcome": f"stopped after {seconds:.0f} s, its time limit"}
         answer = Path(folder) / "answer.json"
         if answer.exists():
             return json.loads(answer.read_text())
     print(done.stderr, file=sys.stderr)
-    last = done.stderr.strip().splitlines()[-1:] or ["nothing was said"]
+    last = done.stderr.strip().splitlines()[-1:] or ["no message"]
     return {"outcome": f"its process ended with {done.returncode}: {last[0]}"}
 
 
 def make_checkpoint(folder: Path) -> None:
-    """A folder with random bfloat16 weights of Llama-2-7B's shape and a tokenizer of as many words."""
+    """A folder with random bfloat16 weights of Llama-2-7B's shape and a tokenizer with as many words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def measure(context_length: int, warmup: int, steps: int, folder: Path) -> dict[str, Any]:
-    """In this process, which has imported Unsloth before transformers."""
+    """Measures in this process, in which Unsloth is imported before transformers."""
     from unsloth import FastLanguageModel  # isort: skip
     import torch
 

@@ -283,7 +283,7 @@ def main() -> None:
         parser.error(f"{arguments.file}: {error}")  # Exit status 2.
     problems = [each for each in check(config) if not (each.fill_in and arguments.allow_placeholders)]
     for problem in problems:
-        print(problem)
+        print(str(problem).encode("unicode_escape").decode())  # it quotes the file
     print(f"{arguments.file}: {len(problems)} problems, of which {sum(each.fill_in for each in problems)} to fill in.")
     sys.exit(1 if problems else 0)
 

@@ -8,6 +8,7 @@ answers, prints its address, and ends them.
 import argparse
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -65,7 +66,8 @@ def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
             print(f"Open {_url(_names(host)[0], port)} (Ctrl-C to stop)", flush=True)
         status = server.wait()
         errors.seek(0)
-        print(f"{errors.read().decode(errors='replace')}MLflow exited with status {status}.", file=sys.stderr)
+        logged = re.sub(r"[^\t\n -~\xa0-\U0010ffff]", "?", errors.read().decode(errors="replace"))
+        print(f"{logged}MLflow exited with status {status}.", file=sys.stderr)
         return status or 1
     except KeyboardInterrupt:
         return 0

@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dashboards.report: {error}", file=sys.stderr)
         return 2
     except ValueError as error:
-        print(f"dashboards.report: {options.comparison}: {error}", file=sys.stderr)
+        shown = str(error).encode("unicode_escape").decode()  # it may quote the file
+        print(f"dashboards.report: {options.comparison}: {shown}", file=sys.stderr)
         return 2
     print(*paths, sep="\n")
     return 0

@@ -20,6 +20,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.reporting.overview import Overview
 from workloads.command import run_command
 from workloads.errors import InputError
+from workloads.terminal import printable
 
 
 def main(
@@ -48,7 +49,7 @@ def main(
     for trial in trials:
         request(opened, f"trials/{trial.fingerprint}", by)
         then = "does not start" if trial.state == "waiting" else "stops with a checkpoint"
-        print(f"cancelled: {trial.label} ({trial.fingerprint}), {trial.state}: it {then}")
+        print(printable(f"cancelled: {trial.label} ({trial.fingerprint}), {trial.state}: it {then}"))
     print("The same sweep command resumes cancelled trials.")
 
 

@@ -16,14 +16,14 @@ from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.plan_table import print_plan
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.planning.sweep_plan import plan_sweep, refuse_impossible
-from orchestrator.process import exit_without_gc, run_on_console
-from orchestrator.terminal import make_console
+from orchestrator.process import exit_without_gc
+from workloads.command import exit_status
+from workloads.terminal import make_console
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    console = make_console()
-    return run_on_console(lambda: _plan(sys.argv[1:] if arguments is None else arguments, console), console)
+    return exit_status(lambda: _plan(sys.argv[1:] if arguments is None else arguments, make_console()))
 
 
 def _plan(arguments: list[str], console: Console) -> int:

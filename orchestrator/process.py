@@ -14,20 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
-from rich.console import Console
-
-from workloads.command import EXIT_INTERRUPTED, exit_status
+from workloads.command import EXIT_INTERRUPTED
 from workloads.files.safe import PlainFileHandler
 
 T = TypeVar("T")
-
-
-def run_on_console(command: Callable[[], int], console: Console) -> int:
-    """Runs a command that prints to a console; returns its exit status (:func:`workloads.command.exit_status`)."""
-    return exit_status(
-        command,
-        lambda line: console.print(line, style="bold red" if line.startswith("error:") else None),
-    )
 
 
 def exit_without_gc(main: Callable[[], int]) -> NoReturn:
@@ -97,7 +87,7 @@ def log_libraries_to(path: Path) -> None:
     handler = PlainFileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.raiseExceptions = False  # a full disk must not fill the terminal
-    for name in ("ray", "ray.tune", "ray.train", "mlflow"):
+    for name in ("ray", "ray.tune", "ray.train", "mlflow", "orchestrator.planning.spending"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
 

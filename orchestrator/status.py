@@ -24,9 +24,10 @@ from orchestrator.reporting.disk_usage import DiskUsage, disk_usage
 from orchestrator.reporting.live_view import numbers, trials_table
 from orchestrator.reporting.overview import Overview, SweepOverview, TrialOverview
 from orchestrator.reporting.progress import AT_WORK
-from orchestrator.terminal import device_hours, duration, file_size, first_of, make_console, usd
+from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
 from workloads.errors import InputError
+from workloads.terminal import make_console
 
 WATCH_S = 2.0
 # From this width on, a trial is one line; below it, the other facts follow the table.

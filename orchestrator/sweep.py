@@ -29,7 +29,6 @@ from orchestrator.process import (
     enable_gc,
     exit_without_gc,
     log_libraries_to,
-    run_on_console,
     stop_on_sigterm,
 )
 from orchestrator.records import cancellation
@@ -42,10 +41,11 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
 from orchestrator.running.sweep_runner import SweepRunner
-from orchestrator.terminal import make_console, shown_path
-from workloads.command import EXIT_INTERRUPTED
+from orchestrator.terminal import shown_path
+from workloads.command import EXIT_INTERRUPTED, exit_status
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
+from workloads.terminal import make_console
 
 # A long preparation prints what it is doing this often.
 PREPARING_NOTE_SECONDS = 15
@@ -75,8 +75,7 @@ class Status:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    console = make_console()
-    return run_on_console(lambda: _run(sys.argv[1:] if arguments is None else arguments, console), console)
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, make_console()))
 
 
 def _run(arguments: list[str], console: Console) -> int:

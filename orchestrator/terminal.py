@@ -1,16 +1,12 @@
-"""How numbers, durations, sizes, money, paths and lists are written for people, and the console they are written to."""
+"""How numbers, durations, sizes, money, paths and lists are written for people."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich import filesize
-from rich.console import Console
 
-# Columns of a table that goes to a file or a job log.
-LOG_WIDTH = 110
 GIB = 2**30
 
 
@@ -63,19 +59,3 @@ def first_of(words: Sequence[str], most: int) -> str:
     """``a, b, c``; of more than ``most`` words the first ones, ``and 3 more``."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
-
-
-def printable(text: str) -> str:
-    r"""The text with escapes for what would act on a terminal instead of being seen: ``\x1b``, ``\n``."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-
-
-def make_console(width: int | None = None) -> Console:
-    """A console for this terminal; for a file or a job log, of COLUMNS or else ``width`` (default LOG_WIDTH) columns.
-
-    Text is printed as it is: square brackets are no markup.
-    """
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = width or LOG_WIDTH
-    return console

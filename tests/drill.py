@@ -1,11 +1,11 @@
 """The long forms of the fault tests, for a release: ``make drill``, or ``python -m tests.drill [DRILL ...]``.
 
-Each drill breaks something for good measure, in real sweeps on this machine, and says what was promised and what was
-measured. The short forms run in ``make test``. Wants a quiet machine: half of the figures are times.
+Each drill breaks something in real sweeps on this machine, and prints what was promised and what was measured. The
+short forms run in ``make test``. It needs a quiet machine: half of the figures are times.
 
     ranks     kill -9 of a random rank of two workers, 20 seeded times
     driver    kill -9 of the sweep's own process, 5 times in a sweep
-    outage    the MLflow server away for ten minutes in the middle of a trial
+    outage    the MLflow server down for ten minutes in the middle of a trial
     all       the default sweep on two nodes, with a worker, the driver, a node and the MLflow server killed once each,
               against the same sweep undisturbed
 """
@@ -40,7 +40,7 @@ ONE_TRIAL = (
     "--context-lengths", "1024", "--batch", "2", "--eval-every", "50", "--eval-documents", "4", "--methods", "full",
     "--references",
 )  # fmt: skip
-Row = tuple[str, str, str]  # what was done, what was promised, what was measured
+Row = tuple[str, str, str]  # fault, promise, measurement
 
 
 def finish(process: subprocess.Popen, seconds: float = 1800) -> str:
@@ -49,12 +49,12 @@ def finish(process: subprocess.Popen, seconds: float = 1800) -> str:
     return output
 
 
-def steps_told(record: TrialRecord) -> list[dict[str, Any]]:
+def logged_steps(record: TrialRecord) -> list[dict[str, Any]]:
     return [event for event in record.journal.read().events if event.name == "step"]
 
 
 def weights(storage: Path) -> dict[str, bytes]:
-    """The last checkpoint of every trial, to be compared bit by bit."""
+    """The last checkpoint of every trial, for bitwise comparison."""
     found = {}
     for trial in sorted((storage / "trials").iterdir()):
         if checkpoints := sorted(trial.glob("checkpoints/step-*")):
@@ -92,8 +92,8 @@ def ranks(folder: Path) -> Iterator[Row]:
             wait_for(lambda: len(TrialRecord.of(record.journal).attempts) > attempt, process, "the next attempt")  # noqa: B023
         finish(process)
         record = next(iter(records(command.storage).values()))
-        told = steps_told(record)
-        repeated = len(told) - steps
+        step_events = logged_steps(record)
+        repeated = len(step_events) - steps
         redone.append(repeated / len(at))
         overheads.append((time.time() - began - undisturbed) / len(at))
         assert record.state == "finished" and weights(command.storage) == weights(folder / "undisturbed")
@@ -154,7 +154,7 @@ def resumed_from_an_older_checkpoint(events: list[Event]) -> int:
 def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
     port = free_port()
     server = start_mlflow_server(folder, port)
-    # Longer than the outage also on a machine that makes a step in 0.2 s (of two cores of 2026 one does in 0.27 s).
+    # Longer than the outage even if a step takes 0.2 s (0.27 s on two cores of 2026).
     steps = int(minutes * 60 / 0.2) + 300
     flags = (*ONE_TRIAL, "--steps", str(steps), "--eval-every", "1000", "--tracking-uri", f"http://127.0.0.1:{port}")
     command = SweepCommand(folder / "runs", *flags)
@@ -162,14 +162,14 @@ def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
     record = wait_for(lambda: running_trial(command.storage, 100), process, "step 100", seconds=300)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
-    away = time.time()
+    down = time.time()
     time.sleep(minutes * 60)
     still_running = process.poll() is None
     server, back = start_mlflow_server(folder, port), time.time()
     finish(process)
-    told = steps_told(record)
-    before = statistics.median(event.seconds for event in told if event.time < away)
-    during = statistics.median(event.seconds for event in told if away < event.time < back)
+    step_events = logged_steps(record)
+    before = statistics.median(event.seconds for event in step_events if event.time < down)
+    during = statistics.median(event.seconds for event in step_events if down < event.time < back)
     client = MlflowClient(f"http://127.0.0.1:{port}")
     experiment = client.get_experiment_by_name("longspan")
     runs = client.search_runs([experiment.experiment_id])
@@ -178,7 +178,7 @@ def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
     stale = sum(run.info.status == "RUNNING" for run in runs)
     os.killpg(server.pid, signal.SIGKILL)
     yield (
-        f"the MLflow server away for {minutes:g} minutes in the middle of a trial",
+        f"the MLflow server down for {minutes:g} minutes in the middle of a trial",
         "no point lost, step time at most 1% longer, as many runs as trials, none stale",
         f"{steps - len(logged)} of {steps} points lost; step {before * 1e3:.0f} ms before, {during * 1e3:.0f} ms "
         f"during ({during / before - 1:+.1%}); {len(trials)} run of 1 trial, {stale} stale"
@@ -187,8 +187,10 @@ def outage(folder: Path, minutes: float = 10) -> Iterator[Row]:
 
 
 def all_at_once(folder: Path) -> Iterator[Row]:
-    """The default sweep. A worker and a node are killed in the first run of the command, then MLflow, then the driver;
-    MLflow comes back, a node is added, and the command runs again.
+    """The default sweep with every kind of fault.
+
+    A worker, MLflow, a node and the driver are killed in the first run of the command. Then MLflow is started again, a
+    node is added, and the command runs again.
     """
     undisturbed, disturbed, port = folder / "undisturbed", folder / "disturbed", free_port()
     cluster = RayNodes()
@@ -242,7 +244,7 @@ DRILLS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drills", nargs="*", choices=[*DRILLS, []], help="all of them by default")
-    parser.add_argument("--json", type=Path, help="also written here")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.drills or DRILLS:

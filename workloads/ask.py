@@ -25,6 +25,7 @@ from workloads.models.positions import max_context_length
 from workloads.models.rotary import fixed_length
 from workloads.models.source import ModelSource, check_vocabulary, is_adapter, load_whole
 from workloads.stock_model import cast_parameters, make_stock
+from workloads.terminal import printable
 from workloads.trained import TrainedTrial
 
 if TYPE_CHECKING:
@@ -208,6 +209,9 @@ class _TimedStreamer(TextStreamer):
             self.first_token = time.perf_counter()
         super().put(value)
 
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
+
 
 def _read(document: Path) -> str:
     try:
@@ -263,7 +267,7 @@ def main(
     quiet_transformers()
 
     def report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
     loaded, tokenizer = load_model(model, device, report, checkpoint)
     answer = ask(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import tyro
 
 from workloads.errors import InputError
+from workloads.terminal import make_console
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -20,21 +21,21 @@ def run_command(main: Callable[..., None], module: str, arguments: list[str] | N
     return exit_status(lambda: tyro.cli(main, prog=f"python -m {module}", args=arguments))
 
 
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def exit_status(command: Callable[[], int | None], print_line: Callable[[str], None] = _print_to_stderr) -> int:
+def exit_status(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status: its own, 0 if it has none.
 
-    An InputError is one line and status 2, as for an unknown flag. Ctrl-C is status 130, with what the interruption's
-    notes (``add_note``) say.
+    An InputError is one line on stderr and status 2, as for an unknown flag. Ctrl-C is status 130, with what the
+    interruption's notes (``add_note``) say.
     """
     _print_any_text()
+
+    def print_line(line: str, style: str | None = None) -> None:
+        make_console(stderr=True).print(line, style=style, soft_wrap=True)
+
     try:
         return command() or 0
     except InputError as error:
-        print_line(f"error: {error}")
+        print_line(f"error: {error}", "bold red")
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interruption:
         print_line("\ninterrupted.")

@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 
 import tyro
-from rich.console import Console
 
-from workloads.command import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from workloads.errors import InputError
+from workloads.command import exit_status
 from workloads.evaluation.tasks import TASKS, options_of
+from workloads.terminal import make_console
 
 # Wide enough for the tables if the output goes to a file.
 LOG_WIDTH = 140
@@ -20,9 +19,11 @@ LOG_WIDTH = 140
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluates a model as the command line says; returns the exit status."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=LOG_WIDTH)
+    return exit_status(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: list[str] | None) -> None:
+    console = make_console(LOG_WIDTH)
     try:
         options = tyro.cli(
             options_of(TASKS),
@@ -34,13 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         for file in evaluate(options, console):
             console.print(str(file), soft_wrap=True)
-        return 0
-    except InputError as error:
-        console.print(f"error: {error}", style="bold red", soft_wrap=True)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; the results of the running task are lost.")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interruption:
+        interruption.add_note("The results of the running task are lost.")
+        raise
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from workloads.model_card import model_card
 from workloads.models.adapters import base_of_adapter, note_base
 from workloads.models.source import check_vocabulary
 from workloads.stock_model import cast_parameters, make_stock, merge, save_adapter, save_merged
+from workloads.terminal import printable
 from workloads.trained import TrainedTrial
 
 What = Literal["merged", "adapter"]
@@ -244,7 +245,7 @@ def main(
     """
     quiet_transformers()
     report = export_trial(trial, out, what=what, dtype=dtype, base=base, unfinished=unfinished, checkpoint=checkpoint)
-    print(f"{report.folder}: {report.what}, step {report.step}, {report}.")
+    print(printable(f"{report.folder}: {report.what}, step {report.step}, {report}."))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from orchestrator.compare.runs import find_run
 from orchestrator.compare.side_by_side import side_by_side
 from orchestrator.compare.words import dollars, hours
 from orchestrator.records.storage import Storage
-from orchestrator.terminal import make_console
+from workloads.command import exit_status
 from workloads.errors import InputError
-
-EXIT_USER_ERROR = 2
+from workloads.terminal import make_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +35,22 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    console = make_console()
-    try:
-        options = tyro.cli(
-            Options,
-            prog="python -m orchestrator.compare",
-            description="Show what differs between runs, and which of them is better.",
-            args=arguments,
-        )
-        compared = side_by_side(_find(options))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    """Runs the command; returns its exit status."""
+    return exit_status(lambda: _compare(arguments))
+
+
+def _compare(arguments: list[str] | None) -> None:
+    options = tyro.cli(
+        Options,
+        prog="python -m orchestrator.compare",
+        description="Show what differs between runs, and which of them is better.",
+        args=arguments,
+    )
+    compared = side_by_side(_find(options))
     if options.json:
         print(json.dumps(compared, indent=1))
     else:
-        show(compared, console)
-    return 0
+        show(compared, make_console())
 
 
 def _find(options: Options) -> list[Any]:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from orchestrator.planning.preparation import Identified, Prepared
-from orchestrator.terminal import first_of, printable
+from orchestrator.terminal import first_of
 from workloads.data import Corpus, ExampleCorpus, Instructions, PackedCorpus
 from workloads.data.documents import first_words
 from workloads.data.local import FoundFiles, LocalSource
 from workloads.data.tables import file_format
+from workloads.terminal import printable
 
 # File names that a line has room for.
 _NAMES = 5
@@ -34,7 +35,7 @@ def _files_line(corpus: Corpus | Instructions, files: FoundFiles) -> str:
     line = f"data: {_counted(len(files.read), 'file')} of {corpus.name} read ({listing})"
     if files.passed_over:
         line += f"; {len(files.passed_over):,} passed over: {first_of(files.passed_over, _NAMES)}"
-    return printable(line)
+    return printable(line, one_line=True)
 
 
 def _prepared_lines(packed: PackedCorpus | ExampleCorpus) -> Iterator[str]:
@@ -53,7 +54,7 @@ def _prepared_lines(packed: PackedCorpus | ExampleCorpus) -> Iterator[str]:
 
 def _content_lines(columns: list[str], sample: str) -> Iterator[str]:
     column = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}, which begins" if columns else "it begins"
-    yield printable(f"data: {column}: {sample}")
+    yield printable(f"data: {column}: {sample}", one_line=True)
 
 
 def _counted(number: int, what: str) -> str:

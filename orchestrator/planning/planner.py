@@ -87,7 +87,7 @@ def _plan(
         return Planned(trial, record, action, reason, estimate)
 
     if record.state == "finished":
-        return planned("known", f"already finished, in trials/{trial.fingerprint}")
+        return planned("known", "already finished")
     if record.state == "stopped" and record.stopped and record.stopped.sweep == stopping_sweep:
         return planned("stopped", f"stopped early at step {record.stopped.step}: {record.reason}")
     if estimate.refusal:

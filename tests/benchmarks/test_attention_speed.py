@@ -40,8 +40,9 @@ def test_what_cannot_run_is_a_row_that_says_why():
     [(32_768, 8_192, 9.19, 239), (32_768, 2_048, 4.65, 118), (98_304, 24_576, 65.7, 301), (32_768, None, 25.97, 339)],
 )
 def test_flops_are_counted_as_in_the_first_measurements_on_an_h200(tokens, group_size, milliseconds, rate):
-    """Forward passes of FlashAttention-2 there, timed and counted by other code: with whole groups at the two ends of
-    the shifted heads, that is a share of G / 4N more.
+    """FlashAttention-2's forward passes on an H200, timed and counted by other code.
+
+    It counts whole groups at the two ends of the shifted heads: a share of G / 4N more.
     """
     (case,) = (c for c in CASES if (c.tokens, c.group_size, c.key_value_heads) == (tokens, group_size, 32))
     with_whole_groups = case.forward_flops / (1 - (group_size or 0) / (4 * tokens))

@@ -18,7 +18,7 @@ from benchmarks.memory import MODELS
 from benchmarks.speed_picture import draw
 from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, OPTIMISER, PRODUCTS, of_trace
 from benchmarks.training_speed import Results, line, measure, read, row_of, table
-from benchmarks.unsloth_way import measure_apart
+from benchmarks.unsloth_way import measure_in_process
 from workloads.adaptation.methods import adapt, trainable_parameters
 from workloads.attention.masks import dense_mask
 from workloads.attention.patterns import AttentionPattern
@@ -80,8 +80,10 @@ def test_the_published_recipe_differs_from_the_definition_in_one_group_which_see
 
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_the_stock_model_attends_as_asked(group_size):
-    """Told by the leak: in the first of two layers the last token reaches the first half group, in the second, from
-    there, the first group's other half. The stock model has none.
+    """Seen by its leak, which the stock model does not have.
+
+    In the first of two layers the last token reaches the first half group; in the second, from there, the first
+    group's other half.
     """
     model = users_model(CONFIG, CPU, "full", group_size).float().eval()
     tokens = torch.arange(32)[None]
@@ -167,7 +169,7 @@ def test_what_ran_out_of_memory_is_a_row_that_says_so(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="for a machine without Unsloth")
 def test_a_process_of_its_own_that_fails_is_a_row_that_says_why():
-    row = row_of(CASES["8k-unsloth"], CONFIG, CPU, **measure_apart(64, 1, 1, seconds=60))
+    row = row_of(CASES["8k-unsloth"], CONFIG, CPU, **measure_in_process(64, 1, 1, seconds=60))
     assert row.outcome == "its process ended with 1: ModuleNotFoundError: No module named 'unsloth'"
     assert line(CASES["8k-unsloth"], row, {}).endswith(f"| {row.outcome} |")
 
@@ -176,7 +178,7 @@ def test_tried_again_a_case_takes_less_memory(rows):
     row = measure(tiny("8k-s2"), CONFIG, CPU, smaller=True)
     assert row.outcome == "measured"
     assert (rows["8k-s2"].settings.get("gradient_checkpointing", 0), row.settings["gradient_checkpointing"]) == (0, 2)
-    assert line(CASES["8k-s2"], dataclasses.replace(row, reason="CUDA out of memory"), {}).endswith("second try |")
+    assert line(CASES["8k-s2"], dataclasses.replace(row, reason="CUDA out of memory"), {}).endswith("second attempt |")
 
 
 def test_a_second_call_goes_on_where_the_first_ended(rows, tmp_path):

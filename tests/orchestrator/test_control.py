@@ -27,7 +27,7 @@ LONG = (
 
 
 def other_terminal(module, *arguments):
-    """(exit status, what was printed)"""
+    """(exit status, what was printed)."""
     command = [sys.executable, "-m", f"orchestrator.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr

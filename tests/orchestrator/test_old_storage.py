@@ -13,9 +13,9 @@ pytestmark = pytest.mark.ray
 INTERRUPTED = Path(__file__).parents[1] / "data" / "b1875aa_interrupted"
 # The command that was killed after the checkpoint of step 2.
 FLAGS = (
-    "--name", "golden", "--context-lengths", "1024", "--methods", "lora", "--lora-rank", "2", "--lora-targets", "q_proj",
-    "--steps", "12", "--batch", "2", "--checkpoint-every", "2", "--eval-every", "12", "--eval-documents", "4",
-    "--precision", "float32",
+    "--name", "golden", "--context-lengths", "1024", "--methods", "lora", "--lora-rank", "2",
+    "--lora-targets", "q_proj", "--steps", "12", "--batch", "2", "--checkpoint-every", "2",
+    "--eval-every", "12", "--eval-documents", "4", "--precision", "float32",
 )  # fmt: skip
 LORA = "095eaad18e88c459"
 # What commit b1875aa itself reached without an interruption, at 1,024 tokens after 12 steps.

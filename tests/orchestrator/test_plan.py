@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 
 import pytest
@@ -25,13 +26,13 @@ from workloads.data import Corpus
 def plan(tmp_path, text_folder, capsys, monkeypatch):
     """(exit status, everything printed) of ``python -m orchestrator.plan`` with a folder of texts and these flags."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("orchestrator.terminal.LOG_WIDTH", 200)
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*flags):
         status = planning.main([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
-        return status, " ".join(capsys.readouterr().out.split())
+        captured = capsys.readouterr()
+        return status, " ".join((captured.out + captured.err).split())
 
     return run
 
@@ -231,3 +232,11 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
             time.sleep(0.05)
         time.sleep(0.3)
     assert reasons == ["--budget-usd 10: 15 spent"], "once is enough"
+
+
+def test_names_of_others_are_not_taken_for_markup(tmp_path, text_folder, capsys):
+    data = tmp_path / "da[/b]\x1b[2J"
+    shutil.copytree(text_folder, data)
+    assert planning.main(["--cluster", "aws-p4d", "--data", str(data), "--storage", str(tmp_path / "ru[/]ns")]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    assert r"da[/b]\x1b[2J" in printed and "ru[/]ns" in printed and "\x1b" not in printed

@@ -1,12 +1,14 @@
-"""An S3-compatible server in a process of its own: ``python -m tests.support.s3_server PORT``.
+"""An S3-compatible server in a separate process: ``python -m tests.support.s3_server PORT``.
 
-A line "stop" on its standard input makes it refuse connections, "start" makes it serve again what it held.
+A line "stop" on its standard input makes it refuse connections; "start" makes it serve again with the same objects.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 BUCKET = "longspan"
@@ -51,8 +53,19 @@ class S3Server:
 
 def serve(port: int) -> None:
     import boto3
+    from moto.moto_server import threaded_moto_server
     from moto.server import ThreadedMotoServer
 
+    class AtomicPuts(threaded_moto_server.DomainDispatcherApplication):
+        """Handles one PUT at a time: moto looks for an object and then creates it, so several writers could succeed."""
+
+        lock = threading.Lock()
+
+        def __call__(self, environ, start_response):
+            with self.lock if environ["REQUEST_METHOD"] == "PUT" else contextlib.nullcontext():
+                return super().__call__(environ, start_response)
+
+    threaded_moto_server.DomainDispatcherApplication = AtomicPuts
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     boto3.client("s3").create_bucket(Bucket=BUCKET)

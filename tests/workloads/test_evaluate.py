@@ -80,7 +80,7 @@ def extended(tmp_path_factory) -> Path:
 def test_positions_that_were_trained_are_not_replaced(extended, texts, tmp_path, capsys):
     flags = [str(extended), "--data", str(texts), "--documents", "1", "--output", str(tmp_path), "--lengths", "2048"]
     assert main([*flags, "--positions", "yarn"]) == 2
-    assert "positions of its own, made for 1,024 tokens" in capsys.readouterr().out
+    assert "positions of its own, made for 1,024 tokens" in capsys.readouterr().err
     assert main(flags) == 0
     assert "2,048 tokens lie beyond the 1,024" in capsys.readouterr().out
 
@@ -99,7 +99,7 @@ def test_positions_that_a_model_comes_with_are_replaced_with_a_note(texts, tmp_p
 def test_what_cannot_work_is_found_before_the_first_task_runs(texts, tmp_path, capsys):
     flags = ["builtin:tiny", "perplexity", "topics", "--data", str(texts), "--documents", "1", "--lengths", "200"]
     assert main([*flags, "--output", str(tmp_path)]) == 2
-    assert "a prompt on topics needs" in capsys.readouterr().out
+    assert "a prompt on topics needs" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -179,7 +179,7 @@ def test_a_trial_scores_as_it_did_when_its_training_ended(texts, tmp_path, capsy
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     capsys.readouterr()
     assert main([str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]) == 2
-    assert "write there where it is now" in capsys.readouterr().out
+    assert "write there where it is now" in capsys.readouterr().err
 
     shutil.rmtree(folder.checkpoints)
     assert main([str(folder.path), "--output", str(tmp_path / "out")]) == 2
@@ -214,7 +214,7 @@ BROKEN = [
 @pytest.mark.parametrize(("kind", "message"), BROKEN)
 def test_a_broken_model_is_one_clear_error(kind, message, tmp_path, capsys):
     assert main([broken(tmp_path / "model", kind), "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
@@ -236,7 +236,7 @@ def test_a_broken_model_is_not_asked(kind, message, tmp_path):
 )
 def test_a_mistake_is_one_clear_error(flags, message, texts, tmp_path, capsys):
     assert main(["builtin:tiny", "--data", str(texts), *flags, "--output", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_beyond_the_reach_without_positions_is_said(texts, tmp_path, capsys):

@@ -8,9 +8,9 @@ import os
 import re
 import stat
 import uuid
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, overload
 
 # One path component: no separator, no control character, and not "." or "..".
 _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}\Z")
@@ -21,6 +21,10 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and _PLAIN_NAME.match(name) is not None
 
 
+@overload
+def open_plain(path: Path, mode: Literal["rb"]) -> BufferedReader: ...
+@overload
+def open_plain(path: Path, mode: str) -> IO[Any]: ...
 def open_plain(path: Path, mode: str) -> IO[Any]:
     """As ``path.open(mode)``, but refuses a symbolic link: it may lead to any file of this user.
 

@@ -17,8 +17,10 @@ from workloads.config import Positions, TrainingConfig
 
 
 def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), machine=None, rates=None, **fields):
-    """Outcomes of a sweep; ``curves``: perplexity by step for each method, and for the references. Each step takes
-    36 s on ``machine``; ``rates``: factors to the perplexity by learning rate.
+    """Outcomes of a sweep, each step of which takes 36 s on ``machine``.
+
+    ``curves``: perplexity by step for each method, and for the references. ``rates``: factors to the perplexity by
+    learning rate.
     """
     methods = tuple(m for m in curves if m in METHODS)
     spec = SweepSpec(context_lengths=(context_length,), seeds=seeds, methods=methods, **fields)

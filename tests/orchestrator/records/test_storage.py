@@ -52,7 +52,7 @@ def save(folder, step):
 
 @pytest.fixture
 def training(bucket, tmp_path, monkeypatch):
-    """(storage, the trial's folder, a function that opens its writer)"""
+    """(storage, the trial's folder, a function that opens its writer)."""
     storage = on_node("one", bucket, tmp_path, monkeypatch)
     folder = storage.add_trial(TRIAL)
     folder.log.write_text("")

@@ -65,7 +65,7 @@ def test_backfilling_delays_no_job_that_came_before(shapes, slots):
     before = jobs[: jobs.index(first_that_waited)]
     strict = Machines(tuple(slots))
     for number, job in enumerate(before):  # they all began at once
-        strict.begin(str(number), place(job.workers, strict.free), job.seconds)
+        strict.start(str(number), place(job.workers, strict.free), job.seconds)
     assert began[first_that_waited.config["number"]] <= strict.earliest(first_that_waited.workers, 0.0)
 
 

@@ -229,21 +229,20 @@ def test_a_file_that_is_not_utf8_is_named_with_the_offset(tmp_path):
         ('{"title": "b"}', "column 'text' is missing"),
         ('{"text": 3}', "of type int"),
         ('{"text": "\\ud800"}', "lone surrogate"),
-        ('{"text": "x", "n": %s}' % ("9" * 5_000), "Exceeds the limit"),
-        ('{"text": "x", "n": %s' % ("[" * 200_000), "nested too deeply"),
-        ('{"text": "x\0"}', "NUL byte at offset 31"),
+        (f'{{"text": "x", "n": {"9" * 5_000}}}', "Exceeds the limit"),
+        (f'{{"text": "x", "n": {"[" * 200_000}', "nested too deeply"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, says):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"text": "a"}}\n\n{line}\n')
     message = reading_error(path)
-    assert (f"{path}, line 3" in message or "offset" in says) and str(path) in message and says in message
+    assert f"{path}, line 3" in message and says in message
 
 
 def test_what_other_columns_hold_is_no_error(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"body": "a", "deep": %s%s, "n": %s}\n' % ("[" * 400, "]" * 400, "9" * 4_000))
+    path.write_text(f'{{"body": "a", "deep": {"[" * 400}{"]" * 400}, "n": {"9" * 4_000}}}\n')
     assert Corpus.parse(str(path)).source.first_text() == "a"
 
 
