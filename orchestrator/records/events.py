@@ -13,6 +13,7 @@ import json
 import time
 import types
 import typing
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -37,6 +38,9 @@ LARGEST = 2**63
 _FAULT_KINDS = {"hiccup": "transient"}
 RENAMED: dict[str, dict[str, dict[str, str]]] = {"failed": {"kind": _FAULT_KINDS}, "retry": {"kind": _FAULT_KINDS}}
 
+# The longest time between two lines of different processes, or of an older journal, that is believed: 6 hours.
+MAX_GAP_S = 6 * 3600.0
+
 EVENTS: dict[str, type[Event]] = {}
 
 
@@ -52,6 +56,8 @@ class Event:
     Args:
         time: when, in Unix seconds.
         version: of the format of its line.
+        process: of the worker that wrote it; None for other writers, and in older journals.
+        uptime: seconds on the monotonic clock of that process.
         extra: fields that this version of longspan does not know.
     """
 
@@ -59,6 +65,8 @@ class Event:
 
     time: float = field(default_factory=time.time)
     version: int = VERSION
+    process: str | None = _optional()
+    uptime: float | None = _optional()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -279,6 +287,25 @@ class Parsed(NamedTuple):
 
     events: list[Event]
     skipped: list[Skipped]
+
+
+# Names this process in the lines of its journal.
+_PROCESS = uuid.uuid4().hex[:8]
+
+
+def stamp(event: Event) -> Event:
+    """The event with this process's monotonic clock: wall clocks may be set while it runs."""
+    return dataclasses.replace(event, process=_PROCESS, uptime=round(time.monotonic(), 3))
+
+
+def seconds_between(earlier: Event, later: Event) -> float:
+    """The time between two lines of a journal that follow each other; never negative.
+
+    Exact between lines of one process. Between others the wall clocks count, up to ``MAX_GAP_S``.
+    """
+    if earlier.process and earlier.process == later.process and None not in (earlier.uptime, later.uptime):
+        return max(0.0, (later.uptime or 0.0) - (earlier.uptime or 0.0))
+    return max(0.0, min(later.time - earlier.time, MAX_GAP_S))
 
 
 def make_event(name: str, **fields: Any) -> Event:
