@@ -86,6 +86,11 @@ def _record_failure(job: TrialJob, folders: list[TrialFolder], reason: str) -> N
     """Records why Ray Train gave up, for each trial that is not finished and has recorded no error of its own."""
     kind: FaultKind = "out_of_host_memory" if is_memory_monitor_kill(reason) else "lost"
     for folder in folders:
+        if folder.store is None and not folder.path.is_dir():
+            folder.path.mkdir(parents=True)
+            reason = (
+                f"its folder {folder.path} was removed while it trained; the same command trains it again ({reason})"
+            )
         record = TrialRecord.of(folder.journal)
         if record.state == "finished" or record.failed_attempt == job.attempt:
             continue
