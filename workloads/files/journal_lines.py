@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# Unix seconds of a line are below this (the year 2603): no other number is a time.
-LATEST = 2e10
+# Times must be below the year 2603, in Unix seconds: no other number is a time.
+MAX_TIME = 2e10
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -24,6 +24,6 @@ def parse_line(line: bytes) -> dict[str, Any]:
         raise ValueError(str(error)) from error
     if not isinstance(values, dict) or not isinstance(values.get("event"), str):
         raise ValueError("not a JSON object with the name of an event")
-    if not isinstance(when := values.get("time"), int | float) or not 0 <= when < LATEST:
+    if not isinstance(when := values.get("time"), int | float) or not 0 <= when < MAX_TIME:
         raise ValueError(f"{values['event']!r} without a time")
     return values
