@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from orchestrator.options import RunOptions
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from workloads.errors import InputError, first_line
 

@@ -34,7 +34,7 @@ from orchestrator.process import (
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.json_files import DamagedFile
-from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
+from orchestrator.records.mlflow_sync import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord

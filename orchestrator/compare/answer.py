@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from orchestrator.compare import cost, words
+from orchestrator.compare import quality_and_cost as cost
+from orchestrator.compare import words
 from orchestrator.records import trial_cost
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from clusters.prices import find_cluster
 from orchestrator.gpus import visible_gpus
-from orchestrator.options import RunOptions
 from orchestrator.planning.ray_head import RUN_HERE, check_head
 from orchestrator.process import end_on_signal
 from orchestrator.ray_internals import HEAD_NODE_RESOURCE, ray_folder
 from orchestrator.records.provenance import cpu_name
+from orchestrator.run_options import RunOptions
 from orchestrator.terminal import GIB
 from workloads.budget import Device, host_memory
 from workloads.config import Precision

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from clusters.prices import Price, price_per_gpu_hour
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
 from orchestrator.terminal import and_list, gib
 from orchestrator.trial_spec import TrialSpec
 from workloads.budget import (

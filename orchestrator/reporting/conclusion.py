@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.compare import Outcome, compare, method_labels, summarise
-from orchestrator.planning.planner import Totals
+from orchestrator.planning.cost import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
 from orchestrator.records.json_files import expect_fields, read_json, write_json
 from orchestrator.records.mlflow_store import without_password
-from orchestrator.records.mlflow_tracking import Tracker
+from orchestrator.records.mlflow_sync import Tracker
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan

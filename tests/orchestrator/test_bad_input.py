@@ -8,8 +8,8 @@ import sys
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.preparation import check_sweep, identify
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import main
 from tests.support.commands import ROOT, SweepCommand

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import join_or_start
+from orchestrator.run_options import RunOptions
 from tests.support.commands import SMALL
 from tests.support.ray_nodes import free_port, kill_with_descendants
 from tests.support.storage import mlflow_runs

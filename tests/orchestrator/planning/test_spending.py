@@ -5,13 +5,13 @@ import threading
 
 import pytest
 
-from orchestrator.options import RunOptions
-from orchestrator.planning.spending import BudgetWatch
+from orchestrator.planning.budget_watch import BudgetWatch
 from orchestrator.records import events
 from orchestrator.records.events import MAX_GAP_S, Failed, Saved, Started, make_event, stamp
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_cost import held_cost
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
 from tests.support.events import a_step
 
 HOUR = 3600.0
@@ -43,7 +43,9 @@ def test_each_attempt_has_a_process_of_its_own(tmp_path):
     assert hours_of(tmp_path, *first, failed, *second) == pytest.approx(0.5 + 0.25 + 0.25)
 
 
-@pytest.mark.parametrize(("time", "hours"), [(0.0, 0.0), (1_700_000_000.0 + 1000 * HOUR, MAX_GAP_S / HOUR), (1_700_000_000.0 + HOUR, 1.0)])
+@pytest.mark.parametrize(
+    ("time", "hours"), [(0.0, 0.0), (1_700_000_000.0 + 1000 * HOUR, MAX_GAP_S / HOUR), (1_700_000_000.0 + HOUR, 1.0)]
+)
 def test_lines_without_a_monotonic_clock_are_bounded(time, hours, tmp_path):
     began = Started(time=1_700_000_000.0)
     assert hours_of(tmp_path, began, Saved(step=1, time=time)) == pytest.approx(hours)
@@ -59,7 +61,7 @@ def test_a_stamped_line_is_read_back(tmp_path):
 
 def test_an_error_does_not_end_the_watching(monkeypatch):
     """Neither of the reading nor of the stopping."""
-    monkeypatch.setattr("orchestrator.planning.spending.POLL_S", 0.01)
+    monkeypatch.setattr("orchestrator.planning.budget_watch.POLL_S", 0.01)
     calls, stopped = [], threading.Event()
 
     class Spending:

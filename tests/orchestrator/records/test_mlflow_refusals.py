@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from orchestrator.records import mlflow_store
 from orchestrator.records.events import Finished, Step
-from orchestrator.records.mlflow_tracking import TrackingThread
+from orchestrator.records.mlflow_sync import TrackingThread
 from tests.support.events import a_step
 from tests.support.mlflow_server import start_mlflow_server
 from tests.support.mlflow_store import PROVENANCE, connect, history, runs, write_some_steps

@@ -8,10 +8,10 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from dashboards.mlflow import sqlite_url
-from orchestrator.records.mlflow_tracking import tracking_uri
+from orchestrator.records.mlflow_sync import tracking_uri
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.driver import _record_failure
+from orchestrator.running.trial_driver import _record_failure
 from orchestrator.spec import SweepSpec
 from orchestrator.terminal import shell_command
 from orchestrator.trial_spec import Identities

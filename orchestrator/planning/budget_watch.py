@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_cost import held_cost
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
 from orchestrator.trial_spec import TrialSpec
 
 logger = logging.getLogger(__name__)
