@@ -144,7 +144,7 @@ def test_the_command_answers_on_stdout_and_counts_on_stderr(tiny, document, caps
     assert command("--document", str(document), "--max-new-tokens", "5", "--device", "cpu", QUESTION) == 0
     told = capsys.readouterr()
     assert told.out == expected + "\n"
-    assert "document: 267 tokens; with the question 303 of the 512 that the model reaches" in told.err
+    assert "document: 267 tokens; with the question 303 of the model's 512" in told.err
     assert "tokens/s" in told.err
 
 

@@ -1,6 +1,6 @@
-"""Makes a trial fit: the fewest layers that recompute, or the cheapest change where that is not enough.
+"""Makes a trial fit: the fewest layers that recompute, or the cheapest change if that is not enough.
 
-As many layers are offloaded as that takes, up to the number whose copies cost no time.
+As few layers are offloaded as this needs, up to the number whose copies cost no time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
 # The share of the host's memory that activations may take (the rest: processes, the model being read, page cache; Ray
 # ends workers at 95%), and of the forward pass's seconds that the copies to the host may take, since their rate was
-# measured alone. Ours to choose, not measured.
+# measured alone. Chosen, not measured.
 HOST_SHARE = 0.6
 COPY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """An execution that fits, and how it differs from the requested one, in words."""
+    """An execution that fits, and its differences from the requested one, as text."""
 
     execution: ExecutionConfig
     workers: int
@@ -98,8 +98,8 @@ def most_offloaded(
     """Returns how many layers may keep their activations in host memory.
 
     :data:`HOST_SHARE` of it must hold them, and :data:`COPY_SHARE` of the forward pass must suffice for the copies, so
-    they cost no time. 0 on what is not known to be a GPU with a host, with ZeRO, and for ``sft``, where each length
-    needs other buffers.
+    they cost no time. 0 unless GPU and host memory are known, with ZeRO, and for ``sft``, where each length needs
+    other buffers.
     """
     known = device.is_gpu and device.peak(training.precision) and device.host_memory
     if not known or execution.engine.startswith("zero") or training.task == "sft" or not training.steps:
@@ -175,24 +175,25 @@ def smallest_change_that_fits(
     Changes, from the usually cheapest to the dearest; this order also decides between equals:
 
         micro-batch             the same FLOPs in more passes; a long sequence alone fills a GPU
-        ZeRO-2                  sends what DDP sends: gradients of what trains, and it back
-        more workers            the same device-seconds, but for what they exchange
-        gradient checkpointing  one more forward pass of as few layers as it takes: of all, about a third more FLOPs;
+        ZeRO-2                  sends as much as DDP: gradients, and the updated parameters back
+        more workers            the same device-seconds, except for communication
+        gradient checkpointing  one more forward pass of as few layers as possible: of all, about a third more FLOPs;
                                 fewer with activations in host memory, where ``offload_activations`` is ``auto``
         ZeRO-3                  all weights over the link, twice in each pass
         offload                 over the much slower link to the host, and the update there
 
-    What changes the result (quantisation, a shorter context) is never among them.
+    Changes of the result (quantisation, a shorter context) are never made.
     """
-    asked = resolve_auto(shape, training, execution)
+    requested = resolve_auto(shape, training, execution)
 
     def cost(candidate: ExecutionConfig, number: int) -> tuple:
         return _cost(shape, training, candidate, number, device), *_order(candidate, number)
 
     best, least = None, (math.inf,)
-    # By what they cost if no more layers have to recompute: where that is more than the best costs, none is better.
+    # Sorted by cost without further recomputation, a lower bound: once it exceeds the best cost, none is better.
     for at_least, candidate, number in sorted(
-        ((cost(*each), *each) for each in _candidates(training, asked, workers, max_workers)), key=lambda each: each[0]
+        ((cost(*each), *each) for each in _candidates(training, requested, workers, max_workers)),
+        key=lambda each: each[0],
     ):
         if at_least >= least:
             break
@@ -202,7 +203,7 @@ def smallest_change_that_fits(
     if best is None:
         return None
     layers = len(what_trains(shape, training).backward)
-    return Fit(*best, needed(shape, training, *best, device), tuple(_changes(*best, asked, workers, layers)))
+    return Fit(*best, needed(shape, training, *best, device), tuple(_changes(*best, requested, workers, layers)))
 
 
 def _candidates(
@@ -219,7 +220,7 @@ def _candidates(
         if (offload and not engine.startswith("zero")) or (execution.offload and not offload):
             continue
         if engine.startswith("zero") and number == 1 and not offload:
-            continue  # nothing is shared out
+            continue  # one worker has nothing to shard
         rows = micro_batch(training, execution, number)
         while rows:
             given = None if execution.micro_batch is None and rows == training.batch // number else rows
@@ -230,7 +231,7 @@ def _candidates(
 def _cost(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    if not training.steps or not device.peak(training.precision):  # of an unknown device the order alone decides
+    if not training.steps or not device.peak(training.precision):  # for an unknown device only the order decides
         return 0.0
     return workers * step_seconds(shape, training, execution, workers, device)
 
@@ -248,18 +249,18 @@ def _order(execution: ExecutionConfig, workers: int) -> tuple:
 
 
 def _changes(
-    execution: ExecutionConfig, number: int, asked: ExecutionConfig, workers: int, layers: int
+    execution: ExecutionConfig, number: int, requested: ExecutionConfig, workers: int, layers: int
 ) -> Iterator[str]:
     if number != workers:
         yield f"{number} workers"
-    if execution.micro_batch != asked.micro_batch:
+    if execution.micro_batch != requested.micro_batch:
         yield f"micro-batches of {execution.micro_batch}"
-    if execution.gradient_checkpointing != asked.gradient_checkpointing:
+    if execution.gradient_checkpointing != requested.gradient_checkpointing:
         recompute = layers if execution.gradient_checkpointing == "all" else execution.gradient_checkpointing
         yield "gradient checkpointing" + (f" of {recompute} of {layers} layers" if recompute < layers else "")
-    if execution.layers_offloaded != asked.layers_offloaded:
+    if execution.layers_offloaded != requested.layers_offloaded:
         yield f"activations of {execution.layers_offloaded} of {layers} layers in host memory"
-    if execution.engine != asked.engine:
+    if execution.engine != requested.engine:
         yield f"the engine {execution.engine}"
-    if execution.offload != asked.offload:
+    if execution.offload != requested.offload:
         yield "offload"
