@@ -79,6 +79,9 @@ class TrainingFields:
     positions: Positions = "linear"
     """How positions extend beyond the original length: linear interpolation, ntk (NTK-aware), dynamic (dynamic NTK),
     yarn, llama3 (Llama 3's scaling), or none."""
+    original_length: Annotated[int | None, Label("Original context length")] = None
+    """Tokens that the base was pretrained on, if its configuration leaves that open: a linear factor may count from
+    max_position_embeddings or lead to it. By default as the configuration says."""
     lora_rank: Annotated[int, Label("LoRA rank", "r")] = 8
     """Rank of the LoRA methods (paper: 8)."""
     lora_alpha: Annotated[float, Label("LoRA alpha", "alpha")] = 16.0
@@ -153,6 +156,8 @@ class TrainingConfig(TrainingFields):
         for field in ("steps", "warmup_steps", "seed"):
             if getattr(self, field) < 0:
                 raise InputError(f"{field} is {getattr(self, field)}; expected zero or a positive number")
+        if self.original_length is not None and self.original_length <= 0:
+            raise InputError(f"original_length is {self.original_length}; expected a positive number of tokens")
         if self.method != "untuned" and not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number")
         self._check_what_trains()

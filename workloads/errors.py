@@ -31,3 +31,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """An error's class and its whole message on one line, where the first line may not say what is wrong."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -9,6 +9,7 @@ The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,10 +24,14 @@ from workloads.adaptation.methods import trainable_parameters
 from workloads.config import ExecutionConfig, Precision, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
+from workloads.files.journal_lines import parse_line
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
 from workloads.training.setup import build_model
 from workloads.training.trial_state import PARAMETER
+
+# Of an eval event, what a reader of scores needs.
+EVAL_FIELDS = {"step", "context_length", "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -202,24 +207,23 @@ class TrainedTrial:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The journal's ``eval`` events: the last of each (context length, step), in that order."""
-        events = {(e["context_length"], e["step"]): e for e in self._events() if e.get("event") == "eval"}
+        evals = [event for event in self._events() if event["event"] == "eval" and event.keys() >= EVAL_FIELDS]
+        events = {(event["context_length"], event["step"]): event for event in evals}
         return [events[key] for key in sorted(events)]
 
     def _failure(self) -> str | None:
         """The reason of its last attempt's failure, if it failed."""
-        ends = [event for event in self._events() if event.get("event") in ("started", "failed", "finished")]
+        ends = [event for event in self._events() if event["event"] in ("started", "failed", "finished")]
         return ends[-1].get("reason") if ends and ends[-1]["event"] == "failed" else None
 
     def _events(self) -> Iterator[dict[str, Any]]:
         try:
-            lines = (self.folder / "journal.jsonl").read_text().splitlines()
+            lines = (self.folder / "journal.jsonl").read_bytes().splitlines()
         except OSError:
             return  # not trained by a sweep
         for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # truncated by a process that died
+            with contextlib.suppress(ValueError):
+                yield parse_line(line)
 
 
 def _trials_near(folder: Path) -> str:

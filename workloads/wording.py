@@ -51,6 +51,8 @@ def settings(training: TrainingConfig) -> dict[str, str]:
         rows[LABELS["long_examples"].text] = f"{long} in training, not scored"
     if training.steps:
         rows |= _of_training(training)
+    if training.original_length:
+        rows[LABELS["original_length"].text] = f"{training.original_length:,} tokens, as given"
     rows["Precision"] = training.precision
     return rows | _of_evaluation(training)
 

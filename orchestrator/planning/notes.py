@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from orchestrator.options import RunOptions
 from orchestrator.spec import SweepSpec
+from workloads.config import Positions
 from workloads.data import ExampleCorpus, PackedCorpus
+from workloads.models.positions import POSITIONS, is_extended, reach
 
 # A bootstrap interval over fewer documents says little: it hardly knows their spread.
 FEW_DOCUMENTS = 8
@@ -48,6 +51,20 @@ def notes(
         yield (
             f"--engine {options.engine} with one worker has nothing to shard, and saves no memory; give more "
             "--workers, or --offload"
+        )
+
+
+def position_notes(config: Any, lengths: Sequence[int], positions: Positions) -> Iterator[str]:
+    """What is assumed about a base's own positions, and where a sweep replaces them; one sentence each."""
+    found = reach(config)
+    if found.assumption:
+        yield f"{found.assumption}: then give --original-length"
+    replaced = [length for length in lengths if length > found.longest]
+    if is_extended(config) and replaced and POSITIONS[positions].parameters:
+        yield (
+            f"the model's own positions ({config.rope_parameters['rope_type']}, from {found.original:,} to "
+            f"{found.longest:,} tokens) are replaced by {POSITIONS[positions].label} from {found.original:,} tokens at "
+            f"{', '.join(f'{length:,}' for length in replaced)}"
         )
 
 

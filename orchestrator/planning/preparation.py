@@ -17,6 +17,7 @@ from typing import Any
 from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
+from orchestrator.planning.notes import position_notes
 from orchestrator.planning.search import Space
 from orchestrator.process import enable_gc
 from orchestrator.records import cancellation
@@ -39,7 +40,7 @@ from workloads.data import (
 from workloads.data import prepare as prepare_corpus
 from workloads.errors import InputError
 from workloads.models.positions import extend, original_context_length
-from workloads.models.source import ModelSource, check_vocabulary
+from workloads.models.source import ModelSource, check_vocabulary, refuse_no_end
 
 Report = Callable[[str], None]
 
@@ -84,10 +85,12 @@ class Identified(Checked):
 
     Args:
         original_length: the model's original context length, in tokens.
+        position_notes: what was assumed about the model's own positions, and where they are replaced.
     """
 
     shape: ModelShape
     original_length: int
+    position_notes: tuple[str, ...]
     identities: Identities
 
 
@@ -179,19 +182,22 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     """
     spec, source = sweep.spec, sweep.source
     report(f"reading the model {spec.model}")
-    config = source.config()
+    config = source.config(spec.original_length)
     original_length = original_context_length(config)
-    shape = ModelShape.of(config)
-    check_vocabulary(source.tokenizer(), shape.vocab_size, spec.model)
+    shape, loaded = ModelShape.of(config), source.tokenizer()
+    check_vocabulary(loaded, shape.vocab_size, spec.model)
+    refuse_no_end(loaded, spec.model)
     _check_adaptation(spec, config, shape)
     for length, positions in itertools.product(spec.context_lengths, {spec.positions, *spec.references}):
         extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
+    config = source.check_files(config)
     report(f"reading {spec.data}")
     tokenizer = source.chat_identity if spec.task == "sft" else source.tokenizer_identity
     return Identified(
         **vars(sweep),
-        shape=shape,
+        shape=ModelShape.of(config),
         original_length=original_length,
+        position_notes=tuple(position_notes(config, spec.context_lengths, spec.positions)),
         identities=Identities(model=source.identity, tokenizer=tokenizer, data=sweep.corpus.identity()),
     )
 

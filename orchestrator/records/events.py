@@ -13,6 +13,7 @@ import json
 import time
 import types
 import typing
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.files.journal_lines import parse_line
 
 # 1: lines without a version (up to b1875aa).
 VERSION = 2
@@ -29,14 +31,15 @@ FaultKind = Literal[
     "preempted",
 ]  # fmt: skip
 
-# Unix seconds of a line are below this (the year 2603): no other number is a time.
-LATEST = 2e10
 # Whole numbers of a line are below this: no count of ours is larger, and a float could not hold it.
 LARGEST = 2**63
 
 # Values that older journals have under another name, by event and field.
 _FAULT_KINDS = {"hiccup": "transient"}
 RENAMED: dict[str, dict[str, dict[str, str]]] = {"failed": {"kind": _FAULT_KINDS}, "retry": {"kind": _FAULT_KINDS}}
+
+# The longest time between two lines of different processes, or of an older journal, that is believed: 6 hours.
+MAX_GAP_S = 6 * 3600.0
 
 EVENTS: dict[str, type[Event]] = {}
 
@@ -53,6 +56,8 @@ class Event:
     Args:
         time: when, in Unix seconds.
         version: of the format of its line.
+        process: of the worker that wrote it; None for other writers, and in older journals.
+        uptime: seconds on the monotonic clock of that process.
         extra: fields that this version of longspan does not know.
     """
 
@@ -60,6 +65,8 @@ class Event:
 
     time: float = field(default_factory=time.time)
     version: int = VERSION
+    process: str | None = _optional()
+    uptime: float | None = _optional()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -282,6 +289,25 @@ class Parsed(NamedTuple):
     skipped: list[Skipped]
 
 
+# Names this process in the lines of its journal.
+_PROCESS = uuid.uuid4().hex[:8]
+
+
+def stamp(event: Event) -> Event:
+    """The event with this process's monotonic clock: wall clocks may be set while it runs."""
+    return dataclasses.replace(event, process=_PROCESS, uptime=round(time.monotonic(), 3))
+
+
+def seconds_between(earlier: Event, later: Event) -> float:
+    """The time between two lines of a journal that follow each other; never negative.
+
+    Exact between lines of one process. Between others the wall clocks count, up to ``MAX_GAP_S``.
+    """
+    if earlier.process and earlier.process == later.process and None not in (earlier.uptime, later.uptime):
+        return max(0.0, (later.uptime or 0.0) - (earlier.uptime or 0.0))
+    return max(0.0, min(later.time - earlier.time, MAX_GAP_S))
+
+
 def make_event(name: str, **fields: Any) -> Event:
     """The event of this name.
 
@@ -310,23 +336,19 @@ def parse(content: bytes) -> Parsed:
         if not line.strip():
             continue
         try:
-            events.append(_parse_event(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            events.append(_make_event(parse_line(line)))
+        except (ValueError, TypeError) as error:
             skipped.append(Skipped(line, str(error)))
     return Parsed(events, skipped)
 
 
-def _parse_event(values: Any) -> Event:
+def _make_event(values: dict[str, Any]) -> Event:
     """The event of a line's values, which are used up.
 
     Raises:
-        TypeError, ValueError: it is no event, lacks fields, or has values of other types.
+        TypeError, ValueError: it lacks fields, or has values of other types.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
-        raise ValueError("not a JSON object with the name of an event")
     name = values.pop("event")
-    if not isinstance(when := values.get("time"), int | float) or not 0 <= when < LATEST:
-        raise ValueError(f"{name!r} without a time")
     cls = EVENTS.get(name, Unknown)
     for renamed, new_values in RENAMED.get(name, {}).items():
         if renamed in values:

@@ -101,7 +101,7 @@ class JobQueue:
         slots: how many workers fit on each machine.
     """
 
-    def __init__(self, jobs: Iterator[Job], slots: Placement, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, jobs: Iterator[Job], slots: Placement, clock: Callable[[], float] = time.monotonic) -> None:
         self.jobs, self.machines, self.clock = jobs, Machines(slots), clock
         self.waiting: list[Job] = []
 

@@ -90,7 +90,7 @@ def test_sampling_varies_and_a_seed_repeats_it(tiny):
 
 def test_a_document_beyond_the_reach_is_an_error_that_names_both_lengths(tiny):
     said = []
-    with pytest.raises(InputError, match=r"the document has 5,340 tokens.*reaches 512.*--truncate"):
+    with pytest.raises(InputError, match=r"the document has 5,340 tokens.*context is 512.*--truncate"):
         tokens_of(tiny, DOCUMENT * 20, report=said.append)
     assert not said
 

@@ -301,7 +301,7 @@ CHANGES = dict(
     lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj",), train_layers="last 1", quantization="nf4", steps=9, batch=4,
     learning_rate=1e-3, learning_rate_embeddings=1e-4, learning_rate_norms=1e-5, schedule="cosine", warmup_steps=1,
     beta1=0.8, beta2=0.99, weight_decay=0.1, max_grad_norm=None, precision="bfloat16", seed=3, eval_every=7,
-    eval_documents=9, eval_span=256, task="sft", long_examples="truncate",
+    eval_documents=9, eval_span=256, task="sft", long_examples="truncate", original_length=16,
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workloads.errors import InputError
+from workloads.errors import InputError, reason
+from workloads.models.configuration import read_configuration
 from workloads.models.source import ModelSource, load_whole
 
 if TYPE_CHECKING:
@@ -48,13 +49,14 @@ def base_of_adapter(folder: Path, **kwargs: Any) -> PreTrainedModel:
         InputError: it is not where it was, damaged, or another one.
     """
     from peft import PeftConfig
-    from transformers import AutoConfig
 
+    config = read_configuration(f"adapter {folder}", str(folder))
     try:
-        adapter, config = PeftConfig.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"adapter {folder}: its configuration cannot be read ({reason}); export it again") from error
+        adapter = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a broken file makes PEFT raise
+        raise InputError(
+            f"adapter {folder}: its adapter_config.json cannot be read ({reason(error)}); export it again"
+        ) from error
     base = adapter.base_model_name_or_path
     refuse_another_base(folder, base)
     try:
@@ -82,7 +84,6 @@ def load_adapter(folder: Path, **kwargs: Any) -> PeftModel:
             are for another base.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     for name in ("config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
@@ -93,9 +94,8 @@ def load_adapter(folder: Path, **kwargs: Any) -> PeftModel:
             # PEFT would go on with those matrices as it made them.
             warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
             return PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError, UserWarning, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # whatever a broken file or another base makes PEFT raise
         raise InputError(
-            f"the adapter {folder} does not go on {base.name_or_path} ({reason}): it is damaged, or another base's. "
-            "Export it again, or write its base into its adapter_config.json (base_model_name_or_path)"
+            f"the adapter {folder} does not go on {base.name_or_path} ({reason(error)}): it is damaged, or another "
+            "base's. Export it again, or write its base into its adapter_config.json (base_model_name_or_path)"
         ) from error

@@ -12,7 +12,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workloads.errors import InputError
+from workloads.errors import InputError, reason
 from workloads.files.cache import user_cache
 from workloads.files.once import make_once
 
@@ -37,7 +37,7 @@ def _convert(file: Path, folder: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise InputError(f"model {file} is no GGUF file: it does not begin with the letters GGUF")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
     try:
         # Without dequantize the model would stay quantised, and could be neither trained nor saved.
         quantization = GgufConfig(dequantize=True)
@@ -47,7 +47,7 @@ def _convert(file: Path, folder: Path) -> None:
             )
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever a broken or unknown file makes the readers raise
-        raise InputError(f"model {file} cannot be read from GGUF ({type(error).__name__}: {error})") from error
+        raise InputError(f"model {file} cannot be read from GGUF ({reason(error)})") from error
     _take_tokens(file, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

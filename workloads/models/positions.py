@@ -19,6 +19,8 @@ from workloads.registry import Registry
 # and NTK-aware scaling none for the base that it replaces.
 ORIGINAL_LENGTH_FIELD = "longspan_original_context_length"
 ORIGINAL_THETA_FIELD = "longspan_original_rope_theta"
+# The types of rotary positions that a base may come with.
+READABLE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,25 +125,62 @@ POSITIONS = Registry(
 Positions = Literal["linear", "ntk", "dynamic", "yarn", "llama3", "none"]
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The contexts that a configuration is made for, in tokens.
+
+    Args:
+        original: the length that the model was pretrained on, before it was extended.
+        longest: the longest context.
+        assumption: what was assumed where the configuration leaves it open.
+    """
+
+    original: int
+    longest: int
+    assumption: str | None = None
+
+
+def reach(config: Any) -> Reach:
+    """Returns how far a model's positions reach: by their own settings, and by ``max_position_embeddings`` last.
+
+    Raises:
+        InputError: the model has no rotary positions, they differ by layer, or are of an unknown type.
+    """
+    rope, stated = _rope_parameters(config), int(config.max_position_embeddings)
+    kind, factor = rope["rope_type"], float(rope.get("factor") or 0)
+    recorded = getattr(config, ORIGINAL_LENGTH_FIELD, None)
+    if kind == "linear":
+        known = recorded or rope.get("original_max_position_embeddings")
+        original = int(known or stated)
+        assumed = (
+            f"max_position_embeddings is {stated:,} beside a linear factor of {factor:g}: taken for the original "
+            f"length, as transformers documents it, so the model reaches {int(original * factor):,} tokens; if it "
+            f"reaches {stated:,}, its original length is {round(stated / factor):,}"
+        )
+        return Reach(original, int(original * factor), None if known else assumed)
+    if kind == "dynamic":  # transformers takes max_position_embeddings for the original length
+        return Reach(int(recorded or stated), int(stated * factor))
+    original = int(recorded or rope.get("original_max_position_embeddings") or stated)
+    if kind == "yarn" and factor:
+        # max_position_embeddings may be the original length (Qwen2.5), the longest, or something else.
+        return Reach(original, int(original * factor))
+    if kind in ("longrope", "llama3") and stated <= original and factor:
+        return Reach(original, int(original * factor))
+    return Reach(original, stated)
+
+
 def original_context_length(config: Any) -> int:
     """Returns the context length that the model was pretrained on, in tokens, before it was extended.
 
     Raises:
-        InputError: the model has no rotary positions.
+        InputError: as :func:`reach`.
     """
-    rope = _rope_parameters(config)
-    recorded = getattr(config, ORIGINAL_LENGTH_FIELD, None) or rope.get("original_max_position_embeddings")
-    # With linear scaling and nothing recorded, max_position_embeddings is the original length: the convention of the
-    # paper's released models (4,096 with a factor of 8).
-    return int(recorded or config.max_position_embeddings)
+    return reach(config).original
 
 
 def max_context_length(config: Any) -> int:
     """Returns the longest context that the configuration is made for, in tokens."""
-    rope = _rope_parameters(config)
-    if rope["rope_type"] in ("linear", "dynamic"):
-        return int(original_context_length(config) * rope["factor"])
-    return config.max_position_embeddings
+    return reach(config).longest
 
 
 def is_extended(config: Any) -> bool:
@@ -192,11 +231,9 @@ def _rotated_dimensions(config: Any) -> int:
 
 def _refuse_unloadable(config: Any, positions: Positions) -> None:
     """Raises InputError if the configuration would not load again, or would load as something else (Phi-3)."""
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         again = type(config).from_dict(config.to_dict())
-    except (StrictDataclassError, ValueError, KeyError) as error:
+    except Exception as error:  # of transformers' checks, which differ by family
         reason = str(error.__cause__ or error)
     else:
         if again.rope_parameters == config.rope_parameters:
@@ -214,6 +251,16 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
         raise InputError(
             f"a {config.model_type} model has no rotary position embedding (RoPE), so its context cannot be extended "
             "by position interpolation; choose a model with RoPE, such as Llama, Mistral or Qwen"
+        )
+    if "rope_type" in rope and rope["rope_type"] not in READABLE:
+        raise InputError(
+            f"a {config.model_type} model with rotary positions of type {rope['rope_type']!r} (rope_parameters or "
+            f"rope_scaling in its config.json); expected one of {', '.join(READABLE)}"
+        )
+    if rope.get("rope_type") in ("linear", "dynamic") and not rope.get("factor"):
+        raise InputError(
+            f"a {config.model_type} model with {rope['rope_type']} rotary positions but no factor (rope_parameters or "
+            "rope_scaling in its config.json); add the factor that it was trained with"
         )
     if "rope_type" not in rope:
         raise InputError(

@@ -7,6 +7,7 @@ more, and imports neither torch nor transformers for it.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import hashlib
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workloads.config import Positions
-from workloads.errors import InputError, one_error
+from workloads.errors import InputError, one_error, reason
 from workloads.files.hashes import content_hash
+from workloads.models.configuration import read_configuration, refuse_pointers, refuse_quantised
 from workloads.models.families import refuse_sliding_windows
 from workloads.models.gguf import converted
-from workloads.models.positions import extend
+from workloads.models.positions import ORIGINAL_LENGTH_FIELD, extend
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +72,13 @@ class ModelSource:
             if not (path / "config.json").is_file():
                 raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
             if not any(path.glob("*.safetensors")):
+                others = sorted(each.name for each in path.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".gguf"))
+                held = f" but {', '.join(others[:3])}" if others else ""
                 raise InputError(
-                    f"model folder {name} has no .safetensors weights; expected a folder that transformers loads"
+                    f"model folder {name} has no .safetensors weights{held}; expected a folder that transformers "
+                    "loads, with its weights as safetensors (a pickle is never loaded; give a .gguf file by its path)"
                 )
+            refuse_pointers(f"model folder {name}", path)
             return cls(name, str(path.resolve()))
         if path.suffix.lower() == ".gguf":
             if not path.is_file():
@@ -146,20 +152,20 @@ class ModelSource:
                 "trial with --what merged, and give that folder"
             )
 
-    def config(self) -> Any:
+    def config(self, original_length: int | None = None) -> Any:
         """The model's configuration, as transformers reads it.
 
-        Raises:
-            InputError: it cannot be read, or its layers attend in sliding windows.
-        """
-        from transformers import AutoConfig
+        Args:
+            original_length: the length that it was pretrained on, if its configuration leaves that open.
 
-        pretrained = self.pretrained
-        try:
-            config = AutoConfig.from_pretrained(pretrained, revision=self.revision)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model {self.name}: its configuration cannot be read: {error}") from error
+        Raises:
+            InputError: it cannot be read, its weights are quantised, or its layers attend in sliding windows.
+        """
+        config = read_configuration(f"model {self.name}", self.pretrained, self.revision)
+        refuse_quantised(f"model {self.name}", config)
         refuse_sliding_windows(config)
+        if original_length is not None:
+            setattr(config, ORIGINAL_LENGTH_FIELD, original_length)
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -171,11 +177,43 @@ class ModelSource:
         from transformers import AutoTokenizer
 
         pretrained = self.pretrained
+        # Transformers would read the configuration by itself, older forms not understood.
+        config = read_configuration(f"model {self.name}", pretrained, self.revision)
         try:
-            return AutoTokenizer.from_pretrained(pretrained, revision=self.revision)
+            return AutoTokenizer.from_pretrained(
+                pretrained, revision=self.revision, config=config, trust_remote_code=False
+            )
         except Exception as error:  # whatever a missing or broken file makes the tokenizer's own code raise
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason})") from error
+            raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason(error)})") from error
+
+    def check_files(self, config: Any) -> Any:
+        """Checks a local model's files: that they are all there, of the right shapes, and finite.
+
+        Transformers loads them as in training, but onto the device "meta", so that only headers are read.
+
+        Args:
+            config: the model's configuration, as of :meth:`config`.
+
+        Returns:
+            The configuration, with the ties that the weights have. A model of the hub is not downloaded for this.
+
+        Raises:
+            InputError: as :meth:`load`, or a weight is not finite.
+        """
+        if self.revision:
+            return config
+        from transformers.utils import logging
+
+        from workloads.models.weights import check_files, holds_another_output_layer  # imports torch
+
+        what, folder = f"model {self.name}", Path(self.pretrained)
+        logging.disable_progress_bar()
+        config = copy.deepcopy(config)
+        model = load_whole(what, self.pretrained, config=config, device_map={"": "meta"}, dtype="auto")
+        if holds_another_output_layer(model, folder):
+            config.tie_word_embeddings = False
+        check_files(what, folder, self.identity)
+        return config
 
     def load(
         self,
@@ -184,6 +222,7 @@ class ModelSource:
         dtype: torch.dtype,
         quantized: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        original_length: int | None = None,
     ) -> PreTrainedModel:
         """The model, its positions extended to ``context_length``, weights in ``dtype``, on ``device``.
 
@@ -195,10 +234,10 @@ class ModelSource:
 
         Raises:
             InputError: the model has no rotary positions, its weights are not safetensors (a pickle is never loaded),
-                or they are damaged or not all there.
+                or they are damaged, not finite, or not all there.
         """
         self.refuse_adapter()
-        config = self.config()
+        config = self.config(original_length)
         extend(config, context_length, positions)
         config.use_cache = False
         options = {"device_map": {"": device}, **(quantized or {})}
@@ -215,26 +254,35 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
         options: of ``from_pretrained``.
 
     Raises:
-        InputError: its weights are not safetensors (a pickle is never loaded), or they are damaged or not all there.
+        InputError: its weights are not safetensors (a pickle is never loaded), or they are damaged, not finite, or not
+            all there.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from workloads.models.rotary import by_sequence  # imports torch
+    from workloads.models.weights import refuse_not_finite, write_down_ties
 
+    if options.get("config") is None:
+        options["config"] = read_configuration(what, pretrained, options.get("revision"))
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            pretrained, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            pretrained,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what} could not be loaded from its safetensors: {reason}") from error
+    except Exception as error:  # whatever damaged files or strange settings make transformers raise
+        raise InputError(f"{what} could not be loaded from its safetensors ({reason(error)})") from error
     # What transformers would fill with random numbers.
     if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
         raise InputError(
             f"{what}: {len(absent)} of its weights are not in its safetensors or have another shape, {absent[0]} among "
             "them; the folder is not complete, or its config.json is another model's"
         )
+    refuse_not_finite(what, model.named_parameters())
+    write_down_ties(model)
     by_sequence(model)
     return model
 
@@ -242,6 +290,15 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter in PEFT's form."""
     return (folder / "adapter_config.json").is_file()
+
+
+def refuse_no_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises InputError if the tokenizer has no end-of-sequence token, which separates documents and ends answers."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {name} has no end-of-sequence token, which separates documents and ends answers; set "
+            "eos_token in its tokenizer_config.json"
+        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
@@ -270,9 +327,9 @@ def _hub_revision(hub_id: str, revision: str | None) -> str:
         raise ValueError("it names no commit")
     except Exception as error:  # the hub's client changes what it raises for a dead network from version to version
         raise InputError(
-            f"model {hub_id!r}: the model hub does not say which commit it is at ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Check the name and the network, log in if the model is gated, give a full "
-            f"commit ({hub_id}@<40 hex digits>) if it is in the local cache, or name a local folder"
+            f"model {hub_id!r}: the model hub does not say which commit it is at ({reason(error)}). Check "
+            "the name and the network, log in if the model is gated, give a full commit "
+            f"({hub_id}@<40 hex digits>) if it is in the local cache, or name a local folder"
         ) from error
 
 

@@ -22,7 +22,7 @@ def build_model(source: ModelSource, config: TrainingConfig, engine: Engine, exe
     torch.manual_seed(config.seed)  # LoRA's A matrices are random
     dtype = compute_dtype(config.precision)
     quantized = nf4_loading(engine.device, dtype) if config.quantization == "nf4" else None
-    model = source.load(config.context_length, config.positions, dtype, quantized, engine.home)
+    model = source.load(config.context_length, config.positions, dtype, quantized, engine.home, config.original_length)
     return prepare_model(model, config, engine, execution)
 
 

@@ -99,6 +99,12 @@ def test_a_deleted_store_is_made_again_with_all_points(storage, trials, journals
     assert losses(mirrored.uri) == {trial.label: ALL_STEPS for trial in trials}
 
 
+def test_a_store_in_a_folder_that_is_not_there_yet_is_made(storage, trials, journals, tmp_path):
+    tracker = connect(storage, f"sqlite:///{tmp_path / 'new' / 'folder' / 'mlflow.db'}")
+    tracker.follow(trials[:1], "first", PROVENANCE)
+    assert losses(tracker.uri) == {trials[0].label: ALL_STEPS}
+
+
 def test_a_damaged_record_of_what_was_logged_repeats_no_point(storage, trials, journals, mirrored):
     for damage in ("", "[1]", "{"):
         storage.trial(trials[0].fingerprint).mlflow_state.write_text(damage)
