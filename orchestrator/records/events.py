@@ -31,8 +31,8 @@ FaultKind = Literal[
     "preempted",
 ]  # fmt: skip
 
-# Whole numbers of a line are below this: no count of ours is larger, and a float could not hold it.
-LARGEST = 2**63
+# Whole numbers must be below this: no count of ours is larger, and a float could not hold it.
+MAX_INTEGER = 2**63
 
 # Values that older journals have under another name, by event and field.
 _FAULT_KINDS = {"hiccup": "transient"}
@@ -44,7 +44,7 @@ MAX_GAP_S = 6 * 3600.0
 EVENTS: dict[str, type[Event]] = {}
 
 
-def _optional() -> Any:
+def _omitted_if_none() -> Any:
     """A field that is None by default, and then left out of the line."""
     return field(default=None, metadata={"optional": True})
 
@@ -65,8 +65,8 @@ class Event:
 
     time: float = field(default_factory=time.time)
     version: int = VERSION
-    process: str | None = _optional()
-    uptime: float | None = _optional()
+    process: str | None = _omitted_if_none()
+    uptime: float | None = _omitted_if_none()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -97,7 +97,7 @@ class Started(Event, name="started"):
     Args:
         devices: GPUs, or threads of CPUs, of all workers together.
         usd_per_device_hour, price_source: None where the price is not known.
-        drive: of the driver that started it, and of its restarts.
+        drive: id of the job that started it, the same across restarts of the driver's process.
         execution: settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers of layers.
     """
 
@@ -113,11 +113,11 @@ class Started(Event, name="started"):
     device: Literal["gpu", "cpu"] | None = None
     devices: int | None = None
     device_name: str | None = None
-    device_memory_gib: float | None = _optional()
-    compute_capability: str | None = _optional()
-    driver: str | None = _optional()
-    cuda: str | None = _optional()
-    allocator: str | None = _optional()
+    device_memory_gib: float | None = _omitted_if_none()
+    compute_capability: str | None = _omitted_if_none()
+    driver: str | None = _omitted_if_none()
+    cuda: str | None = _omitted_if_none()
+    allocator: str | None = _omitted_if_none()
     usd_per_device_hour: float | None = None
     price_source: str | None = None
     sweep: str | None = None
@@ -140,8 +140,8 @@ class ModelReady(Event, name="model"):
 
     parameters: int
     trainable_parameters: int
-    attention_backend: str | None = _optional()
-    compiled_layers: bool | None = _optional()
+    attention_backend: str | None = _omitted_if_none()
+    compiled_layers: bool | None = _omitted_if_none()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class Step(Event, name="step"):
     seconds: float
     tokens_per_second: float
     peak_memory_gib: float
-    mfu: float | None = _optional()
+    mfu: float | None = _omitted_if_none()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,14 +240,14 @@ class Retry(Event, name="retry"):
 
 @dataclass(frozen=True, kw_only=True)
 class Preempted(Event, name="preempted"):
-    """Its node was about to be taken away: stopped with a checkpoint, to continue elsewhere."""
+    """The node is being preempted: stopped with a checkpoint, continues elsewhere."""
 
     attempt: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cancelled(Event, name="cancelled"):
-    """Somebody asked for it (orchestrator/cancel.py): stopped with a checkpoint, or not begun; can continue."""
+    """Cancelled by a user (orchestrator/cancel.py): stopped with a checkpoint, or not begun; can continue."""
 
     step: int
     by: str
@@ -283,7 +283,7 @@ class Skipped(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """The events of some lines, and the lines that were passed over."""
+    """The events of some lines, and the lines that were skipped."""
 
     events: list[Event]
     skipped: list[Skipped]
@@ -330,7 +330,7 @@ def as_line(event: Event) -> str:
 
 
 def parse(content: bytes) -> Parsed:
-    """The events of whole lines. A line that a dying process cut off, or that is damaged, is passed over."""
+    """The events of whole lines. A line that a dying process cut off, or that is damaged, is skipped."""
     events, skipped = [], []
     for line in content.splitlines():
         if not line.strip():
@@ -343,7 +343,7 @@ def parse(content: bytes) -> Parsed:
 
 
 def _make_event(values: dict[str, Any]) -> Event:
-    """The event of a line's values, which are used up.
+    """The event of a line. Consumes ``values`` (pops its keys).
 
     Raises:
         TypeError, ValueError: it lacks fields, or has values of other types.
@@ -401,4 +401,4 @@ def _type_check(hint: Any) -> Callable[[Any], bool]:
 
 
 def _is_whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_INTEGER

@@ -3,7 +3,8 @@
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff;
                             cancel.json (a request), earlier-<n>/ (put aside by --force)
     sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
-                            plan-and-truth.json, code-*.diff; command.json (who runs it), cancel.json (a request)
+                            plan-and-truth.json, code-*.diff; command.json (who runs it), cancel.json (a request),
+                            earlier-<n>/ (put aside where the name was used again)
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
     cache/compiled/         output of torch's compiler; may be removed at any time
@@ -22,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +228,34 @@ class Storage:
         listed = expect_fields(content, f"{self.location}/{file}", trials=list)["trials"]
         check_names(listed, f"{self.location}/{file}")
         return listed
+
+    def put_aside_sweep(self, name: str, fingerprints: set[str]) -> Path | None:
+        """Moves a sweep's spec, plan, comparison and report to ``earlier-<n>/`` if its name is used for another sweep.
+
+        It is another one if a trial that it lists is not among these fingerprints: a sweep may grow. Returns the
+        folder, or None if nothing was moved.
+        """
+        with self.set_apart():
+            listed = self.read_listed(name)
+            if listed is None or set(listed) <= fingerprints:
+                return None
+        folder = self.sweep(name)
+        found = [file for file in self.sizes() if file.startswith(f"sweeps/{name}/")]
+        number = 1 + len({file.split("/")[2] for file in found if file.split("/")[2].startswith("earlier-")})
+        aside = f"sweeps/{name}/earlier-{number}"
+        for file in found:
+            below = file.removeprefix(f"sweeps/{name}/")
+            if not re.match(r"(spec|plan|sweep|comparison|plan-and-truth)\.json$|report/|code-[^/]*\.diff$", below):
+                continue
+            if self.store:
+                content = retry(partial(self.store.read, file))
+                retry(partial(self.store.write, f"{aside}/{below}", content or b""))
+                retry(partial(self.store.remove, [file]))
+                (self.root / file).unlink(missing_ok=True)
+            else:
+                (self.root / aside / below).parent.mkdir(parents=True, exist_ok=True)
+                (self.root / file).rename(self.root / aside / below)
+        return folder / f"earlier-{number}"
 
     def search_journal(self, sweep: str) -> Journal | SegmentedJournal:
         """The suggestions of a sweep's search."""
