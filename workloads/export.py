@@ -166,7 +166,7 @@ def export_trial(
             float8_base=trained.training.quantization == "fp8",
         )
         card = model_card(trained, source, reloaded.config, what=what, step=step, rounding=str(report))
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, "utf-8")
     return report
 
 

@@ -56,7 +56,7 @@ class TrainedTrial:
         """
         file = folder / "trial.json"
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text("utf-8"))
             return cls(
                 folder=folder,
                 model=values["model"],

@@ -39,8 +39,9 @@ from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_folder import JOURNAL, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
-from workloads.errors import InputError
+from workloads.errors import InputError, one_error
 from workloads.files.cache import user_cache
+from workloads.files.given import check_encoding
 from workloads.files.once import make_once
 from workloads.files.safe import is_plain_file, is_plain_name, replace_file
 
@@ -98,7 +99,9 @@ class Storage:
     def at(cls, location: str) -> Storage:
         """The storage root at ``location`` as it is: what a worker on any node opens."""
         if "://" not in location:
-            return cls(Path(location).expanduser().resolve())
+            check_encoding(location)
+            with one_error(f"storage {location!r} is no path", "Give a folder with --storage."):
+                return cls(Path(location).expanduser().resolve())
         store = ObjectStore.at(location)
         return cls(user_cache() / "storage" / hashlib.sha256(store.url.encode()).hexdigest()[:16], store)
 

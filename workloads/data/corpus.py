@@ -18,9 +18,10 @@ from typing import Protocol
 
 from workloads.data.documents import Document, Split, files_digest
 from workloads.data.hub import HubSource
-from workloads.data.local import SUFFIXES, LocalSource, local_path
+from workloads.data.local import SUFFIXES, LocalSource
 from workloads.data.stdlib import stdlib_documents, stdlib_files
 from workloads.errors import InputError
+from workloads.files.given import existing_path
 
 # Whether documents of this side are still wanted; this may change from True to False while documents are read.
 Wanted = Callable[[Split], bool]
@@ -89,7 +90,7 @@ class Corpus:
             if text_column is not None:
                 raise InputError(f"--text-column {text_column} has no effect on {text}. Leave it out.")
             return cls(text, BUILTINS[text](), max_train_tokens)
-        if path := local_path(text):
+        if path := existing_path(text):
             source = LocalSource(path, text_column)
             source.files  # noqa: B018 (a folder without readable files is refused here, not at the first document)
             return cls(path.resolve().name, source, max_train_tokens)
