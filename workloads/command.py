@@ -56,7 +56,7 @@ def quiet_transformers() -> None:
     import torch
     from transformers.utils import logging
 
-    # transformers imports DeepSpeed if it is installed, which would log how it chose its device.
+    # transformers imports DeepSpeed if installed, which would log its choice of device.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     logging.set_verbosity_error()

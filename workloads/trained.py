@@ -75,7 +75,7 @@ class TrainedTrial:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"{file} is not what this version of longspan writes ({reason}); read it with the version that trained "
-                "it, or let its sweep write it again"
+                "it, or run its sweep again to rewrite it"
             ) from error
 
     def base(self, location: str | None = None) -> ModelSource:
@@ -94,8 +94,8 @@ class TrainedTrial:
             ) from error
         if source.identity != self.model_identity:
             raise InputError(
-                f"{self.folder} was trained from another base than {given}: from {self.model_identity}, and this is "
-                f"{source.identity}. Give the model that it was trained from with --base"
+                f"{self.folder} was trained from the base {self.model_identity}, but {given} is "
+                f"{source.identity}; give the base that it was trained from with --base"
             )
         return source
 
@@ -131,7 +131,7 @@ class TrainedTrial:
         return self._kept(int(checkpoint), "--keep-every of its sweep keeps some of them")
 
     def describe_step(self, step: int, checkpoint: str) -> str:
-        """Says in words which checkpoint before a trial's last step was taken."""
+        """A line on which checkpoint before a trial's last step was taken."""
         which = "this trial is not finished" if checkpoint == "last" else f"checkpoint {checkpoint}"
         return f"{which}: step {step} of {self.training.steps}"
 
@@ -154,9 +154,9 @@ class TrainedTrial:
             for folder in sorted(checkpoints.glob("step-*"), reverse=True)[:1]
             if (problem := damage(folder))
         )
-        again = "run its sweep's command again, which goes on with it"
+        again = "run its sweep's command again, which resumes it"
         if failure := self._failure():
-            again = f"its training failed ({failure}): mend that, then {again}"
+            again = f"its training failed ({failure}): fix that, then {again}"
         if step is None:
             raise InputError(f"{self.folder} has no whole checkpoint{damaged}; {again}")
         if step < steps and not unfinished:

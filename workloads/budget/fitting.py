@@ -1,4 +1,4 @@
-"""Makes a trial fit: the fewest layers that recompute, or the cheapest change where that is not enough.
+"""Makes a trial fit: the fewest layers that recompute, or the cheapest change if that is not enough.
 
 With ``offload_activations`` at ``auto``, it offloads as few layers as minimise recompute, up to the number whose copies
 are hidden behind compute.
@@ -23,14 +23,14 @@ from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
 # The share of the host's memory that activations may take (the rest: processes, the model being read, page cache; Ray
 # ends workers at 95%), and of the forward pass's seconds that the copies to the host may take, since their rate was
-# measured alone. Ours to choose, not measured.
+# measured alone. Chosen, not measured.
 HOST_SHARE = 0.6
 COPY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """An execution that fits, and how it differs from the requested one, in words."""
+    """An execution that fits, and its differences from the requested one, as text."""
 
     execution: ExecutionConfig
     workers: int
@@ -179,14 +179,14 @@ def smallest_change_that_fits(
     Changes, usually cheapest first; ties break in this order:
 
         micro-batch             the same FLOPs in more passes; a long sequence alone fills a GPU
-        ZeRO-2                  sends what DDP sends: gradients of what trains, and it back
-        more workers            the same device-seconds, but for what they exchange
-        gradient checkpointing  one more forward pass of as few layers as it takes: of all, about a third more FLOPs;
+        ZeRO-2                  sends as much as DDP: gradients, and the updated parameters back
+        more workers            the same device-seconds, except for communication
+        gradient checkpointing  one more forward pass of as few layers as possible: of all, about a third more FLOPs;
                                 fewer with activations in host memory, where ``offload_activations`` is ``auto``
         ZeRO-3                  all weights over the link, twice in each pass
         offload                 over the much slower link to the host, and the update there
 
-    What changes the result (quantisation, a shorter context) is never among them.
+    Changes of the result (quantisation, a shorter context) are never made.
     """
     requested = resolve_auto(shape, training, execution)
 
@@ -224,7 +224,7 @@ def _candidates(
         if (offload and not engine.startswith("zero")) or (execution.offload and not offload):
             continue
         if engine.startswith("zero") and number == 1 and not offload:
-            continue  # nothing is shared out
+            continue  # one worker has nothing to shard
         rows = micro_batch(training, execution, number)
         while rows:
             given = None if execution.micro_batch is None and rows == training.batch // number else rows
@@ -235,7 +235,7 @@ def _candidates(
 def _cost(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    if not training.steps or not device.peak(training.precision):  # of an unknown device the order alone decides
+    if not training.steps or not device.peak(training.precision):  # for an unknown device only the order decides
         return 0.0
     return workers * step_seconds(shape, training, execution, workers, device)
 

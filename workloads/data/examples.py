@@ -3,8 +3,8 @@
 ``prepare_examples`` writes all examples of a side one after the other; a token belongs to an answer or to a prompt:
 
     <folder>/train.tokens, validation.tokens      tokens, unsigned integers
-    <folder>/train.answers, validation.answers    one byte a token: 1 where it is of an answer
-    <folder>/train.offsets, validation.offsets    int64: where each example begins, and the end of the last
+    <folder>/train.answers, validation.answers    one byte a token: 1 if it is of an answer
+    <folder>/train.offsets, validation.offsets    int64: the start of each example, and the end of the last
     <folder>/index.json                           dtype, counts, names of the validation examples, SHA-256 of the files
 
 Examples are stored whole, for every context length. Training drops those longer than the context, or on request cuts
@@ -94,10 +94,10 @@ class ExampleCorpus:
 
     @classmethod
     def open(cls, folder: Path | str) -> ExampleCorpus:
-        """Open what ``prepare_examples`` wrote.
+        """Opens what ``prepare_examples`` wrote.
 
         Raises:
-            InputError: it is not there, its index is none, or its files are not those that were prepared.
+            InputError: it is absent, its index is invalid, or its files are not those that were prepared.
         """
         return open_prepared(cls, folder, "instruction data", FORMAT_VERSION)
 
@@ -147,7 +147,7 @@ class ExampleCorpus:
         if not longer:
             return None
         dropped = self.examples["train"] - self.num_train_examples(context_length, long_examples)
-        done = "dropped" if dropped == longer else f"cut, and {dropped:,} of them dropped for want of an answer"
+        done = "dropped" if dropped == longer else f"cut, and {dropped:,} of them dropped because no answer is left"
         return (
             f"{longer:,} of {self.examples['train']:,} training examples are longer than {context_length:,} tokens and "
             f"are {done if dropped else 'cut'}"
@@ -162,7 +162,7 @@ class ExampleCorpus:
     def train_batch(
         self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
     ) -> Batch:
-        """Batch number ``step`` (from 0) of ``batch`` examples; depends on the arguments alone, as a PackedCorpus's."""
+        """Batch number ``step`` (from 0) of ``batch`` examples; depends only on the arguments, as in a PackedCorpus."""
         usable = self._usable(context_length, long_examples)
         if not len(usable):
             self.check(context_length, batch, long_examples)

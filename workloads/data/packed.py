@@ -90,10 +90,10 @@ class PackedCorpus:
 
     @classmethod
     def open(cls, folder: Path | str) -> "PackedCorpus":
-        """Open what ``prepare`` wrote.
+        """Opens what ``prepare`` wrote.
 
         Raises:
-            InputError: it is not there, its index is none, or its files are not those that were prepared.
+            InputError: it is absent, its index is invalid, or its files are not those that were prepared.
         """
         return open_prepared(cls, folder, "corpus", FORMAT_VERSION)
 
@@ -133,8 +133,8 @@ class PackedCorpus:
     ) -> np.ndarray:
         """Batch number ``step`` (from 0) as (batch, context_length), int64; ``rows`` reads only these of its rows.
 
-        Depends on the arguments alone, so a checkpoint's place in the data is its step, whatever the number of
-        workers. Every sequence comes once an epoch, each epoch in an order of its own; a batch may hold the end of
+        Depends only on the arguments, so a checkpoint's position in the data is its step, for any number of
+        workers. Every sequence comes once an epoch, each epoch in a different order; a batch may hold the end of
         one epoch and the start of the next.
         """
         sequences = self.num_train_sequences(context_length)
@@ -258,7 +258,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 
 
 def epoch_order(step: int, batch: int, sequences: int, seed: int, rows: slice = slice(None)) -> np.ndarray:
-    """The sequences of batch number ``step``: each once an epoch, each epoch in its own order."""
+    """The sequences of batch number ``step``: each once an epoch, in a different order each epoch."""
     epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch)[rows], sequences)
     order = [permutation(sequences, seed, epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
     return np.array(order, dtype=np.int64)
