@@ -15,7 +15,7 @@ from tests.support.commands import ROOT
 STARTS = """
 from pathlib import Path
 import sys
-from orchestrator.options import RunOptions
+from orchestrator.run_options import RunOptions
 from orchestrator.planning.cluster import join_or_start
 from orchestrator.planning.ray_files import open_to_others
 from orchestrator.ray_internals import ray_folder
