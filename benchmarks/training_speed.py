@@ -39,8 +39,8 @@ from workloads.budget import (
     Device,
     ModelShape,
     host_memory,
-    less_memory,
     model_flops_utilisation,
+    reduce_memory,
     smallest_change_that_fits,
 )
 from workloads.config import ExecutionConfig
@@ -118,7 +118,7 @@ def longspans_step(
     """One training step of longspan as a function, and its settings."""
     execution = planned_execution(case, config, device)
     if smaller:  # as a sweep does (orchestrator/running/faults.py)
-        execution = less_memory(execution, case.training.batch, config.num_hidden_layers) or execution
+        execution = reduce_memory(execution, case.training.batch, config.num_hidden_layers) or execution
     config = copy.deepcopy(config)  # the attention pattern is written into it
     trial, model = start_trial(config, case.training, execution, device, folder)
     return lambda: trial.train_step(model), resolved_settings(trial)

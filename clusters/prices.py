@@ -213,7 +213,7 @@ def read_prices(path: Path) -> dict[str, float]:
         ValueError: it cannot be read, or contains anything but names with positive numbers.
     """
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
         prices: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"the prices in {path} cannot be read ({error}); expected a .toml or .json file") from error
@@ -251,7 +251,7 @@ def find_cluster(name: str) -> NamedCluster:
 
 def _gpu_workers(path: Path) -> list[tuple[int, str]]:
     """(most machines, instance type) of the workers with GPUs in a file of Ray's cluster launcher; none in others."""
-    config = next(iter(yaml.safe_load_all(path.read_text())), None)
+    config = next(iter(yaml.safe_load_all(path.read_text("utf-8"))), None)
     if not isinstance(config, dict):
         return []
     return [

@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -31,6 +32,11 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
+
+
+def sqlite_url(file: Path) -> str:
+    """The SQLAlchemy URL of a database file; its path may have characters that mean something else in a URL."""
+    return "sqlite:///" + re.sub("[%?#]", lambda found: f"%{ord(found[0]):02X}", str(file))
 
 
 def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
@@ -85,7 +91,7 @@ def _store(storage: str) -> Path:
     if not (store / "mlflow.db").is_file():
         raise ValueError(
             f"{Path(storage).expanduser().resolve()} contains no MLflow store (no mlflow/mlflow.db). "
-            f"`python -m orchestrator.sweep --storage {storage}` creates one."
+            f"`python -m orchestrator.sweep --storage {shlex.quote(storage)}` creates one."
         )
     return store
 
@@ -125,8 +131,8 @@ def _command(store: Path, host: str, port: int, more_hosts: list[str]) -> list[s
     ]
     return [
         *(sys.executable, "-m", "mlflow", "server"),
-        *("--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
-        *("--registry-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
+        *("--backend-store-uri", sqlite_url(store / "mlflow.db")),
+        *("--registry-store-uri", sqlite_url(store / "mlflow.db")),
         *("--default-artifact-root", str(store / "artifacts")),
         "--no-serve-artifacts",  # artifacts are read from their folder; no uploads over HTTP
         *("--host", host, "--port", str(port), "--workers", "1"),

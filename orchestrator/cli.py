@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tyro
 
-from orchestrator.options import RunOptions
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
-from workloads.errors import InputError
+from workloads.errors import InputError, first_line
 
 # In addition to the exit statuses of every command (workloads.command).
 EXIT_FAILED_TRIALS = 1
@@ -92,9 +92,9 @@ def _take_spec_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
-    except OSError as error:
-        raise InputError(f"--spec {file} cannot be read: {error.strerror}") from error
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--spec {file} cannot be read: {first_line(error)}") from error
 
 
 def _description(plan: bool) -> str:

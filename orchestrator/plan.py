@@ -11,12 +11,12 @@ import sys
 from rich.console import Console
 
 from orchestrator.cli import parse
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.plan_table import print_plan
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.planning.sweep_plan import plan_sweep, refuse_impossible
 from orchestrator.process import exit_without_gc
+from orchestrator.run_options import RunOptions
 from workloads.command import exit_status
 from workloads.terminal import make_console
 

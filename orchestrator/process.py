@@ -87,7 +87,7 @@ def log_libraries_to(path: Path) -> None:
     handler = PlainFileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.raiseExceptions = False  # a full disk must not fill the terminal
-    for name in ("ray", "ray.tune", "ray.train", "mlflow"):
+    for name in ("ray", "ray.tune", "ray.train", "mlflow", "orchestrator.planning.budget_watch"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
 

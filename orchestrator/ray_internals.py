@@ -1,8 +1,8 @@
 """Every use of what Ray keeps private, does not document or means for its own developers, each with its reason.
 
 Written for Ray 2.60, which pyproject.toml pins. tests/orchestrator/test_ray_internals.py checks each use against the
-installed Ray. One use is elsewhere, since ``clusters`` imports no other room: clusters/check.py validates cluster files
-with the autoscaler's own functions.
+installed Ray. One use is elsewhere, since ``clusters`` imports no other package: clusters/check.py validates cluster
+files with the autoscaler's own functions.
 
 Ray is imported inside the functions: the commands that need no cluster start without it.
 """

@@ -266,7 +266,7 @@ class SweepSpec(TrainingFields, Compared):
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({error}); expected the spec.json of a sweep's folder") from error
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):

@@ -34,7 +34,7 @@ from orchestrator.process import (
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.json_files import DamagedFile
-from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
+from orchestrator.records.mlflow_sync import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -106,9 +106,14 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     sweep.check_trials(plan.trials)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     log_libraries_to(sweep.folder / "log.txt")
-    replace_file(sweep.folder / "spec.json", sweep.spec.to_json().encode())
     if sweep.spec.search != "none":
         search, plan = begin_search(sweep, plan)
+    if aside := sweep.storage.put_aside_sweep(sweep.name, {trial.fingerprint for trial in plan.trials}):
+        console.print(
+            f"note: {sweep.name} was the name of a sweep with other trials; its files are kept in {shown_path(aside)}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    replace_file(sweep.folder / "spec.json", sweep.spec.to_json().encode())
     status.adopt(plan)
     write_plan(sweep, plan)
     print_plan(sweep, plan, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def device_hours(hours: float, unit: str | None) -> str:
 def usd(value: float) -> str:
     """``1,234.50 USD``."""
     return f"{value:,.2f} USD"
+
+
+def shell_command(*words: str) -> str:
+    """A command line as a shell takes it: words with spaces, quotes, $ and the like are quoted."""
+    return shlex.join(words)
 
 
 def shown_path(path: Path) -> str:

@@ -9,7 +9,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")})
 TOP = "orchestrator|workloads|clusters|dashboards|benchmarks|tests|examples|docs"
 # Files that a page tells its reader to make.
-TO_BE_MADE = {"clusters/mine.yaml", "clusters/gcp-a2.yaml", "workloads/attention/patterns/sink.py"}
+TO_BE_MADE = {
+    "clusters/mine.yaml",
+    "clusters/gcp-a2.yaml",
+    "workloads/attention/patterns/sink.py",
+    "workloads/evaluation/tasks/codeword.py",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"orchestrator", "workloads", "clusters", "dashboards"}
+PACKAGES = {"orchestrator", "workloads", "clusters", "dashboards"}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def test_the_wheel_holds_the_model_the_report_and_the_cluster_file(wheel):
         "dashboards/report.html",
         "clusters/aws-p4d.yaml",
         "orchestrator/recipes/convergence.py",
-        *(f"{room}/py.typed" for room in ROOMS),  # type checkers of other projects read our annotations
+        *(f"{package}/py.typed" for package in PACKAGES),  # type checkers of other projects read our annotations
     ):
         assert needed in names
-    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == ROOMS
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == PACKAGES
     assert wheel.stat().st_size < 12 * 2**20
 
 

@@ -156,18 +156,18 @@ def prompt_tokens(
     tokens = _prompt(tokenizer, document, question)
     limit = context_limit(config)
     if limit is None or len(tokens) + max_new_tokens <= limit:
-        of = f" of the {limit:,} that the model reaches" if limit else ""
+        of = f" of the model's {limit:,}" if limit else ""
         report(f"document: {len(in_document):,} tokens; with the question {len(tokens):,}{of}")
         return tokens
     room = limit - max_new_tokens
     lengths = (
-        f"the document has {len(in_document):,} tokens, with the question {len(tokens):,}; the model reaches "
-        f"{limit:,}, of which {max_new_tokens:,} are for the answer"
+        f"the document has {len(in_document):,} tokens, with the question {len(tokens):,}; the model's context "
+        f"is {limit:,}, of which {max_new_tokens:,} are for the answer"
     )
     if not truncate:
         raise InputError(
-            f"{lengths}. Give a shorter document or a model of longer reach, lower --max-new-tokens, or keep only the "
-            "document's beginning and end with --truncate"
+            f"{lengths}. Give a shorter document or a model with a longer context, lower --max-new-tokens, or keep "
+            "only the document's beginning and end with --truncate"
         )
     kept = len(in_document)
     while len(tokens) > room:
@@ -181,7 +181,7 @@ def prompt_tokens(
 
 
 def context_limit(config: Any) -> int | None:
-    """Tokens that a model takes, prompt and answer together; None if its configuration has no limit."""
+    """Tokens of a model's context, prompt and answer together; None if its configuration has no limit."""
     rope = getattr(config, "rope_parameters", None)
     if rope and "rope_type" in rope:
         return max_context_length(config)
@@ -254,10 +254,10 @@ def main(
             builtin:tiny.
         document: A text file in UTF-8.
         max_new_tokens: The longest answer, in tokens.
-        temperature: Of sampling; 0 always takes the most likely token.
+        temperature: Sampling temperature; 0 always takes the most likely token.
         truncate: Keep the beginning and the end of a document that exceeds the model's context.
         device: cpu, cuda, cuda:1, ...; auto takes every CUDA device, else the CPU.
-        checkpoint: Of a trial: last; best (the lowest perplexity at the trained length); or a step.
+        checkpoint: A trial's checkpoint: last; best (the lowest perplexity at the trained length); or a step.
     """
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: expected at least 1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -25,6 +27,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     An InputError is one line on stderr and status 2, as for an unknown flag. Ctrl-C is status 130, with what the
     interruption's notes (``add_note``) say.
     """
+    _print_any_text()
 
     def print_line(line: str, style: str | None = None) -> None:
         make_console(stderr=True).print(line, style=style, soft_wrap=True)
@@ -41,12 +44,19 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
 
 
+def _print_any_text() -> None:
+    """Escapes what the terminal's encoding lacks, where Python would raise (in ASCII: half of what is printed)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def quiet_transformers() -> None:
     """Limits transformers' output to errors: no progress bars, no deprecation warnings of libraries."""
     import torch
     from transformers.utils import logging
 
-    # transformers imports DeepSpeed if it is installed, which would log how it chose its device.
+    # transformers imports DeepSpeed if installed, which would log its choice of device.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     logging.set_verbosity_error()

@@ -3,7 +3,7 @@
 A field that a sweep passes on to its trials is defined once, with its type, default, help and label:
 :class:`TrainingFields` change a trial's result and so belong to its identity, :class:`ExecutionFields` only change how
 fast or how safely it runs. The trial (:class:`TrainingConfig`, :class:`ExecutionConfig`), the sweep and its command
-line (orchestrator/spec.py, orchestrator/options.py) inherit them.
+line (orchestrator/spec.py, orchestrator/run_options.py) inherit them.
 """
 
 from __future__ import annotations

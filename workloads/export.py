@@ -1,7 +1,7 @@
 """``python -m workloads.export TRIAL DIR``: a trained trial as a model that stock transformers, or stock PEFT, loads.
 
 A merged model is complete: weights, the configuration with its RoPE settings, the tokenizer. An adapter holds what
-trained (LoRA's matrices; with LoRA+ the embeddings and norms too, as PEFT's ``modules_to_save``), and beside it the
+trained (LoRA's matrices; with LoRA+ the embeddings and norms too, as PEFT's ``modules_to_save``), with the
 configuration to load the base with. An export is loaded again before it gets its final name, and its logits are
 compared with the trained model's.
 """
@@ -113,8 +113,8 @@ def export_trial(
         checkpoint: ``last``, ``best`` or a step.
 
     Raises:
-        InputError: ``trial`` is no trial's folder or unfinished, its base is absent or another model, its checkpoint is
-            damaged or another model's, its method has no adapter, or ``out`` is not empty.
+        InputError: ``trial`` is not a trial's folder or is unfinished, its base is absent or another model, its
+            checkpoint is damaged or another model's, its method has no adapter, or ``out`` is not empty.
         ExportMismatch: the export does not give the trained model's logits.
         OSError: the disk is full.
     """
@@ -138,7 +138,7 @@ def export_trial(
     tokens = tokenizer(CHECK_TEXT, return_tensors="pt", add_special_tokens=False).input_ids
     expected = _logits(model, tokens)
     if not expected.isfinite().all():
-        raise InputError(f"the model of {trial} at step {step} gives logits that are not finite, so it cannot be used")
+        raise InputError(f"the model of {trial} at step {step} has logits that are not finite, so it cannot be used")
     with _whole_or_absent(out) as folder:
         if what == "merged":
             model = merge(model)
@@ -166,7 +166,7 @@ def export_trial(
             float8_base=trained.training.quantization == "fp8",
         )
         card = model_card(trained, source, reloaded.config, what=what, step=step, rounding=str(report))
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, "utf-8")
     return report
 
 
@@ -216,7 +216,7 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); give a folder in a place that can") from error
     try:
-        partial.chmod(0o755)  # mkdtemp gives access to its owner alone
+        partial.chmod(0o755)  # mkdtemp gives access only to the owner
         yield partial
         partial.rename(out)
     finally:
@@ -238,7 +238,7 @@ def main(
         trial: The trial's folder, runs/trials/<fingerprint>; a sweep's last lines name it.
         out: Folder to write; it must not exist yet, or be empty.
         what: merged: the whole model; adapter: what trained, for PEFT to load on the base.
-        dtype: Of the saved weights.
+        dtype: Dtype of the saved weights.
         base: Where the base model is, if it has moved since training.
         unfinished: Take the newest checkpoint of a trial that has not reached its last step.
         checkpoint: last; best (the evaluation with the lowest perplexity at the trained length); or a step.

@@ -16,8 +16,8 @@ from workloads.trained import TrainedTrial
 from workloads.wording import METHODS, settings
 
 _IN_4_BITS = (
-    "\nIn training the base was in 4 bits (NF4 with double quantisation). Loaded so (`quantization_config`) the model "
-    "is the one that was trained and compared; loaded as above it differs by what NF4 rounds."
+    "\nIn training the base was in 4 bits (NF4 with double quantisation). Loaded that way (`quantization_config`) the "
+    "model is the one that was trained and compared; loaded as above it differs by NF4's rounding."
 )
 HUB = "hub:"  # begins the identity of a model or data set from the Hugging Face hub
 
@@ -91,7 +91,7 @@ def _perplexities(trial: TrainedTrial, step: int) -> list[str]:
     )
     return [
         "\n## Perplexity\n",
-        f"Of what {_data(trial)} holds out: {rule}. Step 0 is the model before training.\n",
+        f"On the held-out part of {_data(trial)}: {rule}. Step 0 is the model before training.\n",
         *_table(rows, "length" if sft else "window", "step", "perplexity"),
     ]
 
@@ -114,9 +114,9 @@ def _loading(base: ModelSource, what: str, quantization: str) -> list[str]:
     where = f'"{base.location}", revision="{base.revision}"' if base.revision else '"BASE_FOLDER"'
     return [
         *([] if base.revision else [_local_base(base)]),
-        "The base has to be loaded with the configuration that lies here: it holds the extended positions. (What loads "
-        "a base by its name alone, such as `AutoPeftModelForCausalLM`, takes the base's own, and the long context is "
-        "lost.)\n",
+        "Load the base with the configuration in this folder: it holds the extended positions. (Code that loads a base "
+        "by its name alone, such as `AutoPeftModelForCausalLM`, takes the base's own configuration and loses the long "
+        "context.)\n",
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer",
@@ -160,9 +160,8 @@ def _local_base(base: ModelSource) -> str:
     else:
         what = f"The base was a local folder, {Path(base.name).name}: BASE_FOLDER is where you have it."
     return (
-        f"{what} It is the right one if its content is that of the table above. What reads the place of the base from "
-        "this folder, such as `workloads.ask`, finds it in `adapter_config.json` (`base_model_name_or_path`): write "
-        "your BASE_FOLDER there.\n"
+        f"{what} Its content must be that of the table above. Programs such as `workloads.ask` read the location of "
+        "the base from `adapter_config.json` (`base_model_name_or_path`): write your BASE_FOLDER there.\n"
     )
 
 
@@ -176,7 +175,7 @@ def _licence(base: ModelSource, config: Any) -> dict[str, str]:
         else:
             card = ModelCard.load(Path(base.location) / "README.md", ignore_metadata_errors=True).data
         stated |= {field: text for field in fields if card and (text := card.get(field))}
-    except Exception:  # of the hub's client, or of a broken card: no licence is stated
+    except Exception:  # from the hub's client or a broken card: no licence is stated
         pass
     return {field: text for field, text in stated.items() if isinstance(text, str)}
 

@@ -148,7 +148,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, out: P
     tokenizer.model_max_length = max_context_length(model.config)
     tokenizer.save_pretrained(out)
     _make_tokenizer_portable(out / "tokenizer_config.json")
-    for weights in out.glob("*.safetensors"):  # safetensors ignores the umask and writes for the owner alone
+    for weights in out.glob("*.safetensors"):  # safetensors ignores the umask and gives access only to the owner
         weights.chmod((out / "config.json").stat().st_mode)
 
 

@@ -9,6 +9,7 @@ The folder is the one that a sweep writes (``runs/trials/<fingerprint>``):
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,10 +24,14 @@ from workloads.adaptation.methods import trainable_parameters
 from workloads.config import ExecutionConfig, Precision, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
+from workloads.files.journal_lines import parse_line
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
 from workloads.training.setup import build_model
 from workloads.training.trial_state import PARAMETER
+
+# Of an eval event, what a reader of scores needs.
+EVAL_FIELDS = {"step", "context_length", "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class TrainedTrial:
         """
         file = folder / "trial.json"
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text("utf-8"))
             return cls(
                 folder=folder,
                 model=values["model"],
@@ -70,7 +75,7 @@ class TrainedTrial:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"{file} is not what this version of longspan writes ({reason}); read it with the version that trained "
-                "it, or let its sweep write it again"
+                "it, or run its sweep again to rewrite it"
             ) from error
 
     def base(self, location: str | None = None) -> ModelSource:
@@ -89,8 +94,8 @@ class TrainedTrial:
             ) from error
         if source.identity != self.model_identity:
             raise InputError(
-                f"{self.folder} was trained from another base than {given}: from {self.model_identity}, and this is "
-                f"{source.identity}. Give the model that it was trained from with --base"
+                f"{self.folder} was trained from the base {self.model_identity}, but {given} is "
+                f"{source.identity}; give the base that it was trained from with --base"
             )
         return source
 
@@ -126,7 +131,7 @@ class TrainedTrial:
         return self._kept(int(checkpoint), "--keep-every of its sweep keeps some of them")
 
     def describe_step(self, step: int, checkpoint: str) -> str:
-        """Says in words which checkpoint before a trial's last step was taken."""
+        """A line on which checkpoint before a trial's last step was taken."""
         which = "this trial is not finished" if checkpoint == "last" else f"checkpoint {checkpoint}"
         return f"{which}: step {step} of {self.training.steps}"
 
@@ -149,9 +154,9 @@ class TrainedTrial:
             for folder in sorted(checkpoints.glob("step-*"), reverse=True)[:1]
             if (problem := damage(folder))
         )
-        again = "run its sweep's command again, which goes on with it"
+        again = "run its sweep's command again, which resumes it"
         if failure := self._failure():
-            again = f"its training failed ({failure}): mend that, then {again}"
+            again = f"its training failed ({failure}): fix that, then {again}"
         if step is None:
             raise InputError(f"{self.folder} has no whole checkpoint{damaged}; {again}")
         if step < steps and not unfinished:
@@ -202,24 +207,23 @@ class TrainedTrial:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The journal's ``eval`` events: the last of each (context length, step), in that order."""
-        events = {(e["context_length"], e["step"]): e for e in self._events() if e.get("event") == "eval"}
+        evals = [event for event in self._events() if event["event"] == "eval" and event.keys() >= EVAL_FIELDS]
+        events = {(event["context_length"], event["step"]): event for event in evals}
         return [events[key] for key in sorted(events)]
 
     def _failure(self) -> str | None:
         """The reason of its last attempt's failure, if it failed."""
-        ends = [event for event in self._events() if event.get("event") in ("started", "failed", "finished")]
+        ends = [event for event in self._events() if event["event"] in ("started", "failed", "finished")]
         return ends[-1].get("reason") if ends and ends[-1]["event"] == "failed" else None
 
     def _events(self) -> Iterator[dict[str, Any]]:
         try:
-            lines = (self.folder / "journal.jsonl").read_text().splitlines()
+            lines = (self.folder / "journal.jsonl").read_bytes().splitlines()
         except OSError:
             return  # not trained by a sweep
         for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # truncated by a process that died
+            with contextlib.suppress(ValueError):
+                yield parse_line(line)
 
 
 def _trials_near(folder: Path) -> str:

@@ -1,8 +1,9 @@
 """A sweep's trials compared: a setting is all trials that differ only in their seed, a method is its best setting.
 
 Only finished trials compete. Settings are compared over their seeds and the scored documents, at every evaluation they
-have in common, by the bootstrap of :mod:`workloads.evaluation.bootstrap`: documents, and seeds where there are several,
-are drawn again, the same ones for both sides. Of methods that finished different seeds the shared ones are compared.
+have in common, by the bootstrap of :mod:`workloads.evaluation.bootstrap`: documents, and several
+seeds, are resampled, the same ones for both sides. Methods that finished different seeds are compared over the shared
+ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from orchestrator.compare import cost, words
+from orchestrator.compare import quality_and_cost as cost
+from orchestrator.compare import words
 from orchestrator.records import trial_cost
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
@@ -162,7 +164,7 @@ def _compare_length(
 
 
 def _settings(trained: list[Outcome]) -> list[Setting]:
-    """Of finished trials, in their order."""
+    """The settings of finished trials, in order."""
     groups: dict[TrainingConfig, dict[int, Outcome]] = defaultdict(dict)
     for outcome in trained:
         if outcome.finished:
@@ -239,12 +241,12 @@ def _describe_settings(
 
 
 def _named(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the name that the report shows."""
+    """Adds the name that the report shows."""
     return [{**one, "name": name} for one, name in zip(described, words.distinct_names(described))]
 
 
 def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
-    """Every method against each before it in ``order``, at every evaluation of both but step 0."""
+    """The gap of every method to each before it in ``order``, at every evaluation of both but step 0."""
     gaps = []
     for place, baseline in enumerate(order):
         for method in order[place + 1 :]:

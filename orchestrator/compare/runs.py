@@ -1,7 +1,7 @@
 """Find single runs by any of their names, and list what differs between them.
 
-Differences come before results: a better run with another seed, data, code or machine means something else than a
-better run with another learning rate alone.
+Differences come before results: a run that is better with another seed, data, code or machine does not
+show what one with only another learning rate does.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Run:
         return f"{self.trial.label} ({self.trial.fingerprint[:8]})"
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """All that may explain a difference, by section and field; of several attempts, the last."""
+        """Everything that may explain a difference, by section and field, from the last attempt."""
         trial, started = self.trial, self.record.started or Started()
         execution = {
             **started.execution,
-            # What was chosen, where the setting leaves the choice.
+            # Resolved values where the setting is auto.
             "attention_backend": self.record.model.attention_backend if self.record.model else None,
             "workers": self.record.started and started.workers,
         }

@@ -1,4 +1,4 @@
-"""Runs side by side: first what differs between them, then their curves, then which is better, if that can be said."""
+"""Runs side by side: their differences, their curves, and which is better, if that is established."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from workloads.evaluation.bootstrap import CONFIDENCE, gap_interval, perplexity_
 
 
 def side_by_side(runs: list[Run]) -> dict[str, Any]:
-    """All of it as plain data, ready for JSON; the first run is what the others are compared with.
+    """The comparison as plain data, ready for JSON; the others are compared with the first run.
 
     ``differences`` and ``same``: see :func:`orchestrator.compare.runs.differences`. ``curve``: a row for each step at
     which any was evaluated, with each run's tokens and perplexity, and its perplexity above the first's in percent with
     the paired interval, where both were evaluated on the same documents. ``winner``: an index into ``runs``, or None;
-    ``verdict`` says in words which is better and how surely, or why that cannot be said.
+    ``verdict`` is sentences: which is better and how surely, or why that is not established.
     """
     outcomes = [Outcome(run.trial, run.record) for run in runs]
     differ, same = differences(runs)
@@ -58,7 +58,7 @@ def _describe(run: Run, outcome: Outcome) -> dict[str, Any]:
 
 
 def _scored_differently(first: Outcome, other: Outcome) -> str | None:
-    """Why the perplexities of two runs cannot be compared, or None: their scored tokens are the same."""
+    """Why the perplexities of two runs cannot be compared; None if their scored tokens are the same."""
     ours, theirs = first.trial, other.trial
     for what, one, another in (
         ("the data", ours.identities.data, theirs.identities.data),
@@ -72,7 +72,7 @@ def _scored_differently(first: Outcome, other: Outcome) -> str | None:
             return f"{what} differs ({one} and {another})"
     one_scores, other_scores = first.scores(), other.scores()
     if one_scores and other_scores and not np.array_equal(one_scores.tokens, other_scores.tokens):
-        return "the scored documents have other lengths"
+        return "the scored documents differ in length"
     return None
 
 
@@ -124,7 +124,7 @@ def _verdict(runs: list[Run], outcomes: list[Outcome], why_not: str) -> tuple[in
         )
         if gap.low <= 0:
             established = False
-            text += ": these documents do not tell the two apart"
+            text += ", a difference that these documents do not establish"
         sentences.append(f"{text}.")
     if not established:
         return None, [*sentences, "No winner: the best is not established against all others."]

@@ -1,4 +1,4 @@
-"""The answer in words: labels, and sentences for the terminal and the report."""
+"""The wording of a comparison: labels, and sentences for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _chosen_rates(settings: list[dict[str, Any]], chosen: dict[str, dict[str, An
             edge = setting["learning_rate"] in (rates[0], rates[-1])
             words.append(
                 f"{METHOD_LABELS[method]} with {setting['learning_rate']:g} of {join([f'{rate:g}' for rate in rates])}"
-                + (" (the edge of the grid: a better one may lie beyond it)" if edge else "")
+                + (" (the edge of the grid: a better one may be beyond it)" if edge else "")
             )
     if not words:
         return []
@@ -195,7 +195,7 @@ def _convergence(setting: dict[str, Any], as_good: float) -> str:
 
 
 def _costs(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware: list[str]) -> list[str]:
-    """What it takes to reach the target, and which methods others dominate."""
+    """The cost of reaching the target, and which methods others dominate."""
     sentences, unit, target = [], context["hours_unit"], context["target"]
     if target is not None and chosen:
         reached = [
@@ -257,7 +257,7 @@ def _against(name: str, scores: DocumentScores, label: str, reference: DocumentS
         return f"{capital(name)} beats {other} by {-gap.value:.1%} {paired}."
     if gap.low > 0:
         return f"{capital(name)} does not beat {other}: it is {gap.value:.1%} above it {paired}."
-    return f"{capital(name)} and {other} cannot be told apart {paired}."
+    return f"The difference between {name} and {other} is not established {paired}."
 
 
 def _spread(name: str, trials: list[dict[str, Any]], method: str) -> str:
@@ -268,7 +268,7 @@ def _spread(name: str, trials: list[dict[str, Any]], method: str) -> str:
 
 
 def _at_original_length(trials: list[dict[str, Any]]) -> list[str]:
-    """What the longer context cost at the length that the model was pretrained at."""
+    """How training for the longer context changed perplexity at the pretrained length."""
     after = [(trial, trial["original_length"]) for trial in trials if trial["original_length"] and trial["chosen"]]
     if not after or after[0][1]["before"] is None:
         return []

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from clusters.prices import find_cluster
 from orchestrator.gpus import visible_gpus
-from orchestrator.options import RunOptions
+from orchestrator.planning.ray_files import make_token_folder, restrict
 from orchestrator.planning.ray_head import RUN_HERE, check_head
 from orchestrator.process import end_on_signal
 from orchestrator.ray_internals import HEAD_NODE_RESOURCE, ray_folder
 from orchestrator.records.provenance import cpu_name
+from orchestrator.run_options import RunOptions
 from orchestrator.terminal import GIB
 from workloads.budget import Device, host_memory
 from workloads.config import Precision
@@ -240,10 +241,12 @@ def _start_ray() -> tuple[Node, ...]:
     import ray
 
     try:
-        ray.init(
+        make_token_folder()
+        started = ray.init(
             address="local", num_cpus=usable_cpus(), include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES, **QUIET,
         )  # fmt: skip
+        restrict(Path(started.address_info["session_dir"]))
         return _nodes()
     except Exception as error:
         raise InputError(

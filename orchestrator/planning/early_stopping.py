@@ -28,10 +28,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.options import RunOptions
 from orchestrator.records.json_files import expect_fields
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import TrialSpec
 from workloads.config import TrainingConfig

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from clusters.prices import Price, price_per_gpu_hour
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
 from orchestrator.terminal import and_list, gib
 from orchestrator.trial_spec import TrialSpec
 from workloads.budget import (
@@ -23,13 +23,13 @@ from workloads.budget import (
     ModelShape,
     calibrated,
     checkpoint_bytes,
-    fewest_recomputed,
-    needed,
+    memory_needed,
     resolve_auto,
     smallest_change_that_fits,
     step_seconds,
     trial_seconds,
     what_trains,
+    with_fewest_recomputed,
 )
 from workloads.config import ExecutionConfig, TrainingConfig
 
@@ -158,8 +158,8 @@ class Estimator:
         # With --fit, recompute is one of the changes that are compared.
         if options.gradient_checkpointing == "auto" and self.cluster.gpus and not fit:
             every = resolve_auto(self.shape, training, replace(execution, gradient_checkpointing="all"))
-            execution = fewest_recomputed(self.shape, training, asked, workers, self.device) or every
-        needs = needed(self.shape, training, execution, workers, self.device)
+            execution = with_fewest_recomputed(self.shape, training, asked, workers, self.device) or every
+        needs = memory_needed(self.shape, training, execution, workers, self.device)
         if execution.layers_offloaded and 0 < self.device.host_memory < needs.host:
             has = f"{gib(needs.host)} of {gib(self.device.host_memory)} of host memory for each worker"
             refusal = f"needs {has}; --offload-activations auto takes as many layers as fit"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orchestrator.options import RunOptions
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from workloads.config import Positions
 from workloads.data import ExampleCorpus, PackedCorpus

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.cost import Totals
 from orchestrator.planning.data_summary import data_summary
 from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.notes import notes
-from orchestrator.planning.planner import Planned, Totals, summarise_actions
+from orchestrator.planning.planner import Planned, summarise_actions
 from orchestrator.planning.preparation import Identified, Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.terminal import GIB, duration, gib, number_or_dash, usd

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
 from orchestrator.planning.notes import position_notes
@@ -23,6 +22,7 @@ from orchestrator.process import enable_gc
 from orchestrator.records import cancellation
 from orchestrator.records.provenance import own_prices
 from orchestrator.records.storage import Storage
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.budget import ModelShape

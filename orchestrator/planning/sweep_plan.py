@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from orchestrator.planning.budget_watch import Spending
 from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.cost import Totals, refuse_over_budget, sum_up
 from orchestrator.planning.estimate import Estimate, Estimator
-from orchestrator.planning.planner import (
-    Planned,
-    Totals,
-    as_json,
-    find_forced,
-    plan_trials,
-    refuse_infeasible,
-    refuse_over_budget,
-    sum_up,
-)
+from orchestrator.planning.planner import Planned, find_forced, plan_trials, refuse_infeasible
 from orchestrator.planning.preparation import Identified
 from orchestrator.planning.search import Search
-from orchestrator.planning.spending import Spending
 from orchestrator.records.json_files import write_json
 from orchestrator.trial_spec import TrialSpec
 from workloads.config import Precision
@@ -151,3 +144,28 @@ def write_plan(sweep: Identified, plan: SweepPlan) -> None:
     write_json(sweep.folder / "sweep.json", listed)
     write_json(sweep.folder / "plan.json", as_json(plan.planned, plan.totals))
     sweep.storage.push(sweep.folder)
+
+
+def as_json(planned: Iterable[Planned], total: Totals) -> dict[str, Any]:
+    """The plan as plain data: kept with the sweep as ``plan.json``, to compare with the trials' actual cost."""
+    return {
+        "totals": {"hours": total.hours, "usd": total.usd, "seconds": total.makespan, "disk_bytes": total.disk},
+        "trials": [
+            {
+                "fingerprint": p.trial.fingerprint,
+                "label": p.trial.label,
+                "action": p.action,
+                "reason": p.reason,
+                "workers": p.estimate.workers,
+                "memory_bytes": p.estimate.memory.total,
+                "allocated_bytes": p.estimate.memory.allocated,
+                "recomputed_layers": p.estimate.execution.gradient_checkpointing,
+                "offloaded_layers": p.estimate.execution.layers_offloaded,
+                "host_bytes": p.estimate.memory.host,
+                "tokens_per_second": p.estimate.tokens_per_second,
+                "seconds": p.estimate.seconds,
+                "usd": p.estimate.usd,
+            }
+            for p in planned
+        ],
+    }

@@ -1,7 +1,7 @@
 """Recipes: functions without arguments that return a complete sweep.
 
-The command line names one and overrides its fields. A new recipe is a function in its family's file and a line in
-``RECIPES``; the first line of its docstring is its help.
+The command line names one and overrides its fields. A new recipe is a function in its family's file and an entry in
+``RECIPES``; the first line of its docstring is its help text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def find_recipe(name: str) -> Callable[[], SweepSpec]:
     """The recipe of that name.
 
     Raises:
-        InputError: there is none; the message names the nearest.
+        InputError: there is none; the message suggests the closest name.
     """
     if name not in RECIPES:
         nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0)[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 import types
 import typing
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from workloads.evaluation.bootstrap import DocumentScores
+from workloads.files.journal_lines import parse_line
 from workloads.files.json_text import json_text
 
 # 1: lines without a version (up to b1875aa).
@@ -30,19 +31,20 @@ FaultKind = Literal[
     "preempted",
 ]  # fmt: skip
 
-# Unix seconds of a line are below this (the year 2603): no other number is a time.
-LATEST = 2e10
-# Whole numbers of a line are below this: no count of ours is larger, and a float could not hold it.
-LARGEST = 2**63
+# Whole numbers must be below this: no count of ours is larger, and a float could not hold it.
+MAX_INTEGER = 2**63
 
 # Values that older journals have under another name, by event and field.
 _FAULT_KINDS = {"hiccup": "transient"}
 RENAMED: dict[str, dict[str, dict[str, str]]] = {"failed": {"kind": _FAULT_KINDS}, "retry": {"kind": _FAULT_KINDS}}
 
+# The longest time between two lines of different processes, or of an older journal, that is believed: 6 hours.
+MAX_GAP_S = 6 * 3600.0
+
 EVENTS: dict[str, type[Event]] = {}
 
 
-def _optional() -> Any:
+def _omitted_if_none() -> Any:
     """A field that is None by default, and then left out of the line."""
     return field(default=None, metadata={"optional": True})
 
@@ -54,6 +56,8 @@ class Event:
     Args:
         time: when, in Unix seconds.
         version: of the format of its line.
+        process: of the worker that wrote it; None for other writers, and in older journals.
+        uptime: seconds on the monotonic clock of that process.
         extra: fields that this version of longspan does not know.
     """
 
@@ -61,6 +65,8 @@ class Event:
 
     time: float = field(default_factory=time.time)
     version: int = VERSION
+    process: str | None = _omitted_if_none()
+    uptime: float | None = _omitted_if_none()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -91,7 +97,7 @@ class Started(Event, name="started"):
     Args:
         devices: GPUs, or threads of CPUs, of all workers together.
         usd_per_device_hour, price_source: None where the price is not known.
-        drive: of the driver that started it, and of its restarts.
+        drive: id of the job that started it, the same across restarts of the driver's process.
         execution: settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers of layers.
     """
 
@@ -107,11 +113,11 @@ class Started(Event, name="started"):
     device: Literal["gpu", "cpu"] | None = None
     devices: int | None = None
     device_name: str | None = None
-    device_memory_gib: float | None = _optional()
-    compute_capability: str | None = _optional()
-    driver: str | None = _optional()
-    cuda: str | None = _optional()
-    allocator: str | None = _optional()
+    device_memory_gib: float | None = _omitted_if_none()
+    compute_capability: str | None = _omitted_if_none()
+    driver: str | None = _omitted_if_none()
+    cuda: str | None = _omitted_if_none()
+    allocator: str | None = _omitted_if_none()
     usd_per_device_hour: float | None = None
     price_source: str | None = None
     sweep: str | None = None
@@ -134,8 +140,8 @@ class ModelReady(Event, name="model"):
 
     parameters: int
     trainable_parameters: int
-    attention_backend: str | None = _optional()
-    compiled_layers: bool | None = _optional()
+    attention_backend: str | None = _omitted_if_none()
+    compiled_layers: bool | None = _omitted_if_none()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,7 @@ class Step(Event, name="step"):
     seconds: float
     tokens_per_second: float
     peak_memory_gib: float
-    mfu: float | None = _optional()
+    mfu: float | None = _omitted_if_none()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,14 +240,14 @@ class Retry(Event, name="retry"):
 
 @dataclass(frozen=True, kw_only=True)
 class Preempted(Event, name="preempted"):
-    """Its node was about to be taken away: stopped with a checkpoint, to continue elsewhere."""
+    """The node is being preempted: stopped with a checkpoint, continues elsewhere."""
 
     attempt: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cancelled(Event, name="cancelled"):
-    """Somebody asked for it (orchestrator/cancel.py): stopped with a checkpoint, or not begun; can continue."""
+    """Cancelled by a user (orchestrator/cancel.py): stopped with a checkpoint, or not begun; can continue."""
 
     step: int
     by: str
@@ -277,10 +283,29 @@ class Skipped(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """The events of some lines, and the lines that were passed over."""
+    """The events of some lines, and the lines that were skipped."""
 
     events: list[Event]
     skipped: list[Skipped]
+
+
+# Names this process in the lines of its journal.
+_PROCESS = uuid.uuid4().hex[:8]
+
+
+def stamp(event: Event) -> Event:
+    """The event with this process's monotonic clock: wall clocks may be set while it runs."""
+    return dataclasses.replace(event, process=_PROCESS, uptime=round(time.monotonic(), 3))
+
+
+def seconds_between(earlier: Event, later: Event) -> float:
+    """The time between two lines of a journal that follow each other; never negative.
+
+    Exact between lines of one process. Between others the wall clocks count, up to ``MAX_GAP_S``.
+    """
+    if earlier.process and earlier.process == later.process and None not in (earlier.uptime, later.uptime):
+        return max(0.0, (later.uptime or 0.0) - (earlier.uptime or 0.0))
+    return max(0.0, min(later.time - earlier.time, MAX_GAP_S))
 
 
 def make_event(name: str, **fields: Any) -> Event:
@@ -305,29 +330,25 @@ def as_line(event: Event) -> str:
 
 
 def parse(content: bytes) -> Parsed:
-    """The events of whole lines. A line that a dying process cut off, or that is damaged, is passed over."""
+    """The events of whole lines. A line that a dying process cut off, or that is damaged, is skipped."""
     events, skipped = [], []
     for line in content.splitlines():
         if not line.strip():
             continue
         try:
-            events.append(_parse_event(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            events.append(_make_event(parse_line(line)))
+        except (ValueError, TypeError) as error:
             skipped.append(Skipped(line, str(error)))
     return Parsed(events, skipped)
 
 
-def _parse_event(values: Any) -> Event:
-    """The event of a line's values, which are used up.
+def _make_event(values: dict[str, Any]) -> Event:
+    """The event of a line. Consumes ``values`` (pops its keys).
 
     Raises:
-        TypeError, ValueError: it is no event, lacks fields, or has values of other types.
+        TypeError, ValueError: it lacks fields, or has values of other types.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
-        raise ValueError("not a JSON object with the name of an event")
     name = values.pop("event")
-    if not isinstance(when := values.get("time"), int | float) or not 0 <= when < LATEST:
-        raise ValueError(f"{name!r} without a time")
     cls = EVENTS.get(name, Unknown)
     for renamed, new_values in RENAMED.get(name, {}).items():
         if renamed in values:
@@ -380,4 +401,4 @@ def _type_check(hint: Any) -> Callable[[Any], bool]:
 
 
 def _is_whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_INTEGER

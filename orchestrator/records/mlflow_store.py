@@ -172,6 +172,7 @@ class MlflowStore:
 
         url = make_url(self.uri)
         if url.database and not url.query:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(url.database, timeout=LOCKED_S, isolation_level=None)) as database:
                 database.execute("BEGIN IMMEDIATE")  # fails if it is locked, read-only or no database
                 database.execute("SELECT name FROM sqlite_master").fetchall()

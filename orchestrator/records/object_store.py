@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from workloads.errors import InputError
+from workloads.errors import InputError, first_line
 from workloads.files.hashes import content_hash
 from workloads.files.safe import is_plain_name, open_plain, replace_file
 
@@ -163,8 +163,10 @@ class ObjectStore:
         except ImportError as error:
             extra = "'longspan[s3]'" if parts.scheme in ("s3", "s3a") else "its fsspec package"
             raise InputError(f"storage {url}: {error}; pip install {extra}") from error
-        except ValueError as error:
-            raise InputError(f"storage {url}: {error}; expected a folder, or a location that fsspec opens") from error
+        except Exception as error:  # each file system of fsspec raises what it likes
+            raise InputError(
+                f"storage {url}: {first_line(error)}; expected a folder, or a location that fsspec opens"
+            ) from error
 
     def check(self) -> None:
         """Checks that objects can be written, and created only if absent.

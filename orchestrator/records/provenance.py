@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from orchestrator.gpus import nvidia_driver
-from orchestrator.options import RunOptions
+from orchestrator.run_options import RunOptions
 
 # Packages that a result or its speed depends on.
 PACKAGES = (

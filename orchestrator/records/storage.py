@@ -3,7 +3,8 @@
     trials/<fingerprint>/   trial.json, journal.jsonl, log.txt, checkpoints/, lease/, mlflow.json, code-*.diff;
                             cancel.json (a request), earlier-<n>/ (put aside by --force)
     sweeps/<name>/          spec.json, plan.json, sweep.json, rungs/, search.jsonl, comparison.json, report/, log.txt,
-                            plan-and-truth.json, code-*.diff; command.json (who runs it), cancel.json (a request)
+                            plan-and-truth.json, code-*.diff; command.json (who runs it), cancel.json (a request),
+                            earlier-<n>/ (put aside where the name was used again)
     data/<hash>/            prepared corpora, shared by all trials
     mlflow/                 MLflow's default store: mlflow.db and artifacts/
     cache/compiled/         output of torch's compiler; may be removed at any time
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +38,9 @@ from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.trial_folder import JOURNAL, TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
-from workloads.errors import InputError
+from workloads.errors import InputError, one_error
 from workloads.files.cache import user_cache
+from workloads.files.given import check_encoding
 from workloads.files.json_text import json_text
 from workloads.files.once import make_once
 from workloads.files.safe import is_plain_file, is_plain_name, replace_file
@@ -96,7 +99,9 @@ class Storage:
     def at(cls, location: str) -> Storage:
         """The storage root at ``location`` as it is: what a worker on any node opens."""
         if "://" not in location:
-            return cls(Path(location).expanduser().resolve())
+            check_encoding(location)
+            with one_error(f"storage {location!r} is no path", "Give a folder with --storage."):
+                return cls(Path(location).expanduser().resolve())
         store = ObjectStore.at(location)
         return cls(user_cache() / "storage" / hashlib.sha256(store.url.encode()).hexdigest()[:16], store)
 
@@ -226,6 +231,34 @@ class Storage:
         listed = expect_fields(content, f"{self.location}/{file}", trials=list)["trials"]
         check_names(listed, f"{self.location}/{file}")
         return listed
+
+    def put_aside_sweep(self, name: str, fingerprints: set[str]) -> Path | None:
+        """Moves a sweep's spec, plan, comparison and report to ``earlier-<n>/`` if its name is used for another sweep.
+
+        It is another one if a trial that it lists is not among these fingerprints: a sweep may grow. Returns the
+        folder, or None if nothing was moved.
+        """
+        with self.set_apart():
+            listed = self.read_listed(name)
+            if listed is None or set(listed) <= fingerprints:
+                return None
+        folder = self.sweep(name)
+        found = [file for file in self.sizes() if file.startswith(f"sweeps/{name}/")]
+        number = 1 + len({file.split("/")[2] for file in found if file.split("/")[2].startswith("earlier-")})
+        aside = f"sweeps/{name}/earlier-{number}"
+        for file in found:
+            below = file.removeprefix(f"sweeps/{name}/")
+            if not re.match(r"(spec|plan|sweep|comparison|plan-and-truth)\.json$|report/|code-[^/]*\.diff$", below):
+                continue
+            if self.store:
+                content = retry(partial(self.store.read, file))
+                retry(partial(self.store.write, f"{aside}/{below}", content or b""))
+                retry(partial(self.store.remove, [file]))
+                (self.root / file).unlink(missing_ok=True)
+            else:
+                (self.root / aside / below).parent.mkdir(parents=True, exist_ok=True)
+                (self.root / file).rename(self.root / aside / below)
+        return folder / f"earlier-{number}"
 
     def search_journal(self, sweep: str) -> Journal | SegmentedJournal:
         """The suggestions of a sweep's search."""

@@ -36,9 +36,9 @@ def held_cost(record: TrialRecord, sweep: str | None = None) -> tuple[float, flo
     """
     hours = 0.0
     usd: float | None = 0.0
-    for attempt, heard in zip(record.attempts, record.attempts_heard):
+    for attempt, seconds in zip(record.attempts, record.attempts_held):
         if sweep is None or attempt.sweep in (None, sweep):
-            taken = attempt.num_devices * (heard - attempt.time) / 3600
+            taken = attempt.num_devices * seconds / 3600
             price = attempt.usd_per_device_hour
             hours += taken
             usd = None if usd is None or price is None else usd + taken * price

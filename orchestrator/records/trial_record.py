@@ -23,6 +23,7 @@ from orchestrator.records.events import (
     Started,
     Step,
     Stopped,
+    seconds_between,
 )
 from orchestrator.records.journal import Journal, Read
 from orchestrator.records.segments import SegmentedJournal
@@ -39,7 +40,7 @@ class TrialRecord:
         remedies: what was changed or waited for after each fault.
         launched: the last launch. Likewise ``started``, ``model``, ``stopped`` and ``cancelled``.
         pause_ends: when the last retry begins, in Unix seconds.
-        heard: when the last line was written; ``attempts_heard``: the last line of each attempt.
+        heard: when the last line was written; ``attempts_held``: seconds from each attempt's start to its last line.
         ended: when the trial last finished, failed, or was stopped or cancelled.
         evals: by (context length, step).
         skipped: lines that could not be read.
@@ -59,7 +60,8 @@ class TrialRecord:
     stopped: Stopped | None = None
     cancelled: Cancelled | None = None
     attempts: list[Started] = field(default_factory=list)
-    attempts_heard: list[float] = field(default_factory=list)
+    attempts_held: list[float] = field(default_factory=list)
+    last_of_attempt: Event | None = None
     model: ModelReady | None = None
     steps: dict[int, Step] = field(default_factory=dict)
     evals: dict[tuple[int, int], Eval] = field(default_factory=dict)
@@ -90,15 +92,17 @@ class TrialRecord:
         if self.state == "starting" and isinstance(event, Step | Eval):
             self.state = "running"  # a second sweep waits for the one that trains it
         self.heard = event.time
-        if self.state == "running" and self.attempts and not isinstance(event, Launched | Retry):
-            self.attempts_heard[-1] = event.time
+        if self.state == "running" and self.last_of_attempt and not isinstance(event, Launched | Retry):
+            self.attempts_held[-1] += seconds_between(self.last_of_attempt, event)
+            self.last_of_attempt = event
         match event:
             case Launched() if self.state != "finished":  # another sweep may have finished it in between
                 self.state, self.reason, self.launched = "starting", None, event
             case Started():
                 self.state, self.reason = "running", None
                 self.attempts.append(event)
-                self.attempts_heard.append(event.time)
+                self.attempts_held.append(0.0)
+                self.last_of_attempt = event
                 self.resumed_at = 0
             case ModelReady():
                 self.model = event

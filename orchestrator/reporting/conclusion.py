@@ -12,17 +12,17 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.compare import Outcome, compare, method_labels, summarise
-from orchestrator.planning.planner import Totals
+from orchestrator.planning.cost import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.records.events import Started
 from orchestrator.records.json_files import expect_fields, read_json, write_json
 from orchestrator.records.mlflow_store import without_password
-from orchestrator.records.mlflow_tracking import Tracker
+from orchestrator.records.mlflow_sync import Tracker
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
-from orchestrator.terminal import shown_path
+from orchestrator.terminal import shell_command, shown_path
 from workloads.attention.patterns import PATTERNS
 from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models.positions import POSITIONS
@@ -57,6 +57,7 @@ class Conclusion:
         outcomes = self._outcomes()
         self.tracker.follow(self.plan.trials, sweep.name, self.provenance, check_runs=True)
         comparison = self._describe(outcomes)
+        report: list[Path] = []
         try:
             write_json(sweep.folder / "comparison.json", comparison)
             report = render(comparison, sweep.folder / "report")
@@ -72,7 +73,8 @@ class Conclusion:
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
             self.console.print(sentence)
         self.console.print(f"\n{time.time() - self.began:.0f} s in total.")
-        self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
+        if report:
+            self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
         for trial in winners(comparison):
@@ -108,7 +110,8 @@ class Conclusion:
                 f"{'was' if num_cancelled == 1 else 'were'} cancelled. The same command resumes them."
             )
         for outcome in failures(outcomes):
-            line = f"failed: {outcome.trial.label}: {outcome.record.reason}; log: {outcome.log}"
+            gone = "it has no journal: its folder was removed while the sweep ran, or it never began"
+            line = f"failed: {outcome.trial.label}: {outcome.record.reason or gone}; log: {outcome.log}"
             self.console.print(line, style="red")
 
     def _print_mlflow(self) -> None:
@@ -225,15 +228,16 @@ class Conclusion:
 
     def _mlflow_command(self, storage: str) -> str:
         if self.tracker.uri.startswith("sqlite:"):
-            return f"{shown_path(Path(sys.executable))} -m dashboards.mlflow --storage {storage}"
+            return shell_command(shown_path(Path(sys.executable)), "-m", "dashboards.mlflow", "--storage", storage)
         return f"open {without_password(self.tracker.uri)} and choose the experiment {self.sweep.options.experiment}"
 
     def _export_command(self, fingerprint: str) -> str:
         storage = self.sweep.storage
         python, folder = shown_path(Path(sys.executable)), shown_path(storage.trial(fingerprint).path)
         if storage.store:
-            folder = f"$({python} -m orchestrator.fetch {storage.location} {fingerprint})"
-        return f"{python} -m workloads.export {folder} DIR"
+            fetch = shell_command(python, "-m", "orchestrator.fetch", storage.location, fingerprint)
+            return f'{shell_command(python, "-m", "workloads.export")} "$({fetch})" DIR'
+        return shell_command(python, "-m", "workloads.export", folder, "DIR")
 
 
 def failures(outcomes: list[Outcome]) -> list[Outcome]:

@@ -27,7 +27,7 @@ class LiveView:
         self.rows, self.concurrency, self.console = rows, concurrency, console
         self.note: Callable[[], str | None] = lambda: None  # what a person should know or do
         self.tokens_to_come = lambda: 0  # of trials that a search has not suggested yet: they join the rows later
-        self.began = time.time()
+        self.began = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="view", daemon=True)
 
@@ -46,11 +46,11 @@ class LiveView:
                     self._follow()
                     live.update(self.table(), refresh=True)
             return
-        printed = time.time()
+        printed = time.monotonic()
         while not self._stop.wait(REFRESH_S):
             self._follow()
-            if time.time() - printed >= LOG_INTERVAL_S:
-                printed = time.time()
+            if time.monotonic() - printed >= LOG_INTERVAL_S:
+                printed = time.monotonic()
                 self.console.print(self.table())
                 sys.stdout.flush()
 
@@ -60,7 +60,7 @@ class LiveView:
 
     def table(self) -> Table:
         """The table as of now."""
-        elapsed = time.time() - self.began
+        elapsed = time.monotonic() - self.began
         left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
         title = f"{duration(elapsed)} elapsed" + (f", about {duration(left)} left" if left else "")
         table = trials_table(title)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.planning.cluster import Cluster
-from orchestrator.planning.planner import Planned, Totals
+from orchestrator.planning.cost import Totals
+from orchestrator.planning.planner import Planned
 from orchestrator.records.events import Event, Failed, Finished, Launched, Preempted, Started, Step, Stopped
 from orchestrator.records.storage import Storage
 from orchestrator.terminal import GIB, and_list, duration, usd

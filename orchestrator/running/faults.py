@@ -12,8 +12,8 @@
     preempted           a node that is about to be taken away            retried at once, ``max_preemptions`` times
 
 Ray Train replaces a lost worker or node, and Ray Tune a lost driver. The trial's driver
-(:mod:`orchestrator.running.driver`) decides the rest, from what the worker wrote into the journal. "Final" holds for
-this run of the command: the next run tries again, since the user may have removed the cause.
+(:mod:`orchestrator.running.trial_driver`) decides the rest, from what the worker wrote into the journal. "Final" holds
+for this run of the command: the next run tries again, since the user may have removed the cause.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from orchestrator.records.events import FaultKind
 from orchestrator.records.journal import DISK_FULL
-from workloads.budget import less_memory
+from workloads.budget import reduce_memory
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
 
@@ -123,7 +123,7 @@ class Remedy:
 
 
 def find_remedy(
-    kind: FaultKind, execution: ExecutionConfig, worker_batch: int, layers: int, remedied: list[FaultKind]
+    kind: FaultKind, execution: ExecutionConfig, worker_batch: int, layers: int, past_faults: list[FaultKind]
 ) -> Remedy | None:
     """How to continue after a fault; None if it is final.
 
@@ -131,13 +131,13 @@ def find_remedy(
         execution: how the trial ran.
         worker_batch: sequences that each worker trains in a step.
         layers: decoder layers that have a backward pass.
-        remedied: the faults of this trial that had a remedy in this run of the command.
+        past_faults: the faults of this trial that had a remedy in this run of the command.
     """
-    if kind == "transient" and (tried := remedied.count("transient")) < len(TRANSIENT_PAUSES):
+    if kind == "transient" and (tried := past_faults.count("transient")) < len(TRANSIENT_PAUSES):
         pause = TRANSIENT_PAUSES[tried]
         return Remedy(execution, pause, f"tried again after {pause} s")
-    if kind in ("out_of_memory", "out_of_host_memory") and kind not in remedied:
-        smaller = less_memory(execution, worker_batch, layers, of_host=kind == "out_of_host_memory")
+    if kind in ("out_of_memory", "out_of_host_memory") and kind not in past_faults:
+        smaller = reduce_memory(execution, worker_batch, layers, of_host=kind == "out_of_host_memory")
         if smaller:
             return Remedy(smaller, 0, "tried again with " + _describe_difference(execution, smaller))
     return None

@@ -20,7 +20,7 @@ class Job:
     """What one driver trains, on how many workers, and for how long.
 
     Args:
-        config: plain data for :func:`orchestrator.running.driver.drive_trial`.
+        config: plain data for :func:`orchestrator.running.trial_driver.drive_trial`.
         seconds: expected; infinity if unknown.
         suggested: by a search, whose suggestions improve with each result it knows.
     """
@@ -101,7 +101,7 @@ class JobQueue:
         slots: how many workers fit on each machine.
     """
 
-    def __init__(self, jobs: Iterator[Job], slots: Placement, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, jobs: Iterator[Job], slots: Placement, clock: Callable[[], float] = time.monotonic) -> None:
         self.jobs, self.machines, self.clock = jobs, Machines(slots), clock
         self.waiting: list[Job] = []
 

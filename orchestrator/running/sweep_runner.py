@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
+from orchestrator.planning.budget_watch import BudgetWatch, Spending
 from orchestrator.planning.cluster import DRIVER_RESOURCES
 from orchestrator.planning.planner import Planned
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.search import Search
-from orchestrator.planning.spending import BudgetWatch, Spending
 from orchestrator.planning.sweep_plan import SweepPlan, next_suggestion, write_plan
 from orchestrator.ray_internals import silent_progress
 from orchestrator.records import cancellation
-from orchestrator.records.mlflow_tracking import Tracker, TrackingThread
+from orchestrator.records.mlflow_sync import Tracker, TrackingThread
 from orchestrator.records.provenance import Provenance
 from orchestrator.reporting.live_view import LiveView
 from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
-from orchestrator.running.driver import drive_trial
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
 from orchestrator.running.scheduling import Job, JobQueue
+from orchestrator.running.trial_driver import drive_trial
 from orchestrator.trial_spec import TrialSpec
 
 

@@ -26,7 +26,7 @@ from orchestrator.planning.early_stopping import Rungs
 from orchestrator.ray_internals import preemption_announced
 from orchestrator.records import leases
 from orchestrator.records.cancellation import Cancellation, cancel_before_start
-from orchestrator.records.events import Cancelled, Event, Failed, Finished, Preempted, Started, make_event
+from orchestrator.records.events import Cancelled, Event, Failed, Finished, Preempted, Started, make_event, stamp
 from orchestrator.records.leases import LeaseLost
 from orchestrator.records.object_store import StoreUnavailable
 from orchestrator.records.provenance import describe_machine
@@ -100,7 +100,7 @@ def _train(trial: TrialSpec, storage: Storage, job: TrialJob, device: torch.devi
             if kind == "lost" or exiting.is_set():
                 raise  # Ray Train restarts the workers unless it is ending them
             reason = f"{type(error).__name__}: {error}"
-            (observer.writer or folder.journal).append(Failed(kind=kind, reason=reason, attempt=job.attempt))
+            (observer.writer or folder.journal).append(stamp(Failed(kind=kind, reason=reason, attempt=job.attempt)))
             if workers > 1:
                 raise  # the others wait for this one
             logging.getLogger(__name__).error("the attempt ended in an error", exc_info=error)
@@ -118,7 +118,7 @@ class Observer:
     def record(self, event: Event) -> None:
         """Writes the event to the journal and shows it to those who may stop the trial."""
         if self.writer:
-            self.writer.append(event)
+            self.writer.append(stamp(event))
         if self.judge:
             self.judge.on_event(event)
         if self.cancellation:

@@ -32,7 +32,7 @@ def test_a_function_is_called_in_another_process():
 
 @pytest.mark.parametrize(
     ("function", "seconds", "reason"),
-    [(fail, 60, "^ValueError: no such thing$"), (die, 60, "its process ended with 7"), (hang, 1, "the time was over")],
+    [(fail, 60, "^ValueError: no such thing$"), (die, 60, "its process ended with 7"), (hang, 1, "its time limit")],
 )
 def test_a_failure_is_told_in_one_line(function, seconds, reason):
     with pytest.raises(Failed, match=reason):

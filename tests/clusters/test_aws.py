@@ -221,6 +221,6 @@ def test_machines_of_the_file_are_in_the_table() -> None:
     assert {node["node_config"]["InstanceType"] for node in nodes} <= MACHINES.keys()
 
 
-def test_imports_no_other_room() -> None:
+def test_imports_no_other_package() -> None:
     code = "import sys, clusters.check; assert not {'workloads', 'orchestrator', 'dashboards'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -1,5 +1,6 @@
 """A user's mistake is one clear error, before anything is trained, and the exit status is not 0."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,8 +8,8 @@ import sys
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.preparation import check_sweep, identify
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import main
 from tests.support.commands import ROOT, SweepCommand
@@ -43,6 +44,8 @@ def errors_of(arguments, capsys):
             "credentials do not belong into a location",
         ),  # the later flag holds
         (["--storage", "nope://bucket/runs"], "Protocol not known: nope"),
+        (["--storage", "github://a/b"], "github://a/b: GithubFileSystem.__init__() missing"),
+        (["--storage", "~nobody-of-this-name/runs"], "'~nobody-of-this-name/runs' is no path"),
     ],
 )
 def test_what_can_be_known_at_once(arguments, message, tmp_path, capsys):
@@ -50,6 +53,30 @@ def test_what_can_be_known_at_once(arguments, message, tmp_path, capsys):
     assert status == 2
     assert printed.startswith("error: ") and message in printed
     assert not list(tmp_path.glob("trials/*"))
+
+
+@pytest.mark.parametrize("size", [201, 300])
+def test_a_name_that_files_beside_its_folder_could_not_have(size, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--name", "x" * size])
+    assert ended.value.code == 2 and f"--name of {size} bytes" in capsys.readouterr().err
+
+
+def test_a_terminal_and_a_python_that_know_ascii_only(tmp_path):
+    """What cannot be printed is escaped; a name that cannot be read is one error with the remedy."""
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+
+    def plan(data):
+        command = [sys.executable, "-m", "orchestrator.plan", "--data", data, "--storage", str(tmp_path / "runs")]
+        done = subprocess.run(command, env=ascii_only, capture_output=True)
+        return done.returncode, " ".join((done.stdout + done.stderr).decode().split())
+
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "größe.txt").write_text("Größe\n", "utf-8")
+    status, printed = plan(str(tmp_path / "d"))
+    assert status == 0 and r"it begins: Gr\xf6\xdfe" in printed
+    status, printed = plan(str(tmp_path / "d" / "größe.txt"))
+    assert status == 2 and "reads names of files as ascii" in printed and "Set PYTHONUTF8=1" in printed
 
 
 def test_an_unknown_recipe(capsys):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import join_or_start
+from orchestrator.run_options import RunOptions
 from tests.support.commands import SMALL
 from tests.support.ray_nodes import free_port, kill_with_descendants
 from tests.support.storage import mlflow_runs
@@ -71,7 +71,7 @@ def test_a_job_without_the_token_is_refused(cluster):
     )
     assert done.returncode != 0
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=120)
     assert refused.value.code == 401
 
 

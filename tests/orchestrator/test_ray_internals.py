@@ -132,10 +132,10 @@ def test_ray_reads_every_environment_variable_that_is_set_for_it():
 
 
 def test_only_ray_internals_uses_what_ray_keeps_private():
-    """The autoscaler's check of cluster files is the exception: ``clusters`` imports no other room."""
+    """The autoscaler's check of cluster files is the exception: ``clusters`` imports no other package."""
     private = re.compile(r"\b(?:from|import)\s+ray\.[\w.]*\b_\w+|\b(?:from|import)\s+ray\s+import\s+_|\bray\._\w+")
     allowed = {ROOT / "orchestrator/ray_internals.py", ROOT / "clusters/check.py"}
-    rooms = ("orchestrator", "workloads", "clusters", "dashboards", "benchmarks")
-    files = {path for room in rooms for path in (ROOT / room).rglob("*.py")} - allowed
+    packages = ("orchestrator", "workloads", "clusters", "dashboards", "benchmarks")
+    files = {path for package in packages for path in (ROOT / package).rglob("*.py")} - allowed
     found = [str(path.relative_to(ROOT)) for path in files if private.search(path.read_text())]
     assert not found, f"{found} use Ray's private modules; orchestrator/ray_internals.py is their place"

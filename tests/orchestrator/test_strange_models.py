@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.records.storage import Storage
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from tests.support.events import emit_to
 from tests.support.models import small_llama, small_model

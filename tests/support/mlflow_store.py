@@ -3,7 +3,7 @@
 from mlflow import MlflowClient
 
 from orchestrator.records.events import Eval, Started, Step
-from orchestrator.records.mlflow_tracking import Tracker, tracking_uri
+from orchestrator.records.mlflow_sync import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from tests.support.events import a_step, evaluation
 

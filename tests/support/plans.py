@@ -1,8 +1,8 @@
 """What a plan is made with."""
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.estimate import Estimator
+from orchestrator.run_options import RunOptions
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import plain_losses, small_config
-from workloads.attention import grouped
+from workloads.attention import group_operator as grouped
 from workloads.config import ExecutionConfig
 from workloads.engines.engine import Engine
 from workloads.training.setup import prepare_model

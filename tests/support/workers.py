@@ -14,7 +14,9 @@ import torch.multiprocessing
 # Forks processes from one that has imported what takes seconds and has neither threads nor CUDA. They see the
 # environment variables of its start.
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["torch", "transformers", "transformers.models.llama.modeling_llama", "peft"])
+FORK_SERVER.set_forkserver_preload(
+    ["torch", "torch._inductor.compile_fx", "transformers", "transformers.models.llama.modeling_llama", "peft"]
+)
 
 
 def run_workers(folder, device: str, scenario: Callable[..., Any], *args, workers: int = 2) -> list[Any]:

@@ -90,7 +90,7 @@ def test_sampling_varies_and_a_seed_repeats_it(tiny):
 
 def test_a_document_beyond_the_reach_is_an_error_that_names_both_lengths(tiny):
     said = []
-    with pytest.raises(InputError, match=r"the document has 5,340 tokens.*reaches 512.*--truncate"):
+    with pytest.raises(InputError, match=r"the document has 5,340 tokens.*context is 512.*--truncate"):
         tokens_of(tiny, DOCUMENT * 20, report=said.append)
     assert not said
 
@@ -144,7 +144,7 @@ def test_the_command_answers_on_stdout_and_counts_on_stderr(tiny, document, caps
     assert command("--document", str(document), "--max-new-tokens", "5", "--device", "cpu", QUESTION) == 0
     told = capsys.readouterr()
     assert told.out == expected + "\n"
-    assert "document: 267 tokens; with the question 303 of the 512 that the model reaches" in told.err
+    assert "document: 267 tokens; with the question 303 of the model's 512" in told.err
     assert "tokens/s" in told.err
 
 

@@ -556,7 +556,7 @@ def test_a_truncated_checkpoint_is_named(trial, tmp_path):
         export_trial(trial, tmp_path / "out", unfinished=True)
     with (trial / "journal.jsonl").open("a") as journal:
         journal.write('{"event": "failed", "reason": "InputError: lora_rank is 99"}\n')
-    with pytest.raises(InputError, match=r"training failed \(InputError: lora_rank is 99\): mend that"):
+    with pytest.raises(InputError, match=r"training failed \(InputError: lora_rank is 99\): fix that"):
         export_trial(trial, tmp_path / "out", unfinished=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from workloads.attention.patterns import PATTERNS, Attention
-from workloads.attention.patterns.grouped import S2
+from workloads.attention.patterns.shifted_sparse import S2
 from workloads.errors import InputError
 from workloads.evaluation.retrieval import RetrievalOptions
 from workloads.evaluation.tasks import TASKS, options_of

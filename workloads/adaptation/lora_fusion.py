@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear
 
-from workloads.adaptation.wrapping import Position, Wrapper, unwrap, wrap
+from workloads.adaptation.wrapping import WrapOrder, Wrapper, unwrap, wrap
 from workloads.models.families import SAME_INPUT
 
 
@@ -103,7 +103,7 @@ class _FusedGroup:
 class _FusedLinear(Wrapper):
     """Around a linear layer; PEFT's stays PEFT's, to merge and to switch off."""
 
-    position = Position.FUSED_LORA
+    order = WrapOrder.FUSED_LORA
     fused_group: _FusedGroup
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

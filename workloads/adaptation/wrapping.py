@@ -1,9 +1,8 @@
 """Wrappers: modules of a loaded model get another forward pass, and keep their names, parameters and class name.
 
-A wrapper is a class put in front of a module's own class. However many a module has, and in whatever order they were
-put on, it gets one class, with its wrappers in the order of :class:`Position`. All alike modules share that class, so
-that torch.compile serves them with the same code; a wrapper set on each module (``module.forward = ...``) would be
-compiled once a module.
+A wrapper is a class put in front of a module's own class. All wrappers of a module are combined into one class, ordered
+by :class:`WrapOrder` however they were put on. Modules of the same kind share that class, so torch.compile serves them
+with the same code; a wrapper set on each module (``module.forward = ...``) would be compiled once per module.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import ClassVar
 from torch import nn
 
 
-class Position(IntEnum):
+class WrapOrder(IntEnum):
     """Where a wrapper runs, from the outside in.
 
-    A decoder layer is offloaded around its ``__call__``, outside of what torch.compile makes of it: copies between
-    streams are no part of compiled code. It recomputes around its ``forward``, inside of that, where the compiler can
-    choose what to compute again. Fused LoRA wraps the ``forward`` of linear modules, inside of their layer.
+    A decoder layer is offloaded around its ``__call__``, outside the compiled region: copies between streams are not
+    compiled. It recomputes around its ``forward``, inside that region, where the compiler can choose what to compute
+    again. Fused LoRA wraps the ``forward`` of linear modules, inside their layer.
     """
 
     OFFLOAD = 0
@@ -31,11 +30,11 @@ class Position(IntEnum):
 class Wrapper(nn.Module):
     """Base of wrappers, which override ``__call__`` or ``forward`` and call ``super()`` for the module's own."""
 
-    position: ClassVar[Position]
+    order: ClassVar[WrapOrder]
 
 
 def wrap(module: nn.Module, wrapper: type[Wrapper]) -> None:
-    """Puts ``wrapper`` around a module, at its position among the module's other wrappers."""
+    """Puts ``wrapper`` around a module, in its order among the module's other wrappers."""
     _set_wrappers(module, {*_wrappers(module), wrapper})
 
 
@@ -50,7 +49,7 @@ def _wrappers(module: nn.Module) -> tuple[type[Wrapper], ...]:
 
 def _set_wrappers(module: nn.Module, wrappers: set[type[Wrapper]]) -> None:
     own: type = getattr(type(module), "_unwrapped", type(module))
-    ordered = tuple(sorted(wrappers, key=lambda wrapper: wrapper.position))
+    ordered = tuple(sorted(wrappers, key=lambda wrapper: wrapper.order))
     module.__class__ = _wrapped_class(own, ordered) if ordered else own
 
 

@@ -6,11 +6,11 @@ This file imports nothing, so ``patterns`` can be read without torch; import fro
 ``patterns``   the registry of patterns, one file a pattern or kind of pattern; a pattern with its settings
 ``masks``      a pattern's definition on tensors, and its dense boolean mask: slow and obvious
 ``backends``   what computes a pattern, which backends can serve, and the one function that calls them
-``shifted``    groups as batches of ordinary causal attention (S²-Attn and its kin by PyTorch's own kernels)
-``grouped``    the same as one operator of torch that copies nothing twice, forward and backward
+``group_kernels``   groups as batches of ordinary causal attention (S²-Attn and its kin by PyTorch's own kernels)
+``group_operator``  the same as one operator of torch that copies nothing twice, forward and backward
 ``varlen``     groups as sequences of variable-length attention (FlashAttention)
 ``flex``       any pattern by FlexAttention
-``groups``     what ``shifted``, ``grouped`` and ``varlen`` share
+``group_layout``    what ``group_kernels``, ``group_operator`` and ``varlen`` share
 ``documents``  which document each token belongs to
 ``interface``  transformers' attention interface: a model is given a pattern by name, no class is patched
 

@@ -22,10 +22,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from workloads.attention.flex import flexible_attention
-from workloads.attention.grouped import flash4_writes_into_views
+from workloads.attention.group_kernels import attention_in_groups
+from workloads.attention.group_operator import flash4_writes_into_views
 from workloads.attention.masks import dense_mask
 from workloads.attention.patterns import PATTERNS, AttentionPattern
-from workloads.attention.shifted import attention_in_groups
 from workloads.attention.varlen import flash_attention_2, flash_attention_3, torch_flash_attention, varlen_attention
 from workloads.config import AttentionBackend
 from workloads.errors import InputError

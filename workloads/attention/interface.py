@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from workloads.attention.backends import attention, choose_backend, masked_attention
+from workloads.attention.group_kernels import cudnn_first
 from workloads.attention.patterns import AttentionPattern
-from workloads.attention.shifted import cudnn_first
 from workloads.config import AttentionBackend
 from workloads.errors import InputError
 from workloads.models.families import refuse_unsupported

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from workloads.attention.groups import group_boundaries, head_shifts, shared_heads
+from workloads.attention.group_layout import group_boundaries, head_shifts, shared_heads
 from workloads.attention.patterns import AttentionPattern
 
 # (query, key, value, boundaries, longest group, scale, dropout), each of (all tokens, heads, head_dim), to the output.

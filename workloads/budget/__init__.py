@@ -15,12 +15,12 @@
 from workloads.budget.devices import Device, host_memory
 from workloads.budget.fitting import (
     Fit,
-    fewest_recomputed,
-    less_memory,
+    memory_needed,
     most_offloaded,
-    needed,
+    reduce_memory,
     resolve_auto,
     smallest_change_that_fits,
+    with_fewest_recomputed,
 )
 from workloads.budget.flops import attended_pairs, forward_flops, paper_flops, training_flops
 from workloads.budget.loop import Loop
@@ -45,19 +45,19 @@ __all__ = [
     "calibrated",
     "checkpoint_bytes",
     "evaluation_seconds",
-    "fewest_recomputed",
     "forward_flops",
     "host_memory",
-    "less_memory",
     "memory",
+    "memory_needed",
     "model_flops_utilisation",
     "most_offloaded",
-    "needed",
     "paper_flops",
+    "reduce_memory",
     "resolve_auto",
     "smallest_change_that_fits",
     "step_seconds",
     "training_flops",
     "trial_seconds",
     "what_trains",
+    "with_fewest_recomputed",
 ]

@@ -1,6 +1,7 @@
-"""Makes a trial fit: the fewest layers that recompute, or the cheapest change where that is not enough.
+"""Makes a trial fit: the fewest layers that recompute, or the cheapest change if that is not enough.
 
-As many layers are offloaded as that takes, up to the number whose copies cost no time.
+With ``offload_activations`` at ``auto``, it offloads as few layers as minimise recompute, up to the number whose copies
+are hidden behind compute.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
 # The share of the host's memory that activations may take (the rest: processes, the model being read, page cache; Ray
 # ends workers at 95%), and of the forward pass's seconds that the copies to the host may take, since their rate was
-# measured alone. Ours to choose, not measured.
+# measured alone. Chosen, not measured.
 HOST_SHARE = 0.6
 COPY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """An execution that fits, and how it differs from the requested one, in words."""
+    """An execution that fits, and its differences from the requested one, as text."""
 
     execution: ExecutionConfig
     workers: int
@@ -37,7 +38,7 @@ class Fit:
     changes: tuple[str, ...]
 
 
-def needed(
+def memory_needed(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> Memory:
     """Returns the memory that one of ``workers`` workers needs on such a device.
@@ -66,7 +67,7 @@ def _num_recomputed(shape: ModelShape, training: TrainingConfig, execution: Exec
     return len(trains.checkpointed)
 
 
-def fewest_recomputed(
+def with_fewest_recomputed(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> ExecutionConfig | None:
     """Returns the execution with the fewest recomputing layers that fit the device, at least as many as it has.
@@ -75,16 +76,16 @@ def fewest_recomputed(
     the fewest layers recompute: 0 where none has to. Returns None if recomputing all layers is not enough.
     """
     if execution.offload_activations != "auto":
-        fewest = _fewest_recomputed(shape, training, execution, workers, device)
+        fewest = _min_recomputed_layers(shape, training, execution, workers, device)
         return None if fewest is None else dataclasses.replace(execution, gradient_checkpointing=fewest)
     first = _num_recomputed(shape, training, execution)
     best = dataclasses.replace(execution, gradient_checkpointing=first, offload_activations=0)
-    fewest = _fewest_recomputed(shape, training, best, workers, device)
+    fewest = _min_recomputed_layers(shape, training, best, workers, device)
     if fewest == first:
         return best
     for number in range(1, most_offloaded(shape, training, execution, workers, device) + 1):
         offloading = dataclasses.replace(best, gradient_checkpointing=first, offload_activations=number)
-        found = _fewest_recomputed(shape, training, offloading, workers, device)
+        found = _min_recomputed_layers(shape, training, offloading, workers, device)
         if found is not None and (fewest is None or found < fewest):
             best, fewest = offloading, found
         if found == first:  # no more layers have to recompute
@@ -98,8 +99,8 @@ def most_offloaded(
     """Returns how many layers may keep their activations in host memory.
 
     :data:`HOST_SHARE` of it must hold them, and :data:`COPY_SHARE` of the forward pass must suffice for the copies, so
-    they cost no time. 0 on what is not known to be a GPU with a host, with ZeRO, and for ``sft``, where each length
-    needs other buffers.
+    they cost no time. 0 for CPUs, GPUs of unknown peak or host memory, ZeRO, untuned trials, and ``sft`` (each length
+    needs other buffers).
     """
     known = device.is_gpu and device.peak(training.precision) and device.host_memory
     if not known or execution.engine.startswith("zero") or training.task == "sft" or not training.steps:
@@ -108,21 +109,24 @@ def most_offloaded(
     if layers < 2:
         return 0
     one = dataclasses.replace(execution, gradient_checkpointing=0, offload_activations=1)
-    a_layer = needed(shape, training, one, workers, device).host
+    a_layer = memory_needed(shape, training, one, workers, device).host
     by_memory = HOST_SHARE * device.host_memory / a_layer
     seconds = forward_seconds(shape, training, execution, workers, device)
     by_time = COPY_SHARE * seconds * device.host_link / a_layer
     return int(min(by_memory, by_time, layers - 1))
 
 
-def _fewest_recomputed(
+def _min_recomputed_layers(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> int | None:
-    """The same for a fixed number of offloaded layers. A number that fits makes every larger one fit."""
+    """Returns the fewest recomputing layers that fit with a fixed number of offloaded ones; None if none fits.
+
+    A number that fits makes every larger one fit.
+    """
 
     def fits(number: int) -> bool:
         with_layers = dataclasses.replace(execution, gradient_checkpointing=number)
-        return needed(shape, training, with_layers, workers, device).total <= device.memory
+        return memory_needed(shape, training, with_layers, workers, device).total <= device.memory
 
     first = _num_recomputed(shape, training, execution)
     most = len(what_trains(shape, training, "all", execution.layers_offloaded).checkpointed)
@@ -133,14 +137,14 @@ def _fewest_recomputed(
     return bisect.bisect_left(range(most), True, lo=first + 1, key=fits)
 
 
-def less_memory(
+def reduce_memory(
     execution: ExecutionConfig, share: int, layers: int, *, of_host: bool = False
 ) -> ExecutionConfig | None:
     """Returns the next smaller memory plan of a trial that ran out of memory; None where there is none.
 
-    Smaller pieces of the batch come first: they cost almost no time. Then half of the layers that kept their
-    activations on the device, at least four, recompute them: this is tried once and should suffice. Then offload. Where
-    the host's memory ran out and activations are there, none stays there, and all layers recompute.
+    Tries in order: micro-batches a quarter the size, which cost almost no time; recompute in half (at least four) of
+    the layers that keep activations on the device, once; recompute in all layers, with no activations in host memory;
+    offload of ZeRO's state. If host memory ran out and activations are there, recompute in half is skipped.
 
     Args:
         share: sequences of the batch that each worker trains in a step.
@@ -172,37 +176,38 @@ def smallest_change_that_fits(
 ) -> Fit | None:
     """Returns the execution that fits and costs the fewest predicted device-seconds a step; None if none fits.
 
-    Changes, from the usually cheapest to the dearest; this order also decides between equals:
+    Changes, usually cheapest first; ties break in this order:
 
         micro-batch             the same FLOPs in more passes; a long sequence alone fills a GPU
-        ZeRO-2                  sends what DDP sends: gradients of what trains, and it back
-        more workers            the same device-seconds, but for what they exchange
-        gradient checkpointing  one more forward pass of as few layers as it takes: of all, about a third more FLOPs;
+        ZeRO-2                  sends as much as DDP: gradients, and the updated parameters back
+        more workers            the same device-seconds, except for communication
+        gradient checkpointing  one more forward pass of as few layers as possible: of all, about a third more FLOPs;
                                 fewer with activations in host memory, where ``offload_activations`` is ``auto``
         ZeRO-3                  all weights over the link, twice in each pass
         offload                 over the much slower link to the host, and the update there
 
-    What changes the result (quantisation, a shorter context) is never among them.
+    Changes of the result (quantisation, a shorter context) are never made.
     """
-    asked = resolve_auto(shape, training, execution)
+    requested = resolve_auto(shape, training, execution)
 
     def cost(candidate: ExecutionConfig, number: int) -> tuple:
         return _cost(shape, training, candidate, number, device), *_order(candidate, number)
 
-    best, least = None, (math.inf,)
-    # By what they cost if no more layers have to recompute: where that is more than the best costs, none is better.
-    for at_least, candidate, number in sorted(
-        ((cost(*each), *each) for each in _candidates(training, asked, workers, max_workers)), key=lambda each: each[0]
+    best, best_cost = None, (math.inf,)
+    # Sorted by a lower bound of the cost (no extra recompute): once it reaches the best cost, stop.
+    for lower_bound, candidate, number in sorted(
+        ((cost(*each), *each) for each in _candidates(training, requested, workers, max_workers)),
+        key=lambda each: each[0],
     ):
-        if at_least >= least:
+        if lower_bound >= best_cost:
             break
-        fitting = fewest_recomputed(shape, training, candidate, number, device)
-        if fitting and (takes := cost(fitting, number)) < least:
-            best, least = (fitting, number), takes
+        fitting = with_fewest_recomputed(shape, training, candidate, number, device)
+        if fitting and (fitting_cost := cost(fitting, number)) < best_cost:
+            best, best_cost = (fitting, number), fitting_cost
     if best is None:
         return None
     layers = len(what_trains(shape, training).backward)
-    return Fit(*best, needed(shape, training, *best, device), tuple(_changes(*best, asked, workers, layers)))
+    return Fit(*best, memory_needed(shape, training, *best, device), tuple(_changes(*best, requested, workers, layers)))
 
 
 def _candidates(
@@ -219,7 +224,7 @@ def _candidates(
         if (offload and not engine.startswith("zero")) or (execution.offload and not offload):
             continue
         if engine.startswith("zero") and number == 1 and not offload:
-            continue  # nothing is shared out
+            continue  # one worker has nothing to shard
         rows = micro_batch(training, execution, number)
         while rows:
             given = None if execution.micro_batch is None and rows == training.batch // number else rows
@@ -230,7 +235,7 @@ def _candidates(
 def _cost(
     shape: ModelShape, training: TrainingConfig, execution: ExecutionConfig, workers: int, device: Device
 ) -> float:
-    if not training.steps or not device.peak(training.precision):  # of an unknown device the order alone decides
+    if not training.steps or not device.peak(training.precision):  # for an unknown device only the order decides
         return 0.0
     return workers * step_seconds(shape, training, execution, workers, device)
 
@@ -248,18 +253,18 @@ def _order(execution: ExecutionConfig, workers: int) -> tuple:
 
 
 def _changes(
-    execution: ExecutionConfig, number: int, asked: ExecutionConfig, workers: int, layers: int
+    execution: ExecutionConfig, number: int, requested: ExecutionConfig, workers: int, layers: int
 ) -> Iterator[str]:
     if number != workers:
         yield f"{number} workers"
-    if execution.micro_batch != asked.micro_batch:
+    if execution.micro_batch != requested.micro_batch:
         yield f"micro-batches of {execution.micro_batch}"
-    if execution.gradient_checkpointing != asked.gradient_checkpointing:
+    if execution.gradient_checkpointing != requested.gradient_checkpointing:
         recompute = layers if execution.gradient_checkpointing == "all" else execution.gradient_checkpointing
         yield "gradient checkpointing" + (f" of {recompute} of {layers} layers" if recompute < layers else "")
-    if execution.layers_offloaded != asked.layers_offloaded:
+    if execution.layers_offloaded != requested.layers_offloaded:
         yield f"activations of {execution.layers_offloaded} of {layers} layers in host memory"
-    if execution.engine != asked.engine:
+    if execution.engine != requested.engine:
         yield f"the engine {execution.engine}"
-    if execution.offload != asked.offload:
+    if execution.offload != requested.offload:
         yield "offload"

@@ -2,8 +2,8 @@
 
 A multiplication with its addition is 2 FLOPs. Two ways to count attention:
 
-    causally   only the pairs (query, key) that attend: what a kernel does that skips the rest
-    dense      every pair inside a group, also those above the diagonal: the LongLoRA paper's table (v3 table 11)
+    causally   only the pairs (query, key) that attend: a kernel that skips the rest
+    dense      every pair inside a group, including those above the diagonal: the LongLoRA paper's table (v3 table 11)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def paper_flops(shape: ModelShape, tokens: int, group_size: int | None = None) -
 
     Attention is dense: ``tokens`` x ``tokens`` pairs, or with S²-Attn ``tokens`` x ``group_size``. Elementwise
     multiplications are counted as 2 FLOPs too: of the gate in the MLP; of norms (two each) and of rotary positions in
-    the others, beside the output layer. With that every printed digit comes out; the printed totals are sums of the
+    the others, with the output layer. This reproduces every printed digit; the printed totals are sums of the
     rounded entries.
     """
     layers, width = shape.num_layers, shape.query_width
@@ -61,8 +61,8 @@ def paper_flops(shape: ModelShape, tokens: int, group_size: int | None = None) -
 def attended_pairs(attention: Attention, group_size: int | None, num_heads: int, tokens: int, layer: int = 0) -> int:
     """Returns how many (query, key) pairs attend, over all heads of a layer, in a sequence without padding.
 
-    The sum of :func:`workloads.attention.masks.dense_mask` in closed form. Documents are not known here: where
-    attention stops at their boundaries it is less.
+    The sum of :func:`workloads.attention.masks.dense_mask` in closed form. It ignores documents: if
+    attention stops at their boundaries, fewer pairs attend.
     """
     return PATTERNS[attention].attended_pairs(tokens, group_size or tokens, num_heads, layer)
 
@@ -95,14 +95,14 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All that the device does, including the scores that attention's backward kernel computes again."""
+        """All FLOPs of the device, including the scores that attention's backward kernel recomputes."""
         return self.linear + self.attention
 
     @property
     def model(self) -> float:
-        """What model FLOPs utilisation counts (Chowdhery et al., arXiv 2204.02311).
+        """The FLOPs that model FLOPs utilisation counts (Chowdhery et al., arXiv 2204.02311).
 
-        Nothing that is computed twice, by checkpointing or inside the attention kernel.
+        It leaves out recomputation, by checkpointing or inside the attention kernel.
         """
         once = BACKWARD_BY_FORWARD / (BACKWARD_BY_FORWARD + RECOMPUTED_SCORES)
         forward = self.forward_linear + self.forward_attention
@@ -115,7 +115,7 @@ class Flops:
 def forward_flops(shape: ModelShape, tokens: int, training: TrainingConfig | None = None) -> Flops:
     """Returns the forward pass of one sequence of ``tokens`` tokens with full attention, as in evaluation.
 
-    With what ``training`` adds to the model (LoRA).
+    Includes the modules that ``training`` adds to the model (LoRA).
     """
     trains = what_trains(shape, training) if training else None
     lora = trains.lora_parameters if trains else 0
@@ -137,8 +137,8 @@ def training_flops(
 
     A weight costs 2 FLOPs a token forward, 2 for the gradient of its input where something before it trains, and 2 for
     its own gradient if it trains: 4N for frozen weights, 6N for trained ones. Layers before the first that trains have
-    no backward pass. A layer with gradient checkpointing is computed again, all of it but its last linear module: torch
-    stops when it has what it needs.
+    no backward pass. A layer with gradient checkpointing is recomputed except its last linear module: torch stops
+    early.
     """
     trains = what_trains(shape, training, gradient_checkpointing)
     tokens = training.context_length
@@ -183,7 +183,7 @@ class _Passes:
 
 
 def _lora_sides(trains: Training, layer: int, linear: Linear) -> tuple[int, int]:
-    """Weights of LoRA's matrices A and B, zero where there are none."""
+    """Weights of LoRA's matrices A and B, zero without them."""
     rank = trains.config.lora_rank * (linear.name in trains.adapted(layer))
     return rank * linear.inputs, rank * linear.outputs
 

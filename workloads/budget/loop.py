@@ -33,7 +33,7 @@ class Loop:
             the backward pass begins; else the logits of all tokens exist.
         compiled: each decoder layer is compiled separately; else each operation keeps what its gradient needs.
         one_operator: attention in groups is one operator that writes each result once
-            (workloads/attention/grouped.py); else autograd joins its parts.
+            (workloads/attention/group_operator.py); else autograd joins its parts.
     """
 
     widths: Widths
@@ -93,7 +93,7 @@ def layers_compile(
 
 
 def _has_operator(training: TrainingConfig, execution: ExecutionConfig, gpu: Device | None) -> bool:
-    """Whether workloads/attention/shifted.py uses the operator; ``gpu`` None means a CPU."""
+    """Whether workloads/attention/group_kernels.py uses the operator; ``gpu`` None means a CPU."""
     if training.document_mask or execution.attention_backend not in ("auto", "sdpa", "cudnn", "flash4"):
         return False
     return gpu is None or (training.precision == "bfloat16" and gpu.multiplies_bfloat16)

@@ -1,7 +1,7 @@
 """A model's shape, from its transformers configuration alone: FLOPs, memory and parameter counts follow from it.
 
-Nothing is measured: no weight is loaded and torch is not imported. What a family's layers are made of is in
-:mod:`workloads.models.families`; a test holds that the counts equal those of real models of each family.
+Nothing is measured: no weight is loaded and torch is not imported. The modules of each family's layers are in
+:mod:`workloads.models.families`; a test compares the counts with those of real models of each family.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from workloads.config import GradientCheckpointing, TrainingConfig, trained_laye
 from workloads.errors import InputError
 from workloads.models.families import ATTENTION, INPUT_WIDTHS, Reads, Width, family_of, states
 
-FLOAT8_SIDES = 16  # both sides of a weight must be multiples of it for products in FP8 (torch._scaled_mm)
+FLOAT8_SIDES = 16  # for products in FP8, both sides of a weight must be multiples of it (torch._scaled_mm)
 READ_BEFORE: dict[Reads, Reads] = {
     "attention": "attention norm",
     "mlp norm": "attention",
@@ -36,12 +36,12 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Numbers of its weight."""
+        """Elements of its weight."""
         return self.inputs * self.outputs
 
     @property
     def parameters(self) -> int:
-        """Numbers of its weight and bias."""
+        """Elements of its weight and bias."""
         return self.weights + self.bias * self.outputs
 
     @property
@@ -161,7 +161,7 @@ class ModelShape:
 
     @property
     def norm_parameters(self) -> int:
-        """Of the norms of one layer."""
+        """Parameters of the norms of one layer."""
         return self.norms * self.final_norm_parameters + self.head_norms * 2 * self.head_dim
 
     @property
@@ -176,12 +176,12 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Of the linear modules of one layer."""
+        """Parameters of the linear modules of one layer."""
         return sum(linear.parameters for linear in self.linears)
 
     @cached_property
     def parameters(self) -> int:
-        """All of the base model; tied embeddings once."""
+        """Parameters of the base model; tied embeddings count once."""
         layers = self.num_layers * (self.linear_parameters + self.norm_parameters)
         return layers + self.final_norm_parameters + (1 if self.tied else 2) * self.embedding_parameters
 
@@ -196,7 +196,7 @@ class Training:
 
     Raises:
         InputError: the choice of layers, or the number of those that recompute or are offloaded, goes beyond the model,
-            or a LoRA target is none of its linear modules.
+            or a LoRA target is not one of its linear modules.
     """
 
     shape: ModelShape
@@ -272,7 +272,7 @@ class Training:
         return frozenset(linear.name for linear in self.shape.linears if linear.reads in ATTENTION)
 
     def reaches_input(self, layer: int) -> bool:
-        """Whether a gradient flows out of a layer, to what is before it."""
+        """Whether a gradient flows out of a layer to the modules before it."""
         return self.embeddings or self._first < layer
 
     @cached_property
@@ -291,7 +291,7 @@ class Training:
 
     @cached_property
     def away(self) -> frozenset[int]:
-        """Their indices."""
+        """The indices of offloaded layers."""
         return frozenset(each.layer for each in self.offloaded)
 
     @cached_property
@@ -301,7 +301,7 @@ class Training:
         return others if self.checkpointing == "all" else others[: self.checkpointing]
 
     def needs_gradient(self, layer: int, what: Reads) -> bool:
-        """Whether the gradient of what a layer's linear modules read is needed, for what trains before them."""
+        """Whether the gradient of an input of a layer's linear modules is needed by parameters before it."""
         if what == "attention norm" or (what == "mlp norm" and self.shape.parallel):
             return self.norms(layer) or self.reaches_input(layer)
         before = READ_BEFORE[what]
@@ -313,9 +313,9 @@ class Training:
 
     @cached_property
     def alike(self) -> list[list[int]]:
-        """All layers, grouped by what makes them alike.
+        """All layers, grouped by what sets their cost.
 
-        That is what trains, gradients, where their activations are or whether they recompute them, FP8, and being even.
+        That is what trains, gradients, whether activations are recomputed or offloaded, FP8, and an even or odd index.
         """
         alike: dict[tuple, list[int]] = {}
         for layer in range(self.shape.num_layers):
@@ -326,7 +326,7 @@ class Training:
 
     @property
     def kinds(self) -> list[tuple[int, int]]:
-        """The same as (one of them, how many)."""
+        """The same groups as (first layer, number of layers)."""
         return [(layers[0], len(layers)) for layers in self.alike]
 
     @cached_property
@@ -341,7 +341,7 @@ class Training:
 
     @cached_property
     def linear_weights(self) -> int:
-        """Trained weights of linear modules, LoRA's aside: those that autocast casts as a whole."""
+        """Trained weights of linear modules, without LoRA's: those that autocast casts whole."""
         weights = self.shape.layer_weights
         return self.output * self.shape.embedding_parameters + sum(map(self.weights, self.layers)) * weights
 
@@ -361,7 +361,7 @@ class Training:
 
     @cached_property
     def parameters(self) -> int:
-        """All, LoRA's among them."""
+        """All parameters, LoRA's included."""
         return self.shape.parameters + self.lora_parameters
 
 

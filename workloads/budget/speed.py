@@ -1,11 +1,11 @@
 """Seconds: of a step, of an evaluation, of a trial; and model FLOPs utilisation.
 
 A step takes its linear FLOPs over the linear rate, plus its attention FLOPs over the attention rate, plus the bytes
-that all else moves (traffic.py) over the memory's rate, another share of it for tokens than for weights; at least as
-long as the host needs to launch its kernels; plus communication between workers and with host memory. Nothing else
-overlaps, except copies of offloaded activations, which are assumed to cost no time: a plan offloads no more layers than
-the forward pass hides (fitting.py). A rate is a device's peak times a stated share of it (devices.py). Where another
-trial has been timed on the same hardware, :func:`calibrated` sets the shares by it.
+that everything else moves (traffic.py) over the memory's rate, with separate shares for tokens and for weights; at
+least as long as the host needs to launch its kernels; plus communication between workers and with host memory. Nothing
+else overlaps, except copies of offloaded activations, which are assumed to cost no time: a plan offloads no more layers
+than the forward pass hides (fitting.py). A rate is a device's peak times a stated share of it (devices.py). If another
+trial was timed on the same hardware, :func:`calibrated` fits the shares to it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from workloads.budget.shape import ModelShape, Training, what_trains
 from workloads.budget.traffic import traffic
 from workloads.config import ExecutionConfig, TrainingConfig
 
-# AdamW in host memory reads and writes weight, gradient and two moments: 28 bytes a parameter, at what a few memory
-# channels give. Ours to choose, not measured.
+# AdamW in host memory reads and writes weight, gradient and two moments: 28 bytes a parameter, at the rate of a few
+# memory channels. Chosen, not measured.
 HOST_UPDATE_BYTES, HOST_MEMORY_RATE = 28, 20e9
 
 
@@ -32,15 +32,15 @@ def device_seconds(
     """Returns the seconds that FLOPs and bytes take on a device.
 
     Args:
-        moved: bytes of tokens read and written beside matrix products and attention.
+        moved: bytes of tokens read and written outside matrix products and attention.
         streamed: bytes of weights, of their gradients and moments.
     """
     peak = device.peak(training.precision)
     linear = (flops.linear - flops.float8) / (peak * device.linear_efficiency)
     linear += flops.float8 / (device.float8_rate or peak * device.linear_efficiency)
     attention = flops.attention / (peak * device.attention_efficiency)
-    beside = moved / device.bandwidth_efficiency + streamed / device.streaming_efficiency
-    return linear + attention + beside / device.bandwidth
+    other = moved / device.bandwidth_efficiency + streamed / device.streaming_efficiency
+    return linear + attention + other / device.bandwidth
 
 
 def step_seconds(
@@ -77,11 +77,11 @@ def compute_seconds(
     passes = math.ceil(sequences / micro_batch(training, execution, workers))
     loop = loop or Loop.of(shape, training, execution, workers, device)
     recomputed = len(_trains(shape, training, execution).checkpointed)
-    beside = traffic(shape, training, recomputed, loop)
-    moved = sequences * training.context_length * beside.training
-    streamed = passes * beside.micro_batch() + beside.update() * (not execution.offload)
+    other = traffic(shape, training, recomputed, loop)
+    moved = sequences * training.context_length * other.training
+    streamed = passes * other.micro_batch() + other.update() * (not execution.offload)
     flops = training_flops(shape, training, recomputed) * sequences
-    return max(device_seconds(flops, moved, device, training, streamed), passes * beside.kernels * device.launch)
+    return max(device_seconds(flops, moved, device, training, streamed), passes * other.kernels * device.launch)
 
 
 def forward_seconds(
@@ -89,14 +89,14 @@ def forward_seconds(
 ) -> float:
     """Returns the seconds of the forward pass of one micro-batch on one worker."""
     rows = micro_batch(training, execution, workers)
-    beside = traffic(shape, training, 0, Loop.of(shape, training, execution, workers, device))
+    other = traffic(shape, training, 0, Loop.of(shape, training, execution, workers, device))
     flops = training_flops(shape, training)
     forward = Flops(
         forward_linear=flops.forward_linear,
         forward_attention=flops.forward_attention,
         float8=forward_flops(shape, training.context_length, training).float8,
     )
-    return device_seconds(forward * rows, rows * training.context_length * beside.forward(), device, training)
+    return device_seconds(forward * rows, rows * training.context_length * other.forward(), device, training)
 
 
 def exchange_seconds(
@@ -140,13 +140,15 @@ def evaluation_seconds(
     """
     length = context_length or training.context_length
     windows = math.ceil(training.eval_documents * max(1, training.eval_span // length) / workers)
-    loop = Loop.of(shape, training, ExecutionConfig(compile_layers="off"), workers, device)  # it is not compiled
+    loop = Loop.of(
+        shape, training, ExecutionConfig(compile_layers="off"), workers, device
+    )  # evaluation is not compiled
     moved = windows * length * traffic(shape, training, 0, loop).forward()
     return device_seconds(forward_flops(shape, length, training) * windows, moved, device, training)
 
 
 def num_evaluations(training: TrainingConfig) -> int:
-    """At step 0, every ``eval_every`` steps, and at the last."""
+    """The number of evaluations: at step 0, every ``eval_every`` steps, and at the last."""
     return 1 + math.ceil(training.steps / training.eval_every)
 
 
@@ -166,7 +168,7 @@ def trial_seconds(
     Args:
         original_length: the model's own context length, at which the last evaluation scores too.
         from_step: the step that it resumes from.
-        step_0_known: an untuned trial that starts alike has shown what the first evaluation would.
+        step_0_known: an untuned trial with the same start has already given the first evaluation.
     """
     evaluated = 1 + from_step // training.eval_every if from_step else int(step_0_known)
     left = num_evaluations(training) - evaluated
@@ -186,7 +188,7 @@ def calibrated(
     workers: int,
     tokens_per_second: float,
 ) -> Device:
-    """Returns the device, slowed down or sped up in everything so that a timed trial is predicted as it was measured.
+    """Returns the device with all its rates scaled so that the prediction for a timed trial equals its measurement.
 
     Args:
         tokens_per_second: measured, of all workers together, in steps without evaluations.
@@ -194,7 +196,7 @@ def calibrated(
     tokens = training.batch * training.context_length
     computed = tokens / tokens_per_second - exchange_seconds(shape, training, execution, workers, device)
     predicted = compute_seconds(shape, training, execution, workers, device)
-    # What was measured may be less than the exchange that was assumed; then that is wrong, and nothing of it is kept.
+    # If the measured time is less than the assumed exchange, the assumption is wrong and is ignored.
     factor = predicted / (computed if computed > 0 else tokens / tokens_per_second)
     return dataclasses.replace(
         device,
@@ -212,8 +214,8 @@ def model_flops_utilisation(
 ) -> float:
     """Returns the share of the device's peak that goes into the model's own FLOPs.
 
-    Attention counted causally, nothing that is computed twice (:attr:`workloads.budget.flops.Flops.model`), frozen
-    weights without weight gradients.
+    Attention counts causally, nothing counts twice (:attr:`workloads.budget.flops.Flops.model`), and frozen weights
+    have no weight gradients.
 
     Args:
         tokens_per_second: of one device.

@@ -1,9 +1,9 @@
-"""Bytes that move beside matrix products and attention, and how many kernels are launched.
+"""Bytes that move outside matrix products and attention, and how many kernels are launched.
 
 Norms, activation functions, rotary positions, casts, LoRA's sums, the loss and the optimiser compute little and read
-and write much: memory bandwidth bounds them. torch runs each operation by itself, so that a number is read or written
-again in each of them. The passes below are how often: counted in Llama models, forward and backward, by what every
-operation takes and gives. A test counts them again.
+and write much: memory bandwidth bounds them. torch runs each operation by itself, so each reads and writes its
+numbers again. The passes below are how often: counted in Llama models, forward and backward, from the inputs and
+outputs of every operation. A test recounts them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from workloads.config import GradientCheckpointing, TrainingConfig
 
 # Passes over a number, forward and backward together; about a third of them is the forward pass.
 RMS_NORM, TRAINED_NORM, LAYER_NORM = 27, 4, 6
-RESIDUAL = 21  # of a layer: sums, and gradients that come together from several modules
-GATED, NOT_GATED = 14, 5  # what the activation function reads and makes
+RESIDUAL = 21  # of a layer: sums, and gradients summed from several modules
+GATED, NOT_GATED = 14, 5  # inputs and outputs of the activation function
 ROTARY, HEADS = 15, 11  # queries and keys: rotated; and otherwise moved
 SHIFTED_QUERIES, SHIFTED_KEYS = 16, 24  # by S²-Attn through autograd: parts of heads joined, and their gradients
 WRITTEN = 4  # by the operator, in several calls: of queries output and gradient, of keys and values both gradients
@@ -28,20 +28,20 @@ LOSS = 10  # the logits, in float32
 FORWARD = 1 / 3
 # A cast reads one width and writes another, and its gradient the other way round.
 CAST = 2 * (2 + FLOAT32)
-# Autocast's copy of a trained weight, its gradient's cast, and the sum with what earlier micro-batches left.
+# Autocast's copy of a trained weight, its gradient's cast, and the sum with earlier micro-batches.
 WEIGHT_COPIES, GRADIENT_SUM = CAST, 3 * FLOAT32
 # The gradient's norm, and AdamW, which clips as it reads: weight, gradient and two moments read, all but the gradient
 # written.
 UPDATE_BYTES = (1 + 7) * FLOAT32
 
-# What of a layer's bytes is left where it is compiled, and operations between products are fused: fitted to this
+# The share of a layer's bytes left if it is compiled, which fuses operations between products: fitted to this
 # package on H200s (Llama-2-7B, LoRA+), 19,310 and 16,295 tokens/s at 8,192 tokens with S² and full attention, 16,316
 # and 9,708 at 32,768, within 2%; 14,230 and 13,295 at 98,304 with layers offloaded and recomputed are predicted 2% and
-# 3% too slow. A stock model all in bfloat16, compiled, did 14,621; that is predicted too fast.
+# 3% too slow. A compiled stock model all in bfloat16 reached 14,621; its prediction is too fast.
 COMPILED = 0.36
 
-# Of products in FP8, beside what those in bfloat16 read and write. Compiled, what is quantised is written once more, a
-# byte, by the kernel that makes it, once for all that read it, and results are scaled where they are read: 27,796
+# FP8 products, in addition to the bytes of bfloat16. Compiled: the kernel that makes an operand also writes it as FP8,
+# one byte, once for all its readers, and results are scaled where they are read: 27,796
 # tokens/s at 8,192 tokens with S² on an H200, all products in FP8, predicted 2% too slow. Else, by operation: absolute
 # values, the largest, what they scale, and the cast; two scales and a cast.
 FLOAT8_COMPILED = 1
@@ -56,14 +56,14 @@ HEAD_KERNELS = 60  # embeddings, loss and optimiser
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of a model under a configuration."""
+    """Memory traffic of a model under a configuration."""
 
     trains: Training
     loop: Loop
 
     @property
     def widths(self) -> Widths:
-        """Bytes of numbers."""
+        """Bytes of each kind of number."""
         return self.loop.widths
 
     @property
@@ -72,12 +72,12 @@ class Traffic:
         return self.trains.shape
 
     def forward(self) -> float:
-        """Bytes a token of the forward pass, the loss's among them."""
+        """Bytes a token of the forward pass, including the loss."""
         return FORWARD * (sum(count * self.layer(layer) for layer, count in self.trains.kinds) + self.loss())
 
     @cached_property
     def training(self) -> float:
-        """Bytes a token of forward and backward, and of what gradient checkpointing computes again."""
+        """Bytes a token of forward, backward and recomputation."""
         total = self.forward() + (1 - FORWARD) * self.loss()
         for layer, count in self.trains.kinds:
             if layer in self.trains.backward:
@@ -85,7 +85,7 @@ class Traffic:
         return total
 
     def micro_batch(self) -> float:
-        """Bytes of one forward and backward pass whatever its tokens: copies of weights and sums of gradients."""
+        """Bytes of one forward and backward pass that do not depend on its tokens: weight copies and gradient sums."""
         return self.trains.linear_weights * WEIGHT_COPIES * self.widths.autocast + self.trains.trainable * GRADIENT_SUM
 
     def update(self) -> float:
@@ -133,19 +133,19 @@ class Traffic:
     def _norm(self, width: int, given: int, trained: bool) -> float:
         if self.shape.norm_biases:
             return FLOAT32 * LAYER_NORM * width
-        # A float32 weight's product is cast forward and back, and what comes of it in the backward pass once more.
+        # A float32 weight's product is cast forward and back, and its gradient once more.
         casts = (given != FLOAT32) + 1.5 * (trained and self.widths.narrow)
         return width * (FLOAT32 * (RMS_NORM + TRAINED_NORM * trained) + CAST * casts)
 
     def _lora(self, linear: Linear) -> float:
-        """PEFT casts what a module reads to float32, autocast back to bfloat16, unless it is kept narrow."""
+        """PEFT casts a module's input to float32, autocast back to bfloat16, unless it is kept narrow."""
         widths = self.widths
         number = widths.compute if widths.autocast else widths.lora
         casts = CAST * (widths.compute != widths.lora and not widths.narrow) * (1 + widths.autocast)
         return LORA_OUTPUT * number * linear.outputs + (LORA_INPUT * number + casts) * linear.inputs
 
     def loss(self) -> float:
-        """Bytes a token, forward and backward, the final norm's among them: logits are made float32 for it."""
+        """Bytes a token, forward and backward, including the final norm; logits are cast to float32 for it."""
         cast = 4 * self.widths.compute if self.widths.compute != FLOAT32 else 0
         residual = Activations(self.trains, self.widths).residual
         norm = self._norm(self.shape.hidden_size, residual, self.trains.final_norm)

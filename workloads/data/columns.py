@@ -104,9 +104,14 @@ def encodable(text: str, where: str) -> str:
 
 
 def _has_string(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return any(map(_has_string, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str)
+    left = [value]  # a recursion would end in an error where JSON is nested deeply
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            return True
+        if isinstance(value, dict | list):
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return False
 
 
 def _join(columns: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 Three sources, recognised by the name alone:
 
     builtin:stdlib                  the running Python's own library
-    books/  notes.txt  rows.jsonl   a local file, or every readable file below a folder
+    books/  notes.txt  rows.jsonl   a local file, or every readable file in a folder and below
     org/name[@revision][:config]    a Hugging Face data set; files of it where :config is a name of files (hub.py)
 
 ``identity()`` is part of a trial's fingerprint: it depends on the content, not on its location.
@@ -18,9 +18,10 @@ from typing import Protocol
 
 from workloads.data.documents import Document, Split, files_digest
 from workloads.data.hub import HubSource
-from workloads.data.local import SUFFIXES, LocalSource, local_path
+from workloads.data.local import SUFFIXES, LocalSource
 from workloads.data.stdlib import stdlib_documents, stdlib_files
 from workloads.errors import InputError
+from workloads.files.given import existing_path
 
 # Whether documents of this side are still wanted; this may change from True to False while documents are read.
 Wanted = Callable[[Split], bool]
@@ -73,8 +74,8 @@ class Corpus:
         """``builtin:stdlib``, a local file or folder, or ``org/name[@revision][:config]`` on the Hugging Face hub.
 
         A local path wins over a hub id of the same form. ``text_column`` names the column that holds the text in
-        .jsonl, .parquet and hub rows (default: ``text``, else the only column of strings). ``max_train_tokens`` is
-        where preparation stops to read.
+        .jsonl, .parquet and hub rows (default: ``text``, else the only column of strings). Preparation
+        stops reading after ``max_train_tokens``.
 
         Raises:
             InputError: the text is none of the three, the folder holds nothing that can be read, or the budget is not
@@ -89,7 +90,7 @@ class Corpus:
             if text_column is not None:
                 raise InputError(f"--text-column {text_column} has no effect on {text}. Leave it out.")
             return cls(text, BUILTINS[text](), max_train_tokens)
-        if path := local_path(text):
+        if path := existing_path(text):
             source = LocalSource(path, text_column)
             source.files  # noqa: B018 (a folder without readable files is refused here, not at the first document)
             return cls(path.resolve().name, source, max_train_tokens)
@@ -97,12 +98,12 @@ class Corpus:
         if hub and (hub.config or not text.lower().endswith(SUFFIXES)):
             return cls(text, hub, max_train_tokens)
         raise InputError(
-            f"corpus {text!r} is no local path (looked in {Path.cwd()}) and not of the form of a hub data set, "
+            f"corpus {text!r} is no local path (looked in {Path.cwd()}) and does not have the form of a hub data set, "
             "org/name[@revision][:config]. Give builtin:stdlib, an existing file or folder, or such an id."
         )
 
     def identity(self) -> str:
-        """What the documents are, for the fingerprint; computed once.
+        """The identity of the documents, for the fingerprint; computed once.
 
         ``files:<SHA-256 over (relative path, content) of every file>``, ``stdlib:<the same>``, or
         ``hub:org/name@<full commit>:<config>``; with a budget, ``:<training tokens> tokens`` after it.
@@ -118,7 +119,7 @@ class Corpus:
     def documents(self, split: Split | None = None, wanted: Wanted | None = None) -> Iterator[Document]:
         """The documents of one side, or of both in one pass: streamed, in a fixed order, blank ones left out.
 
-        ``wanted`` is asked before each document, and reading ends once it wants neither side any more.
+        ``wanted`` is called before each document; reading ends once neither side is wanted.
 
         Raises:
             InputError: there is none, or a file cannot be read.

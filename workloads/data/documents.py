@@ -62,7 +62,7 @@ def hold_out(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
 
 
 def assign_sides(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item, Split | None]]:
-    """Yields each (name, item) with its side; without one if it is the only item.
+    """Yields each (name, item) with its side; None if it is the only item.
 
     Buffers items until enough are held out (usually after about eighty), since before that they might be too few.
     """
@@ -95,7 +95,7 @@ def is_blank(text: str) -> bool:
 
 
 def files_digest(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 over (relative path, content) of every file, whatever folder they are in."""
+    """SHA-256 over (relative path, content) of every file, independent of their folder."""
     digest = hashlib.sha256()
     for relative_path, path in files:
         with one_error(f"{path} cannot be read", "Make it readable, or take it out."), path.open("rb") as file:

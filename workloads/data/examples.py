@@ -3,9 +3,9 @@
 ``prepare_examples`` writes all examples of a side one after the other; a token belongs to an answer or to a prompt:
 
     <folder>/train.tokens, validation.tokens      tokens, unsigned integers
-    <folder>/train.answers, validation.answers    one byte a token: 1 where it is of an answer
-    <folder>/train.offsets, validation.offsets    int64: where each example begins, and the end of the last
-    <folder>/index.json                           dtype, counts, names of the validation examples
+    <folder>/train.answers, validation.answers    one byte a token: 1 if it is of an answer
+    <folder>/train.offsets, validation.offsets    int64: the start of each example, and the end of the last
+    <folder>/index.json                           dtype, counts, names of the validation examples, SHA-256 of the files
 
 Examples are stored whole, for every context length. Training drops those longer than the context, or on request cuts
 them at its end; longer held-out examples are never scored.
@@ -31,7 +31,15 @@ from workloads.config import LongExamples
 from workloads.data.batch import Batch
 from workloads.data.documents import Split, first_words, name_hash
 from workloads.data.instructions import Instructions, empty_answer, encode_rows, first_text, form_of
-from workloads.data.packed import epoch_order, open_prepared, permutation
+from workloads.data.packed import (
+    check_index,
+    check_names,
+    check_offsets,
+    epoch_order,
+    hashes_of,
+    open_prepared,
+    permutation,
+)
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -79,12 +87,17 @@ class ExampleCorpus:
     columns: list[str]
     sample: str
 
+    def __post_init__(self) -> None:
+        for counts in (self.tokens, self.examples):
+            check_index(self.dtype, **{side: counts[side] for side in SIDES})
+        check_names(self.validation_names, self.examples["validation"])
+
     @classmethod
     def open(cls, folder: Path | str) -> ExampleCorpus:
-        """Open what ``prepare_examples`` wrote.
+        """Opens what ``prepare_examples`` wrote.
 
         Raises:
-            InputError: it is not there, or its files do not have the sizes that its index says.
+            InputError: it is absent, its index is invalid, or its files are not those that were prepared.
         """
         return open_prepared(cls, folder, "instruction data", FORMAT_VERSION)
 
@@ -134,7 +147,7 @@ class ExampleCorpus:
         if not longer:
             return None
         dropped = self.examples["train"] - self.num_train_examples(context_length, long_examples)
-        done = "dropped" if dropped == longer else f"cut, and {dropped:,} of them dropped for want of an answer"
+        done = "dropped" if dropped == longer else f"cut, and {dropped:,} of them dropped because no answer is left"
         return (
             f"{longer:,} of {self.examples['train']:,} training examples are longer than {context_length:,} tokens and "
             f"are {done if dropped else 'cut'}"
@@ -149,7 +162,7 @@ class ExampleCorpus:
     def train_batch(
         self, step: int, batch: int, context_length: int, seed: int, long_examples: LongExamples = "drop"
     ) -> Batch:
-        """Batch number ``step`` (from 0) of ``batch`` examples; depends on the arguments alone, as a PackedCorpus's."""
+        """Batch number ``step`` (from 0) of ``batch`` examples; depends only on the arguments, as in a PackedCorpus."""
         usable = self._usable(context_length, long_examples)
         if not len(usable):
             self.check(context_length, batch, long_examples)
@@ -225,7 +238,13 @@ class ExampleCorpus:
             return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
 
         dtypes = {"tokens": self.dtype, "answers": "uint8", "offsets": "int64"}
-        return {(side, kind): mapped(side, kind, dtype) for side in SIDES for kind, dtype in dtypes.items()}
+        maps = {(side, kind): mapped(side, kind, dtype) for side in SIDES for kind, dtype in dtypes.items()}
+        for side in SIDES:
+            try:
+                check_offsets(maps[side, "offsets"], self.tokens[side], f"{side}.offsets")
+            except ValueError as error:
+                raise InputError(f"prepared instruction data {self.folder}: {error}; delete that folder") from error
+        return maps
 
 
 def prepare_examples(
@@ -309,5 +328,6 @@ def _write(
         "validation_names": names,
         "columns": sorted(columns),
         "sample": sample,
+        "sha256": hashes_of(folder),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")

@@ -20,7 +20,7 @@ from workloads.errors import InputError, first_line
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
 
-# Data sets of the paper and its successors that do not load as they are, and what to take instead.
+# Data sets of the paper and its successors that do not load, and their replacements.
 _INSTEAD = {
     "deepmind/pg19": "emozilla/pg19",
     "EleutherAI/proof-pile-2": "EleutherAI/proof-pile-2:arxiv/train/*.jsonl.zst",
@@ -50,7 +50,7 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str, text_column: str | None = None) -> "HubSource | None":
-        """``org/name[@revision][:config or files]``, or None where the text is not of that form."""
+        """``org/name[@revision][:config or files]``, or None if the text does not have that form."""
         match = _FORM.fullmatch(text)
         return cls(match["repo"], match["revision"], match["config"], text_column) if match else None
 
@@ -75,14 +75,14 @@ class HubSource:
         try:
             info = HfApi().dataset_info(self.repo, revision=self.revision)
         except GatedRepoError as error:
-            raise self._error("is gated: ask for access on its page, then `hf auth login`") from error
+            raise self._error("is gated: request access on its page, then `hf auth login`") from error
         except RevisionNotFoundError as error:
             raise self._error(f"has no revision {self.revision!r}") from error
         except RepositoryNotFoundError as error:
             raise self._error("is neither a local path nor on the Hugging Face hub (or it is private)") from error
-        except Exception as error:  # the hub's client changes what it raises for a dead network from version to version
+        except Exception as error:  # for a dead network, versions of the hub's client raise different exceptions
             raise self._error(
-                f"is no local path, and the Hugging Face hub cannot be reached ({type(error).__name__}: {error}). "
+                f"is not a local path, and the Hugging Face hub cannot be reached ({type(error).__name__}: {error}). "
                 "A full commit, org/name@<40 hexadecimal digits>, needs no look-up"
             ) from error
         if not self._files and any(file.rfilename == f"{self.repo.split('/')[1]}.py" for file in info.siblings or ()):
@@ -138,7 +138,7 @@ class HubSource:
                     raise FileNotFoundError(f"no file {self.config}")
                 return builder.as_streaming_dataset()
             builder = load_dataset_builder(self.repo, self.config, revision=commit)
-            # Without the hub, datasets takes the newest commit in its cache, whichever was asked for.
+            # Without the hub, datasets takes the newest commit in its cache, whichever was requested.
             if not isinstance(builder, Cache) or builder.hash == commit:
                 return builder.as_streaming_dataset()
         except ConnectionError as error:

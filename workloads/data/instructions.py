@@ -28,8 +28,9 @@ from workloads.data.columns import encodable
 from workloads.data.documents import Row, Split, assign_sides
 from workloads.data.encoding import SpelledTokens
 from workloads.data.hub import HubSource
-from workloads.data.local import ROW_SUFFIXES, LocalRows, local_path
+from workloads.data.local import ROW_SUFFIXES, LocalRows
 from workloads.errors import InputError
+from workloads.files.given import existing_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ class Instructions:
         Raises:
             InputError: the text is none of these, or the folder holds nothing that can be read.
         """
-        if path := local_path(text):
+        if path := existing_path(text):
             source = LocalRows(path)
             source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
             return cls(path.resolve().name, source)

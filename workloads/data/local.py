@@ -25,24 +25,6 @@ ROW_SUFFIXES = (".json", ".jsonl", ".parquet")
 ROW_COLUMNS = ("instruction", "input", "output", "messages", "conversations")
 
 
-def local_path(text: str) -> Path | None:
-    """The file or folder that a user named; None if there is none.
-
-    Raises:
-        InputError: it is a link to what does not exist.
-    """
-    try:
-        path = Path(text).expanduser()
-        if text and path.exists():
-            return path
-        if path.is_symlink():
-            raise InputError(f"{text} is a link to {os.readlink(path)}, where there is nothing. Give what exists.")
-    except (OSError, ValueError, RuntimeError) as error:  # a name of 256 bytes; NUL in it; the home of no user
-        if isinstance(error, InputError):
-            raise
-    return None
-
-
 @dataclass(frozen=True)
 class FoundFiles:
     """The files below a path: those that are read, as (posix path relative to it, file), and the names of the others.

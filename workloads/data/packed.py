@@ -5,7 +5,7 @@ end-of-sequence token, as one stream of unsigned integers:
 
     <folder>/train.bin         tokens of the training documents
     <folder>/validation.bin    tokens of the validation documents
-    <folder>/index.json        dtype, counts, names and offsets of the validation documents
+    <folder>/index.json        dtype, counts, names and offsets of the validation documents, SHA-256 of the files
 
 A context length is a view of that stream, without a copy: training sequence i at context length N is the tokens
 [i * N, (i + 1) * N); the remainder is dropped. Sequences cross documents, validation windows do not.
@@ -23,6 +23,7 @@ import numpy as np
 
 from workloads.data.documents import name_hash
 from workloads.errors import InputError
+from workloads.files.hashes import content_hash
 
 
 class Prepared(Protocol):
@@ -36,6 +37,8 @@ T = TypeVar("T", bound=Prepared)
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
 FORMAT_VERSION = 2
+# The dtypes that tokens are stored in.
+DTYPES = ("uint8", "uint16", "uint32", "uint64")
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,23 @@ class PackedCorpus:
     columns: list[str]
     sample: str
 
+    def __post_init__(self) -> None:
+        check_index(
+            self.dtype,
+            eos_token_id=self.eos_token_id,
+            train_tokens=self.train_tokens,
+            train_documents=self.train_documents,
+            validation_tokens=self.validation_tokens,
+        )
+        check_names(self.validation_names, len(self.validation_offsets) - 1)
+        check_offsets(np.array(self.validation_offsets), self.validation_tokens, "validation_offsets")
+
     @classmethod
     def open(cls, folder: Path | str) -> "PackedCorpus":
-        """Open what ``prepare`` wrote.
+        """Opens what ``prepare`` wrote.
 
         Raises:
-            InputError: it is not there, or its files do not have the sizes that its index says.
+            InputError: it is absent, its index is invalid, or its files are not those that were prepared.
         """
         return open_prepared(cls, folder, "corpus", FORMAT_VERSION)
 
@@ -119,8 +133,8 @@ class PackedCorpus:
     ) -> np.ndarray:
         """Batch number ``step`` (from 0) as (batch, context_length), int64; ``rows`` reads only these of its rows.
 
-        Depends on the arguments alone, so a checkpoint's place in the data is its step, whatever the number of
-        workers. Every sequence comes once an epoch, each epoch in an order of its own; a batch may hold the end of
+        Depends only on the arguments, so a checkpoint's position in the data is its step, for any number of
+        workers. Every sequence comes once an epoch, each epoch in a different order; a batch may hold the end of
         one epoch and the start of the next.
         """
         sequences = self.num_train_sequences(context_length)
@@ -180,30 +194,71 @@ class PackedCorpus:
 
 
 def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_version: int) -> T:
-    """Opens prepared data: a ``kind`` made from its index.
+    """Opens prepared data: a ``kind`` made from its index, whose files are checked against it.
 
     Raises:
-        InputError: it is not there, of another version, or its files do not have the sizes that its index says.
+        InputError: it is not there, of another version, its index is none, or a file has another size
+            or SHA-256.
     """
     folder = Path(folder)
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
         if index.pop("format_version") != format_version:
             raise ValueError("it was written by another version of longspan")
+        hashes = index.pop("sha256")
         prepared = kind(folder=folder, **index)
         for name, expected in prepared.sizes().items():
             found = (folder / name).stat().st_size
             if found != expected:
                 raise ValueError(f"{name} has {found} bytes, its index says {expected}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if hashes.get(name) != content_hash(folder / name):
+                raise ValueError(
+                    f"the content of {name} is not what was prepared: its SHA-256 differs from the index's"
+                )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
             f"prepared {what} {folder} cannot be read ({error}). Delete that folder; the next run prepares it again."
         ) from error
     return prepared
 
 
+def check_index(dtype: str, **counts: int) -> None:
+    """Checks an index's dtype, which numpy would otherwise read pointers by, and its counts.
+
+    Raises:
+        ValueError: no unsigned integer, or a count below 0.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"its index has the dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    for name, count in counts.items():
+        if not isinstance(count, int) or not 0 <= count < 2**63:
+            raise ValueError(f"its index has {count!r} as {name}; expected a whole number of at least 0")
+
+
+def check_names(names: list[str], expected: int) -> None:
+    """Raises ValueError if an index's names are not ``expected`` strings."""
+    if not isinstance(names, list) or len(names) != expected or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"its index does not name {expected:,} validation documents")
+
+
+def check_offsets(offsets: np.ndarray, tokens: int, name: str) -> None:
+    """Raises ValueError unless offsets of documents run from 0 up to the number of tokens."""
+    if (
+        offsets.dtype.kind != "i"
+        or offsets.ndim != 1
+        or (offsets[0], offsets[-1]) != (0, tokens)
+        or (np.diff(offsets) <= 0).any()
+    ):
+        raise ValueError(f"{name} does not run from 0 to {tokens:,}, document by document")
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that was prepared in a folder, for its index."""
+    return {path.name: content_hash(path) for path in sorted(folder.iterdir())}
+
+
 def epoch_order(step: int, batch: int, sequences: int, seed: int, rows: slice = slice(None)) -> np.ndarray:
-    """The sequences of batch number ``step``: each once an epoch, each epoch in its own order."""
+    """The sequences of batch number ``step``: each once an epoch, in a different order each epoch."""
     epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch)[rows], sequences)
     order = [permutation(sequences, seed, epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
     return np.array(order, dtype=np.int64)

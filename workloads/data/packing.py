@@ -20,7 +20,7 @@ import numpy as np
 from workloads.data.corpus import Corpus
 from workloads.data.documents import Document, Split, first_words
 from workloads.data.encoding import encode_texts
-from workloads.data.packed import FORMAT_VERSION, PackedCorpus
+from workloads.data.packed import FORMAT_VERSION, PackedCorpus, hashes_of
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -127,6 +127,7 @@ def _write(
         "validation_offsets": offsets,
         "columns": corpus.columns,
         "sample": sample,
+        "sha256": hashes_of(folder),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
 

@@ -1,7 +1,7 @@
 """``builtin:stdlib``: the running Python's own standard-library source, as documents.
 
 Long, coherent text that every machine already has, so a first sweep needs no download. The texts differ a little from
-one Python version to the next; a module's side of the split does not, since it depends on its path alone.
+one Python version to the next; a module's side of the split does not, since it depends only on its path.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ VALIDATION_SHARE = 0.10
 # Folders left out at any depth: tests quote the modules they test, and what pip installed is not the library.
 _EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
-# Left out at the top: what a program wrote. In encodings, 80 character tables are near-copies of one another, so that
-# any split puts copies on both sides; pydoc_data is one file of prose that would be 43% of the held-out bytes; the
+# Left out at the top: generated files. In encodings, 80 character tables are near-copies of one another, so any split
+# puts copies on both sides; pydoc_data is one file of prose that would be 43% of the held-out bytes; the
 # last two record how this Python was built, under a path that names its platform.
 _GENERATED = ("encodings/", "pydoc_data/", "config-", "_sysconfigdata")
 

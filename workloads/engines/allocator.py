@@ -28,7 +28,7 @@ MALLOPT = {
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the free end of a heap stays
     -2: 64 * 2**20,  # M_TOP_PAD
 }
-# With these a user sets the same.
+# A user's own settings of the same parameters.
 MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 

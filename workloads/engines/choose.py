@@ -12,7 +12,7 @@ def make_engine(execution: ExecutionConfig, device: torch.device, precision: Pre
     """The engine of ``execution``, for this worker.
 
     Raises:
-        InputError: ZeRO is asked for and DeepSpeed is not installed.
+        InputError: ZeRO is requested but DeepSpeed is not installed.
     """
     if execution.engine in ("zero2", "zero3"):
         from workloads.engines.zero import ZeroEngine  # DeepSpeed is optional, and takes seconds to import

@@ -1,4 +1,4 @@
-"""Where a trial runs and how its workers train one model: alone, or with DDP; with ZeRO in ``zero.py``.
+"""Where a trial runs and how its workers train one model: alone, or with DDP; ZeRO is in ``zero.py``.
 
 The training loop is written once, for every engine: it computes this worker's part of the loss. The engine turns that
 into an update that is the same on all workers, and into a checkpoint that any engine can load.
@@ -35,7 +35,7 @@ class AsyncScalars:
             self._arrived.record(torch.cuda.current_stream(scalars.device))
 
     def read(self) -> list[float]:
-        """Waits until the device has computed them and everything that it was given before."""
+        """Waits until the device has computed them and all earlier work."""
         if self._arrived:
             self._arrived.synchronize()
         return self._scalars.tolist()
@@ -44,15 +44,15 @@ class AsyncScalars:
 class Engine:
     """This worker's device and its place among the workers, which train with DDP where there are several.
 
-    Reads torch.distributed if it is initialised (Ray Train and torchrun both do that), else it is alone.
+    Reads torch.distributed if it is initialised (Ray Train and torchrun both do that), else it is the only worker.
 
     Args:
         device: of this worker.
         precision: of what does not train.
 
     Attributes:
-        runs_ahead: whether the host gives the device a step before it knows the result of the last one; an asynchronous
-            device would otherwise idle in between.
+        runs_ahead: whether the host queues a step before it knows the result of the last one; an asynchronous device
+            would otherwise idle in between.
     """
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
@@ -91,7 +91,7 @@ class Engine:
         """
         self._optimizer, self.max_grad_norm = optimizer, max_grad_norm
         self.parameters = trainable_parameters(model)
-        self.diverged = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
+        self.diverged = torch.zeros((), device=self.device)  # 1 from the first non-finite step on
         if self.num_workers == 1 or not self.parameters:
             return NextTokenLoss(model)
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -127,8 +127,8 @@ class Engine:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         scalars = torch.stack([self.sum(loss), norm])
         self.diverged = torch.maximum(self.diverged, 1 - scalars.isfinite().all().float())
-        # As torch's GradScaler tells an optimiser to skip an update: on the device, without waiting for the host, which
-        # may already have given it the next step.
+        # As torch's GradScaler makes an optimiser skip an update: on the device, without waiting for the host, which
+        # may already have queued the next step.
         self.optimizer.found_inf = self.diverged
         if self.max_grad_norm is not None:
             # The optimiser divides gradients by this while it reads them; clipping them first would be another pass.
@@ -171,16 +171,16 @@ class Engine:
         return bool(self.sum(torch.tensor(int(condition))))
 
     def synchronize(self) -> None:
-        """Waits until the device has done everything that it was given, as a clock read next needs."""
+        """Waits until the device has finished all its work, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def device_name(self) -> str:
-        """As torch names a GPU; ``CPU`` where there is none."""
+        """The GPU's name in torch, or ``CPU``."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def peak_memory_gib(self) -> float:
-        """The most memory used so far: allocated on the GPU, or resident in this process where there is none."""
+        """The most memory used so far: allocated on the GPU, or else resident in this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

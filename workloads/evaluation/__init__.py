@@ -7,7 +7,7 @@
 ``windows``    windows of held-out documents, scored by two rules; ``documents`` chooses the documents
 ``retrieval``  common to passkey and topics: prompts of an exact length, which answers are correct; ``greedy`` answers
 ``answers``    perplexity over the answers of instruction data
-``cost``       the cost of an evaluation before it runs
+``time_estimate``  the cost of an evaluation before it runs
 ``bootstrap``  intervals (NumPy only)
 ``pictures``   what the pictures share
 """

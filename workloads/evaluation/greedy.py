@@ -15,7 +15,7 @@ from torch import nn
 
 from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
-from workloads.evaluation.retrieval import RetrievalResult, RetrievalTest, contains
+from workloads.evaluation.retrieval_cases import RetrievalResult, RetrievalTest, contains
 from workloads.models.rotary import fixed_length
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ steps and would fail a model that finds the number but puts a word or a line bre
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from rich.table import Table
 from workloads.errors import InputError
 from workloads.evaluation.bootstrap import accuracy_interval
 from workloads.evaluation.options import CommonOptions
+from workloads.evaluation.retrieval_cases import RetrievalResult, RetrievalTest
 from workloads.evaluation.task import Result, Run
 
 if TYPE_CHECKING:
@@ -41,44 +41,6 @@ class RetrievalOptions(CommonOptions):
         """Checks the values."""
         self._require_positive("tests")
         super().__post_init__()
-
-
-@dataclass(frozen=True)
-class RetrievalTest:
-    """One prompt and what its answer must contain.
-
-    Args:
-        answer_tokens: the most tokens to generate.
-        depth: where the hidden text is: 0 at the beginning, 1 at the end.
-        group: tests that are counted together, such as ``30 topics``.
-    """
-
-    tokens: list[int]
-    expected: str
-    answer_tokens: int
-    depth: float
-    group: str
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and its answer: a test of length N never exceeds a context of N."""
-        return len(self.tokens) + self.answer_tokens
-
-
-@dataclass(frozen=True)
-class RetrievalResult:
-    """A test's answer, and whether it is correct."""
-
-    group: str
-    length: int
-    depth: float
-    expected: str
-    answer: str
-    correct: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it is written to the results."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -115,18 +77,6 @@ class Prompter:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def contains(answer: str, expected: str) -> bool:
-    """Whether an answer contains the hidden text, as whole words or numbers (12345 is not in 123456).
-
-    Case and punctuation do not matter, nor does a leading "the", which topics have or lack by chance.
-    """
-    return f" {_words(expected).removeprefix('the ')} " in f" {_words(answer)} "
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
-
-
 def collect_tests(
     subject: Subject, options: RetrievalOptions, console: Console, make: Callable[[int], list[RetrievalTest]]
 ) -> list[RetrievalTest]:
@@ -146,8 +96,8 @@ def prepare_tests(
     subject: Subject, options: RetrievalOptions, console: Console, what: str, tests: list[RetrievalTest]
 ) -> Run:
     """Prints the cost of the tests; the run counts correct answers by group, and by depth within it."""
-    from workloads.evaluation.cost import print_cost, progress  # imports torch, which --help does not need
     from workloads.evaluation.greedy import run_tests
+    from workloads.evaluation.time_estimate import print_cost, progress  # imports torch, which --help does not need
 
     counts = Counter(len(test.tokens) for test in tests)
     cost = print_cost(subject, what, counts, max(test.answer_tokens for test in tests), console)

@@ -64,7 +64,7 @@ def _result_path(folder: Path, name: str, result: Result) -> Path:
     number, path = 1, folder / f"{name}.json"
     while path.exists():
         try:
-            earlier = json.loads(path.read_text())
+            earlier = json.loads(path.read_text("utf-8"))
             if [earlier["model"], earlier["options"]] == ours:
                 break
         except (ValueError, KeyError, TypeError):

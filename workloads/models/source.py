@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from workloads.config import Positions
 from workloads.errors import InputError, one_error, reason
+from workloads.files.given import existing_path
 from workloads.files.hashes import content_hash
 from workloads.models.configuration import read_configuration, refuse_pointers, refuse_quantised
 from workloads.models.families import refuse_sliding_windows
@@ -67,8 +68,8 @@ class ModelSource:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise InputError(f"model {name!r} is not built in; did you mean {nearest[0]}?")
             return cls(name, str(BUILTIN / name.removeprefix("builtin:")))
-        path = Path(name).expanduser()
-        if path.is_dir():
+        path = existing_path(name)
+        if path and path.is_dir():
             if not (path / "config.json").is_file():
                 raise InputError(f"model folder {name} has no config.json; expected a folder that transformers loads")
             if not any(path.glob("*.safetensors")):
@@ -80,8 +81,8 @@ class ModelSource:
                 )
             refuse_pointers(f"model folder {name}", path)
             return cls(name, str(path.resolve()))
-        if path.suffix.lower() == ".gguf":
-            if not path.is_file():
+        if name.lower().endswith(".gguf"):
+            if not (path and path.is_file()):
                 raise InputError(f"model {name!r} is no file here; expected a GGUF file (looked in {Path.cwd()})")
             return cls(name, str(path.resolve()))
         if name.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(name):

@@ -36,7 +36,7 @@ class Evaluator:
     """Scores a trial's model on held-out data, with full attention and uncompiled layers.
 
     Args:
-        untuned: scores of step 0 at the trained length, if an untuned trial with the same positions has shown them.
+        step_0_scores: scores at the trained length, if already measured by an untuned trial with the same positions.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Evaluator:
     data: TrialData
     engine: Engine
     emit: Emit
-    untuned: DocumentScores | None = None
+    step_0_scores: DocumentScores | None = None
     best: BestEvaluation | None = None
 
     def evaluate(self, step: int, at_original_length: bool) -> None:
@@ -55,7 +55,7 @@ class Evaluator:
         if at_original_length and original != trained and self.data.can_score(original):
             lengths.append(original)
         for length in lengths:
-            known = self.untuned if step == 0 and length == trained else None
+            known = self.step_0_scores if step == 0 and length == trained else None
             scores = known or self.score(length)
             if length == trained:
                 self._note_best(step, scores.perplexity)

@@ -1,6 +1,7 @@
 """One trial's training loop, from a loaded model to its last evaluation, in plain PyTorch.
 
-Progress is reported through ``emit(event, **fields)``, one call an event. The events and their fields:
+Progress is reported through ``emit(event, **fields)``, one call per event. ``make_event`` in
+orchestrator/records/events.py refuses other fields. The events and their fields:
 
     model    parameters, trainable_parameters, attention_backend, compiled_layers (whether)
     resume   step: of the checkpoint that training continues from
@@ -58,13 +59,13 @@ def run(
     checkpoints: Path,
     engine: Engine,
     emit: Emit,
-    untuned: DocumentScores | None = None,
+    step_0_scores: DocumentScores | None = None,
     poll_request: Callable[[], Request | None] = lambda: None,
 ) -> bool:
     """Trains and evaluates one trial, from its newest checkpoint if it has one. Returns whether it finished.
 
     Args:
-        untuned: the scores of step 0, if an untuned trial with the same positions has shown them already.
+        step_0_scores: the scores of step 0, if already measured by an untuned trial with the same positions.
         poll_request: called after each step, its evaluation and its checkpoint, on worker 0 alone.
 
     Raises:
@@ -87,7 +88,7 @@ def run(
         attention_backend=backend_of(model),
         compiled_layers=layers_compile(model, config, execution, engine.device, engine.num_workers),
     )
-    return Trial(model, config, execution, corpus, checkpoints, engine, emit, untuned, poll_request).run()
+    return Trial(model, config, execution, corpus, checkpoints, engine, emit, step_0_scores, poll_request).run()
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,17 @@ class Trial:
     checkpoints: Path
     engine: Engine
     emit: Emit
-    untuned: DocumentScores | None = None
+    step_0_scores: DocumentScores | None = None
     poll_request: Callable[[], Request | None] = lambda: None
     step: int = 0
     next_batch: Batch | None = None  # of the next step, prepared while the device works
     pending: PendingStep | None = None  # the last step, until it is reported
-    finished_at: float = -math.inf  # when the step before was done, on the clock of perf_counter
+    previous_step_end: float = -math.inf  # on the clock of perf_counter
 
     def __post_init__(self) -> None:
         self.data = trial_data(self.corpus, self.config)
         self.evaluator = Evaluator(
-            self.model, self.config, self.execution, self.data, self.engine, self.emit, self.untuned
+            self.model, self.config, self.execution, self.data, self.engine, self.emit, self.step_0_scores
         )
         self.saved_at = time.monotonic()
 
@@ -188,24 +189,24 @@ class Trial:
         return training_model
 
     def train_step(self, training_model: nn.Module) -> None:
-        """Gives the device a step, and reports it once it is done.
+        """Launches one step.
 
-        That is at once; or, where the engine runs ahead, when the device has been given the next step or
-        :meth:`finish_step` is called.
+        Reports it immediately, or, if ``engine.runs_ahead``, once the next step is launched or :meth:`finish_step` is
+        called.
         """
         config, engine = self.config, self.engine
         started = time.perf_counter()
         set_learning_rate(self.optimizer, config, self.step)
         batch = self.next_batch or self.data.batch(self.step)
-        mine = batch.rows(slice(engine.rank, None, engine.num_workers))
+        local_batch = batch.rows(slice(engine.rank, None, engine.num_workers))
         loss_sum = torch.zeros((), device=engine.device)
-        pieces = mine.split(self.execution.micro_batch or len(mine))
-        for index, piece in enumerate(pieces):
-            tokens, scored, mask = to_device(piece, engine.device)
-            # The mean over all scored tokens of the batch, wherever they are: not of the workers' or the
-            # micro-batches' means, in which a token would count more where there are fewer.
+        micro_batches = local_batch.split(self.execution.micro_batch or len(local_batch))
+        for index, micro_batch in enumerate(micro_batches):
+            tokens, scored, mask = to_device(micro_batch, engine.device)
+            # Weight tokens equally over the global batch: averaging the means of workers or micro-batches would
+            # overweight tokens of those with fewer.
             weights = scored / batch.num_scored
-            with engine.accumulate(training_model, last=index == len(pieces) - 1):
+            with engine.accumulate(training_model, last=index == len(micro_batches) - 1):
                 with engine.autocast():
                     loss = training_model(
                         tokens, weights, **padded_inputs(self.model, mask), **self.data.model_inputs(tokens)
@@ -227,7 +228,7 @@ class Trial:
         """Waits for the pending step, if there is one, and reports it.
 
         Raises:
-            NonFiniteLoss: it, and every step begun since, has updated nothing.
+            NonFiniteLoss: for the first bad step; neither it nor later steps changed the weights.
         """
         if self.pending is None:
             return
@@ -240,8 +241,8 @@ class Trial:
                 "Lower the learning rate, or train in float32"
             )
         now = time.perf_counter()
-        seconds = now - max(step.started, self.finished_at)
-        self.finished_at = now
+        seconds = now - max(step.started, self.previous_step_end)
+        self.previous_step_end = now
         tokens_per_second = step.batch_tokens / seconds
         self.emit(
             "step",

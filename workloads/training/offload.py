@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from workloads.adaptation.methods import decoder_layers
-from workloads.adaptation.wrapping import Position, Wrapper, wrap
+from workloads.adaptation.wrapping import WrapOrder, Wrapper, wrap
 from workloads.budget.offloading import offloaded_layers
 from workloads.errors import InputError
 from workloads.training.recompute import layers_with_backward
@@ -80,7 +80,7 @@ def offload_activations(model: nn.Module, count: int, device: torch.device) -> N
 class _Offload(Wrapper):
     """Wraps a layer's call: runs what is due before and after it."""
 
-    position = Position.OFFLOAD
+    order = WrapOrder.OFFLOAD
     offload_schedule: _Schedule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from workloads.adaptation.methods import decoder_layers
-from workloads.adaptation.wrapping import Position, Wrapper, wrap
+from workloads.adaptation.wrapping import WrapOrder, Wrapper, wrap
 from workloads.config import GradientCheckpointing
 from workloads.errors import InputError
 
@@ -64,7 +64,7 @@ def recomputes(layer: nn.Module) -> bool:
 class _Recompute(Wrapper):
     """Around a layer's forward pass; in compiled code the compiler's backend recomputes instead."""
 
-    position = Position.RECOMPUTE
+    order = WrapOrder.RECOMPUTE
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and not torch.compiler.is_compiling():

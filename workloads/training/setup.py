@@ -30,7 +30,7 @@ def prepare_model(model: nn.Module, config: TrainingConfig, engine: Engine, exec
     """Adapts a loaded model as a trial trains it: attention pattern, what trains, FP8, recompute, offload, device.
 
     Modules are replaced first (LoRA, FP8), then wrapped (fused LoRA, recompute, offload), in the order of
-    :class:`workloads.adaptation.wrapping.Position`.
+    :class:`workloads.adaptation.wrapping.WrapOrder`.
     """
     pattern = AttentionPattern(name=config.attention, group_size=config.group_size)
     use_pattern(

@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from orchestrator.compare import Outcome, compare, cost, summarise
+from orchestrator.compare import Outcome, compare, quality_and_cost, summarise
 from orchestrator.records.events import Cancelled, Eval, Finished, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
@@ -231,7 +231,7 @@ def test_a_target_of_ones_own(tmp_path):
 def test_the_front_of_perplexity_and_hours_is_that_of_brute_force():
     generator = np.random.default_rng(0)
     points = [(float(h), float(p)) for h, p in generator.integers(1, 12, (60, 2))]
-    for point, is_dominated in zip(points, cost.dominated(points)):
+    for point, is_dominated in zip(points, quality_and_cost.dominated(points)):
         beaten = False
         for other in points:
             no_worse = other[0] <= point[0] and other[1] <= point[1]

@@ -2,9 +2,9 @@
 
 import json
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.data_summary import data_summary
 from orchestrator.planning.preparation import Identified, check_sweep, identify, prepare
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.notes import notes
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from workloads.data import Instructions, prepare_examples
 from workloads.models.source import ModelSource

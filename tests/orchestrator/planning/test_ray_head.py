@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from orchestrator.options import RunOptions
 from orchestrator.planning import ray_head
 from orchestrator.planning.cluster import join_or_start
+from orchestrator.run_options import RunOptions
 from tests.support.commands import ROOT, SweepCommand
 from tests.support.ray_head import head_of, silent_listener
 from tests.support.ray_nodes import free_port

@@ -8,7 +8,6 @@ import os
 import pytest
 
 from orchestrator.compare.runs import find_run
-from orchestrator.options import RunOptions
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
 from orchestrator.planning.planner import plan_trials
 from orchestrator.records import cancellation
@@ -17,6 +16,7 @@ from orchestrator.records.json_files import write_json
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.overview import Overview
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.status import as_json, status
 from orchestrator.trial_spec import Identities

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from orchestrator.records import mlflow_store
 from orchestrator.records.events import Finished, Step
-from orchestrator.records.mlflow_tracking import TrackingThread
+from orchestrator.records.mlflow_sync import TrackingThread
 from tests.support.events import a_step
 from tests.support.mlflow_server import start_mlflow_server
 from tests.support.mlflow_store import PROVENANCE, connect, history, runs, write_some_steps
@@ -97,6 +97,12 @@ def test_a_deleted_store_is_made_again_with_all_points(storage, trials, journals
     (storage.mlflow / "mlflow.db").unlink()
     connect(storage).follow(trials, "second", PROVENANCE)
     assert losses(mirrored.uri) == {trial.label: ALL_STEPS for trial in trials}
+
+
+def test_a_store_in_a_folder_that_is_not_there_yet_is_made(storage, trials, journals, tmp_path):
+    tracker = connect(storage, f"sqlite:///{tmp_path / 'new' / 'folder' / 'mlflow.db'}")
+    tracker.follow(trials[:1], "first", PROVENANCE)
+    assert losses(tracker.uri) == {trials[0].label: ALL_STEPS}
 
 
 def test_a_damaged_record_of_what_was_logged_repeats_no_point(storage, trials, journals, mirrored):

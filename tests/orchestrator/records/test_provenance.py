@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from orchestrator.options import RunOptions
 from orchestrator.records import provenance
 from orchestrator.records.provenance import describe_machine, git_commit, git_diff, own_prices
+from orchestrator.run_options import RunOptions
 from workloads.errors import InputError
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 
-from orchestrator.options import RunOptions
 from orchestrator.planning.cluster import Cluster, Node
+from orchestrator.planning.cost import sum_up
 from orchestrator.planning.estimate import Estimator
-from orchestrator.planning.planner import plan_trials, sum_up
+from orchestrator.planning.planner import plan_trials
 from orchestrator.records.events import Failed, Finished, Launched, Preempted, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.plan_vs_actual import compare_with_plan
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
 from tests.support.events import a_step

@@ -185,7 +185,7 @@ def test_an_error_that_process_exit_causes_in_a_thread_is_recognised():
     atexit.register(lambda: worker.join(60))
     import torch
     from orchestrator.running.faults import watch_exit
-    from workloads.attention.grouped import grouped_attention
+    from workloads.attention.group_operator import grouped_attention
 
     def train():
         x = torch.randn(1, 2, 64, 16)

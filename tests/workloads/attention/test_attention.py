@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.attention_error import CASES, max_errors
-from workloads.attention import backends, grouped
+from workloads.attention import backends
+from workloads.attention import group_operator as grouped
 from workloads.attention.backends import BACKENDS, attention, choose_backend, masked_attention, missing
 from workloads.attention.documents import document_ids
+from workloads.attention.group_kernels import shifted_sparse_attention
 from workloads.attention.masks import dense_mask
 from workloads.attention.patterns import PATTERNS, AttentionPattern
-from workloads.attention.shifted import shifted_sparse_attention
 from workloads.attention.varlen import varlen_attention
 from workloads.errors import InputError
 

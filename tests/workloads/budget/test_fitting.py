@@ -10,11 +10,11 @@ import pytest
 from tests.support.budget import GIB, H200, LLAMA2_7B, on_gpu, training_config
 from workloads.budget import (
     Device,
-    fewest_recomputed,
-    needed,
+    memory_needed,
     resolve_auto,
     smallest_change_that_fits,
     step_seconds,
+    with_fewest_recomputed,
 )
 from workloads.config import ExecutionConfig
 from workloads.errors import InputError
@@ -25,15 +25,15 @@ def test_what_does_not_fit_is_changed_by_what_costs_least(name):
     """At least as good as every micro-batch with every number of layers that recompute, on one device."""
     asked, device = ExecutionConfig(), Device.named(name)
     training = on_gpu(8192, group_size=2048, batch=64)
-    assert needed(LLAMA2_7B, training, asked, 1, device).total > device.memory
+    assert memory_needed(LLAMA2_7B, training, asked, 1, device).total > device.memory
     fit = smallest_change_that_fits(LLAMA2_7B, training, asked, 1, device)
-    assert fit.memory == needed(LLAMA2_7B, training, fit.execution, fit.workers, device)
+    assert fit.memory == memory_needed(LLAMA2_7B, training, fit.execution, fit.workers, device)
     assert fit.memory.total <= device.memory
     every = [
         ExecutionConfig(micro_batch=rows, gradient_checkpointing=layers)
         for rows, layers in itertools.product((64, 32, 16, 8, 4, 2, 1), range(33))
     ]
-    fitting = [e for e in every if needed(LLAMA2_7B, training, e, 1, device).total <= device.memory]
+    fitting = [e for e in every if memory_needed(LLAMA2_7B, training, e, 1, device).total <= device.memory]
     cheapest = min(step_seconds(LLAMA2_7B, training, each, 1, device) for each in fitting)
     assert step_seconds(LLAMA2_7B, training, fit.execution, 1, device) <= cheapest
     layers = fit.execution.gradient_checkpointing
@@ -46,9 +46,10 @@ def test_what_does_not_fit_is_changed_by_what_costs_least(name):
 def test_no_more_layers_recompute_than_it_takes(context_length, method):
     for device in map(Device.named, ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB")):
         training = on_gpu(context_length, method, 2048)
-        found = fewest_recomputed(LLAMA2_7B, training, ExecutionConfig(), 1, device)
+        found = with_fewest_recomputed(LLAMA2_7B, training, ExecutionConfig(), 1, device)
         fits = [
-            needed(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing=n), 1, device).total <= device.memory
+            memory_needed(LLAMA2_7B, training, ExecutionConfig(gradient_checkpointing=n), 1, device).total
+            <= device.memory
             for n in range(33)
         ]
         assert (found.gradient_checkpointing if found else None) == (fits.index(True) if any(fits) else None)

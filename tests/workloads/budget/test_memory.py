@@ -12,7 +12,7 @@ from benchmarks.memory import MODELS, POINTS, Point, RandomTokens, as_json, comp
 from tests.support.budget import AS_USERS_WRITE_IT, GIB, H200, LLAMA2_7B, on_gpu, training_config
 from tests.support.models import plain_losses
 from tests.support.traffic import family_config
-from workloads.attention import shifted
+from workloads.attention import group_kernels as shifted
 from workloads.budget import (
     Device,
     ModelShape,

@@ -229,6 +229,8 @@ def test_a_file_that_is_not_utf8_is_named_with_the_offset(tmp_path):
         ('{"title": "b"}', "column 'text' is missing"),
         ('{"text": 3}', "of type int"),
         ('{"text": "\\ud800"}', "lone surrogate"),
+        (f'{{"text": "x", "n": {"9" * 5_000}}}', "Exceeds the limit"),
+        (f'{{"text": "x", "n": {"[" * 200_000}', "nested too deeply"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, says):
@@ -236,6 +238,12 @@ def test_a_broken_line_is_named(tmp_path, line, says):
     path.write_text(f'{{"text": "a"}}\n\n{line}\n')
     message = reading_error(path)
     assert f"{path}, line 3" in message and says in message
+
+
+def test_what_other_columns_hold_is_no_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"body": "a", "deep": {"[" * 400}{"]" * 400}, "n": {"9" * 4_000}}}\n')
+    assert Corpus.parse(str(path)).source.first_text() == "a"
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
@@ -310,6 +318,7 @@ REPOSITORIES = {
         "one.jsonl": b'{"text": "first"}\n' * 3,
         "two.jsonl": b'{"text": "second"}\n' * 3,
     },
+    "org/broken": {"rows.jsonl": b'{"text": "a"}\n' * 20 + b'{"text": \n'},
     "org/script": {"script.py": b"raise SystemExit", "data.zip": b""},
 }
 
@@ -395,7 +404,7 @@ def ask(endpoint: str, home: Path, *texts: str, script: str = ASK, **environment
 
 
 def test_data_sets_load_from_the_hub(hub, tmp_path):
-    books, pinned, test_only, two, no_config, script, revision, missing = ask(
+    books, pinned, test_only, two, no_config, broken, script, revision, missing = ask(
         hub,
         tmp_path,
         "org/books",
@@ -403,6 +412,7 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
         "org/test-only@main",
         "org/configs:two",
         "org/configs",
+        "org/broken",
         "org/script",
         "org/books@v9",
         "org/missing",
@@ -420,6 +430,7 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
     identity, documents = two
     assert identity == f"hub:org/configs@{COMMIT}:two" and {text for _, text, _ in documents} == {"second"}
     assert "org/configs" in no_config and "'one', 'two'" in no_config
+    assert "data set org/broken cannot be read after train row" in broken
     assert "org/script" in script and "loading script" in script and "emozilla/pg19" in script
     assert "no revision 'v9'" in revision
     assert "org/missing is neither a local path nor on the Hugging Face hub" in missing

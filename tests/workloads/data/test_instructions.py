@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from tests.support.tokenizers import EOS, error_of
 from tests.support.tokenizers import byte_tokenizer as bytes_without_decoder
 from workloads.data import ExampleCorpus, Instructions, prepare_examples
+from workloads.data.packed import hashes_of
+from workloads.errors import InputError
 
 CHATML = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
@@ -340,6 +343,32 @@ def test_prepared_once_and_pickled_by_its_place(examples):
     assert prepare_examples(rows, lambda: pytest.fail("prepared again"), "bytes", root).folder == examples.folder
     other = prepare_examples(rows, byte_tokenizer(), "other template", root)
     assert other.folder != examples.folder
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"dtype": "O"}, {"tokens": {"train": -1, "validation": 0}}, {"examples": {}}, {"validation_names": None}],
+    ids=str,
+)
+def test_an_index_is_not_believed(examples, tmp_path, changed):
+    folder = shutil.copytree(examples.folder, tmp_path / "copy")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | changed))
+    with pytest.raises(InputError, match="Delete that folder"):
+        ExampleCorpus.open(folder)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_offsets_that_changed_are_found(examples, tmp_path, hashed):
+    """Also where the index was changed with them."""
+    folder = shutil.copytree(examples.folder, tmp_path / "copy")
+    offsets = np.fromfile(folder / "train.offsets", dtype=np.int64)
+    offsets[3] = -(2**40)
+    offsets.tofile(folder / "train.offsets")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index if hashed else index | {"sha256": hashes_of(folder)}))
+    with pytest.raises(InputError, match="elete that folder"):
+        ExampleCorpus.open(folder).num_train_examples(64)
 
 
 def test_a_damaged_folder_says_to_delete_it(tmp_path):

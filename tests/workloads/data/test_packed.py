@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 from dataclasses import replace
 from itertools import count
@@ -362,6 +363,32 @@ def test_a_damaged_folder_says_to_delete_it(corpus, tokenizer, tmp_path, damage)
             folder.rename(tmp_path / "away")
     message = error_of(PackedCorpus.open, folder)
     assert str(folder) in message and "Delete that folder" in message
+
+
+INDEXES = {
+    "dtype": ["O", "float32", "int32", "V8", "", None, 4],
+    "train_tokens": [-1, "10", 1.5, None, 10**30],
+    "validation_offsets": [[], [0, 10**30], [1, 2], [0, 5, 3], ["a"], [[0], [1]], None, "0"],
+    "validation_names": [[], None, [1] * 60],
+    "sha256": [{"train.bin": "0" * 64}, {}, 1, [1]],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in INDEXES for value in INDEXES[field]])
+def test_an_index_is_not_believed(packed, tmp_path, field, value):
+    """A dtype of objects would have numpy follow the file's bytes as addresses."""
+    folder = shutil.copytree(packed.folder, tmp_path / "copy")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {field: value}))
+    assert "Delete that folder" in error_of(PackedCorpus.open, folder)
+
+
+def test_tokens_that_changed_without_their_size_are_found(packed, tmp_path):
+    folder = shutil.copytree(packed.folder, tmp_path / "copy")
+    content = bytearray((folder / "train.bin").read_bytes())
+    content[10] ^= 1
+    (folder / "train.bin").write_bytes(content)
+    assert "train.bin is not what was prepared" in error_of(PackedCorpus.open, folder)
 
 
 def test_an_empty_side_opens_and_says_what_is_missing(tokenizer, tmp_path):

@@ -20,8 +20,8 @@ from workloads.evaluation.bootstrap import (
     perplexity_interval,
     subsampling_error,
 )
-from workloads.evaluation.cost import forward_cost
 from workloads.evaluation.documents import documents_to_score
+from workloads.evaluation.time_estimate import forward_cost
 from workloads.evaluation.windows import cut_windows, score_documents, score_windows
 from workloads.models.source import ModelSource
 

@@ -11,7 +11,8 @@ from workloads.attention.patterns import AttentionPattern
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.greedy import run_tests
-from workloads.evaluation.retrieval import Prompter, contains
+from workloads.evaluation.retrieval import Prompter
+from workloads.evaluation.retrieval_cases import contains
 from workloads.evaluation.tasks.passkey import passkey_tests
 from workloads.evaluation.tasks.topics import generated_tests, longchat_tests
 from workloads.models.source import ModelSource

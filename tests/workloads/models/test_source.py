@@ -77,6 +77,8 @@ def test_a_full_commit_is_taken_as_it_is_without_the_hub():
         ("builtin:tinny", "did you mean builtin:tiny"),
         ("./nowhere", "no folder here"),
         ("just-a-name", "org/name"),
+        ("x" * 300, "no folder here"),
+        ("x" * 300 + ".gguf", "no file here"),
     ],
 )
 def test_a_name_that_stands_for_nothing(name, message):

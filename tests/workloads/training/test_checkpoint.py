@@ -1,14 +1,15 @@
 """Checkpoints are whole or absent: whatever is done to a file is noticed, and the one before is taken."""
 
+import os
 import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 
 import pytest
 import torch
 
+from tests.support.workers import FORK_SERVER
+from workloads.training import checkpoint
 from workloads.training.checkpoint import (
     MANIFEST,
     STATE,
@@ -90,17 +91,17 @@ def test_a_damaged_later_checkpoint_does_not_count_among_those_kept(two_checkpoi
     assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000010", "step-00000015"]
 
 
+def die_while_saving(folder):
+    """Between the tensors and the state."""
+    checkpoint.json.dumps = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    save_checkpoint(folder, 30, {"big": torch.zeros(1000)}, {})
+
+
 def test_what_a_process_left_that_died_while_saving_is_removed_by_the_next_save(two_checkpoints):
-    script = f"""
-        import os, torch
-        from pathlib import Path
-        from workloads.training import checkpoint
-        # Dies between the tensors and the state.
-        checkpoint.json.dumps = lambda *_, **__: os.kill(os.getpid(), 9)
-        checkpoint.save_checkpoint(Path({str(two_checkpoints)!r}), 30, {{"big": torch.zeros(1000)}}, {{}})
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
-    assert done.returncode == -9 and len(list(two_checkpoints.iterdir())) == 3
+    process = FORK_SERVER.Process(target=die_while_saving, args=(two_checkpoints,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(list(two_checkpoints.iterdir())) == 3
     assert newest_step(two_checkpoints) == 20
     save_checkpoint(two_checkpoints, 40, tensors(40), {})
     assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000020", "step-00000040"]
@@ -115,21 +116,23 @@ def test_no_checkpoint_is_none(tmp_path):
     assert load_newest(tmp_path / "nothing") is None
 
 
-def test_a_full_disk_names_path_and_bytes_and_leaves_the_checkpoint_before(two_checkpoints):
-    """A file-size limit stands for the full disk: a write fails in the middle."""
-    script = f"""
-        import resource, signal, sys, torch
-        from pathlib import Path
-        from workloads.training.checkpoint import save_checkpoint
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, {resource.RLIM_INFINITY}))
-        try:
-            save_checkpoint(Path({str(two_checkpoints)!r}), 30, {{"big": torch.zeros(100_000)}}, {{}})
-        except OSError as error:
-            sys.exit(f"refused: {{error}}")
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert "refused" in done.stderr and "step-00000030" in done.stderr and "400,000 bytes" in done.stderr
+def save_on_a_full_disk(folder, refusal):
+    """Writes the error to ``refusal``. A file-size limit stands for the full disk: a write fails in the middle."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    try:
+        save_checkpoint(folder, 30, {"big": torch.zeros(100_000)}, {})
+    except OSError as error:
+        refusal.write_text(str(error))
+
+
+def test_a_full_disk_names_path_and_bytes_and_leaves_the_checkpoint_before(two_checkpoints, tmp_path_factory):
+    refusal = tmp_path_factory.mktemp("refusal") / "message"
+    process = FORK_SERVER.Process(target=save_on_a_full_disk, args=(two_checkpoints, refusal))
+    process.start()
+    process.join()
+    message = refusal.read_text()
+    assert "step-00000030" in message and "400,000 bytes" in message
     assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000010", "step-00000020"]
     assert newest_step(two_checkpoints) == 20
 

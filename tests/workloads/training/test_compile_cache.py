@@ -22,7 +22,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
-from workloads.attention.grouped import grouped_attention
+from workloads.attention.group_operator import grouped_attention
 from workloads.training.compile_cache import keep_compiled
 keep_compiled(Path(sys.argv[1]))
 
@@ -129,6 +129,6 @@ def test_other_code_of_an_operator_is_another_folder(tmp_path, monkeypatch):
     shutil.copytree(compile_cache.SOURCE, source, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
     monkeypatch.setattr(compile_cache, "SOURCE", source)
     assert chosen(tmp_path) == before  # the same code, elsewhere
-    operator = source / "attention" / "grouped.py"
+    operator = source / "attention" / "group_operator.py"
     operator.write_text(operator.read_text().replace("return (None,) * 7", "return (None,) * 8"))
     assert chosen(tmp_path) != before

@@ -81,9 +81,15 @@ GOLDEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def default_events(corpus, tmp_path_factory):
+    """The events of a run of each method with the settings of ``config``."""
+    return {method: train(config(method), corpus, tmp_path_factory.mktemp(method)) for method in GOLDEN}
+
+
 @pytest.mark.parametrize("method", list(GOLDEN))
-def test_golden_losses(method, corpus, tmp_path):
-    assert losses(train(config(method), corpus, tmp_path)) == pytest.approx(GOLDEN[method], rel=2e-4)
+def test_golden_losses(method, default_events):
+    assert losses(default_events[method]) == pytest.approx(GOLDEN[method], rel=2e-4)
 
 
 GROUPS = dict(learning_rate_embeddings=1e-4, learning_rate_norms=3e-3, schedule="cosine", train_layers="last 2")
@@ -184,17 +190,16 @@ def test_checkpoints_of_another_trial_are_refused_and_left_alone(corpus, tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_micro_batches_and_checkpointing_change_nothing_but_memory(corpus, tmp_path):
-    plain = losses(train(config(), corpus, tmp_path / "a"))
+def test_micro_batches_and_checkpointing_change_nothing_but_memory(default_events, corpus, tmp_path):
     saving = ExecutionConfig(micro_batch=1, gradient_checkpointing="all")
-    assert losses(train(config(), corpus, tmp_path / "b", saving)) == pytest.approx(plain, rel=1e-5)
+    assert losses(train(config(), corpus, tmp_path, saving)) == pytest.approx(losses(default_events["lora+"]), rel=1e-5)
 
 
-def test_bfloat16_keeps_what_trains_in_float32_and_the_losses_near(corpus, tmp_path):
+def test_bfloat16_keeps_what_trains_in_float32_and_the_losses_near(default_events, corpus, tmp_path):
     """The precision of a GPU, here computed on the CPU."""
-    plain = losses(train(config(), corpus, tmp_path / "plain"))
-    assert losses(train(config(precision="bfloat16"), corpus, tmp_path / "bf16")) == pytest.approx(plain, rel=0.02)
-    tensors, _ = load_newest(tmp_path / "bf16")
+    plain = losses(default_events["lora+"])
+    assert losses(train(config(precision="bfloat16"), corpus, tmp_path)) == pytest.approx(plain, rel=0.02)
+    tensors, _ = load_newest(tmp_path)
     trained = [t for name, t in tensors.items() if name.startswith(("model/", "optimizer/"))]
     assert trained and {t.dtype for t in trained} == {torch.float32}
 
@@ -291,8 +296,8 @@ def test_a_base_that_gives_no_finite_loss_is_named_before_the_first_step(
         train(config(method, **settings), corpus, tmp_path / "run", source=ModelSource.parse(str(tmp_path / "base")))
 
 
-def test_the_order_of_events_and_what_tokens_count(corpus, tmp_path):
-    events = [e for e in train(config(), corpus, tmp_path) if e["event"] in ("eval", "step")]
+def test_the_order_of_events_and_what_tokens_count(default_events):
+    events = [e for e in default_events["lora+"] if e["event"] in ("eval", "step")]
     order = [(e["event"], e["step"], e["tokens"]) for e in events if e.get("context_length") != 512]
     assert order == [
         ("eval", 0, 0), ("step", 1, 2048), ("step", 2, 4096), ("eval", 2, 4096), ("step", 3, 6144), ("step", 4, 8192),

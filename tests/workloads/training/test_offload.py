@@ -23,14 +23,14 @@ from workloads.budget import (
     Device,
     Loop,
     ModelShape,
-    fewest_recomputed,
-    less_memory,
     memory,
+    memory_needed,
     most_offloaded,
-    needed,
+    reduce_memory,
     smallest_change_that_fits,
     step_seconds,
     what_trains,
+    with_fewest_recomputed,
 )
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
@@ -259,14 +259,14 @@ def test_the_choice_for_98k_tokens_of_a_7b_on_an_h200():
     pass that is predicted at 2.5 s.
     """
     a_layer = 98_304 * (2 * (7 * 4096 + 2 * 11_008 + 4 * 8) + 4 * 32)
-    chosen = fewest_recomputed(LLAMA2_7B, on_gpu(98_304), AUTO, 1, H200)
+    chosen = with_fewest_recomputed(LLAMA2_7B, on_gpu(98_304), AUTO, 1, H200)
     assert (chosen.offload_activations, chosen.gradient_checkpointing) == (8, 14)
-    needs = needed(LLAMA2_7B, on_gpu(98_304), chosen, 1, H200)
+    needs = memory_needed(LLAMA2_7B, on_gpu(98_304), chosen, 1, H200)
     assert needs.host == pytest.approx(8 * a_layer, rel=1e-3)
     assert 0.6 * 128 * GIB // a_layer == 8
     assert needs.total < H200.memory
     alone = dataclasses.replace(AUTO, offload_activations=0)
-    recomputing = fewest_recomputed(LLAMA2_7B, on_gpu(98_304), alone, 1, H200)
+    recomputing = with_fewest_recomputed(LLAMA2_7B, on_gpu(98_304), alone, 1, H200)
     assert recomputing.gradient_checkpointing == 23
     faster = step_seconds(LLAMA2_7B, on_gpu(98_304), recomputing, 1, H200) / step_seconds(
         LLAMA2_7B, on_gpu(98_304), chosen, 1, H200
@@ -280,9 +280,9 @@ def test_the_choice_for_98k_tokens_of_a_7b_on_an_h200():
 @pytest.mark.parametrize(("name", "context_length"), [("NVIDIA H200", 65_536), ("NVIDIA A100-SXM4-80GB", 32_768)])
 def test_no_number_lets_fewer_layers_recompute_and_no_smaller_one_as_few(name, context_length):
     device, training = dataclasses.replace(Device.named(name), host_memory=128 * GIB), on_gpu(context_length)
-    chosen = fewest_recomputed(LLAMA2_7B, training, AUTO, 1, device)
+    chosen = with_fewest_recomputed(LLAMA2_7B, training, AUTO, 1, device)
     recomputed = [
-        fewest_recomputed(LLAMA2_7B, training, dataclasses.replace(AUTO, offload_activations=n), 1, device)
+        with_fewest_recomputed(LLAMA2_7B, training, dataclasses.replace(AUTO, offload_activations=n), 1, device)
         for n in range(most_offloaded(LLAMA2_7B, training, AUTO, 1, device) + 1)
     ]
     fewest = min(each.gradient_checkpointing for each in recomputed)
@@ -291,7 +291,7 @@ def test_no_number_lets_fewer_layers_recompute_and_no_smaller_one_as_few(name, c
 
 
 def test_nothing_is_offloaded_where_nothing_has_to_recompute_or_it_would_cost_time():
-    assert fewest_recomputed(LLAMA2_7B, on_gpu(32_768), AUTO, 1, H200).offload_activations == 0
+    assert with_fewest_recomputed(LLAMA2_7B, on_gpu(32_768), AUTO, 1, H200).offload_activations == 0
     long = on_gpu(98_304)
     assert most_offloaded(LLAMA2_7B, long, AUTO, 1, H200) == 8
     slow = dataclasses.replace(H200, host_link=H200.host_link / 1e3)
@@ -312,7 +312,7 @@ def test_what_fits_with_some_that_recompute_fits_with_more(name):
     device = Device.named(name)
     for count, context_length in itertools.product((1, 5, 9, 16), (32_768, 98_304)):
         executions = [ExecutionConfig(offload_activations=count, gradient_checkpointing=n) for n in range(33)]
-        totals = [needed(LLAMA2_7B, on_gpu(context_length), each, 1, device).total for each in executions]
+        totals = [memory_needed(LLAMA2_7B, on_gpu(context_length), each, 1, device).total for each in executions]
         fits = [total <= device.memory for total in totals]
         assert fits == sorted(fits)
 
@@ -320,15 +320,15 @@ def test_what_fits_with_some_that_recompute_fits_with_more(name):
 def test_out_of_memory_gives_up_what_ran_out():
     """Each plan is one that training takes, and needs less of the device by its own prediction, or none of the host."""
     plans = [ExecutionConfig(offload_activations=8, gradient_checkpointing=14)]
-    while again := less_memory(plans[-1], 1, 32):
+    while again := reduce_memory(plans[-1], 1, 32):
         plans.append(again)
     device = Device.named("NVIDIA H200")
-    needs = [needed(LLAMA2_7B, on_gpu(98304), each, 1, device).total for each in plans]
+    needs = [memory_needed(LLAMA2_7B, on_gpu(98304), each, 1, device).total for each in plans]
     assert needs == sorted(needs, reverse=True) and needs[1] < 0.7 * needs[0]
     assert [(each.gradient_checkpointing, each.layers_offloaded) for each in plans] == [
         (14, 8), (19, 8), (23, 8), (24, 8), (32, 0)
     ]  # fmt: skip
-    (of_host,) = {less_memory(plan, 1, 32, of_host=True) for plan in plans[:-1]}
+    (of_host,) = {reduce_memory(plan, 1, 32, of_host=True) for plan in plans[:-1]}
     assert (of_host.gradient_checkpointing, of_host.offload_activations) == (32, 0)
 
 

@@ -1,6 +1,6 @@
 """The registry of attention patterns, and a pattern with its settings. Imports no torch.
 
-``grouped``        full, short, shifted, s2, s2-layers
+``shifted_sparse`` full, short, shifted, s2, s2-layers
 ``dilated``        dilated
 ``block_sparse``   block-sparse
 ``stride_sparse``  stride-sparse
@@ -14,7 +14,7 @@ from typing import Literal
 from workloads.attention.pattern import Pattern
 from workloads.attention.patterns.block_sparse import BLOCK_SPARSE
 from workloads.attention.patterns.dilated import DILATED
-from workloads.attention.patterns.grouped import FULL, S2, S2_LAYERS, SHIFTED, SHORT
+from workloads.attention.patterns.shifted_sparse import FULL, S2, S2_LAYERS, SHIFTED, SHORT
 from workloads.attention.patterns.stride_sparse import STRIDE_SPARSE
 from workloads.errors import InputError
 from workloads.registry import Registry

@@ -16,14 +16,8 @@ from rich.console import Console
 
 from workloads.errors import InputError
 from workloads.evaluation import pictures
-from workloads.evaluation.retrieval import (
-    Prompter,
-    RetrievalOptions,
-    RetrievalTest,
-    collect_tests,
-    prepare_tests,
-    retrieval_table,
-)
+from workloads.evaluation.retrieval import Prompter, RetrievalOptions, collect_tests, prepare_tests, retrieval_table
+from workloads.evaluation.retrieval_cases import RetrievalTest
 from workloads.evaluation.task import EvaluationTask, Result, Run
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ class PerplexityOptions(CommonOptions):
 
 def _prepare(subject: Subject, options: PerplexityOptions, console: Console) -> Run:
     """Prepares windows of documents, to be scored by the rules ``all`` and ``last``."""
-    from workloads.evaluation.cost import print_cost, progress  # imports torch, which --help does not need
+    from workloads.evaluation.time_estimate import print_cost, progress  # imports torch, which --help does not need
     from workloads.evaluation.windows import cut_windows, score_windows
 
     longest = max(subject.lengths)

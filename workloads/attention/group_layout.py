@@ -1,7 +1,7 @@
 """Patterns that are made of groups of consecutive tokens, as the fast backends take them.
 
-In a grouped pattern (workloads/attention/patterns/grouped.py) every head attends causally inside groups of consecutive
-tokens: kernels for causal attention serve it without any mask.
+In a grouped pattern (workloads/attention/patterns/shifted_sparse.py) every head attends causally inside groups of
+consecutive tokens: kernels for causal attention serve it without any mask.
 """
 
 from __future__ import annotations

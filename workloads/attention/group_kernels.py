@@ -4,7 +4,7 @@ Whole groups of equal length fold into the batch dimension, so that one call ser
 ends (a half group, a shorter last group) is a further small call. Where the projections are laid out as transformers
 lays them out, (batch, tokens, heads, head_dim) in memory, the fold is a view.
 
-The operator of :mod:`workloads.attention.grouped` computes this without copies wherever it has a kernel. The
+The operator of :mod:`workloads.attention.group_operator` computes this without copies wherever it has a kernel. The
 rest goes through scaled dot-product attention and autograd: document boundaries (a mask), dropout, float32 on a
 GPU, a GPU older than compute capability 8.0.
 """
@@ -19,8 +19,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from workloads.attention.grouped import grouped_attention, kernel_for
-from workloads.attention.groups import head_shifts, shared_heads
+from workloads.attention.group_layout import head_shifts, shared_heads
+from workloads.attention.group_operator import grouped_attention, kernel_for
 from workloads.attention.patterns import AttentionPattern
 
 
@@ -38,7 +38,7 @@ def shifted_sparse_attention(
     Query heads before index ``heads // 2`` attend inside groups [0, G), [G, 2G), ...; the others (5 of 9 where the
     count is odd) inside [0, G/2), [G/2, 3G/2), ..., so that information flows between neighbouring groups from layer to
     layer. No group wraps around: no query sees a later key. LongLoRA (arXiv 2309.12307) section 3.2; the grouping is
-    its appendix's variant without leakage. The definition is in workloads/attention/patterns/grouped.py.
+    its appendix's variant without leakage. The definition is in workloads/attention/patterns/shifted_sparse.py.
 
     Args:
         query: (batch, heads, tokens, head_dim).

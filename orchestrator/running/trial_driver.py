@@ -1,7 +1,7 @@
 """A trial as Tune runs it: a function that starts a Ray Train TorchTrainer, waits for it, and remedies its faults.
 
-Untuned trials are evaluated in less time than a process takes to start, so one driver takes all of a sweep's; every
-trial that trains has its own.
+Untuned trials are evaluated in less time than a process takes to start, so one driver evaluates all of them;
+every trial that trains has its own.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def drive_trial(config: dict[str, Any]) -> None:
     job = TrialJob.from_config(config)
     storage = Storage.at(job.storage)
     folders = [storage.trial(trial.fingerprint) for trial in job.trials]
-    remedied: list[FaultKind] = []
-    # A list and no generator: each cancelled trial is to record it in its journal.
+    past_faults: list[FaultKind] = []
+    # A list, so that all() does not stop before every cancelled trial is journaled.
     while not all([cancel_before_start(storage, folder) for folder in folders]):
         job = dataclasses.replace(job, attempt=uuid.uuid4().hex)
         _attempt(job, storage, folders)
-        remedy = _remedy(job, folders, remedied)
+        remedy = _choose_remedy(job, folders, past_faults)
         if remedy is None:
             return
         time.sleep(remedy.pause)
@@ -86,6 +86,11 @@ def _record_failure(job: TrialJob, folders: list[TrialFolder], reason: str) -> N
     """Records why Ray Train gave up, for each trial that is not finished and has recorded no error of its own."""
     kind: FaultKind = "out_of_host_memory" if is_memory_monitor_kill(reason) else "lost"
     for folder in folders:
+        if folder.store is None and not folder.path.is_dir():
+            folder.path.mkdir(parents=True)
+            reason = (
+                f"its folder {folder.path} was removed while it trained; the same command trains it again ({reason})"
+            )
         record = TrialRecord.of(folder.journal)
         if record.state == "finished" or record.failed_attempt == job.attempt:
             continue
@@ -96,26 +101,28 @@ def _record_failure(job: TrialJob, folders: list[TrialFolder], reason: str) -> N
                 log.write(f"the trial failed: {reason}\n")
 
 
-def _remedy(job: TrialJob, folders: list[TrialFolder], remedied: list[FaultKind]) -> Remedy | None:
-    """How to continue after an attempt, recorded in the journals; None if every trial is finished or failed for good.
+def _choose_remedy(job: TrialJob, folders: list[TrialFolder], past_faults: list[FaultKind]) -> Remedy | None:
+    """How to continue after an attempt; None if every trial is finished or failed for good.
+
+    A retry, and a trial preempted too often, are recorded in its journal; its worker has recorded a preemption.
 
     Args:
-        remedied: the faults of this job that had a remedy; this one is added.
+        past_faults: this job's faults that had a remedy; this one is added.
     """
     for trial, folder in zip(job.trials, folders):
         record = TrialRecord.of(folder.journal)
         if record.preempted_attempt == job.attempt:
-            if remedied.count("preempted") < job.limits.max_preemptions:
-                remedied.append("preempted")
+            if past_faults.count("preempted") < job.limits.max_preemptions:
+                past_faults.append("preempted")
                 return Remedy(job.execution, 0, "continues on another node")
             reason = f"preempted more than {job.limits.max_preemptions} times; allow more with --max-preemptions"
             folder.journal.append(Failed(kind="preempted", attempt=job.attempt, reason=reason))
         if record.state != "failed" or record.failed_attempt != job.attempt:
             continue
         worker_batch = trial.training.batch // job.resources.workers
-        found = find_remedy(record.failure_kind, job.execution, worker_batch, job.layers, remedied)
+        found = find_remedy(record.failure_kind, job.execution, worker_batch, job.layers, past_faults)
         if found is not None:
-            remedied.append(record.failure_kind)
+            past_faults.append(record.failure_kind)
             folder.journal.append(Retry(kind=record.failure_kind, remedy=found.description, pause=found.pause))
             return found
     return None

@@ -1,4 +1,4 @@
-"""Perplexity against cost: what it takes to reach a perplexity, and which settings others dominate."""
+"""Perplexity against cost: the cost of reaching a perplexity, and which settings are dominated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Evaluation:
 
 
 def reach(curve: list[Evaluation], target: float) -> Evaluation | None:
-    """What it takes to reach a perplexity for the first time, or None if the curve never does.
+    """The cost of first reaching a perplexity, or None if the curve never does.
 
     Between the last evaluation above it and the first at or below it, the logarithm of the perplexity is interpolated
     linearly in steps, tokens, hours and dollars.

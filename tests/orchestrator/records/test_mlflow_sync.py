@@ -8,7 +8,7 @@ import time
 import pytest
 
 from orchestrator.records.events import Cancelled, Failed, Finished, ModelReady, Started, Step, Stopped
-from orchestrator.records.mlflow_tracking import TrackingThread
+from orchestrator.records.mlflow_sync import TrackingThread
 from orchestrator.records.provenance import Provenance
 from tests.support.events import a_step
 from tests.support.mlflow_server import start_mlflow_server
@@ -176,7 +176,7 @@ def test_a_server_that_does_not_answer_is_one_clear_error_within_seconds(storage
 
 
 def test_an_outage_of_the_server_loses_no_point_and_leaves_one_run(storage, trial, tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.records.mlflow_tracking.INTERVAL_S", 0.3)
+    monkeypatch.setattr("orchestrator.records.mlflow_sync.INTERVAL_S", 0.3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

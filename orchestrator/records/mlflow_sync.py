@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dashboards.mlflow import sqlite_url
 from orchestrator.records.mlflow_runs import TrialRun, log_sweep
 from orchestrator.records.mlflow_store import MlflowStore, is_outage, reason, remedy
 from orchestrator.records.provenance import Provenance
@@ -30,7 +31,7 @@ INTERVAL_S = 5.0
 
 def tracking_uri(storage: Storage, given: str | None) -> str:
     """The store to use: the one given, else MLFLOW_TRACKING_URI, else SQLite under the storage root."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.mlflow / 'mlflow.db'}"
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(storage.mlflow / "mlflow.db")
 
 
 class Refusal(NamedTuple):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.options import RunOptions
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_cost import held_cost
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
 from orchestrator.trial_spec import TrialSpec
 
+logger = logging.getLogger(__name__)
 POLL_S = 2.0
 
 
@@ -30,7 +32,10 @@ class Spending:
             record = self.records.get(trial.fingerprint)
             if record is None:
                 record = self.records[trial.fingerprint] = TrialRecord(self.storage.trial(trial.fingerprint).journal)
-            record.follow()
+            try:
+                record.follow()
+            except Exception as error:  # an unreadable journal must not hide what the other trials spend
+                logger.warning("%s cannot be read now, its last known hours count: %r", record.journal.location, error)
             trial_hours, trial_usd = held_cost(record, self.sweep)
             hours += trial_hours
             usd = None if usd is None or trial_usd is None else usd + trial_usd
@@ -62,12 +67,20 @@ class BudgetWatch:
 
     def _watch(self) -> None:
         while not self._end.wait(POLL_S):
-            hours, usd = self.spending.so_far(self.trials)
-            for flag, limit, spent in (
-                ("--budget-hours", self.options.budget_hours, hours),
-                ("--budget-usd", self.options.budget_usd, usd),
-            ):
-                if limit is not None and spent is not None and spent >= limit:
-                    self.exhausted = f"{flag} {limit:g}: {spent:,.4g} spent"
+            try:
+                self.exhausted = self._find_exhausted()
+                if self.exhausted:
                     self.stop(self.exhausted)
                     return
+            except Exception as error:  # the storage may be unreachable, and the next look succeed
+                logger.warning("the budget cannot be checked or enforced now: %r", error)
+
+    def _find_exhausted(self) -> str | None:
+        hours, usd = self.spending.so_far(self.trials)
+        for flag, limit, spent in (
+            ("--budget-hours", self.options.budget_hours, hours),
+            ("--budget-usd", self.options.budget_usd, usd),
+        ):
+            if limit is not None and spent is not None and spent >= limit:
+                return f"{flag} {limit:g}: {spent:,.4g} spent"
+        return None

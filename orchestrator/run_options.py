@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,6 +13,9 @@ import tyro
 
 from workloads.config import ExecutionConfig, ExecutionFields, GradientCheckpointing
 from workloads.errors import InputError
+
+# File systems take 255, and what is written beside a folder has a longer name.
+MAX_NAME_BYTES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,10 @@ class RunOptions(ExecutionFields, Placement):
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
             raise InputError(
                 f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
+            )
+        if self.name is not None and len(os.fsencode(self.name)) > MAX_NAME_BYTES:
+            raise InputError(
+                f"--name of {len(os.fsencode(self.name))} bytes: it names a folder; expected at most {MAX_NAME_BYTES}"
             )
         for field in (
             *("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"),

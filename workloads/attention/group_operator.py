@@ -12,7 +12,7 @@ after it copies. ``torch.compile`` keeps the operator whole, without a graph bre
 ``cpu``     torch's on a CPU, float64 included; in bfloat16 the backward pass of small groups multiplies whole matrices
 
 All support fewer key/value heads than query heads without copies. None has masks or dropout, for which
-:mod:`workloads.attention.shifted` uses scaled dot-product attention.
+:mod:`workloads.attention.group_kernels` uses scaled dot-product attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from workloads.attention.groups import head_shifts, shared_heads
+from workloads.attention.group_layout import head_shifts, shared_heads
 
 aten = torch.ops.aten
 KernelName = Literal["cudnn", "flash4", "flash", "cpu"]

@@ -1,0 +1,80 @@
+"""Hours held do not depend on wall clocks, and nothing ends the watching of a budget."""
+
+import dataclasses
+import threading
+
+import pytest
+
+from orchestrator.planning.budget_watch import BudgetWatch
+from orchestrator.records import events
+from orchestrator.records.events import MAX_GAP_S, Failed, Saved, Started, make_event, stamp
+from orchestrator.records.journal import Journal
+from orchestrator.records.trial_cost import held_cost
+from orchestrator.records.trial_record import TrialRecord
+from orchestrator.run_options import RunOptions
+from tests.support.events import a_step
+
+HOUR = 3600.0
+
+
+def hours_of(tmp_path, *lines):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for line in lines:
+        journal.append(line)
+    return held_cost(TrialRecord.of(journal))[0]
+
+
+def worker_line(event, seconds, jump=0.0, process="one"):
+    """A line ``seconds`` after the process began, when the wall clock is wrong by ``jump``."""
+    time = 1_700_000_000.0 + seconds + jump
+    return dataclasses.replace(event, process=process, uptime=1000.0 + seconds, time=time)
+
+
+@pytest.mark.parametrize("jump", [-HOUR, 10 * HOUR])
+def test_a_clock_that_is_set_changes_no_hours_held(jump, tmp_path):
+    lines = [worker_line(Started(), 0), worker_line(make_event("step", **a_step(1)), 900, jump)]
+    assert hours_of(tmp_path, *lines, worker_line(Saved(step=1), 1800, jump)) == pytest.approx(0.5)
+
+
+def test_each_attempt_has_a_process_of_its_own(tmp_path):
+    first = [worker_line(Started(), 0), worker_line(Saved(step=1), 1800)]
+    second = [worker_line(Started(), 50, process="two"), worker_line(Saved(step=2), 950, process="two")]
+    failed = dataclasses.replace(Failed(reason="lost"), time=first[-1].time + 900)  # written by the driver
+    assert hours_of(tmp_path, *first, failed, *second) == pytest.approx(0.5 + 0.25 + 0.25)
+
+
+@pytest.mark.parametrize(("seconds", "hours"), [(-1e9, 0.0), (1000 * HOUR, MAX_GAP_S / HOUR), (HOUR, 1.0)])
+def test_lines_without_a_monotonic_clock_are_bounded(seconds, hours, tmp_path):
+    began = Started(time=1_700_000_000.0)
+    assert hours_of(tmp_path, began, Saved(step=1, time=began.time + seconds)) == pytest.approx(hours)
+
+
+def test_a_stamped_line_is_read_back(tmp_path):
+    event = stamp(Saved(step=3))
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(event)
+    assert journal.read().events == [event] and event.process and event.uptime
+    assert events.as_line(Saved(step=3, time=1.0)) == '{"event": "saved", "time": 1.0, "version": 2, "step": 3}\n'
+
+
+def test_an_error_does_not_end_the_watching(monkeypatch):
+    """Neither of the reading nor of the stopping."""
+    monkeypatch.setattr("orchestrator.planning.budget_watch.POLL_S", 0.01)
+    calls, stopped = [], threading.Event()
+
+    class Spending:
+        def so_far(self, trials):
+            calls.append("read")
+            if len(calls) == 1:
+                raise OSError("the storage is away")
+            return 5.0, None
+
+    def stop(reason):
+        calls.append("stop")
+        if calls.count("stop") == 1:
+            raise OSError("the storage is away")
+        stopped.set()
+
+    with BudgetWatch(Spending(), [], RunOptions(budget_hours=1.0), stop) as watch:
+        assert stopped.wait(60)
+    assert calls == ["read", "read", "stop", "read", "stop"] and watch.exhausted == "--budget-hours 1: 5 spent"
