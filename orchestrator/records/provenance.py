@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusters.prices import ANY, price_per_gpu_hour, read_prices
+from orchestrator.gpus import nvidia_driver
+from orchestrator.run_options import RunOptions
 from workloads.engines.allocator import allocator_settings
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
 
 if TYPE_CHECKING:
     import torch
-
-    from orchestrator.gpus import nvidia_driver
-from orchestrator.run_options import RunOptions
 
 # Packages that a result or its speed depends on.
 PACKAGES = (
