@@ -281,6 +281,11 @@ class Skipped(NamedTuple):
     line: bytes
     reason: str
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it is the beginning of a line that a killed process left, which loses nothing that was reported."""
+        return self.line.startswith(b'{"event": ') and not self.line.endswith(b"}")
+
 
 class Parsed(NamedTuple):
     """The events of some lines, and the lines that were skipped."""

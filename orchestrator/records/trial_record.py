@@ -133,10 +133,11 @@ class TrialRecord:
 
     @property
     def damage(self) -> str | None:
-        """The lines of the journal that could not be read, in words; None without any."""
-        if not self.skipped:
+        """The damaged lines of the journal, in words; None without any. A killed process's last line is no damage."""
+        damaged = [line for line in self.skipped if not line.is_cut_off]
+        if not damaged:
             return None
-        first, number = self.skipped[0], len(self.skipped)
+        first, number = damaged[0], len(damaged)
         lines = "1 line is" if number == 1 else f"{number:,} lines are"
         return (
             f"{self.journal.location}: {lines} damaged and passed over, the first: {first.line[:60]!r} ({first.reason})"

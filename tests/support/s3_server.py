@@ -59,10 +59,10 @@ def serve(port: int) -> None:
     class AtomicPuts(threaded_moto_server.DomainDispatcherApplication):
         """Handles one PUT at a time: moto looks for an object and then creates it, so several writers could succeed."""
 
-        lock = threading.Lock()
+        puts = threading.Lock()  # moto has a lock of its own
 
         def __call__(self, environ, start_response):
-            with self.lock if environ["REQUEST_METHOD"] == "PUT" else contextlib.nullcontext():
+            with self.puts if environ["REQUEST_METHOD"] == "PUT" else contextlib.nullcontext():
                 return super().__call__(environ, start_response)
 
     threaded_moto_server.DomainDispatcherApplication = AtomicPuts

@@ -73,7 +73,6 @@ LINES = {
     ),
     "deep": b"[" * 100_000,
     "bytes": bytes(range(128, 256)),
-    "cut off": b'{"event": "st',
 }
 
 
@@ -85,6 +84,13 @@ def test_a_damaged_line_of_a_journal(storage, line, trial):
     everything_goes_on(storage, f"trials/{trial.fingerprint}/journal.jsonl: 1 line is damaged")
     record = TrialRecord.of(storage.trial(trial.fingerprint).journal)
     assert (record.state, record.last_step, math.isfinite(record.heard)) == ("finished", 1, True)
+
+
+def test_a_line_that_a_killed_process_cut_off_is_no_damage(storage):
+    with storage.trial(MINE.fingerprint).journal.path.open("ab") as journal:
+        journal.write(b'{"event": "st\n')
+    record = TrialRecord.of(storage.trial(MINE.fingerprint).journal)
+    assert (record.state, record.last_step, record.damage) == ("finished", 1, None)
 
 
 BROKEN = {"empty": b"", "no JSON": b"{", "null": b"null", "a list": b"[1]", "no fields": b"{}", "deep": b"[" * 100_000}
