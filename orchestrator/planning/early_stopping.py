@@ -181,6 +181,10 @@ class Rungs:
         for fingerprint, entry in self.storage.read_folder(self.folder(trial, step)).items():
             with self.storage.set_apart():
                 expect_fields(entry, fingerprint, scored_on=str, method=str, scores=dict, stop=bool)
+                # JSON has no infinity: a perplexity that overflowed is written as null.
+                entry["scores"] = {
+                    rule: math.inf if score is None else score for rule, score in entry["scores"].items()
+                }
                 expect_fields(entry["scores"], fingerprint, **{self.settings.rule: float})
                 entries[fingerprint] = entry
         return entries
