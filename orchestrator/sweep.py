@@ -212,7 +212,7 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
         elif record.launched:
             kept = "no checkpoint yet, starts over"
         lines.append(f"  {planned.trial.label:<22} {kept}")
-    return "\n".join([*lines, "The same command resumes from there."])
+    return "\n".join([*lines, "The same command continues from there."])
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class TrialRun:
             self.logged: dict[str, int] = state.get("logged", {})
             self.kept: list[str] = state.get("artifacts", [])
             self._save()
-        self._log_missing_params(run)
-        self._tag_with_sweep(run, sweep)
+            self._log_missing_params(run)
+            self._tag_with_sweep(run, sweep)
 
     @property
     def _store_key(self) -> str:
