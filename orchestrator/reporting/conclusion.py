@@ -194,7 +194,10 @@ class Conclusion:
                 self.plan.planned, self.announced, self.sweep.storage, cluster, self.began,
                 price.usd_per_gpu_hour if price else None,
             )  # fmt: skip
-            write_json(file, both)
+            try:
+                write_json(file, both)
+            except OSError as error:
+                self.console.print(f"note: {file.name} could not be written: {error}")
         else:
             with self.sweep.storage.set_apart():
                 both = expect_fields(read_json(file) or {}, str(file))
