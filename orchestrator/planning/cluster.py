@@ -19,7 +19,7 @@ from orchestrator.terminal import GIB
 from workloads.budget import Device, host_memory
 from workloads.config import Precision
 from workloads.engines.allocator import allocator_variables
-from workloads.errors import InputError
+from workloads.errors import InputError, first_line
 
 # Set before Ray starts, so that its processes inherit them.
 ENVIRONMENT = {
@@ -250,7 +250,7 @@ def _start_ray() -> tuple[Node, ...]:
         return _nodes()
     except Exception as error:
         raise InputError(
-            f"Ray cannot be started on this machine: {_first_line(error)}; its files are in {ray_folder()}, which "
+            f"Ray cannot be started on this machine: {first_line(error)}; its files are in {ray_folder()}, which "
             "RAY_TMPDIR moves (to a short path: sockets of Ray have at most 107 bytes)"
         ) from error
 
@@ -263,13 +263,9 @@ def _join_ray(address: str, given: str, environment: dict[str, str]) -> tuple[No
         return _nodes()
     except Exception as error:
         raise InputError(
-            f"{given}: the Ray cluster there answers, but cannot be joined from this machine: {_first_line(error)}; "
+            f"{given}: the Ray cluster there answers, but cannot be joined from this machine: {first_line(error)}; "
             f"run the sweep on a node of the cluster or submit it (ray job submit), or {RUN_HERE}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -81,7 +81,9 @@ def test_transformers_4_gives_the_same_logits_and_tokens(tmp_path):
         with torch.inference_mode():
             expected = model(input_ids=torch.arange(CONTEXT)[None]).logits
         torch.testing.assert_close(
-            torch.load(tmp_path / name / "logits.pt"), expected, msg=lambda text, name=name: f"{name}: {text}"
+            torch.load(tmp_path / name / "logits.pt", weights_only=True),
+            expected,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
         found = json.loads((tmp_path / name / "found.json").read_text())
         assert found["tokens"] == AutoTokenizer.from_pretrained(tmp_path / name)(TEXT).input_ids
