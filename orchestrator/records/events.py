@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.files.journal_lines import parse_line
 from workloads.files.json_text import json_text
 

@@ -27,7 +27,7 @@ from orchestrator.records.events import (
 )
 from orchestrator.records.journal import Journal, Read
 from orchestrator.records.segments import SegmentedJournal
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 
 State = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 
