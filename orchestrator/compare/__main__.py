@@ -34,15 +34,15 @@ class Options:
     """Print everything as JSON."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.compare") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _compare(arguments))
+    return exit_status(lambda: _compare(arguments, prog))
 
 
-def _compare(arguments: list[str] | None) -> None:
+def _compare(arguments: list[str] | None, prog: str) -> None:
     options = tyro.cli(
         Options,
-        prog="python -m orchestrator.compare",
+        prog=prog,
         description="Show what differs between runs, and which of them is better.",
         args=arguments,
     )
