@@ -104,6 +104,18 @@ def _plan(
     return planned("run", ("not trained yet" if trial.training.steps else "not evaluated yet") + changed)
 
 
+def superseded(planned: Sequence[Planned], storage: Storage) -> list[str]:
+    """The labels of trials that start afresh although an earlier version of longspan has trained them here."""
+    earlier = {
+        old.fingerprint: each.trial.label
+        for each in planned
+        if each.action == "run"
+        for old in each.trial.of_earlier_versions()
+    }
+    storage.read_ahead(list(earlier))
+    return list(dict.fromkeys(label for name, label in earlier.items() if storage.trial(name).journal.exists()))
+
+
 def find_forced(trials: Sequence[TrialSpec], options: RunOptions) -> set[str]:
     """The fingerprints of the trials that --force and --force-trials start over.
 
