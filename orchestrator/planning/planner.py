@@ -24,6 +24,7 @@ class Planned:
     Args:
         action: known: already finished; stopped: this sweep has already stopped it early; infeasible: it does not fit.
         forced: its earlier results are moved aside first (--force).
+        journal_offset: where its journal ended, and with it what earlier runs of the sweep did.
     """
 
     trial: TrialSpec
@@ -32,6 +33,7 @@ class Planned:
     reason: str
     estimate: Estimate
     forced: bool = False
+    journal_offset: int = 0
 
     @property
     def trains(self) -> bool:
@@ -83,7 +85,7 @@ def _plan(
     estimate = estimator.estimate(trial, record, fit)
 
     def planned(action: Action, reason: str) -> Planned:
-        return Planned(trial, record, action, reason, estimate)
+        return Planned(trial, record, action, reason, estimate, journal_offset=record.offset)
 
     if record.state == "finished":
         return planned("known", "already finished")
