@@ -25,6 +25,7 @@ from orchestrator.records.events import (
     Started,
     Step,
     Stopped,
+    precedes,
     seconds_between,
 )
 from orchestrator.records.storage import Storage
@@ -126,16 +127,10 @@ def _seconds(trained: list[tuple[Planned, Actual]]) -> list[float | None]:
     for planned, actual in trained:
         start_up, started = actual.start_up, actual.started
         if started and planned.trial.training.method == "untuned":
-            waits = [seconds_between(end, started) for end in ends if _precedes(end, started)]
+            waits = [seconds_between(end, started) for end in ends if precedes(end, started)]
             start_up = min([start_up, *waits])
         seconds.append(start_up + actual.held if actual.launched and actual.ended else None)
     return seconds
-
-
-def _precedes(one: Event, other: Event) -> bool:
-    if one.process and one.process == other.process:
-        return (one.uptime or 0.0) <= (other.uptime or 0.0)
-    return one.time <= other.time
 
 
 def _trial(planned: Planned, actual: Actual, seconds: float | None, cluster: Cluster) -> dict[str, Any]:
