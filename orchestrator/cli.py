@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from orchestrator.flags import SweepFlags, flags_of
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
@@ -22,7 +23,7 @@ EXIT_MLFLOW_REFUSED = 3  # all trials are done, and MLflow lacks some of their r
 class Command:
     """All flags: the sweep's and the run's."""
 
-    sweep: tyro.conf.OmitArgPrefixes[SweepSpec]
+    sweep: tyro.conf.OmitArgPrefixes[SweepFlags]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
@@ -48,10 +49,10 @@ def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, Run
         Command,
         prog=f"python -m orchestrator.{'plan' if plan else 'sweep'}",
         description=_description(plan),
-        default=Command(default, RunOptions()),
+        default=Command(flags_of(default), RunOptions()),
         args=arguments,
     )
-    sweep = _correct_learning_rates_chosen(default, command.sweep)
+    sweep = _correct_learning_rates_chosen(default, command.sweep.spec())
     return command.run.name or _name(recipe, sweep), sweep, command.run
 
 
