@@ -201,11 +201,9 @@ def _end(server: subprocess.Popen) -> None:
         sent, deadline = signal.SIGKILL, time.monotonic() + SECONDS_TO_END
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m dashboards.mlflow") -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dashboards.mlflow", description="Serve MLflow's UI on a storage root."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description="Serve MLflow's UI on a storage root.")
     parser.add_argument("--storage", default="./runs", help="storage root of the sweeps (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")

@@ -73,16 +73,16 @@ class Status:
         return {"doing": None, "concurrency": self.plan.concurrency, "tokens_to_come": self.plan.upcoming_tokens}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.sweep") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, make_console()))
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, prog, make_console()))
 
 
-def _run(arguments: list[str], console: Console) -> int:
+def _run(arguments: list[str], prog: str, console: Console) -> int:
     status, began = Status(), time.time()
     try:
         stop_on_sigterm()
-        sweep = check_sweep(*parse(arguments))
+        sweep = check_sweep(*parse(arguments, prog))
         try:
             with Heartbeat(sweep.storage, sweep.name, status.describe):
                 return _sweep(sweep, status, began, console)

@@ -27,7 +27,7 @@ from orchestrator.records.events import (
 )
 from orchestrator.records.journal import Journal, Read
 from orchestrator.records.segments import SegmentedJournal
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 
 State = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 
@@ -92,7 +92,7 @@ class TrialRecord:
         if self.state == "starting" and isinstance(event, Step | Eval):
             self.state = "running"  # a second sweep waits for the one that trains it
         self.heard = event.time
-        if self.state == "running" and self.last_of_attempt and not isinstance(event, Launched | Retry):
+        if self.state == "running" and self.last_of_attempt and _is_of_attempt(event, self.last_of_attempt):
             self.attempts_held[-1] += seconds_between(self.last_of_attempt, event)
             self.last_of_attempt = event
         match event:
@@ -183,3 +183,13 @@ class TrialRecord:
     def peak_memory_gib(self) -> float | None:
         """The highest of any step, in GiB of one worker."""
         return max((step.peak_memory_gib for step in self.steps.values()), default=None)
+
+
+def _is_of_attempt(event: Event, last: Event) -> bool:
+    """Whether the devices of an attempt were held until this line, which follows another one of it.
+
+    A trial whose command was killed may be cancelled days later, by a process that held none.
+    """
+    if isinstance(event, Cancelled):
+        return event.process is not None or last.process is None
+    return not isinstance(event, Launched | Retry)

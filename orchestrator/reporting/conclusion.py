@@ -24,7 +24,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shell_command, shown_path
 from workloads.attention.patterns import PATTERNS
-from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
+from workloads.evaluation.intervals import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models.positions import POSITIONS
 from workloads.wording import shared_settings
 

@@ -6,7 +6,9 @@ import json
 import pytest
 
 from orchestrator.cli import parse
+from orchestrator.fields import GROUPS, MOST_USED
 from orchestrator.recipes import RECIPES
+from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.config import TrainingConfig
@@ -143,6 +145,14 @@ def test_full_fine_tuning_is_the_same_trial_whatever_the_rank():
     one, other = ({t.training.method: t.fingerprint for t in trials} for trials in both)
     assert one["full"] == other["full"] and one["untuned"] == other["untuned"]
     assert one["lora"] != other["lora"]
+
+
+def test_help_lists_every_field_in_one_group():
+    """A new field needs its place in orchestrator/fields.py."""
+    listed = sorted(name for names in GROUPS.values() for name in names)
+    fields = [field.name for kind in (SweepSpec, RunOptions) for field in dataclasses.fields(kind)]
+    assert listed == sorted(set(fields) - {"axes"})
+    assert set(MOST_USED) <= set(listed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
