@@ -150,7 +150,8 @@ def test_full_fine_tuning_is_the_same_trial_whatever_the_rank():
 def test_help_lists_every_field_in_one_group():
     """A new field needs its place in orchestrator/fields.py."""
     listed = sorted(name for names in GROUPS.values() for name in names)
-    assert listed == sorted(field.name for kind in (SweepSpec, RunOptions) for field in dataclasses.fields(kind))
+    fields = [field.name for kind in (SweepSpec, RunOptions) for field in dataclasses.fields(kind)]
+    assert listed == sorted(set(fields) - {"axes"})
     assert set(MOST_USED) <= set(listed)
 
 
