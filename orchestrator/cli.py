@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from orchestrator.flags import SweepFlags, flags_of
 from orchestrator.recipes import DEFAULT, find_recipe
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
@@ -26,7 +27,7 @@ PLANS = "Show what a sweep would do, take and cost, trial by trial. Starts nothi
 class Command:
     """All flags: the sweep's and the run's."""
 
-    sweep: tyro.conf.OmitArgPrefixes[SweepSpec]
+    sweep: tyro.conf.OmitArgPrefixes[SweepFlags]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
@@ -51,10 +52,10 @@ def parse(
             raise InputError(f"both the recipe {recipe} and --spec {file} are given; expected one of them")
         default = SweepSpec.from_json(_read(file), str(file))
     if asked := {"-h", "--help", "--help-all"} & set(arguments):
-        print_help(prog, PLANS if plan else RUNS, (default, RunOptions()), whole="--help-all" in asked)
+        print_help(prog, PLANS if plan else RUNS, (flags_of(default), RunOptions()), whole="--help-all" in asked)
         raise SystemExit(0)
-    command = tyro.cli(Command, prog=prog, default=Command(default, RunOptions()), args=arguments)
-    sweep = _correct_learning_rates_chosen(default, command.sweep)
+    command = tyro.cli(Command, prog=prog, default=Command(flags_of(default), RunOptions()), args=arguments)
+    sweep = _correct_learning_rates_chosen(default, command.sweep.spec())
     return command.run.name or _name(recipe, sweep), sweep, command.run
 
 

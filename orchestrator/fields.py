@@ -17,8 +17,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "optimisation": (
         "steps", "batch", "seeds", "learning_rate_lora", "learning_rate_lora_plus", "learning_rate_full",
-        "learning_rate_embeddings", "learning_rate_norms", "learning_rate_sweep", "learning_rates_chosen",
-        "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
+        "learning_rate_for", "learning_rate_embeddings", "learning_rate_norms", "learning_rate_sweep",
+        "learning_rates_chosen", "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
     ),
     "evaluation": (
         "references", "eval_every", "eval_documents", "eval_span", "target_perplexity", "as_good_within",

@@ -21,9 +21,8 @@ FORBIDDEN = {
 # The levels of orchestrator: none imports from one further down this list. What stands in no level is a command.
 LEVELS = (
     {
-        *("terminal", "process", "gpus", "run_options", "spec", "trial_spec", "variants", "recipes"),
-        *("fields", "sweep_help", "cli"),
-        "ray_internals",
+        *("terminal", "process", "gpus", "run_options", "spec", "axes", "learning_rates", "trial_spec", "variants"),
+        *("recipes", "fields", "flags", "sweep_help", "cli", "ray_internals"),
     },
     {"records"},
     {"planning"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from workloads.attention.patterns import PATTERNS
-from workloads.config import TrainingConfig, labels, trains_embeddings, trains_norms
+from workloads.config import OF_LORA, TrainingConfig, labels, trains_embeddings, trains_norms
 from workloads.models.positions import POSITIONS
 
 METHOD_LABELS: dict[str, str] = {
@@ -37,12 +37,11 @@ SCHEDULES = {
 }
 
 LABELS = labels(TrainingConfig)
-OF_LORA = ("lora_rank", "lora_alpha", "lora_targets", "quantization")
 
 
 def has_effect(training: TrainingConfig, field: str) -> bool:
     """Whether a field changes what a trial trains: LoRA's rank does so for the LoRA methods alone."""
-    if field in OF_LORA:
+    if field in (*OF_LORA, "quantization"):
         return training.method.startswith("lora")
     if field == "group_size":
         return training.group_size is not None
@@ -63,7 +62,7 @@ def axis_value(field: str, value: Any) -> str:
     if field == "method":
         return METHOD_LABELS[value]
     if field == "positions":
-        return POSITIONS[value].label
+        return "unchanged positions" if value == "none" else POSITIONS[value].label
     if field == "train_layers":
         return f"{value} layers" if value[0].isalpha() else f"layers {value}"
     if field == "group_size":

@@ -131,7 +131,7 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
     precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # any will do here
     trials = spec.trials(Identities(model="", tokenizer="", data=""), precision)
     if options.baseline is not None:
-        find_variant(options.baseline, variants_of([trial.training for trial in trials], getattr(spec, "axes", ())))
+        find_variant(options.baseline, variants_of([trial.training for trial in trials], spec.axes))
     for trial in trials:
         if spec.search != "none" and trial.training.steps:
             Space.of(spec, trial)

@@ -288,9 +288,8 @@ def test_hours_follow_each_attempts_devices_and_of_other_hardware_are_not_compar
     made = outcomes(tmp_path, CURVES, machine={"device": "gpu", "devices": 4, "device_name": "NVIDIA L4"})
     record = next(o.record for o in made if o.trial.training.method == "full")
     # From step 21 on it went on with 2 GPUs.
-    record.attempts.append(dataclasses.replace(record.started, devices=2, time=record.steps[20].time + 0.5))
-    for step in range(21, 31):
-        record.steps[step] = dataclasses.replace(record.steps[step], time=record.steps[step].time + 1)
+    record.attempts.append(dataclasses.replace(record.started, devices=2))
+    record.attempt_of_step |= dict.fromkeys(range(21, 31), record.attempts[-1])
     (context,) = compare(made, original_length=512)
     hours = {trial["method"]: trial["hours"] for trial in context["trials"]}
     assert hours["full"] == pytest.approx((20 * 4 + 10 * 2) * 36 / 3600)
