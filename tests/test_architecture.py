@@ -21,7 +21,8 @@ FORBIDDEN = {
 # The levels of orchestrator: none imports from one further down this list. What stands in no level is a command.
 LEVELS = (
     {
-        *("terminal", "process", "gpus", "run_options", "spec", "trial_spec", "recipes", "fields", "sweep_help", "cli"),
+        *("terminal", "process", "gpus", "run_options", "spec", "trial_spec", "recipes", "fields", "cli"),
+        *("sweep_help", "sweep_file", "sweep_schema", "yaml_loader"),
         "ray_internals",
     },
     {"records"},
