@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from orchestrator.flags import SweepFlags, flags_of
 from orchestrator.recipes import DEFAULT, find_recipe
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
@@ -28,7 +29,7 @@ PLANS = "Show what a sweep would do, take and cost, trial by trial. Starts nothi
 class Command:
     """All flags: the sweep's and the run's."""
 
-    sweep: tyro.conf.OmitArgPrefixes[SweepSpec]
+    sweep: tyro.conf.OmitArgPrefixes[SweepFlags]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
@@ -45,7 +46,7 @@ def parse(
     """
     base, arguments = _base(arguments)
     if asked := {"-h", "--help", "--help-all"} & set(arguments):
-        print_help(prog, PLANS if plan else RUNS, (base.spec, base.options), whole="--help-all" in asked)
+        print_help(prog, PLANS if plan else RUNS, (flags_of(base.spec), base.options), whole="--help-all" in asked)
         raise SystemExit(0)
     if arguments == ["--print-schema"]:
         from orchestrator.sweep_schema import schema
@@ -53,9 +54,9 @@ def parse(
         print(json.dumps(schema(), indent=1))
         raise SystemExit(0)
     # Without the file's name: it holds for the file's own fields, one that is given as a flag for any.
-    default = Command(base.spec, dataclasses.replace(base.options, name=None))
+    default = Command(flags_of(base.spec), dataclasses.replace(base.options, name=None))
     command = tyro.cli(Command, prog=prog, default=default, args=arguments)
-    sweep = correct_learning_rates_chosen(base.spec, command.sweep, "as flags")
+    sweep = correct_learning_rates_chosen(base.spec, command.sweep.spec(), "as flags")
     return command.run.name or _name(base, sweep), sweep, command.run
 
 

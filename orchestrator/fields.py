@@ -19,8 +19,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "optimisation": (
         "steps", "batch", "seeds", "learning_rate_lora", "learning_rate_lora_plus", "learning_rate_full",
-        "learning_rate_embeddings", "learning_rate_norms", "learning_rate_sweep", "learning_rates_chosen",
-        "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
+        "learning_rate_for", "learning_rate_embeddings", "learning_rate_norms", "learning_rate_sweep",
+        "learning_rates_chosen", "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
     ),
     "evaluation": (
         "references", "eval_every", "eval_documents", "eval_span", "target_perplexity", "as_good_within",
@@ -52,6 +52,8 @@ MOST_USED = {
     "storage": "folder or object store of all results",
     "cluster": "machines to plan for and to ask for, such as aws-p4d",
 }
+
+BOTH = "{True,False}"  # of a boolean that is an axis; one that is not is a flag without a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def _member_in_words(kind: Any) -> str:
         return "{" + ",".join(str(value) for value in get_args(kind)) + "}"
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
-        return f"{in_words(item)} ..." if rest == [Ellipsis] else " ".join(map(in_words, get_args(kind)))
+        return f"{in_words(item) or BOTH} ..." if rest == [Ellipsis] else " ".join(map(in_words, get_args(kind)))
     return {str: "TEXT", int: "INT", float: "NUMBER", bool: ""}[kind]
 
 

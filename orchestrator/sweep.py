@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator
 
 
 def _run(arguments: list[str], prog: str, console: Console) -> int:
-    status, began = Status(), time.time()
+    status, began = Status(), time.monotonic()
     try:
         stop_on_sigterm()
         sweep = check_sweep(*parse(arguments, prog))

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from orchestrator.axes import LISTS
 from orchestrator.fields import read_value
+from orchestrator.flags import TYPES
 from orchestrator.recipes import RECIPES, find_recipe
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import HASHED, SweepSpec
@@ -85,29 +87,23 @@ def read_sweep(values: Mapping[str, Any], where: str, lines: Mapping[str, int] |
         raise InputError(f"{where}: run is {run!r}; expected run options below it, such as storage: ./runs")
     run = dict(run or {})
     _refuse_unknown(values, run, where, lines)
-    for section, kind, prefix in ((values, SweepSpec, ""), (run, RunOptions, "run.")):
-        hints = get_type_hints(kind)
+    for section, kinds, prefix in ((values, TYPES, ""), (run, get_type_hints(RunOptions), "run.")):
         for name, value in section.items():
             try:
-                section[name] = read_field(name, value, hints[name])
+                section[name] = _read_field(name, value, kinds[name])
             except InputError as error:
                 raise InputError(f"{_place(where, lines.get(prefix + name))}: {name} is {error}") from error
     options = RunOptions(**run)
     base = None if recipe is None else find_recipe(str(recipe))()
     if set(HASHED) <= set(values):  # a saved sweep: what is not in it is newer, and was at its default
-        return SweepFile(spec=SweepSpec(**values), options=options, name=options.name)
+        return SweepFile(spec=SweepSpec.of(values), options=options, name=options.name)
     if base is None:
         raise InputError(
             f"{where} names no recipe, and not every field of a sweep. Add `recipe: NAME`, whose values hold for the "
             f"fields that it does not give; NAME is one of {', '.join(RECIPES)}"
         )
-    spec = correct_learning_rates_chosen(base, dataclasses.replace(base, **values), f"in {where}")
+    spec = correct_learning_rates_chosen(base, base.changed(**values), f"in {Path(where).name}")
     return SweepFile(spec=spec, options=options, name=options.name)
-
-
-def read_field(name: str, value: Any, kind: Any) -> Any:
-    """A field's value from plain data."""
-    return read_value(value, kind)
 
 
 def saved(name: str, spec: SweepSpec, options: RunOptions) -> str:
@@ -119,7 +115,7 @@ def saved(name: str, spec: SweepSpec, options: RunOptions) -> str:
     }
     if "@" in str(given.get("tracking_uri")):  # it may hold a password
         del given["tracking_uri"]
-    return json.dumps(json.loads(spec.to_json()) | {"run": {"name": name} | given}, indent=1)
+    return json.dumps(spec.values() | {"run": {"name": name} | given}, indent=1)
 
 
 def correct_learning_rates_chosen(default: SweepSpec, sweep: SweepSpec, how: str) -> SweepSpec:
@@ -138,8 +134,17 @@ def correct_learning_rates_chosen(default: SweepSpec, sweep: SweepSpec, how: str
     return dataclasses.replace(sweep, learning_rates_chosen=f"not stated of {', '.join(given)}, given {how}")
 
 
+def _read_field(name: str, value: Any, kind: Any) -> Any:
+    """A field's value: of a field that may be an axis all of its values."""
+    if name == "learning_rate_for" and isinstance(value, Mapping):
+        return {str(condition): read_value(rate, float) for condition, rate in value.items()}
+    if name in LISTS and isinstance(value, list) and any(each is None or isinstance(each, list) for each in value):
+        return [read_value(each, kind) for each in value]
+    return read_value(value, kind)
+
+
 def _refuse_unknown(values: Mapping[str, Any], run: Mapping[str, Any], where: str, lines: Mapping[str, int]) -> None:
-    of_sweep, of_run = ([field.name for field in dataclasses.fields(kind)] for kind in (SweepSpec, RunOptions))
+    of_sweep, of_run = list(TYPES), [field.name for field in dataclasses.fields(RunOptions)]
     problems = []
     for section, own, other, belongs, prefix in (
         (values, of_sweep, of_run, "it belongs below run:", ""),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
+from orchestrator.axes import LISTS
 from orchestrator.fields import alternatives, fields_of
+from orchestrator.flags import flags_of
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.run_options import RunOptions
 
@@ -19,7 +21,7 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A sweep of longspan",
-        **_properties(find_recipe(DEFAULT)(), {
+        **_properties(flags_of(find_recipe(DEFAULT)()), {
             "recipe": {"enum": list(RECIPES), "description": "Its values hold for the fields that are not given."},
             "run": {"description": "How the sweep runs; nothing here changes its result.", **_properties(RunOptions())},
         }),
@@ -28,9 +30,21 @@ def schema() -> dict[str, Any]:
 
 def _properties(record: Any, more: dict[str, Any] | None = None) -> dict[str, Any]:
     described = {
-        name: {"description": field.help, **_schema_of(field.type)} for name, field in fields_of(record).items()
+        name: {"description": field.help, **_schema_of_field(name, field.type)}
+        for name, field in fields_of(record).items()
+        if name != "axes"
     }
     return {"type": "object", "additionalProperties": False, "properties": (more or {}) | described}
+
+
+def _schema_of_field(name: str, kind: Any) -> dict[str, Any]:
+    """Also of the forms that are no flag's: several lists, and rules as a mapping."""
+    one = _schema_of(kind)
+    if name in LISTS:
+        return {"anyOf": [one, {"type": "array", "items": one}]}
+    if name == "learning_rate_for":
+        return {"anyOf": [one, {"type": "object", "additionalProperties": {"type": "number"}}]}
+    return one
 
 
 def _schema_of(kind: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import tyro
@@ -37,13 +38,12 @@ def as_file(name: str) -> str:
     import yaml
 
     def line(key: str, value: Any) -> str:
-        several = isinstance(value, tuple)
-        return yaml.safe_dump({key: list(value) if several else value}, default_flow_style=None if several else False)
+        return yaml.safe_dump({key: value}, default_flow_style=None if isinstance(value, list | dict) else False)
 
-    spec = find_recipe(name)()
+    values = json.loads(json.dumps(find_recipe(name)().values()))  # lists for tuples
     lines = [f"# longspan sweep FILE runs it. What is left out is as in the recipe.\nrecipe: {name}\n"]
     for title, names in GROUPS.items():
-        fields = [line(field, getattr(spec, field)) for field in names if hasattr(spec, field) and field != NOTE]
+        fields = [line(field, values[field]) for field in names if field in values and field != NOTE]
         lines += [f"\n# {title}\n", *fields] if fields else []
     return "".join(lines) + "\nrun:\n  storage: ./runs\n"
 

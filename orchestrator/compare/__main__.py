@@ -93,7 +93,9 @@ def show(compared: dict[str, Any], console: Console) -> None:
     for row in compared["curve"]:
         perplexities = ("-" if value is None else f"{value:.3f}" for value in row["perplexity"])
         gaps = (
-            "-" if gap is None else f"{gap['percent']:+.2f}% ({gap['low']:+.2f}% to {gap['high']:+.2f}%)"
+            "-" if gap is None
+            else f"{gap['percent']:+.2f}%" if gap["low"] is None
+            else f"{gap['percent']:+.2f}% ({gap['low']:+.2f}% to {gap['high']:+.2f}%)"
             for gap in row["gaps"]
         )  # fmt: skip
         table.add_row(f"{row['step']:,}", *perplexities, *gaps)

@@ -32,7 +32,9 @@ steps: 1e3
 learning_rate_lora: 1e-4 # text in YAML 1.1
 max_grad_norm: null
 quantization: null
-train_layers: 3
+train_layers: [3, last 2]  # an axis
+positions: [linear, yarn]
+learning_rate_for: {positions=yarn: 1e-3}
 group_size: 256
 run:
   compile_layers: off    # a boolean in YAML 1.1
@@ -41,7 +43,8 @@ run:
 """
 FLAGS = [
     *("--context-lengths", "512", "1024", "--methods", "lora", "--steps", "1000", "--learning-rate-lora", "1e-4"),
-    *("--max-grad-norm", "None", "--quantization", "none", "--train-layers", "3", "--group-size", "256"),
+    *("--max-grad-norm", "None", "--quantization", "none", "--train-layers", "3", "last 2", "--positions", "linear", "yarn"),
+    *("--learning-rate-for", "positions=yarn:0.001", "--group-size", "256"),
     *("--compile-layers", "off", "--workers", "2", "--keep-best", "--name", "mine"),
 ]  # fmt: skip
 
@@ -59,7 +62,16 @@ def test_a_file_says_what_the_same_flags_say(name, content, tmp_path):
         by_flags, learning_rates_chosen=""
     )
     assert options == dataclasses.replace(options_by_flags, name=None)
-    assert "--learning-rate-lora, given in" in spec.learning_rates_chosen
+    assert f"--learning-rate-lora, --learning-rate-for, given in {name}" in spec.learning_rates_chosen
+
+
+def test_lists_are_the_values_of_an_axis_also_where_a_value_is_a_list(tmp_path):
+    one = "recipe: convergence\nlora_targets: [q_proj, v_proj]\n"
+    two = "recipe: convergence\nlora_targets: [[q_proj], [q_proj, v_proj], null]\n"
+    assert parse([write(tmp_path, one)])[1] == parse(["--lora-targets", "q_proj", "v_proj"])[1]
+    spec = parse([write(tmp_path, two)])[1]
+    assert spec.axes == {"lora_targets": (("q_proj",), ("q_proj", "v_proj"), None)}
+    assert parse([write(tmp_path, saved("it", spec, RunOptions()), "spec.json")])[1] == spec
 
 
 def test_flags_override_a_file_and_rename_the_sweep(tmp_path):
@@ -118,9 +130,10 @@ def test_a_recipe_printed_as_a_file_is_the_recipe_and_fits_the_schema(recipe, tm
         ("steps: many", "line 2: steps is 'many'; expected INT"),
         ("steps: true", "line 2: steps is True; expected INT"),
         ("steps: 1.5", "steps is 1.5; expected INT"),
-        ("document_mask: yes", "document_mask is 'yes'; expected true or false"),
+        ("document_mask: yes", "document_mask is 'yes'; expected {True,False}"),
         ("methods: [lora, lore]", "methods is ['lora', 'lore']; expected {lora,"),
         ("search_learning_rate: [1e-3]", "search_learning_rate is [0.001]; expected NUMBER NUMBER or none"),
+        ("run:\n  keep_best: on", "line 3: keep_best is 'on'; expected true or false"),
         ("run:\n  engine: zero4", "line 3: engine is 'zero4'; expected {auto,ddp,zero2,zero3}"),
         ("steps: 3\nsteps: 4", "line 3: steps is given twice"),
         ("run: 3", "run is 3; expected run options below it"),
