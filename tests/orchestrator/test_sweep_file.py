@@ -43,8 +43,8 @@ run:
 """
 FLAGS = [
     *("--context-lengths", "512", "1024", "--methods", "lora", "--steps", "1000", "--learning-rate-lora", "1e-4"),
-    *("--max-grad-norm", "None", "--quantization", "none", "--train-layers", "3", "last 2", "--positions", "linear", "yarn"),
-    *("--learning-rate-for", "positions=yarn:0.001", "--group-size", "256"),
+    *("--max-grad-norm", "None", "--quantization", "none", "--train-layers", "3", "last 2"),
+    *("--positions", "linear", "yarn", "--learning-rate-for", "positions=yarn:0.001", "--group-size", "256"),
     *("--compile-layers", "off", "--workers", "2", "--keep-best", "--name", "mine"),
 ]  # fmt: skip
 
