@@ -65,7 +65,9 @@ class Conclusion:
             sweep.storage.push(sweep.folder)
             kept = [sweep.folder / "comparison.json", sweep.folder / "spec.json", *([diff] if diff else [])]
             if not self.tracker.outage:
-                self.tracker.log_sweep(sweep.name, comparison, list(self.plan.trials), [*report, *kept])
+                self.tracker.log_sweep(
+                    sweep.name, sweep.spec.digest(), comparison, list(self.plan.trials), [*report, *kept]
+                )
         except OSError as error:
             self.console.print(f"note: the report could not be written: {error}")
 
