@@ -75,7 +75,7 @@ class Checked:
         return Rungs(self.storage, self.name, self.early_stopping) if self.early_stopping else None
 
     def is_cancelled(self) -> bool:
-        """Whether somebody has asked to cancel the whole sweep, or its budget is exhausted."""
+        """Whether a user has cancelled the whole sweep, or its budget is exhausted."""
         return cancellation.pending_request(self.storage, f"sweeps/{self.name}") is not None
 
 
@@ -127,7 +127,7 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
     Raises:
         InputError: settings that cannot be, or that contradict each other.
     """
-    precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # any will do here
+    precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # either passes the same checks
     for trial in spec.trials(Identities(model="", tokenizer="", data=""), precision):
         if spec.search != "none" and trial.training.steps:
             Space.of(spec, trial)
@@ -205,7 +205,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
 
 
 def _check_adaptation(spec: SweepSpec, config: Any, shape: ModelShape) -> None:
-    """Raises InputError if the model has not the layers to train, or does not take LoRA as asked; uses shapes only."""
+    """Raises InputError if the model lacks layers to train, or cannot take LoRA as requested; uses shapes only."""
     sides = [min(each.inputs, each.outputs) for each in shape.linears if each.reads in ATTENTION]
     targets, layers, ranks = (spec.values_of(name) for name in ("lora_targets", "train_layers", "lora_rank"))
     if targets == (None,) and layers == ("all",) and max(ranks) <= min(sides):

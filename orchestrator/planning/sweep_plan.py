@@ -97,7 +97,7 @@ def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
 
 
 def begin_search(sweep: Identified, plan: SweepPlan) -> tuple[Search, SweepPlan]:
-    """Takes up the sweep's search, or starts it; returns it with a plan of what it has suggested so far."""
+    """Resumes or starts the sweep's search; returns it with a plan of what it has suggested so far."""
     bases = [trial for trial in plan.trials if trial.training.steps]
     search = Search(sweep.spec, bases, sweep.storage, sweep.storage.search_journal(sweep.name))
     search.begin()
