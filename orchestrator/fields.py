@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 # Every field is in one group; those in MOST_USED come first in --help, with a line each.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model and data": ("model", "data", "text_column", "max_train_tokens", "eval_data", "holdout", "task", "long_examples"),
+    "model and data": ("model", "data", "text_column", "max_train_tokens", "task", "long_examples"),
     "what trains": ("methods", "train_layers", "lora_rank", "lora_alpha", "lora_targets", "quantization", "precision"),
     "attention and positions": (
         "context_lengths", "positions", "original_length", "attention", "group_size", "document_mask",
@@ -21,7 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "learning_rates_chosen", "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
     ),
     "evaluation": (
-        "references", "eval_every", "eval_documents", "eval_span", "target_perplexity", "as_good_within",
+        "references", "eval_data", "holdout", "eval_every", "eval_documents", "eval_span", "target_perplexity",
+        "as_good_within",
     ),
     "search and stopping": (
         "search", "search_trials", "search_learning_rate", "search_rank", "search_group_size", "early_stopping",

@@ -183,13 +183,12 @@ def example_text(row: Row) -> str:
     if (form := form_of(row)) not in _CHATS:
         return "\0".join(str(columns.get(name) or "") for name in ("instruction", "input", "output"))
     messages = columns[form] if isinstance(columns[form], list) else [columns[form]]
-    fields = ("role", "from", "content", "value")
-    return "\0".join(
-        "\0".join(str(message[name]) for name in fields if message.get(name) is not None)
-        if isinstance(message, dict)
-        else str(message)
-        for message in messages
-    )
+    return "\0".join(_role_and_text(message) if isinstance(message, dict) else str(message) for message in messages)
+
+
+def _role_and_text(message: dict) -> str:
+    role, text = message.get("role") or message.get("from"), message.get("content") or message.get("value")
+    return f"{_ROLES.get(str(role), role)}\0{text}"
 
 
 def first_text(row: Row) -> str:

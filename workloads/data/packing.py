@@ -138,7 +138,7 @@ def _write(
         columns=corpus.columns,
         sample=sample,
     )
-    division.shingle = shingle_size(characters, tokens["validation"])
+    division.shingle = shingle_size(characters, tokens["validation"] - documents["validation"])
     division.near_copies = prepared.near_copies(division.shingle)
     write_index(prepared, folder, FORMAT_VERSION)
 

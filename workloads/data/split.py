@@ -205,6 +205,8 @@ def _by_text(
         if len(below) >= ENOUGH_HELD_OUT and len(below) < len(keys):
             break
     else:
+        if not keys:
+            return
         if len(keys) == 1:
             division.rule = f"the last {100 * share:.3g}% of the only document"
             yield from ((Divided(name, item, None, key), key) for name, item, key in first)

@@ -28,7 +28,9 @@ def test_files_column_sample_and_counts(tmp_path):
     for _ in range(2):  # the second time the data is known
         *lines, counts = data_summary(prepare(sweep))
         assert lines == [files, begins]
-        assert counts == "data: 9 documents of 126 tokens to train on, 1 of 7 tokens held out"
+        assert counts == (
+            "data: 9 documents of 119 tokens to train on, 1 of 14 tokens held out: 10%, by a hash of the text"
+        )
 
 
 def test_a_corpus_without_files_has_no_line_of_them(tmp_path):
