@@ -57,10 +57,10 @@ def _prepared_lines(packed: PackedCorpus | ExampleCorpus) -> Iterator[str]:
         copies = "copies" if division.copies_dropped > 1 else "copy"
         yield f"data: {division.copies_dropped:,} {copies} of held-out {what}s dropped"
     if near := division.near_copies:
-        share = "share" if len(near) > 1 else "shares"
+        share, their = ("share", "their") if len(near) > 1 else ("shares", "its")
         names = first_of([f"{name} ({part:.0%})" for name, part in near.items()], _NAMES)
         yield printable(
-            f"data: {_counted(len(near), f'held-out {what}')} {share} over half of their {division.shingle}-token "
+            f"data: {_counted(len(near), f'held-out {what}')} {share} over half of {their} {division.shingle}-token "
             f"shingles with training {what}s: {names}",
             one_line=True,
         )
