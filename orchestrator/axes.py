@@ -113,6 +113,8 @@ def distinction(training: TrainingConfig, axes: Iterable[str]) -> str:
 def _word(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(value)
     return OF_NONE[name] if value is None else as_text(value)
 
 

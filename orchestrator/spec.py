@@ -30,6 +30,7 @@ from workloads.config import (
     TrainingConfig,
     TrainingFields,
     group_size_in_tokens,
+    refuse_not_finite,
     trains_embeddings,
     trains_norms,
 )
@@ -159,6 +160,7 @@ class SweepSpec(TrainingFields, Compared):
         if any(steps < 1 for steps in self.values_of("steps")):
             raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
+        refuse_not_finite(self)
         for text in self.learning_rate_for:
             Rule.parse(text)
         trained = set[str]()

@@ -60,6 +60,15 @@ def labels(fields: type) -> dict[str, Label]:
     return found
 
 
+def refuse_not_finite(settings: Any) -> None:
+    """Raises InputError if a field of a dataclass is NaN or infinite: no setting is, and JSON has neither."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise InputError(f"{field.name} is {each}; expected a finite number")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingFields:
     """What a sweep hands to each of its trials unchanged; all of it changes the result."""
@@ -157,6 +166,7 @@ class TrainingConfig(TrainingFields):
         }
 
     def __post_init__(self) -> None:
+        refuse_not_finite(self)
         for field in ("context_length", "batch", "lora_rank", "eval_every", "eval_documents", "eval_span"):
             if getattr(self, field) <= 0:
                 raise InputError(f"{field} is {getattr(self, field)}; expected a positive number")
