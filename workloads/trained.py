@@ -45,6 +45,7 @@ class TrainedTrial:
     data_identity: str
     training: TrainingConfig
     label: str
+    eval_data: str | None = None
     model_location: str | None = None
 
     @classmethod
@@ -65,6 +66,7 @@ class TrainedTrial:
                 data_identity=values["identities"]["data"],
                 training=TrainingConfig(**values["training"]),
                 label=values.get("label") or folder.resolve().name,  # earlier versions wrote none
+                eval_data=values.get("eval_data"),
                 model_location=values.get("model_location"),
             )
         except OSError as error:

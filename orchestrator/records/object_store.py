@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from workloads.errors import InputError, first_line
+from workloads.errors import InputError, first_line, reason
 from workloads.files.hashes import content_hash
 from workloads.files.safe import is_plain_name, open_plain, replace_file
 
@@ -69,8 +69,8 @@ def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waite
 
     def unavailable(state: RetryCallState) -> NoReturn:
         error = state.outcome.exception() if state.outcome else None
-        waited = time.monotonic() - began
-        raise StoreUnavailable(f"the storage has not answered for {waited:.0f} s ({reason(error)})") from error
+        waited, why = time.monotonic() - began, reason(error) if error else "no error"
+        raise StoreUnavailable(f"the storage has not answered for {waited:.0f} s ({why})") from error
 
     return Retrying(
         retry=retry_if_exception(is_transient),
@@ -78,12 +78,6 @@ def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waite
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         retry_error_callback=unavailable,
     )(call)
-
-
-def reason(error: BaseException | None) -> str:
-    """An error in one line of at most some 200 characters."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 class UnsafeName(InputError):
