@@ -157,8 +157,8 @@ class SweepSpec(TrainingFields, Compared):
         for name, given in only_pretraining.items():
             if self.task == "sft" and given is not None:
                 raise InputError(f"{name} {given} has no effect with --task sft. Leave it out")
-        if any(steps < 1 for steps in self.values_of("steps")):
-            raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        if min(steps := self.values_of("steps")) < 1:
+            raise InputError(f"--steps {in_words(steps)}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
         refuse_not_finite(self)
         for text in self.learning_rate_for:
