@@ -278,8 +278,8 @@ def main() -> None:
     parser.add_argument("--allow-placeholders", action="store_true", help="accept values still to be filled in")
     arguments = parser.parse_args()
     try:
-        config = yaml.safe_load(arguments.file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        config = yaml.safe_load(arguments.file.read_text("utf-8"))
+    except Exception as error:  # of the file system, the encoding, or YAML
         parser.error(f"{arguments.file}: {error}")  # Exit status 2.
     problems = [each for each in check(config) if not (each.fill_in and arguments.allow_placeholders)]
     for problem in problems:

@@ -13,8 +13,9 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from orchestrator.field_types import describe_type, is_of_type
 from orchestrator.trial_spec import Identities, TrialSpec, lists_to_tuples
 from workloads.config import (
     Positions,
@@ -272,4 +273,10 @@ class SweepSpec(TrainingFields, Compared):
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
             found = f"the unknown fields {', '.join(unknown)}" if isinstance(values, dict) else "no object"
             raise InputError(f"{where} has {found}; expected a sweep's fields: {', '.join(sorted(known))}")
-        return cls(**lists_to_tuples(values))
+        values = lists_to_tuples(values)
+        for name, kind in get_type_hints(cls).items():
+            if name in values and not is_of_type(values[name], kind):
+                raise InputError(f"{where}: {name} is {values[name]!r}; expected {describe_type(kind)}")
+        if "context_lengths" not in values:
+            raise InputError(f"{where} has no context_lengths; expected the spec.json of a sweep's folder")
+        return cls(**values)

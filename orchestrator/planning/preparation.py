@@ -85,12 +85,13 @@ class Identified(Checked):
 
     Args:
         original_length: the model's original context length, in tokens.
-        position_notes: what was assumed about the model's own positions, and where they are replaced.
+        model_notes: what was assumed about the model's own positions, where they are replaced, and what in its files
+            differs from its configuration or could not be checked.
     """
 
     shape: ModelShape
     original_length: int
-    position_notes: tuple[str, ...]
+    model_notes: tuple[str, ...]
     identities: Identities
 
 
@@ -190,14 +191,14 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     _check_adaptation(spec, config, shape)
     for length, positions in itertools.product(spec.context_lengths, {spec.positions, *spec.references}):
         extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
-    config = source.check_files(config)
+    config, file_notes = source.check_files(config)
     report(f"reading {spec.data}")
     tokenizer = source.chat_identity if spec.task == "sft" else source.tokenizer_identity
     return Identified(
         **vars(sweep),
         shape=ModelShape.of(config),
         original_length=original_length,
-        position_notes=tuple(position_notes(config, spec.context_lengths, spec.positions)),
+        model_notes=(*position_notes(config, spec.context_lengths, spec.positions), *file_notes),
         identities=Identities(model=source.identity, tokenizer=tokenizer, data=sweep.corpus.identity()),
     )
 

@@ -1,5 +1,7 @@
 """A user's mistake is one clear error, before anything is trained, and the exit status is not 0."""
 
+import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +11,12 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from orchestrator.planning.preparation import check_sweep, identify
+from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import main
 from tests.support.commands import ROOT, SweepCommand
+from workloads.command import run_command
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
 
@@ -44,6 +48,8 @@ def errors_of(arguments, capsys):
             "credentials do not belong into a location",
         ),  # the later flag holds
         (["--storage", "nope://bucket/runs"], "Protocol not known: nope"),
+        (["--storage", "file://machine/runs"], "file://machine/runs: expected file:///folder"),
+        (["--storage", "file:///a%20b"], "expected file:///folder, or better the folder's path as it is"),
         (["--storage", "github://a/b"], "github://a/b: GithubFileSystem.__init__() missing"),
         (["--storage", "~nobody-of-this-name/runs"], "'~nobody-of-this-name/runs' is no path"),
     ],
@@ -77,6 +83,44 @@ def test_a_terminal_and_a_python_that_know_ascii_only(tmp_path):
     assert status == 0 and r"it begins: Gr\xf6\xdfe" in printed
     status, printed = plan(str(tmp_path / "d" / "größe.txt"))
     assert status == 2 and "reads names of files as ascii" in printed and "Set PYTHONUTF8=1" in printed
+
+
+def test_a_storage_as_a_url_of_its_folder_is_that_folder(tmp_path):
+    assert Storage.at(f"file://{tmp_path}/runs") == Storage.at(f"file://localhost{tmp_path}/runs")
+    assert Storage.at(f"file://{tmp_path}/runs") == Storage.at(str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("command", ["status", "compare a b", "cancel a", "fetch"])
+@pytest.mark.parametrize("storage", ["{tmp}/nowhere", "x" * 300, "memory://nothing-there"])
+def test_commands_that_read_a_storage_where_there_is_none(command, storage, tmp_path, capsys):
+    name, *words = command.split()
+    module = importlib.import_module(f"orchestrator.{name}{'.__main__' if name == 'compare' else ''}")
+    location = storage.format(tmp=tmp_path)
+    words += [location, "a"] if name == "fetch" else ["--storage", location]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words])
+        status = module.main() if name == "compare" else run_command(module.main, name)
+    assert status == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": "x"}, "steps is 'x'; expected a whole number"),
+        ({"context_lengths": 1024}, "context_lengths is 1024; expected a list of a whole number"),
+        ({"model": 5}, "model is 5; expected text"),
+        ({"methods": ["lora", "dora"]}, "methods is ('lora', 'dora'); expected a list of one of 'lora'"),
+        ({"group_size": None}, "group_size is None; expected a number"),
+        ({"seeds": [[1]]}, "seeds is ([1],); expected a list of a whole number"),
+        ({"max_train_tokens": 1.5}, "max_train_tokens is 1.5; expected a whole number or null"),
+        ({"context_lengths": ...}, "has no context_lengths"),
+    ],
+)
+def test_a_saved_sweep_with_values_of_other_types(fields, message, tmp_path, capsys):
+    values = {key: value for key, value in ({"context_lengths": [1024]} | fields).items() if value is not ...}
+    (tmp_path / "spec.json").write_text(json.dumps(values))
+    status, printed = errors_of(["--spec", str(tmp_path / "spec.json")], capsys)
+    assert status == 2 and message in printed
 
 
 def test_an_unknown_recipe(capsys):
