@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,6 +26,17 @@ def one_error(problem: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{problem} ({first_line(error)}). {fix}") from error
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is near to, if there is one."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """``recipe 'convergance' is unknown; did you mean convergence? Known: ...``, the middle only if a name is near."""
+    guess = near(name, names := list(known))
+    return f"{kind} {name!r} is unknown{f'; did you mean {guess}?' if guess else '.'} Known: {', '.join(names)}"
 
 
 def first_line(error: BaseException) -> str:

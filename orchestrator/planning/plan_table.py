@@ -12,7 +12,7 @@ from orchestrator.planning.cost import Totals
 from orchestrator.planning.data_summary import data_summary
 from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.notes import notes
-from orchestrator.planning.planner import Planned, summarise_actions
+from orchestrator.planning.planner import Planned, summarise_actions, superseded
 from orchestrator.planning.preparation import Identified, Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.terminal import GIB, duration, gib, number_or_dash, usd
@@ -25,6 +25,14 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
     for note in sweep.model_notes:
         console.print(f"note: {note}", markup=False)
+    for note in plan.left_out:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if labels := superseded(plan.planned, sweep.storage):
+        console.print(
+            "note: results of an earlier version of longspan are kept and not used, since this one may give others: "
+            f"{', '.join(labels)}",
+            markup=False,
+        )
     console.print(summarise_actions(plan.planned))
     console.print(plan_table(plan.planned, _unit(plan.cluster)))
     if plan.upcoming:

@@ -15,11 +15,12 @@ import typing
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.files.journal_lines import parse_line
 from workloads.files.json_text import json_text
 
@@ -56,8 +57,9 @@ class Event:
     Args:
         time: when, in Unix seconds.
         version: of the format of its line.
-        process: of the worker that wrote it; None for other writers, and in older journals.
-        uptime: seconds on the monotonic clock of that process.
+        process: of the worker or driver that wrote it; None for other writers, and in older journals.
+        boot: of the machine that it ran on; None in older journals.
+        uptime: seconds on the monotonic clock of that process, which all processes of one boot share.
         extra: fields that this version of longspan does not know.
     """
 
@@ -66,6 +68,7 @@ class Event:
     time: float = field(default_factory=time.time)
     version: int = VERSION
     process: str | None = _omitted_if_none()
+    boot: str | None = _omitted_if_none()
     uptime: float | None = _omitted_if_none()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +83,12 @@ class Event:
     def name(self) -> str:
         """The value of ``event`` in its line."""
         return self.line_name
+
+    def has_clock_of(self, other: Event) -> bool:
+        """Whether both carry the monotonic clock of one process, or of one boot of a machine."""
+        one_process = self.process is not None and self.process == other.process
+        one_boot = self.boot is not None and self.boot == other.boot
+        return (one_process or one_boot) and None not in (self.uptime, other.uptime)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,21 +305,38 @@ class Parsed(NamedTuple):
 
 # Names this process in the lines of its journal.
 _PROCESS = uuid.uuid4().hex[:8]
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def stamp(event: Event) -> Event:
     """The event with this process's monotonic clock: wall clocks may be set while it runs."""
-    return dataclasses.replace(event, process=_PROCESS, uptime=round(time.monotonic(), 3))
+    return dataclasses.replace(event, process=_PROCESS, boot=_boot(), uptime=round(time.monotonic(), 3))
+
+
+@functools.cache
+def _boot() -> str | None:
+    """Names this run of the operating system; None where it has no such name."""
+    try:
+        return _BOOT_ID.read_text()[:8]
+    except OSError:
+        return None
 
 
 def seconds_between(earlier: Event, later: Event) -> float:
     """The time between two lines of a journal that follow each other; never negative.
 
-    Exact between lines of one process. Between others the wall clocks count, up to ``MAX_GAP_S``.
+    Exact between lines of one process, or of one boot. Between others the wall clocks count, up to ``MAX_GAP_S``.
     """
-    if earlier.process and earlier.process == later.process and None not in (earlier.uptime, later.uptime):
+    if earlier.has_clock_of(later):
         return max(0.0, (later.uptime or 0.0) - (earlier.uptime or 0.0))
     return max(0.0, min(later.time - earlier.time, MAX_GAP_S))
+
+
+def precedes(one: Event, other: Event) -> bool:
+    """Whether ``one`` was written before ``other``, of any journal: by their monotonic clock if they share it."""
+    if one.has_clock_of(other):
+        return (one.uptime or 0.0) <= (other.uptime or 0.0)
+    return one.time <= other.time
 
 
 def make_event(name: str, **fields: Any) -> Event:

@@ -7,7 +7,6 @@ hours if the workers had GPUs, else CPU hours (of one thread); worker-hours if t
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 
 from orchestrator.records.events import Started
@@ -64,12 +63,8 @@ def total(by_step: dict[int, float] | None) -> float | None:
 
 
 def _add_up(record: TrialRecord, per_hour: Callable[[Started], float]) -> dict[int, float]:
-    began = [attempt.time for attempt in record.attempts]
     so_far, by_step = 0.0, {}
     for step in sorted(record.steps):
-        event = record.steps[step]
-        place = max(0, bisect.bisect_right(began, event.time) - 1)
-        attempt = record.attempts[place] if record.attempts else Started()
-        so_far += event.seconds / 3600 * per_hour(attempt)
+        so_far += record.steps[step].seconds / 3600 * per_hour(record.attempt_of_step[step])
         by_step[step] = so_far
     return by_step

@@ -22,7 +22,7 @@ from orchestrator.ray_internals import (
     release_placement_group,
 )
 from orchestrator.records.cancellation import cancel_before_start
-from orchestrator.records.events import Failed, FaultKind, Launched, Retry
+from orchestrator.records.events import Failed, FaultKind, Launched, Retry, stamp
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -63,7 +63,7 @@ def _attempt(job: TrialJob, storage: Storage, folders: list[TrialFolder]) -> Non
     """One run of Ray Train, which itself replaces lost workers."""
     _release_earlier_reservation(job, folders)
     for folder in folders:
-        folder.journal.append(Launched(sweep=job.sweep, resources=dataclasses.asdict(job.resources)))
+        folder.journal.append(stamp(Launched(sweep=job.sweep, resources=dataclasses.asdict(job.resources))))
     try:
         _make_trainer(job, storage.ray_train, name=folders[0].path.name).fit()
     except Exception as error:
@@ -94,7 +94,7 @@ def _record_failure(job: TrialJob, folders: list[TrialFolder], reason: str) -> N
         record = TrialRecord.of(folder.journal)
         if record.state == "finished" or record.failed_attempt == job.attempt:
             continue
-        folder.journal.append(Failed(kind=kind, reason=reason, attempt=job.attempt))
+        folder.journal.append(stamp(Failed(kind=kind, reason=reason, attempt=job.attempt)))
         with contextlib.suppress(OSError):
             folder.path.mkdir(parents=True, exist_ok=True)  # the worker may have been on another node
             with open_plain(folder.log, "a") as log:
@@ -116,14 +116,14 @@ def _choose_remedy(job: TrialJob, folders: list[TrialFolder], past_faults: list[
                 past_faults.append("preempted")
                 return Remedy(job.execution, 0, "continues on another node")
             reason = f"preempted more than {job.limits.max_preemptions} times; allow more with --max-preemptions"
-            folder.journal.append(Failed(kind="preempted", attempt=job.attempt, reason=reason))
+            folder.journal.append(stamp(Failed(kind="preempted", attempt=job.attempt, reason=reason)))
         if record.state != "failed" or record.failed_attempt != job.attempt:
             continue
         worker_batch = trial.training.batch // job.resources.workers
         found = find_remedy(record.failure_kind, job.execution, worker_batch, job.layers, past_faults)
         if found is not None:
             past_faults.append(record.failure_kind)
-            folder.journal.append(Retry(kind=record.failure_kind, remedy=found.description, pause=found.pause))
+            folder.journal.append(stamp(Retry(kind=record.failure_kind, remedy=found.description, pause=found.pause)))
             return found
     return None
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from workloads.engines.engine import Engine
 from workloads.errors import one_error
-from workloads.evaluation.bootstrap import CONFIDENCE
+from workloads.evaluation.intervals import CONFIDENCE
 from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.subject import load_subject
 from workloads.evaluation.task import EvaluationTask, Result

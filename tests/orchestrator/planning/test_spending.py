@@ -7,9 +7,9 @@ import pytest
 
 from orchestrator.planning.budget_watch import BudgetWatch
 from orchestrator.records import events
-from orchestrator.records.events import MAX_GAP_S, Failed, Saved, Started, make_event, stamp
+from orchestrator.records.events import MAX_GAP_S, Cancelled, Failed, Launched, Saved, Started, make_event, stamp
 from orchestrator.records.journal import Journal
-from orchestrator.records.trial_cost import held_cost
+from orchestrator.records.trial_cost import held_cost, hours_by_step
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.run_options import RunOptions
 from tests.support.events import a_step
@@ -24,10 +24,10 @@ def hours_of(tmp_path, *lines):
     return held_cost(TrialRecord.of(journal))[0]
 
 
-def worker_line(event, seconds, jump=0.0, process="one"):
+def worker_line(event, seconds, jump=0.0, process="one", boot=None):
     """A line ``seconds`` after the process began, when the wall clock is wrong by ``jump``."""
     time = 1_700_000_000.0 + seconds + jump
-    return dataclasses.replace(event, process=process, uptime=1000.0 + seconds, time=time)
+    return dataclasses.replace(event, process=process, boot=boot, uptime=1000.0 + seconds, time=time)
 
 
 @pytest.mark.parametrize("jump", [-HOUR, 10 * HOUR])
@@ -43,10 +43,38 @@ def test_each_attempt_has_a_process_of_its_own(tmp_path):
     assert hours_of(tmp_path, *first, failed, *second) == pytest.approx(0.5 + 0.25 + 0.25)
 
 
+@pytest.mark.parametrize("jump", [-HOUR, 3 * HOUR])
+def test_processes_of_one_machine_share_its_monotonic_clock(jump, tmp_path):
+    """A worker that was lost, its driver that noticed, and the worker that continued, while the clock was set."""
+    first = [worker_line(Started(), 0, boot="b"), worker_line(Saved(step=1), 1800, boot="b")]
+    second = worker_line(Started(), 2700, jump, "two", "b"), worker_line(Saved(step=2), 3600, jump, "two", "b")
+    noticed = worker_line(Failed(reason="lost"), 4500, jump, "driver", "b")
+    assert hours_of(tmp_path, *first, *second, noticed) == pytest.approx(1.25)
+
+
+def test_an_interrupted_attempt_costs_nothing_until_a_later_cancel(tmp_path):
+    attempt = [worker_line(Started(), 0), worker_line(Saved(step=1), 360)]
+    by_worker = worker_line(Cancelled(step=1, by="someone"), 720)
+    assert hours_of(tmp_path, *attempt, by_worker) == pytest.approx(0.2)
+    (tmp_path / "journal.jsonl").unlink()
+    by_another = Cancelled(step=1, by="someone", time=attempt[-1].time + 5 * HOUR)
+    later = Launched(time=by_another.time + HOUR)
+    assert hours_of(tmp_path, *attempt, by_another, later) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(("seconds", "hours"), [(-1e9, 0.0), (1000 * HOUR, MAX_GAP_S / HOUR), (HOUR, 1.0)])
 def test_lines_without_a_monotonic_clock_are_bounded(seconds, hours, tmp_path):
     began = Started(time=1_700_000_000.0)
     assert hours_of(tmp_path, began, Saved(step=1, time=began.time + seconds)) == pytest.approx(hours)
+
+
+def test_a_step_costs_what_the_attempt_that_made_it_costs(tmp_path):
+    """Whatever the clock of the second attempt's machine says."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    for process, devices, step, jump in (("one", 4, 1, 0.0), ("two", 2, 2, -HOUR)):
+        journal.append(worker_line(Started(device="gpu", devices=devices), 0, jump, process))
+        journal.append(worker_line(make_event("step", **a_step(step) | {"seconds": HOUR}), 60, jump, process))
+    assert hours_by_step(TrialRecord.of(journal)) == {1: 4.0, 2: 6.0}
 
 
 def test_a_stamped_line_is_read_back(tmp_path):
