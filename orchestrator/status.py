@@ -7,7 +7,6 @@ Ray: it works on any machine that sees the storage root.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ from orchestrator.reporting.overview import Overview, SweepOverview, TrialOvervi
 from orchestrator.reporting.progress import AT_WORK
 from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
+from workloads.files.json_text import json_text
 from workloads.terminal import make_console
 
 WATCH_S = 2.0
@@ -77,7 +77,7 @@ def show(
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1))
+    print(json_text(content, indent=1))
 
 
 def as_json(overview: Overview, sweep: str | None = None) -> dict[str, Any]:

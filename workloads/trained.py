@@ -46,6 +46,7 @@ class TrainedTrial:
     data_identity: str
     training: TrainingConfig
     label: str
+    eval_data: str | None = None
     model_location: str | None = None
 
     @staticmethod
@@ -71,6 +72,7 @@ class TrainedTrial:
                 data_identity=values["identities"]["data"],
                 training=TrainingConfig(**values["training"]),
                 label=values.get("label") or folder.resolve().name,  # earlier versions wrote none
+                eval_data=values.get("eval_data"),
                 model_location=values.get("model_location"),
             )
         except OSError as error:

@@ -88,7 +88,10 @@ def _of_training(training: TrainingConfig) -> dict[str, str]:
 
 
 def _of_evaluation(training: TrainingConfig) -> dict[str, str]:
-    scored = f"up to {training.eval_documents:,} held-out documents, the first {training.eval_span:,} tokens of each"
+    scored = (
+        f"up to {training.eval_documents:,} held-out documents, the first {training.eval_span:,} tokens of each, and "
+        "further ones where there are fewer documents"
+    )
     if training.task == "sft":
         scored = f"the answers of up to {training.eval_documents:,} held-out examples that fit into the context"
     often = f", every {training.eval_every:,} steps" if training.steps else ""

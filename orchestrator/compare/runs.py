@@ -57,6 +57,7 @@ class Run:
                 "model": trial.model,
                 "data": trial.data,
                 "text column": trial.text_column,
+                "held-out data": trial.eval_data,
                 **{f"{name} identity": value for name, value in dataclasses.asdict(trial.identities).items()},
             },
             "training": dataclasses.asdict(trial.training),

@@ -165,9 +165,9 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
         options=options,
         storage=storage,
         source=source,
-        corpus=Instructions.parse(spec.data)
+        corpus=Instructions.parse(spec.data, spec.holdout, spec.eval_data)
         if spec.task == "sft"
-        else Corpus.parse(spec.data, spec.text_column, spec.max_train_tokens),
+        else Corpus.parse(spec.data, spec.text_column, spec.max_train_tokens, spec.holdout, spec.eval_data),
         prices=own_prices(options),
         early_stopping=early_stopping,
     )

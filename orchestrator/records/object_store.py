@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from workloads.errors import InputError, first_line
+from workloads.errors import InputError, first_line, reason
 from workloads.files.hashes import content_hash
 from workloads.files.safe import is_plain_name, open_plain, replace_file
 
@@ -70,8 +70,8 @@ def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waite
 
     def unavailable(state: RetryCallState) -> NoReturn:
         error = state.outcome.exception() if state.outcome else None
-        waited = time.monotonic() - began
-        raise StoreUnavailable(f"the storage has not answered for {waited:.0f} s ({reason(error)})") from error
+        waited, why = time.monotonic() - began, reason(error) if error else "no error"
+        raise StoreUnavailable(f"the storage has not answered for {waited:.0f} s ({why})") from error
 
     return Retrying(
         retry=retry_if_exception(is_transient),
@@ -83,12 +83,6 @@ def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waite
 
 def _first_try(call: Callable[[], T]) -> T:
     return retry(call, give_up=lambda waited: waited > FIRST_RETRY_LIMIT_S)
-
-
-def reason(error: BaseException | None) -> str:
-    """An error in one line of at most some 200 characters."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 class UnsafeName(InputError):

@@ -1,7 +1,6 @@
 """A user's mistake is one clear error, before anything is trained, and the exit status is not 0."""
 
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -97,28 +96,6 @@ def test_commands_that_read_a_storage_where_there_is_none(command, storage, tmp_
     location = storage.format(tmp=tmp_path)
     words += [location, "a"] if name == "fetch" else ["--storage", location]
     assert module.main(words) == 2 and "error: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"steps": "x"}, "steps is 'x'; expected"),
-        ({"context_lengths": 1024}, "context_lengths"),
-        ({"model": 5}, "model is 5; expected"),
-        ({"methods": ["lora", "dora"]}, "dora"),
-        ({"group_size": None}, "group_size"),
-        ({"seeds": [[1]]}, "seeds"),
-        ({"max_train_tokens": 1.5}, "max_train_tokens is 1.5; expected"),
-        ({"lora_rank": [8, [16]]}, "lora_rank"),
-        ({"lora_targets": 5}, "lora_targets"),
-        ({"context_lengths": ...}, "context_lengths"),
-    ],
-)
-def test_a_saved_sweep_with_values_of_other_types(fields, message, tmp_path, capsys):
-    values = {key: value for key, value in ({"context_lengths": [1024]} | fields).items() if value is not ...}
-    (tmp_path / "spec.json").write_text(json.dumps(values))
-    status, printed = errors_of(["--spec", str(tmp_path / "spec.json")], capsys)
-    assert status == 2 and message in printed
 
 
 def test_an_unknown_recipe(capsys):

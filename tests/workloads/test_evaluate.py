@@ -244,7 +244,7 @@ def test_a_broken_model_is_not_asked(kind, message, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lengths", "8192"], "Long enough are 4 at 512"),
+        (["--lengths", "8192"], "Long enough are 3 at 512"),
         (["--text-column", "body"], "--text-column body has no effect"),
         (["topics", "--cases", "nowhere"], "--cases nowhere is neither"),
         (["passkey", "--lengths", "200"], "a passkey prompt needs 261 tokens"),

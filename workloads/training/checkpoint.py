@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from workloads.errors import reason
+from workloads.files.json_text import json_text
 from workloads.files.safe import flush
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / TENSORS)
-        (partial / STATE).write_text(json.dumps({"step": step, **state}), "utf-8")
+        (partial / STATE).write_text(json_text({"step": step, **state}), "utf-8")
         # safetensors ignores the umask and writes for the owner alone; a shared storage has other readers.
         (partial / TENSORS).chmod((partial / STATE).stat().st_mode)
         manifest = {name: _describe(partial / name) for name in (TENSORS, STATE)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        (partial / MANIFEST).write_text(json_text(manifest, indent=1), "utf-8")
         for path in (*partial.iterdir(), partial):
             flush(path)
         if final.exists():
