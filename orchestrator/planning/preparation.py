@@ -25,6 +25,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities, TrialSpec
+from orchestrator.variants import find_variant, variants_of
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.config import Precision, TrainingConfig
@@ -129,7 +130,10 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
         InputError: settings that cannot be, or that contradict each other.
     """
     precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # either passes the same checks
-    for trial in spec.trials(Identities(model="", tokenizer="", data=""), precision):
+    trials = spec.trials(Identities(model="", tokenizer="", data=""), precision)
+    if options.baseline is not None:
+        find_variant(options.baseline, variants_of([trial.training for trial in trials], spec.axes))
+    for trial in trials:
         if spec.search != "none" and trial.training.steps:
             Space.of(spec, trial)
     if spec.search != "none" and (options.force or options.force_trials):
