@@ -63,7 +63,7 @@ def check_values(field: str, values: Sequence[Any]) -> None:
     """Raises InputError if a field that takes several values has none, or one of them twice."""
     if not values:
         raise InputError(f"{flag(field)} is empty; expected at least one value")
-    if len(set(values)) != len(values):
+    if any(value in values[:place] for place, value in enumerate(values)):  # not all can be hashed
         raise InputError(f"{flag(field)} {in_words(values)}: expected each value once")
 
 
