@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, join, split
+from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, in_words, join, split
 from orchestrator.learning_rates import Rule
 from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.attention.patterns import PATTERNS
@@ -30,6 +30,7 @@ from workloads.config import (
     TrainingConfig,
     TrainingFields,
     group_size_in_tokens,
+    refuse_not_finite,
     trains_embeddings,
     trains_norms,
 )
@@ -70,6 +71,10 @@ class Compared:
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; detected if there is only one."""
     max_train_tokens: int | None = None
     """Training tokens to prepare: reads only the beginning of data too large for a disk. By default all of it."""
+    eval_data: str | None = None
+    """Own held-out data, in the forms of --data, which then trains whole; by default a part of --data is held out."""
+    holdout: float | None = None
+    """Share of the documents (for sft, examples) to hold out, chosen by a hash of their text; by default 0.1."""
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
@@ -124,11 +129,13 @@ class SweepSpec(TrainingFields, Compared):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs and on processors with bfloat16 arithmetic, else float32."""
     eval_span: int | None = None
-    """Tokens scored of each held-out document, the same at every context length; by default the longest of them."""
+    """Tokens scored of each held-out document, a span, the same at every context length; by default the longest of
+    them."""
     search: Literal["none", "random", "optuna"] = "none"
-    """Search each method's best setting at each context length: at random, or by Optuna's TPE (Bayesian)."""
+    """Search each method's best setting at each context length, with all values of axes: at random, or by Optuna's TPE
+    (Bayesian)."""
     search_trials: int = 16
-    """Trials of a search for each method and context length, the method's own setting first if in the ranges."""
+    """Trials of a search for each of these, the method's own setting first if in the ranges."""
     search_learning_rate: tuple[float, float] | None = None
     """Lowest and highest learning rate of a search; by default from a tenth to ten times the method's own."""
     search_rank: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -150,9 +157,10 @@ class SweepSpec(TrainingFields, Compared):
         for name, given in only_pretraining.items():
             if self.task == "sft" and given is not None:
                 raise InputError(f"{name} {given} has no effect with --task sft. Leave it out")
-        if any(steps < 1 for steps in self.values_of("steps")):
-            raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        if min(steps := self.values_of("steps")) < 1:
+            raise InputError(f"--steps {in_words(steps)}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
+        refuse_not_finite(self)
         for text in self.learning_rate_for:
             Rule.parse(text)
         trained = set[str]()
@@ -173,7 +181,7 @@ class SweepSpec(TrainingFields, Compared):
             check_values(name, values)
             if values[0] != getattr(self, name):
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r}, and an axis of {', '.join(map(as_text, values))}: change both "
+                    f"{name} is {getattr(self, name)!r}, and an axis of {in_words(values)}: change both "
                     "by SweepSpec.changed"
                 )
         ordered = {name: self.axes[name] for name in AXES if len(self.axes.get(name, ())) > 1}
@@ -189,11 +197,17 @@ class SweepSpec(TrainingFields, Compared):
                     f"--search-learning-rate {low:g} {high:g}: expected a positive number, then a higher one"
                 )
         if self.search != "none" and (len(self.seeds) > 1 or len(self.learning_rate_sweep) > 1):
-            flag = "--seeds" if len(self.seeds) > 1 else "--learning-rate-sweep"
+            other = "seeds" if len(self.seeds) > 1 else "learning_rate_sweep"
             raise InputError(
-                f"{flag} with --search {self.search}: a search compares settings of one seed, and chooses learning "
-                "rates itself. Leave it out, and train the best setting with several seeds afterwards"
+                f"{flag(other)} with --search {self.search}: a search compares settings of one seed, and chooses "
+                "learning rates itself. Leave it out, and train the best setting with several seeds afterwards"
             )
+        for name, searched in (("lora_rank", "search_rank"), ("group_size", "search_group_size")):
+            if self.search != "none" and name in self.axes and (choices := getattr(self, searched)):
+                raise InputError(
+                    f"{flag(name)} {in_words(self.axes[name])} with --search {self.search}, which chooses it from "
+                    f"{flag(searched)} {in_words(choices)}: give one value, or {flag(searched)} without any"
+                )
 
     def values_of(self, name: str) -> tuple[Any, ...]:
         """All values of a field: those of its axis, else the one that it has."""
@@ -223,8 +237,8 @@ class SweepSpec(TrainingFields, Compared):
 
         def add(config: TrainingConfig, named: str = "") -> str:
             trial = TrialSpec(
-                model=self.model, data=self.data, text_column=self.text_column, identities=identities, training=config,
-                distinction=named,
+                model=self.model, data=self.data, text_column=self.text_column, eval_data=self.eval_data,
+                identities=identities, training=config, distinction=named,
             )  # fmt: skip
             return found.setdefault(trial.fingerprint, trial).fingerprint
 
@@ -324,7 +338,7 @@ class SweepSpec(TrainingFields, Compared):
             trials = [{fingerprint for setting, fingerprint in made if setting[name] == value} for value in values]
             if all(each == trials[0] for each in trials):
                 raise InputError(
-                    f"{flag(name)} {' '.join(map(as_text, values))} has no effect: every value gives the same trials. "
+                    f"{flag(name)} {in_words(values)} has no effect: every value gives the same trials. "
                     "Leave it out, or give one value"
                 )
         settings = [self._setting(asked) for asked, _ in made]

@@ -236,6 +236,7 @@ def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None
 def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
     """What an interruption leaves of each trial, and how to continue."""
     lines = []
+    width = max((len(planned.trial.label) for planned in plan.planned), default=0) if plan else 0
     for planned in plan.planned if plan else ():
         record = TrialRecord.of(storage.trial(planned.trial.fingerprint).journal)
         steps = planned.trial.training.steps
@@ -250,7 +251,7 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
             kept = f"checkpoint at step {record.saved_step} of {steps}"
         elif record.launched:
             kept = "no checkpoint yet, starts over"
-        lines.append(f"  {planned.trial.label:<22} {kept}")
+        lines.append(f"  {planned.trial.label:<{width}}  {kept}")
     return "\n".join([*lines, "The same command continues from there."])
 
 
