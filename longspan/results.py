@@ -21,6 +21,10 @@ COLUMNS = (
     "peak_memory_gib", "hours", "usd", "trainable_parameters",
 )  # fmt: skip
 
+SETTING_COLUMNS = (
+    "name", "context_length", "perplexity", "low", "high", "hours", "usd", "learning_rate", "seeds", "lowest", "winner",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -133,8 +137,8 @@ class Sweep:
             trials: labels such as ``"lora+ 2048"``, or fingerprints.
 
         Returns:
-            Without arguments a DataFrame with a row for each setting, over its seeds; with them plain data, as
-            ``longspan compare --json`` prints.
+            Without arguments a DataFrame with a row for each setting, over its seeds; ``winner`` is the ``lowest`` one
+            if all others are distinguishable from it. With arguments plain data, as ``longspan compare --json`` prints.
         """
         if trials:
             from orchestrator.compare.runs import find_run
@@ -147,41 +151,44 @@ class Sweep:
 
         rows = [
             {**setting, **setting["final"], "context_length": context["context_length"],
-             "best": setting["method"] == context["winner"] and setting["chosen"]}
+             "lowest": setting["variant"] == context["lowest"] and setting["chosen"],
+             "winner": setting["variant"] == context["winner"] and setting["chosen"]}
             for context in self.comparison["contexts"]
             for setting in context["settings"]
         ]  # fmt: skip
-        columns = (
-            "name",
-            "context_length",
-            "perplexity",
-            "low",
-            "high",
-            "hours",
-            "usd",
-            "learning_rate",
-            "seeds",
-            "best",
+        return pandas.DataFrame(rows, columns=list(SETTING_COLUMNS))
+
+    @cached_property
+    def effects(self) -> DataFrame:
+        """What each axis changes with the others held, in percent of perplexity: a row for each value and length."""
+        import pandas
+
+        rows = [
+            {**effect, "context_length": context["context_length"]}
+            for context in self.comparison["contexts"]
+            for effect in context["effects"] or ()
+        ]
+        return pandas.DataFrame(
+            rows, columns=["axis", "value", "against", "context_length", "percent", "low", "high", "seeds"]
         )
-        return pandas.DataFrame(rows, columns=list(columns))
 
     def best(self, context_length: int | None = None) -> Trial:
-        """The best trained trial.
+        """The trained trial with the lowest perplexity at a context length; of several seeds the best one.
 
         Args:
-            context_length: by default the longest at which a trial has won.
+            context_length: by default the longest at which a trial has finished.
 
         Raises:
             InputError: no trial of that length has finished.
         """
-        from orchestrator.reporting.result_table import winners
+        from orchestrator.reporting.result_table import best_trials
 
         lengths = {
             trial["fingerprint"]: context["context_length"]
             for context in self.comparison["contexts"]
             for trial in context["trials"]
         }
-        found = {lengths[trial["fingerprint"]]: trial for trial in winners(self.comparison)}
+        found = {lengths[trial["fingerprint"]]: trial for trial in best_trials(self.comparison)}
         if not found or (context_length is not None and context_length not in found):
             raise InputError(
                 f"the sweep {self.name} has no best trial"

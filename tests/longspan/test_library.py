@@ -45,7 +45,8 @@ def test_curves_begin_at_the_untuned_model_and_end_at_the_result(finished):
 def test_settings_trials_and_the_best_one(finished):
     settings = finished.compare()
     best = finished.best(1024)
-    assert settings[settings.best].context_length.tolist() == [1024, 2048]
+    assert settings[settings.lowest].context_length.tolist() == [1024, 2048]
+    assert finished.effects.empty  # of a sweep without axes
     assert best.perplexity == settings[settings.context_length == 1024].perplexity.min()
     assert finished.best().label.endswith("2048")
     assert finished.compare("lora 1024", best.fingerprint)["differences"]
