@@ -73,7 +73,6 @@ def test_combinations_that_cannot_be_are_left_out_with_one_note_a_reason():
         ({"positions": ["yarn", "yarn"]}, "each value once"),
         ({"positions": []}, "--positions is empty"),
         ({"eval_evry": [1, 2]}, "unknown fields eval_evry"),
-        ({"learning_rate_for": ["positions=yarn:1e-3"]}, "no trial has these values. Trials have positions linear"),
         ({"learning_rate_for": ["positions=yarn"]}, "expected FIELD=VALUE:RATE"),
         ({"learning_rate_for": ["position=yarn:1e-3"]}, "'position' is unknown"),
         ({"learning_rate_for": ["positions=linear:fast"]}, "'fast'; expected a positive number"),
