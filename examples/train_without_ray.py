@@ -1,6 +1,6 @@
 """Extend builtin:tiny from 512 to 1,024 tokens with `workloads` alone: LoRA+, shifted sparse attention, no Ray.
 
-    python examples/train_without_ray.py                        # the standard library's source; under a minute on a CPU
+    python examples/train_without_ray.py                        # the standard library's source, on any CPU
     python examples/train_without_ray.py --data ./my-texts      # a folder of .txt, .md, .jsonl or .parquet files
     torchrun --nproc-per-node 2 examples/train_without_ray.py --folder ./run     # two workers, one model
 

@@ -96,8 +96,8 @@ class RunOptions(ExecutionFields, Placement):
     min_trials: int = 3
     """Trials that must have reached a rung before one is stopped there."""
     early_stopping_among: Literal["auto", "context", "method"] = "auto"
-    """Which trials a trial is compared with: all of its context length, or those of its method there. auto: its
-    method's in a search, which looks for the best of each; else all."""
+    """Which trials a trial is compared with: all of its context length, or those of its method there, with its values
+    of axes. auto: its method's in a search, which looks for the best of each; else all."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, join, split
+from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, in_words, join, split
 from orchestrator.learning_rates import Rule
 from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.attention.patterns import PATTERNS
@@ -127,9 +127,10 @@ class SweepSpec(TrainingFields, Compared):
     eval_span: int | None = None
     """Tokens scored of each held-out document, the same at every context length; by default the longest of them."""
     search: Literal["none", "random", "optuna"] = "none"
-    """Search each method's best setting at each context length: at random, or by Optuna's TPE (Bayesian)."""
+    """Search each method's best setting at each context length, with all values of axes: at random, or by Optuna's TPE
+    (Bayesian)."""
     search_trials: int = 16
-    """Trials of a search for each method and context length, the method's own setting first if in the ranges."""
+    """Trials of a search for each of these, the method's own setting first if in the ranges."""
     search_learning_rate: tuple[float, float] | None = None
     """Lowest and highest learning rate of a search; by default from a tenth to ten times the method's own."""
     search_rank: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -174,7 +175,7 @@ class SweepSpec(TrainingFields, Compared):
             check_values(name, values)
             if values[0] != getattr(self, name):
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r}, and an axis of {', '.join(map(as_text, values))}: change both "
+                    f"{name} is {getattr(self, name)!r}, and an axis of {in_words(values)}: change both "
                     "by SweepSpec.changed"
                 )
         ordered = {name: self.axes[name] for name in AXES if len(self.axes.get(name, ())) > 1}
@@ -190,11 +191,17 @@ class SweepSpec(TrainingFields, Compared):
                     f"--search-learning-rate {low:g} {high:g}: expected a positive number, then a higher one"
                 )
         if self.search != "none" and (len(self.seeds) > 1 or len(self.learning_rate_sweep) > 1):
-            flag = "--seeds" if len(self.seeds) > 1 else "--learning-rate-sweep"
+            other = "seeds" if len(self.seeds) > 1 else "learning_rate_sweep"
             raise InputError(
-                f"{flag} with --search {self.search}: a search compares settings of one seed, and chooses learning "
-                "rates itself. Leave it out, and train the best setting with several seeds afterwards"
+                f"{flag(other)} with --search {self.search}: a search compares settings of one seed, and chooses "
+                "learning rates itself. Leave it out, and train the best setting with several seeds afterwards"
             )
+        for name, searched in (("lora_rank", "search_rank"), ("group_size", "search_group_size")):
+            if self.search != "none" and name in self.axes and (choices := getattr(self, searched)):
+                raise InputError(
+                    f"{flag(name)} {in_words(self.axes[name])} with --search {self.search}, which chooses it from "
+                    f"{flag(searched)} {in_words(choices)}: give one value, or {flag(searched)} without any"
+                )
 
     def values_of(self, name: str) -> tuple[Any, ...]:
         """All values of a field: those of its axis, else the one that it has."""
@@ -326,7 +333,7 @@ class SweepSpec(TrainingFields, Compared):
             trials = [{fingerprint for setting, fingerprint in made if setting[name] == value} for value in values]
             if all(each == trials[0] for each in trials):
                 raise InputError(
-                    f"{flag(name)} {' '.join(map(as_text, values))} has no effect: every value gives the same trials. "
+                    f"{flag(name)} {in_words(values)} has no effect: every value gives the same trials. "
                     "Leave it out, or give one value"
                 )
 

@@ -41,6 +41,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
 from orchestrator.running.sweep_runner import SweepRunner
+from orchestrator.sweep_file import saved
 from orchestrator.terminal import shell_command, shown_path
 from workloads.command import EXIT_INTERRUPTED, exit_status
 from workloads.errors import InputError
@@ -142,7 +143,7 @@ def _sweep(checked: Checked, status: Status, namesake: dict[str, Any] | None, be
             f"note: {sweep.name} was the name of a sweep with other trials; its files are kept in {aside}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
-    replace_file(sweep.folder / "spec.json", sweep.spec.to_json().encode())
+    replace_file(sweep.folder / "spec.json", saved(sweep.name, sweep.spec, options).encode())
     status.adopt(plan)
     write_plan(sweep, plan)
     print_plan(sweep, plan, console)
@@ -226,6 +227,7 @@ def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None
 def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
     """What an interruption leaves of each trial, and how to continue."""
     lines = []
+    width = max((len(planned.trial.label) for planned in plan.planned), default=0) if plan else 0
     for planned in plan.planned if plan else ():
         record = TrialRecord.of(storage.trial(planned.trial.fingerprint).journal)
         steps = planned.trial.training.steps
@@ -240,7 +242,7 @@ def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
             kept = f"checkpoint at step {record.saved_step} of {steps}"
         elif record.launched:
             kept = "no checkpoint yet, starts over"
-        lines.append(f"  {planned.trial.label:<22} {kept}")
+        lines.append(f"  {planned.trial.label:<{width}}  {kept}")
     return "\n".join([*lines, "The same command continues from there."])
 
 

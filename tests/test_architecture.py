@@ -22,7 +22,7 @@ FORBIDDEN = {
 LEVELS = (
     {
         *("terminal", "process", "gpus", "run_options", "spec", "axes", "learning_rates", "trial_spec", "recipes"),
-        *("fields", "flags", "sweep_help", "cli", "ray_internals"),
+        *("fields", "flags", "sweep_help", "sweep_file", "sweep_schema", "yaml_loader", "cli", "ray_internals"),
     },
     {"records"},
     {"planning"},

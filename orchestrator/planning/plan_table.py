@@ -25,6 +25,8 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
     for note in sweep.position_notes:
         console.print(f"note: {note}", markup=False)
+    for note in plan.left_out:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if labels := superseded(plan.planned, sweep.storage):
         console.print(
             "note: results of an earlier version of longspan are kept and not used, since this one may give others: "

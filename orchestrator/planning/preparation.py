@@ -75,7 +75,7 @@ class Checked:
         return Rungs(self.storage, self.name, self.early_stopping) if self.early_stopping else None
 
     def is_cancelled(self) -> bool:
-        """Whether somebody has asked to cancel the whole sweep, or its budget is exhausted."""
+        """Whether a user has cancelled the whole sweep, or its budget is exhausted."""
         return cancellation.pending_request(self.storage, f"sweeps/{self.name}") is not None
 
 
@@ -127,7 +127,7 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
     Raises:
         InputError: settings that cannot be, or that contradict each other.
     """
-    precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # any will do here
+    precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # either passes the same checks
     for trial in spec.trials(Identities(model="", tokenizer="", data=""), precision):
         if spec.search != "none" and trial.training.steps:
             Space.of(spec, trial)
@@ -137,11 +137,12 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
             "a new search in another --storage"
         )
     early_stopping = EarlyStopping.of(options, spec)
-    if spec.batch % options.workers:
-        raise InputError(
-            f"a batch of {spec.batch} sequences does not divide among {options.workers} workers; "
-            "change --batch or --workers"
-        )
+    for batch in spec.values_of("batch"):
+        if batch % options.workers:
+            raise InputError(
+                f"a batch of {batch} sequences does not divide among {options.workers} workers; "
+                "change --batch or --workers"
+            )
     if options.engine.startswith("zero") and not importlib.util.find_spec("deepspeed"):
         raise InputError(
             f"--engine {options.engine} needs DeepSpeed, which is not installed; install it with pip install "
@@ -188,7 +189,8 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     check_vocabulary(loaded, shape.vocab_size, spec.model)
     refuse_no_end(loaded, spec.model)
     _check_adaptation(spec, config, shape)
-    for length, positions in itertools.product(spec.context_lengths, {spec.positions, *spec.references}):
+    used = dict.fromkeys((*spec.values_of("positions"), *spec.references))
+    for length, positions in itertools.product(spec.context_lengths, used):
         extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
     config = source.check_files(config)
     report(f"reading {spec.data}")
@@ -197,22 +199,21 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
         **vars(sweep),
         shape=ModelShape.of(config),
         original_length=original_length,
-        position_notes=tuple(position_notes(config, spec.context_lengths, spec.positions)),
+        position_notes=tuple(position_notes(config, spec.context_lengths, spec.values_of("positions"))),
         identities=Identities(model=source.identity, tokenizer=tokenizer, data=sweep.corpus.identity()),
     )
 
 
 def _check_adaptation(spec: SweepSpec, config: Any, shape: ModelShape) -> None:
-    """Raises InputError if the model has not the layers to train, or does not take LoRA as asked; uses shapes only."""
+    """Raises InputError if the model lacks layers to train, or cannot take LoRA as requested; uses shapes only."""
     sides = [min(each.inputs, each.outputs) for each in shape.linears if each.reads in ATTENTION]
-    if spec.lora_targets is None and spec.train_layers == "all" and spec.lora_rank <= min(sides):
+    targets, layers, ranks = (spec.values_of(name) for name in ("lora_targets", "train_layers", "lora_rank"))
+    if targets == (None,) and layers == ("all",) and max(ranks) <= min(sides):
         return  # nothing to refuse: saves half a second of importing the model's code
     from workloads.adaptation.methods import check_adaptation
 
-    for method in spec.methods:
-        check_adaptation(
-            config, method, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets, train_layers=spec.train_layers
-        )
+    for method, adapted, trained, rank in itertools.product(spec.methods, targets, layers, ranks):
+        check_adaptation(config, method, lora_rank=rank, lora_targets=adapted, train_layers=trained)
 
 
 def prepare(sweep: Identified, report: Report = lambda doing: None) -> Prepared:

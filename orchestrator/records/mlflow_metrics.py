@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,6 +69,11 @@ def attempt_tags(started: Started) -> dict[str, str]:
     )
     tags = {name: str(value) for name in fields if (value := getattr(started, name)) is not None}
     return tags | {f"package.{name}": version for name, version in started.packages.items()}
+
+
+def trial_tag(label: str) -> str:
+    """The tag of a sweep's run that holds a trial's run id: of the characters that MLflow takes in a key."""
+    return re.sub(r"[^\w.\- :/]", "_", f"trial.{label.replace('+', '_plus')}")
 
 
 def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from orchestrator.records.events import Eval, Started, Step
 from orchestrator.records.json_files import write_json
-from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of
+from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of, trial_tag
 from orchestrator.records.mlflow_store import MlflowStore, without_password
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_folder import TrialFolder
@@ -22,7 +22,7 @@ from workloads.config import RESULT_VERSION
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-METRICS_A_CALL = 1000  # MLflow's own limit on a batch
+METRICS_A_CALL, TAGS_A_CALL = 1000, 100  # MLflow's own limits on a batch
 LOCK_S = 60.0  # another sweep that shares the trial looks for its run in this time
 
 
@@ -207,10 +207,14 @@ def log_sweep(
             run_tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
     run_tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
     for label, trial_run_id in run_ids.items():
-        run_tags.append(RunTag(f"trial.{label.replace('+', '_plus')}", trial_run_id or ""))
+        run_tags.append(RunTag(trial_tag(label), trial_run_id or ""))
     missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
     run_id = run.info.run_id
-    store.client.log_batch(run_id, metrics=metrics, tags=run_tags, params=missing)
+    store.client.log_batch(run_id, params=missing)
+    for start in range(0, len(metrics), METRICS_A_CALL):
+        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
+    for start in range(0, len(run_tags), TAGS_A_CALL):
+        store.client.log_batch(run_id, tags=run_tags[start : start + TAGS_A_CALL])
     for path in artifacts:
         store.client.log_artifact(run_id, str(path))
     store.client.set_terminated(run_id, "FINISHED")

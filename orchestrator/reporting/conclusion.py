@@ -21,6 +21,7 @@ from orchestrator.records.mlflow_store import without_password
 from orchestrator.records.mlflow_sync import Tracker
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.reporting.learning_rates import learning_rates_chosen
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shell_command, shown_path
 from workloads.attention.patterns import PATTERNS
@@ -226,13 +227,13 @@ class Conclusion:
         return f"{PATTERNS[spec.attention].label}, in training, groups of {group}{inside}"
 
     def _describe_learning_rates(self) -> str:
-        spec = self.sweep.spec
+        spec, chosen = self.sweep.spec, learning_rates_chosen(self.sweep.spec)
         if len(spec.learning_rate_sweep) == 1:
-            return spec.learning_rates_chosen
+            return chosen
         multiples = ", ".join(f"{multiple:g}" for multiple in spec.learning_rate_sweep)
         return (
             f"for each method and context length the best of {multiples} times its own rate, by final perplexity on "
-            f"the scored documents themselves, which flatters every method; those rates: {spec.learning_rates_chosen}"
+            f"the scored documents themselves, which flatters every method; those rates: {chosen}"
         )
 
     def _mlflow_command(self, storage: str) -> str:

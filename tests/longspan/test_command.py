@@ -32,7 +32,7 @@ def test_help_fits_a_screen(arguments, capsys):
 def test_the_whole_help_has_the_default_that_holds(capsys):
     _, help, _ = printed(["sweep", "--help-all"], capsys)
     text = " ".join(help.split())
-    assert "--batch INT Sequences in an optimiser step, over all workers of a trial. Default: 2." in text
+    assert "--batch INT ... Sequences in an optimiser step, over all workers of a trial. Default: 2." in text
     assert "--engine {auto,ddp,zero2,zero3}" in text and "\noptimisation\n" in help
     assert "Default: 64." in " ".join(printed(["plan", "convergence-llama2-7b", "--help-all"], capsys)[1].split())
 

@@ -97,15 +97,16 @@ def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
     assert "logs them" not in printed and "Traceback" not in output
 
 
-def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text_folder):
+def test_a_saved_sweep_with_an_axis_shares_the_trials(finished, text_folder):
     command, _ = finished
     (spec,) = (command.storage / "sweeps").glob("*/spec.json")
-    other = SweepCommand(command.storage, "--spec", str(spec), "--methods", "lora", "full", "--name", "shared")
-    status, output = other.run()
-    assert status == 0
-    assert "5 trials: 5 already finished" in output
+    flags = ["--methods", "lora", "--positions", "linear", "yarn", "--lora-rank", "8", "--name", "shared"]
+    status, output = SweepCommand(command.storage, "--spec", str(spec), *flags).run()
+    assert status == 0, output
+    assert "5 trials: 1 to run, 4 already finished" in output
     _, trials, sweeps = mlflow_runs(command.storage)
-    assert (len(trials), len(sweeps)) == (6, 2)
+    assert (len(trials), len(sweeps)) == (7, 2)
+    assert {"lora 1024", "lora 1024 yarn"} <= {run.info.run_name for run in trials}
     shared = [run for run in trials if run.data.tags["longspan.sweeps"].endswith(", shared")]
     assert len(shared) == 5
 

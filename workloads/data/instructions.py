@@ -10,9 +10,9 @@ A row has one of three forms, recognised by its columns:
 
 The loss is taken on answers only: on the output with the end of the sequence, or on every assistant turn. A template
 that marks those turns itself (``{% generation %}``) says which tokens they are. Any other is asked for the
-conversation up to each of them: what it writes between the prompt of a turn and the turn's end is the answer. Where
-these texts are not beginnings of each other (a template that rewrites earlier turns), that would mark the wrong
-tokens, and the template is refused.
+conversation up to each of them: what it writes between the prompt of a turn and the turn's end is the answer. If these
+texts are not prefixes of each other (a template that rewrites earlier turns), that would mark the wrong tokens, and the
+template is refused.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ class Instructions:
 class Conversation:
     """A text, and ranges in it, (begin, end) in characters: of its answers, and of special tokens that are spelled out.
 
-    ``in_full`` adds the beginning-of-sequence token, if the tokenizer has one, and the end, which is part of the
-    answer; a chat template writes its own.
+    ``adds_ends`` adds the token that begins a sequence, if the tokenizer has one, and the one that ends it, which is
+    part of the answer; a chat template writes its own.
     """
 
     text: str
     answers: list[tuple[int, int]]
-    in_full: bool = False
+    adds_ends: bool = False
     spelled: tuple[tuple[int, int], ...] = ()
 
 
@@ -114,14 +114,14 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
     """Each row's tokens (int64), and which of them belong to an answer (bool), as this tokenizer's model sees them.
 
     Raises:
-        InputError: a row has neither form, or the template cannot take it, each with its place; or the tokenizer does
-            not tell which characters a token stands for.
+        InputError: a row has none of the forms, or the chat template fails on it, each with its place; or the tokenizer
+            does not tell which characters a token stands for.
     """
     tokens_in_text = SpelledTokens(tokenizer)
     conversations = [_conversation(row, tokenizer, tokens_in_text) for row in rows]
     for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer, tokens_in_text)):
         if not answers[1:].any():
-            raise InputError(f"{row.where}: none of its tokens is of an answer, by the tokenizer's chat template.")
+            raise InputError(f"{row.where}: the tokenizer's chat template marks none of its tokens as an answer.")
         yield tokens, answers
 
 
@@ -176,7 +176,7 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, tokens_in_text: 
 def _encode(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, tokens_in_text: SpelledTokens
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A token that begins in the prompt and ends in the answer counts to the answer."""
+    """As :func:`encode_rows`; a token that begins in the prompt and ends in the answer is part of the answer."""
     texts = [conversation.text for conversation in conversations]
     try:
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -194,7 +194,7 @@ def _encode(
         for start, stop in conversation.answers:
             # By their ends: some tokenizers report a token of blanks as empty, at the end of the blanks.
             answers |= (ends > start) & ((ends <= stop) | (begins < stop))
-        if conversation.in_full:
+        if conversation.adds_ends:
             ids = [*begin, *ids, eos]
             answers = np.concatenate([np.zeros(len(begin), dtype=bool), answers, [True]])
         yield np.array(ids, dtype=np.int64), answers
@@ -210,13 +210,13 @@ def _of_instruction(row: Row, hide: Callable[[str], str]) -> Conversation:
     instruction = f"{texts['instruction']}\n{texts['input']}" if texts["input"].strip() else texts["instruction"]
     prompt = f"[INST]{instruction}[/INST]"
     text = prompt + texts["output"]
-    return Conversation(text, [(len(prompt), len(text))], in_full=True)
+    return Conversation(text, [(len(prompt), len(text))], adds_ends=True)
 
 
 def _messages(row: Row, form: str) -> list[dict[str, str]]:
     messages = row.columns[form]
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{row.where}: {form!r} is no list of messages with something in it. Fix the row.")
+        raise InputError(f"{row.where}: {form!r} is not a list of messages, or an empty one. Fix the row.")
     found = [_message(message, f"{row.where}, message {number}") for number, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in found):
         raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Fix the row.")
@@ -254,19 +254,19 @@ def _of_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
                 [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
             )
             return Conversation(text, answers)
-        return _by_beginnings(messages, tokenizer, where)
+        return _by_prefixes(messages, tokenizer, where)
 
 
-def _by_beginnings(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
-    def written(count: int, prompt: bool) -> str:
+def _by_prefixes(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
+    def render(count: int, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
 
     if messages[0]["role"] == "assistant":
         raise InputError(f"{where}: the first message is the assistant's; expected a user's or a system message.")
     answers = []
-    text = written(len(messages), prompt=False)
+    text = render(len(messages), prompt=False)
     for turn in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
-        before, through = written(turn, prompt=True), written(turn + 1, prompt=False)
+        before, through = render(turn, prompt=True), render(turn + 1, prompt=False)
         if not (through.startswith(before) and text.startswith(through)) or through == before:
             raise InputError(
                 f"{where}: the chat template of {tokenizer.name_or_path} does not write message {turn} the same way "
@@ -290,4 +290,4 @@ class _template_errors:
         from jinja2 import TemplateError
 
         if isinstance(error, TemplateError):
-            raise InputError(f"{self.where}: the chat template does not take it ({error}). Fix the row.") from error
+            raise InputError(f"{self.where}: the chat template fails on it ({error}). Fix the row.") from error

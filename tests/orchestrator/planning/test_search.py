@@ -1,5 +1,6 @@
 """Search: what is suggested, that a rebuilt search goes on as it would have, and a real one that is killed."""
 
+import itertools
 import json
 import math
 import os
@@ -114,6 +115,26 @@ def test_each_method_and_length_has_its_own_study_and_they_go_on_side_by_side(tm
     assert len(set(studies[:4])) == 4 and studies[0][1] == 2048
     assert len({training.lora_rank for training in trainings if training.method == "full"}) == 1
     assert {t.group_size / t.context_length for t in trainings} <= {0.125, 0.25, 0.5}
+
+
+def test_each_combination_of_axes_has_its_own_study(tmp_path):
+    axes = dict(positions=["linear", "yarn"], train_layers=["all", "last 2"], attention=["s2", "full"])
+    asked = spec(search="random", search_trials=3).changed(**axes)
+    _, search = open_search(tmp_path, asked)
+    assert [study.to_come for study in search.studies] == [3] * 8
+    found = run(tmp_path, asked)
+    studies = [(t.positions, t.train_layers, t.attention) for t in found]
+    assert set(studies[:8]) == set(studies[8:16]) == set(studies[16:]) == set(itertools.product(*axes.values()))
+    labels = [trial.label for trial in open_search(tmp_path, asked)[1].trials]
+    assert len(set(labels)) == 24 and labels[0].startswith("lora 1024 linear layers all attention s2 lr ")
+
+
+def test_what_is_searched_cannot_be_an_axis():
+    for name, other in (("lora_rank", "search_rank"), ("group_size", "search_group_size")):
+        axis = {name: [256, 512]}
+        with pytest.raises(InputError, match=f"256 512 with --search optuna.*--{other.replace('_', '-')} without any"):
+            spec().changed(**axis)
+        assert spec().changed(**axis, **{other: []}).axes
 
 
 def test_the_methods_own_setting_comes_first_where_it_lies_in_the_ranges(tmp_path):

@@ -102,7 +102,7 @@ def test_of_several_who_take_over_from_a_dead_one_a_single_one_wins(store):
     def take(lease):
         lease.acquire()
         held.append(lease)
-        time.sleep(1.5)  # alive longer than the limit of those who still wait
+        time.sleep(0.8)  # alive longer than the limit of those who still wait
         held.remove(lease)
         others.append(len(held))
         lease.release()
@@ -161,15 +161,15 @@ def test_a_frozen_holder_loses_it_and_writes_nothing_more(store, tmp_path):
 
 def test_a_store_that_is_away_takes_the_lease_from_nobody(s3, bucket):
     store = ObjectStore.at(bucket)
-    limit = 1.5
+    limit = 2.5
     holder, waiter = a_lease(store, "holder", limit_s=limit), a_lease(store, "waiter", limit_s=limit)
     holder.acquire()
     waiting = threading.Thread(target=waiter.acquire)
     waiting.start()
     s3.stop()
-    time.sleep(2 * limit)
+    time.sleep(1.3 * limit)
     s3.start()
-    time.sleep(2 * limit)
+    time.sleep(1.3 * limit)
     assert waiter.generation == 0 and holder.lost is None
     holder.check()
     holder.release()

@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 from orchestrator.records import mlflow_store
 from orchestrator.records.events import Finished, Step
 from orchestrator.records.mlflow_sync import TrackingThread
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.events import a_step
 from tests.support.mlflow_server import start_mlflow_server
 from tests.support.mlflow_store import PROVENANCE, connect, history, runs, write_some_steps
@@ -200,6 +202,18 @@ def test_a_name_used_again_for_other_data_or_settings_gets_a_run_of_its_own(stor
     assert by_name["sweep again (earlier 1)"].data.params["settings"] == "a"
     assert by_name["sweep again (earlier 2)"].data.params["data"] == "d"
     assert all(mirrored.run_id(trial) in by_name["sweep again"].data.tags.values() for trial in trials)
+
+
+def test_a_sweep_of_more_trials_than_mlflow_takes_tags_at_once_lists_all(mirrored):
+    layers = [",".join(map(str, range(last))) for last in range(2, 32)]
+    axes = dict(positions=["linear", "yarn"], train_layers=layers, lora_targets=[["q_proj"], ["q_proj", "v_proj"]])
+    spec = SweepSpec.of(dict(context_lengths=[1024], methods=["lora+"], references=[], batch=2) | axes)
+    trials = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    mirrored.log_sweep("wide", "settings", comparison(), trials, [])
+    assert mirrored.trouble is None and not mirrored.refused
+    _, found = runs(mirrored.uri)
+    (sweep,) = (run for run in found if run.data.tags["longspan.kind"] == "sweep")
+    assert sum(tag.startswith("trial.lora_plus 1024 ") for tag in sweep.data.tags) == len(trials) == 120
 
 
 @contextlib.contextmanager

@@ -212,14 +212,14 @@ GOOD = {"instruction": "a", "output": "b"}
         ({"instruction": 3, "output": "b"}, "'instruction' is int, not a string"),
         ({"instruction": "a", "output": "\ud800"}, "lone surrogate"),
         ({"prompt": "a", "completion": "b"}, "expected columns instruction and output"),
-        ({"messages": []}, "'messages' is no list"),
-        ({"messages": "hello"}, "'messages' is no list"),
+        ({"messages": []}, "'messages' is not a list"),
+        ({"messages": "hello"}, "'messages' is not a list"),
         ({"messages": [{"role": "user"}]}, "message 0: expected {role, content}"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "message 0: expected {role, content}"),
         ({"messages": CHAT[:2]}, "no message is of the role 'assistant'"),
         ({"messages": CHAT[2:]}, "the first message is the assistant's"),
         ({"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, "message 1: the assistant's answer is empty"),
-        ({"messages": [{"role": "judge", "content": "a"}, CHAT[4]]}, "does not take it (no judges)"),
+        ({"messages": [{"role": "judge", "content": "a"}, CHAT[4]]}, "fails on it (no judges)"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -238,7 +238,7 @@ def test_messages_without_a_chat_template(tmp_path):
 def test_files_that_hold_no_rows(tmp_path):
     path = tmp_path / "rows.json"
     for content, says in (
-        (b'{"instruction": "a"}', "holds no list, but one dict"),
+        (b'{"instruction": "a"}', "holds one dict, not a list"),
         (b"[1]", "item 0 is not a JSON object"),
         (b'[{"a": 1},\n{]', "is not JSON"),
         (b'["\xff"]', "is not UTF-8: byte 0xff at offset 2"),
