@@ -20,7 +20,7 @@ def quickstart() -> SweepSpec:
             "learning_rate_lora": 3e-3,
             "learning_rate_lora_plus": 3e-3,
             "learning_rate_full": 1e-3,
-            "learning_rate_for": {"positions=yarn": 1e-3, "method=full,positions=yarn": 1e-4},
+            "learning_rate_for": {"method=lora+,positions=yarn": 1e-3, "method=full,positions=yarn": 1e-4},
             "learning_rates_chosen": (
                 "for each method and positions by the final perplexity over both lengths, from a small grid "
                 "(docs/log.md), on held-out documents of the same corpus, which flatters every one a little"
