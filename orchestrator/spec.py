@@ -71,6 +71,10 @@ class Compared:
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; detected if there is only one."""
     max_train_tokens: int | None = None
     """Training tokens to prepare: reads only the beginning of data too large for a disk. By default all of it."""
+    eval_data: str | None = None
+    """Own held-out data, in the forms of --data, which then trains whole; by default a part of --data is held out."""
+    holdout: float | None = None
+    """Share of the documents (for sft, examples) to hold out, chosen by a hash of their text; by default 0.1."""
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
@@ -125,7 +129,8 @@ class SweepSpec(TrainingFields, Compared):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs and on processors with bfloat16 arithmetic, else float32."""
     eval_span: int | None = None
-    """Tokens scored of each held-out document, the same at every context length; by default the longest of them."""
+    """Tokens scored of each held-out document, a span, the same at every context length; by default the longest of
+    them."""
     search: Literal["none", "random", "optuna"] = "none"
     """Search each method's best setting at each context length, with all values of axes: at random, or by Optuna's TPE
     (Bayesian)."""
@@ -152,8 +157,8 @@ class SweepSpec(TrainingFields, Compared):
         for name, given in only_pretraining.items():
             if self.task == "sft" and given is not None:
                 raise InputError(f"{name} {given} has no effect with --task sft. Leave it out")
-        if any(steps < 1 for steps in self.values_of("steps")):
-            raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        if min(steps := self.values_of("steps")) < 1:
+            raise InputError(f"--steps {in_words(steps)}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
         refuse_not_finite(self)
         for text in self.learning_rate_for:
@@ -232,8 +237,8 @@ class SweepSpec(TrainingFields, Compared):
 
         def add(config: TrainingConfig, named: str = "") -> str:
             trial = TrialSpec(
-                model=self.model, data=self.data, text_column=self.text_column, identities=identities, training=config,
-                distinction=named,
+                model=self.model, data=self.data, text_column=self.text_column, eval_data=self.eval_data,
+                identities=identities, training=config, distinction=named,
             )  # fmt: skip
             return found.setdefault(trial.fingerprint, trial).fingerprint
 

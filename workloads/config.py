@@ -124,7 +124,8 @@ class TrainingFields:
     eval_every: int = 100
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     eval_documents: int = 100
-    """Held-out documents to score; for sft, held-out examples that fit into the context, scored whole."""
+    """Held-out documents to score; where fewer are long enough, further spans of theirs follow. For sft, held-out
+    examples that fit into the context, scored whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +154,8 @@ class TrainingConfig(TrainingFields):
     seed: Annotated[int, Label("Seed", "seed")] = 0
     """Of the LoRA initialisation and of the order of the data."""
     eval_span: int
-    """Tokens scored of each held-out document, from its start: a multiple of the context length. Unused by ``sft``."""
+    """Tokens scored of each held-out document, from its start, or in each of its spans where documents are few: a
+    multiple of the context length. Unused by ``sft``."""
 
     def not_at_default(self) -> dict[str, Any]:
         """The fields that differ from their default: they identify a trial, so that a new field orphans none."""

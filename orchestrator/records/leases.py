@@ -221,7 +221,7 @@ def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | Non
 def _machine() -> str | None:
     """This machine since its boot, and the container: the scope of a process id. None if unknown."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
@@ -233,7 +233,7 @@ def process_start(pid: int) -> str | None:
     None if there is no such process, or only a zombie.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     state, start = fields[0], fields[19]
