@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 
 import pytest
 
@@ -226,15 +225,12 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
     monkeypatch.setattr("orchestrator.planning.budget_watch.POLL_S", 0.05)
     options = RunOptions(budget_usd=10.0, budget_hours=1000.0)
     spending = Spending("mine", storage)
-    with BudgetWatch(spending, trials, options, reasons.append):
+    with BudgetWatch(spending, trials, options, reasons.append) as watch:
         assert spending.so_far(trials) == (pytest.approx(1.0), pytest.approx(3.0))  # two devices for half an hour
-        time.sleep(0.5)
-        assert not reasons
+        watch._thread.join(0.5)  # it looks ten times, and goes on
+        assert not reasons and watch._thread.is_alive()
         attempt(journals[1], "mine", 2.0)
-        deadline = time.time() + 120
-        while not reasons and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
+        watch._thread.join(300)
     assert reasons == ["--budget-usd 10: 15 spent"], "once is enough"
 
 
