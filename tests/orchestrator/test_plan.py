@@ -23,7 +23,7 @@ from workloads.data import Corpus
 
 @pytest.fixture
 def plan(tmp_path, text_folder, capsys, monkeypatch):
-    """(exit status, everything printed) of ``python -m orchestrator.plan RECIPE`` with a folder of texts and these flags.
+    """(exit status, everything printed) of ``python -m orchestrator.plan RECIPE`` on a folder of texts.
 
     Without a recipe it is convergence.
     """
