@@ -194,7 +194,7 @@ def test_a_tracking_server_that_does_not_answer(tmp_path, text_folder):
 
 def test_the_help_names_recipes_and_every_field():
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "orchestrator.sweep", "--help-all"], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    for word in ("convergence (default)", "--context-lengths", "--learning-rate-lora-plus", "--storage", "--spec FILE"):
+    for word in ("quickstart: ", "--context-lengths", "--learning-rate-lora-plus", "--storage"):
         assert word in done.stdout
