@@ -64,7 +64,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict[int, float]:
     # What only changes how fast it runs, and where.
     execution = ExecutionConfig(checkpoint_every=options.steps)
 
-    # The corpus is tokenised once into a memory-mapped file. Documents are held out by a hash of their names.
+    # The corpus is tokenised once into a memory-mapped file. Documents are held out by a hash of their text.
     source = ModelSource.parse(options.model)
     data = prepare(Corpus.parse(options.data), source.tokenizer, source.tokenizer_identity, folder / "data")
     data.check(config.context_length, config.batch)

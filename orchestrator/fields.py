@@ -23,7 +23,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "learning_rates_chosen", "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
     ),
     "evaluation": (
-        "references", "eval_every", "eval_documents", "eval_span", "target_perplexity", "as_good_within",
+        "references", "eval_data", "holdout", "eval_every", "eval_documents", "eval_span", "target_perplexity",
+        "as_good_within", "baseline",
     ),
     "search and stopping": (
         "search", "search_trials", "search_learning_rate", "search_rank", "search_group_size", "early_stopping",

@@ -21,8 +21,9 @@ FORBIDDEN = {
 # The levels of orchestrator: none imports from one further down this list. What stands in no level is a command.
 LEVELS = (
     {
-        *("terminal", "process", "gpus", "run_options", "spec", "axes", "learning_rates", "trial_spec", "recipes"),
-        *("fields", "flags", "sweep_help", "sweep_file", "sweep_schema", "yaml_loader", "cli", "ray_internals"),
+        *("terminal", "process", "gpus", "run_options", "spec", "axes", "learning_rates", "trial_spec", "variants"),
+        *("recipes", "fields", "flags", "sweep_help", "sweep_file", "sweep_schema", "yaml_loader", "cli"),
+        "ray_internals",
     },
     {"records"},
     {"planning"},

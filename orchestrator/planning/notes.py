@@ -38,11 +38,16 @@ def notes(
     if scored < spec.eval_documents:
         fits = "short" if spec.task == "sft" else "long"
         verb = "is" if scored == 1 else "are"
-        yield f"only {scored} of the {spec.eval_documents} requested held-out documents {verb} {fits} enough to score"
+        spans = "" if spec.task == "sft" else "; further spans of them are scored where they are longer"
+        yield (
+            f"only {scored} of the {spec.eval_documents} requested held-out documents {verb} {fits} enough to score"
+            f"{spans}. For more documents hold out a larger share (--holdout), give your own (--eval-data)"
+            f"{'' if spec.task == 'sft' else ', or score less of each (--eval-span)'}"
+        )
     if scored < FEW_DOCUMENTS:
         yield (
             f"an interval over {scored} document{'s' if scored > 1 else ''} says little: give at least "
-            f"{FEW_DOCUMENTS}, by --eval-documents or more held-out data"
+            f"{FEW_DOCUMENTS}, by --eval-documents, --holdout or --eval-data"
         )
     for warmup, steps in itertools.product(spec.values_of("warmup_steps"), spec.values_of("steps")):
         if warmup >= steps:

@@ -1,5 +1,6 @@
 """A user's mistake is one clear error, before anything is trained, and the exit status is not 0."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from orchestrator.plan import main as plan
 from orchestrator.planning.preparation import check_sweep, identify
+from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep import main
@@ -42,6 +44,8 @@ def errors_of(arguments, capsys, command=main):
             "credentials do not belong into a location",
         ),  # the later flag holds
         (["--storage", "nope://bucket/runs"], "Protocol not known: nope"),
+        (["--storage", "file://machine/runs"], "file://machine/runs: expected file:///folder"),
+        (["--storage", "file:///a%20b"], "expected file:///folder, or better the folder's path as it is"),
         (["--storage", "github://a/b"], "github://a/b: GithubFileSystem.__init__() missing"),
         (["--storage", "~nobody-of-this-name/runs"], "'~nobody-of-this-name/runs' is no path"),
     ],
@@ -75,6 +79,21 @@ def test_a_terminal_and_a_python_that_know_ascii_only(tmp_path):
     assert status == 0 and r"it begins: Gr\xf6\xdfe" in printed
     status, printed = plan(str(tmp_path / "d" / "größe.txt"))
     assert status == 2 and "reads names of files as ascii" in printed and "Set PYTHONUTF8=1" in printed
+
+
+def test_a_storage_as_a_url_of_its_folder_is_that_folder(tmp_path):
+    assert Storage.at(f"file://{tmp_path}/runs") == Storage.at(f"file://localhost{tmp_path}/runs")
+    assert Storage.at(f"file://{tmp_path}/runs") == Storage.at(str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("command", ["status", "compare a b", "cancel a", "fetch"])
+@pytest.mark.parametrize("storage", ["{tmp}/nowhere", "x" * 300, "memory://nothing-there"])
+def test_commands_that_read_a_storage_where_there_is_none(command, storage, tmp_path, capsys):
+    name, *words = command.split()
+    module = importlib.import_module(f"orchestrator.{name}{'.__main__' if name == 'compare' else ''}")
+    location = storage.format(tmp=tmp_path)
+    words += [location, "a"] if name == "fetch" else ["--storage", location]
+    assert module.main(words) == 2 and "error: " in capsys.readouterr().err
 
 
 def test_an_unknown_recipe(capsys):
@@ -172,7 +191,7 @@ def test_a_tracking_server_that_does_not_answer(tmp_path, text_folder):
 
 def test_the_help_names_recipes_and_every_field():
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "orchestrator.sweep", "--help-all"], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    for word in ("convergence (default)", "--context-lengths", "--learning-rate-lora-plus", "--storage", "--spec FILE"):
+    for word in ("quickstart: ", "--context-lengths", "--learning-rate-lora-plus", "--storage"):
         assert word in done.stdout

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workloads.data.columns import encodable
-from workloads.data.documents import Row, Split, assign_sides
+from workloads.data.documents import Row, Split
 from workloads.data.encoding import SpelledTokens
 from workloads.data.hub import HubSource
 from workloads.data.local import ROW_SUFFIXES, LocalRows
+from workloads.data.split import EVALUATED_ON, Division, check_holdout, divide
 from workloads.errors import InputError
 from workloads.files.given import existing_path
 
@@ -47,53 +48,72 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Instructions:
-    """Instruction data from one source. Make it with ``parse``."""
+    """Instruction data from one source. Make it with ``parse``.
+
+    What is held out is a ``holdout`` of it (None: the default), or the rows of ``evaluation``: see split.py.
+    """
 
     name: str
     source: LocalRows | HubSource
+    holdout: float | None = None
+    evaluation: Instructions | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Instructions:
+    def parse(cls, text: str, holdout: float | None = None, eval_data: str | None = None) -> Instructions:
         """A local .json, .jsonl or .parquet file, a folder of them, or ``org/name[@revision][:config or files]``.
 
         Raises:
-            InputError: the text is none of these, or the folder holds nothing that can be read.
+            InputError: a text is none of these, a folder holds nothing that can be read, or the share to hold out
+                cannot be or has no effect.
         """
-        if path := existing_path(text):
-            source = LocalRows(path)
-            source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
-            return cls(path.resolve().name, source)
-        hub = None if text.startswith("builtin:") else HubSource.parse(text)
-        if hub:
-            return cls(text, hub)
-        raise InputError(
-            f"instruction data {text!r}: expected an existing file or folder of {', '.join(ROW_SUFFIXES)}, or a hub "
-            "data set such as Yukang/LongAlpaca-12k"
-        )
+        share = check_holdout(holdout, eval_data)
+        evaluation = cls(*_source(eval_data)) if eval_data is not None else None
+        return cls(*_source(text), share, evaluation)
 
     def identity(self) -> str:
-        """What the rows are, for the fingerprint: as of a corpus."""
-        return self.source.identity
+        """What the rows are and how they are divided, for the fingerprint: as of a corpus."""
+        share = "" if self.holdout is None else f":{self.holdout:g} held out"
+        evaluation = "" if self.evaluation is None else f"{EVALUATED_ON}{self.evaluation.identity()}"
+        return self.source.identity + share + evaluation
 
-    def rows(self) -> Iterator[tuple[Row, Split]]:
-        """Every row with its side: the data set's own validation split is held out, else rows by a hash of their name.
+    def rows(self, division: Division | None = None) -> Iterator[tuple[Row, Split, int]]:
+        """Every row with its side, and the hash by which held-out rows are ordered.
+
+        Args:
+            division: receives how the rows are divided.
 
         Raises:
-            InputError: there are fewer than two, or a file cannot be read.
+            InputError: there are fewer than two, a row is no example, or a file cannot be read.
         """
+        other = self.evaluation
         is_empty = True
-        for side, rows in self.source.sides():
-            for row in self._held_out_by_hash(rows) if side is None else ((row, side) for row in rows):
-                is_empty = False
-                yield row
+        for found in divide(
+            self.source.row_parts(), example_text, self.name, division or Division(), share=self.holdout,
+            evaluation=None if other is None else (other.name, other.source.row_parts()),
+        ):  # fmt: skip
+            if found.side is None:
+                raise InputError(
+                    f"instruction data {self.name} has a single row (copies do not count), and one is to be held out. "
+                    "Add rows, or give held-out ones by --eval-data."
+                )
+            is_empty = False
+            yield found.item, found.side, found.order
         if is_empty:
             raise InputError(f"instruction data {self.name} has no row. Give data that has some.")
 
-    def _held_out_by_hash(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Split]]:
-        for _, row, side in assign_sides((row.name, row) for row in rows):
-            if side is None:
-                raise InputError(f"instruction data {self.name} has a single row, and one is to be held out. Add rows.")
-            yield row, side
+
+def _source(text: str) -> tuple[str, LocalRows | HubSource]:
+    if path := existing_path(text):
+        source = LocalRows(path)
+        source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
+        return path.resolve().name, source
+    hub = None if text.startswith("builtin:") else HubSource.parse(text)
+    if hub:
+        return text, hub
+    raise InputError(
+        f"instruction data {text!r}: expected an existing file or folder of {', '.join(ROW_SUFFIXES)}, or a hub "
+        "data set such as Yukang/LongAlpaca-12k"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,24 @@ def form_of(row: Row) -> str:
     if "instruction" in row.columns and "output" in row.columns:
         return "instruction and output"
     raise InputError(f"{row.where}: expected {_FORMS}; its columns are {', '.join(row.columns) or '(none)'}.")
+
+
+def example_text(row: Row) -> str:
+    """The roles and texts of a row, the same from every kind of file.
+
+    Raises:
+        InputError: the row has none of the forms.
+    """
+    columns = row.columns
+    if (form := form_of(row)) not in _CHATS:
+        return "\0".join(str(columns.get(name) or "") for name in ("instruction", "input", "output"))
+    messages = columns[form] if isinstance(columns[form], list) else [columns[form]]
+    return "\0".join(_role_and_text(message) if isinstance(message, dict) else str(message) for message in messages)
+
+
+def _role_and_text(message: dict) -> str:
+    role, text = message.get("role") or message.get("from"), message.get("content") or message.get("value")
+    return f"{_ROLES.get(str(role), role)}\0{text}"
 
 
 def first_text(row: Row) -> str:

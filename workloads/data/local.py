@@ -7,13 +7,14 @@ skipped; ``passed_over`` lists other files that are not read.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from workloads.data.columns import Columns, choose_text_column, record_texts
-from workloads.data.documents import Document, Row, Split, files_digest, hold_out, is_blank
+from workloads.data.documents import Row, files_digest, is_blank
+from workloads.data.split import Part
 from workloads.data.tables import file_format, json_records, jsonl_records, parquet_records, read_text
 from workloads.errors import InputError, one_error
 
@@ -55,23 +56,22 @@ class LocalSource:
         Raises:
             InputError: there is none that can be read.
         """
-        files = _find_files(self.path, SUFFIXES, "corpus")
-        if self.text_column is not None and not any(file_format(path) in TABLE_SUFFIXES for _, path in files.read):
-            raise InputError(
-                f"--text-column {self.text_column} has no effect: corpus {self.path} has no "
-                f"{' or '.join(TABLE_SUFFIXES)} file. Leave it out."
-            )
-        return files
+        return _find_files(self.path, SUFFIXES, "corpus")
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether some of the files are tables."""
+        return any(file_format(path) in TABLE_SUFFIXES for _, path in self.files.read)
 
     @cached_property
     def identity(self) -> str:
         """``files:``, a hash of all files, and the text column unless it is ``text``."""
-        column = "" if self.text_column in (None, "text") else f":{self.text_column}"
+        column = "" if self.text_column in (None, "text") or not self.has_columns else f":{self.text_column}"
         return f"files:{files_digest(self.files.read)}{column}"
 
-    def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
-        """Streams every document with its side."""
-        return hold_out(self._texts())
+    def parts(self) -> Iterator[Part[str]]:
+        """All texts by name, to be divided."""
+        yield None, self._texts()
 
     def first_text(self) -> str:
         """The first text that is not blank, or an empty one; reads no further."""
@@ -119,9 +119,9 @@ class LocalRows:
         """``files:`` and a hash of all files."""
         return f"files:{files_digest(self.files.read)}"
 
-    def sides(self) -> Iterator[tuple[Split | None, Iterator[Row]]]:
-        """Yields all rows, without a side: rows are held out by hash."""
-        yield None, self._rows()
+    def row_parts(self) -> Iterator[Part[Row]]:
+        """All rows by name, to be divided."""
+        yield None, ((row.name, row) for row in self._rows())
 
     def _rows(self) -> Iterator[Row]:
         readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": _parquet_rows}

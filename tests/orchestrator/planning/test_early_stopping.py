@@ -225,11 +225,11 @@ def test_within_a_method_a_better_other_method_stops_nobody(tmp_path):
 def test_within_a_method_only_the_same_values_of_axes_are_compared(tmp_path):
     settings = dataclasses.replace(ASHA, within_method=True, axes=("positions", "lora_rank"))
     rungs = Rungs(Storage(tmp_path), "s", settings)
-    others = [trial(1, positions="yarn"), trial(2, lora_rank=32), trial(3), trial(4, learning_rate=1e-3)]
+    others = [trial(1, positions="yarn"), trial(2, lora_rank=32), trial(3), trial(4, learning_rate=2e-3)]
     for other in others:
         rungs.judge(other, 10, {10: 2.0})
     verdict = rungs.judge(trial(0), 10, {10: 9.0})
-    assert set(verdict["compared_with"]) == {trial(3).fingerprint, trial(4, learning_rate=1e-3).fingerprint}
+    assert set(verdict["compared_with"]) == {trial(3).fingerprint, trial(4, learning_rate=2e-3).fingerprint}
     assert verdict["stop"]
 
 

@@ -188,7 +188,7 @@ def test_what_no_search_can_be_is_refused(fields, message):
 
 def test_ranges_can_be_told_on_the_command_line():
     flags = ["--search", "random", "--search-learning-rate", "1e-4", "1e-2", "--search-rank", "4", "8"]
-    _, told, _ = parse([*flags, "--search-group-size", "0.25", "512"])
+    _, told, _ = parse(["convergence", *flags, "--search-group-size", "0.25", "512"])
     assert (told.search_learning_rate, told.search_rank) == ((1e-4, 1e-2), (4, 8))
     (base,) = (trial for trial in told.trials(IDENTITIES, "float32") if trial.label == "lora 2048")
     space = Space.of(told, base)

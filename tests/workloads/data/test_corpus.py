@@ -9,12 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.tokenizers import error_of
 from workloads.data import Corpus
-from workloads.data.documents import hold_out, name_hash, split_of
 from workloads.data.hub import HubSource
 from workloads.data.stdlib import stdlib_documents
 
@@ -88,47 +85,6 @@ def test_stdlib_is_the_library_with_its_own_split():
     assert found == list(stdlib_documents("validation"))
     assert next(corpus.documents("train")).split == "train"
     assert re.fullmatch("stdlib:[0-9a-f]{64}", corpus.identity())
-
-
-# The split
-
-
-@given(st.integers(2, 300), st.integers(0, 2**32), st.randoms())
-def test_the_lowest_hashes_are_held_out_in_any_order_and_enough_of_them(count, seed, random):
-    names = [f"{seed}-{i}.txt" for i in range(count)]
-    documents = list(hold_out((name, f"text of {name}") for name in names))
-    assert [document.name for document in documents] == names
-    by_hash = sorted(documents, key=lambda document: name_hash(document.name))
-    held_out = [document.split for document in by_hash].index("train")
-    assert {document.split for document in by_hash[held_out:]} == {"train"}
-    under = sum(split_of(name) == "validation" for name in names)
-    assert held_out >= 1 and count - held_out >= 1
-    assert held_out == under if 8 <= under < count else min(8, count // 10) <= held_out <= max(under, count // 10, 1)
-    random.shuffle(names)
-    assert set(hold_out((name, f"text of {name}") for name in names)) == set(documents)
-
-
-def test_a_tenth_is_held_out():
-    share = sum(split_of(f"book-{i}.txt") == "validation" for i in range(5_000)) / 5_000
-    assert 0.08 < share < 0.12
-
-
-def test_of_a_single_document_the_last_tenth_is_held_out(tmp_path):
-    (tmp_path / "one.txt").write_text("0123456789" * 10)
-    train, validation = Corpus.parse(str(tmp_path)).documents()
-    assert (train.split, len(train.text), validation.split, len(validation.text)) == ("train", 90, "validation", 10)
-    assert train.text + validation.text == "0123456789" * 10
-
-
-def test_documents_are_streamed():
-    def texts():
-        for i in range(1_000):
-            pulled.append(i)
-            yield f"{i}", "text"
-
-    pulled: list[int] = []
-    next(hold_out(texts()))
-    assert len(pulled) < 200
 
 
 # Identity

@@ -187,7 +187,7 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
         "validation",
     }
     identity, documents = two
-    assert identity == f"hub:org/configs@{COMMIT}:two" and {text for _, text, _ in documents} == {"second"}
+    assert identity == f"hub:org/configs@{COMMIT}:two" and "".join(text for _, text, _ in documents) == "second"
     assert "org/configs" in no_config and "'one', 'two'" in no_config
     assert "data set org/broken cannot be read after train row" in broken
     assert "org/script" in script and "loading script" in script and "emozilla/pg19" in script
@@ -198,7 +198,8 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
 ASK_FOR_ROWS = """
 from workloads.data import Instructions
 instructions = Instructions.parse("Yukang/LongAlpaca-12k")
-print("answer", json.dumps([instructions.identity(), [[r.name, r.columns, side] for r, side in instructions.rows()]]))
+rows = [[row.name, row.columns, side] for row, side, _ in instructions.rows()]
+print("answer", json.dumps([instructions.identity(), rows]))
 """
 
 
@@ -226,8 +227,8 @@ def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_p
         }
     assert sorted(text for _, text, _ in test_books[1]) == sorted(TEXTS)
     assert proofs[0] == f"hub:hoskinson-center/proof-pile@{COMMIT}:test/proofpile_test.jsonl.gz"
-    assert [text for _, text, _ in proofs[1]] == ["a proof"] * 3
-    assert [text for _, text, _ in many[1]] == ["first", "first", "second", "second"]
+    assert [text for _, text, _ in proofs[1]] == ["a proo", "f"]  # of one text the end is held out, copies are dropped
+    assert [text for _, text, _ in many[1]] == ["first", "first", "second"]  # a text is held out once
     alternatives = ("proof-pile:test/", "proof-pile-2:arxiv/train/", "emozilla/pg19", "DKYoon/SlimPajama-6B")
     for message, alternative in zip(refused, alternatives):
         assert "loading script" in message and alternative in message
