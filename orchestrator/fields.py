@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "evaluation": (
         "references", "eval_data", "holdout", "eval_every", "eval_documents", "eval_span", "target_perplexity",
-        "as_good_within",
+        "as_good_within", "baseline",
     ),
     "search and stopping": (
         "search", "search_trials", "search_learning_rate", "search_rank", "search_group_size", "early_stopping",

@@ -86,6 +86,9 @@ class RunOptions(ExecutionFields, Placement):
     """Perplexity whose cost is compared; by default the final perplexity of full fine-tuning."""
     as_good_within: float = 0.01
     """How far above full fine-tuning's perplexity still counts as equally good, as a share of it."""
+    baseline: str | None = None
+    """Setting that the others are compared with, by its name in reports, such as 'LoRA+ · YaRN' or 'lora+ yarn'; by
+    default full fine-tuning with the same values of the axes."""
     early_stopping: Literal["none", "asha", "median"] = "none"
     """Stop trials that fall behind others of their context length: asha (asynchronous successive halving), or median.
     With none, a trial that was stopped earlier runs to its end."""

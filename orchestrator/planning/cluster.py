@@ -200,7 +200,7 @@ class Cluster:
 def multiplies_bfloat16() -> bool:
     """Whether this machine's processor has bfloat16 instructions: AVX-512 BF16, AMX, or Arm's."""
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -23,7 +23,7 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
     console.print(f"sweep {sweep.name}: {sweep.spec.model} on {sweep.spec.data}, storage {sweep.options.storage}")
     for line in data_summary(sweep):
         console.print(line, markup=False, soft_wrap=True)
-    for note in sweep.position_notes:
+    for note in sweep.model_notes:
         console.print(f"note: {note}", markup=False)
     for note in plan.left_out:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities, TrialSpec
+from orchestrator.variants import find_variant, variants_of
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.config import Precision, TrainingConfig
@@ -85,12 +86,13 @@ class Identified(Checked):
 
     Args:
         original_length: the model's original context length, in tokens.
-        position_notes: what was assumed about the model's own positions, and where they are replaced.
+        model_notes: what was assumed about the model's own positions, where they are replaced, and what in its files
+            differs from its configuration or could not be checked.
     """
 
     shape: ModelShape
     original_length: int
-    position_notes: tuple[str, ...]
+    model_notes: tuple[str, ...]
     identities: Identities
 
 
@@ -128,7 +130,10 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
         InputError: settings that cannot be, or that contradict each other.
     """
     precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # either passes the same checks
-    for trial in spec.trials(Identities(model="", tokenizer="", data=""), precision):
+    trials = spec.trials(Identities(model="", tokenizer="", data=""), precision)
+    if options.baseline is not None:
+        find_variant(options.baseline, variants_of([trial.training for trial in trials], spec.axes))
+    for trial in trials:
         if spec.search != "none" and trial.training.steps:
             Space.of(spec, trial)
     if spec.search != "none" and (options.force or options.force_trials):
@@ -192,14 +197,14 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     used = dict.fromkeys((*spec.values_of("positions"), *spec.references))
     for length, positions in itertools.product(spec.context_lengths, used):
         extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
-    config = source.check_files(config)
+    config, file_notes = source.check_files(config)
     report(f"reading {spec.data}")
     tokenizer = source.chat_identity if spec.task == "sft" else source.tokenizer_identity
     return Identified(
         **vars(sweep),
         shape=ModelShape.of(config),
         original_length=original_length,
-        position_notes=tuple(position_notes(config, spec.context_lengths, spec.values_of("positions"))),
+        model_notes=(*position_notes(config, spec.context_lengths, spec.values_of("positions")), *file_notes),
         identities=Identities(model=source.identity, tokenizer=tokenizer, data=sweep.corpus.identity()),
     )
 

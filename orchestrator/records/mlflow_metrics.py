@@ -77,16 +77,16 @@ def trial_tag(label: str) -> str:
 
 
 def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """(name, value, step) of a comparison's numbers for a context length; a method's are those of its best setting."""
+    """(name, value, step) of a comparison's numbers for a context length; a variant's are those of its best setting."""
     length = context["context_length"]
     for setting in context["settings"]:
-        method, step = setting["method"], setting["final"]["step"]
+        variant, step = setting["variant"], setting["final"]["step"]
         if setting["chosen"]:
-            yield f"final/perplexity_{length}/{method}", setting["final"]["perplexity"], step
+            yield f"final/perplexity_{length}/{variant}", setting["final"]["perplexity"], step
             if setting["hours"] is not None:
-                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{method}", setting["hours"], step
+                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{variant}", setting["hours"], step
             if setting["reached"]:
-                yield f"to_target/tokens_{length}/{method}", setting["reached"]["tokens"], step
+                yield f"to_target/tokens_{length}/{variant}", setting["reached"]["tokens"], step
     for gap in context["gaps"]:
         for point in gap["points"]:
             yield f"gap_percent_{length}/{gap['method']} to {gap['baseline']}", point["percent"], point["step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,9 +203,9 @@ def log_sweep(
     metrics, run_tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
     for context in comparison["contexts"]:
         for metric, value, step in sweep_metrics(context):
-            metrics.append(Metric(metric.replace("+", "_plus"), value, now, step))
-        if context["winner"]:
-            run_tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
+            metrics.append(Metric(_metric_name(metric), value, now, step))
+        winner = context["winner"] or "not established"
+        run_tags.append(RunTag(f"winner_{context['context_length']}", winner))
     run_tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
     for label, trial_run_id in run_ids.items():
         run_tags.append(RunTag(trial_tag(label), trial_run_id or ""))
@@ -219,3 +220,8 @@ def log_sweep(
         store.client.log_artifact(run_id, str(path))
     store.client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def _metric_name(name: str) -> str:
+    """A metric's name with the characters that MLflow takes: + is written out, others are left out."""
+    return re.sub(r"[^\w./: -]", "", name.replace("+", "_plus"))

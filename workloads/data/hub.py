@@ -18,7 +18,7 @@ from typing import ClassVar
 from workloads.data.columns import record_texts
 from workloads.data.documents import Row, Split
 from workloads.data.split import Part
-from workloads.errors import InputError, first_line
+from workloads.errors import InputError, first_line, reason
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
 
@@ -138,12 +138,12 @@ class HubSource:
                 return builder.as_streaming_dataset()
         except ConnectionError as error:
             raise self._error(f"is not in the local cache, and the hub cannot be reached ({error})") from error
-        except RuntimeError as error:
-            if "script" in str(error):
-                raise self._error(_NEEDS_SCRIPT) from error
+        except InputError:
             raise
-        except (ValueError, FileNotFoundError) as error:  # an unknown configuration; nothing that can be loaded
-            raise self._error(f"cannot be loaded ({error})") from error
+        except Exception as error:  # an unknown configuration; whatever strange files make the library raise
+            if isinstance(error, RuntimeError) and "script" in str(error):
+                raise self._error(_NEEDS_SCRIPT) from error
+            raise self._error(f"cannot be loaded ({reason(error)})") from error
         raise self._error(
             f"cannot be reached on the hub, and the local cache holds commit {builder.hash}, not {commit}"
         )

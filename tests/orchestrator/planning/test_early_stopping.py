@@ -94,14 +94,14 @@ def test_the_median_rule_compares_bests_so_far(tmp_path_factory, arriving, least
 
 
 def tell(judge, journal, step, perplexity):
-    """What a trial tells of a step with an evaluation, to its journal and its judge, as the worker does."""
+    """Records a step with an evaluation in the journal and shows it to the judge, as a worker does."""
     for event in (Step(**a_step(step)), Eval(**evaluation(step, perplexity))):
         journal.append(event)
         judge.on_event(event)
 
 
 def play(folder, rule, curves, order, restarts=()):
-    """Trials that come to their evaluations in an order; returns the journal's ``stopped`` of each that was.
+    """Runs trials whose evaluations come in a given order; returns the journal's ``stopped`` of each that was.
 
     ``order`` names the trial that evaluates next. At the places ``restarts`` every process dies and starts again, each
     trial from two evaluations before, where it then scores a little otherwise, as on another machine.
@@ -225,11 +225,11 @@ def test_within_a_method_a_better_other_method_stops_nobody(tmp_path):
 def test_within_a_method_only_the_same_values_of_axes_are_compared(tmp_path):
     settings = dataclasses.replace(ASHA, within_method=True, axes=("positions", "lora_rank"))
     rungs = Rungs(Storage(tmp_path), "s", settings)
-    others = [trial(1, positions="yarn"), trial(2, lora_rank=32), trial(3), trial(4, learning_rate=1e-3)]
+    others = [trial(1, positions="yarn"), trial(2, lora_rank=32), trial(3), trial(4, learning_rate=2e-3)]
     for other in others:
         rungs.judge(other, 10, {10: 2.0})
     verdict = rungs.judge(trial(0), 10, {10: 9.0})
-    assert set(verdict["compared_with"]) == {trial(3).fingerprint, trial(4, learning_rate=1e-3).fingerprint}
+    assert set(verdict["compared_with"]) == {trial(3).fingerprint, trial(4, learning_rate=2e-3).fingerprint}
     assert verdict["stop"]
 
 

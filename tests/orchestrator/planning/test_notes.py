@@ -1,4 +1,4 @@
-"""What a user is told at the head of a sweep, and what not."""
+"""Which notes a sweep prints before its plan, and which it leaves out."""
 
 import json
 
