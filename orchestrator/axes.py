@@ -121,6 +121,5 @@ def _word(name: str, value: Any) -> str:
 def describe_left_out(settings: Sequence[Mapping[str, Any]], reason: str) -> str:
     """One sentence on combinations that cannot be, all for the same reason, by what they have in common."""
     common = {name: value for name, value in settings[0].items() if all(each[name] == value for each in settings)}
-    named = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
-    many = f"{len(settings)} combinations" if len(settings) > 1 else "the combination"
-    return f"{many} of {named} left out: {reason}" if named else f"{many} left out: {reason}"
+    named = " with ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
+    return f"{named or f'{len(settings)} combinations'} left out: {reason}"
