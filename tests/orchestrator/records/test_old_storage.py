@@ -1,4 +1,4 @@
-"""A finished default sweep of an earlier version (commit b1875aa) is read as before; the same sweep trains anew."""
+"""A finished default sweep of an earlier version (commit b1875aa) is read as before; the same sweep trains again."""
 
 import json
 import shutil
