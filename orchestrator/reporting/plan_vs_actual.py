@@ -17,6 +17,8 @@ from orchestrator.planning.cost import Totals
 from orchestrator.planning.planner import Planned
 from orchestrator.records.events import Event, Failed, Finished, Launched, Preempted, Started, Step, Stopped
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_cost import machines_usd
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.terminal import GIB, and_list, duration, usd
 
 FILE = "plan-and-truth.json"
@@ -63,7 +65,6 @@ def compare_with_plan(
     storage: Storage,
     cluster: Cluster,
     since: float,
-    usd_per_hour: float | None = None,
 ) -> dict[str, Any]:
     """Planned and actual values of each trial that was to train, and of all together, as plain data.
 
@@ -73,7 +74,6 @@ def compare_with_plan(
     Args:
         announced: the totals that were printed at the start.
         since: the sweep's own start, Unix seconds: earlier events of the journals belong to an earlier run.
-        usd_per_hour: of one device.
     """
     trained = [p for p in planned if p.trains]
     actuals = [Actual.of(storage.trial(p.trial.fingerprint).journal.read().events, since) for p in trained]
@@ -82,11 +82,13 @@ def compare_with_plan(
     begins = [actual.launched for actual in actuals if actual.launched]
     ends = [actual.ended for actual in actuals if actual.ended]
     ran = bool(begins and ends)
+    records = [TrialRecord.of(storage.trial(p.trial.fingerprint).journal) for p in trained]
+    paid = machines_usd(records, since=since)
     both = {
         "trials": [_trial(*each, cluster) for each in zip(trained, actuals, seconds)],
         "seconds": {"plan": announced.makespan, "truth": max(ends) - min(begins) if ran else None},
         "hours": {"plan": announced.hours, "truth": hours if ran else None},
-        "usd": {"plan": announced.usd, "truth": usd_per_hour * hours if ran and usd_per_hour else None},
+        "usd": {"plan": announced.usd, "truth": paid if ran else None},
         "unit": "GPU" if cluster.gpus else "CPU",
     }
     return both | {"summary": _summary(both)}

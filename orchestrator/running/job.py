@@ -55,7 +55,7 @@ class TrialJob:
         layers: decoder layers that have a backward pass.
         own_cluster: whether the sweep started the Ray cluster that it runs on.
         early_stopping: the sweep's rule; None: no early stopping.
-        provenance: fields of ``started`` that only the sweep's process knows, such as the git commit.
+        provenance: fields of ``started`` that only the sweep's process knows: the git commit, a hired machine's price.
         prices: the user's own, in USD an hour (:func:`orchestrator.records.provenance.own_prices`).
         attempt: names one run of Ray Train, so that its errors are told from earlier ones.
     """

@@ -13,6 +13,7 @@ from orchestrator.planning.budget_watch import BudgetWatch, Spending
 from orchestrator.planning.cluster import DRIVER_RESOURCES
 from orchestrator.planning.planner import Planned
 from orchestrator.planning.preparation import Prepared
+from orchestrator.planning.scheduling import Job, JobQueue
 from orchestrator.planning.search import Search
 from orchestrator.planning.sweep_plan import SweepPlan, next_suggestion, write_plan
 from orchestrator.ray_internals import silent_progress
@@ -24,7 +25,6 @@ from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
 from orchestrator.running.interruption import save_checkpoints
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
-from orchestrator.running.scheduling import Job, JobQueue
 from orchestrator.running.trial_driver import drive_trial
 from orchestrator.trial_spec import TrialSpec
 
@@ -168,7 +168,7 @@ class SweepRunner:
             ),
             own_cluster=self.plan.cluster.own,
             early_stopping=sweep.early_stopping,
-            provenance=self.provenance.of_attempt(),
+            provenance=self.provenance.of_attempt() | self.plan.estimator.rates.of_attempt(),
             prices=sweep.prices,
         )
 

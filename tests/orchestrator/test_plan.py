@@ -42,7 +42,7 @@ def test_a_cluster_that_is_not_there_is_planned_for_with_its_price(plan, tmp_pat
     assert status == 0
     assert "6 trials: 6 to run" in told
     assert "of 39 GiB" in told and "on 16 x NVIDIA A100-SXM4-40GB" in told
-    assert "USD per GPU hour: p4d.24xlarge on demand" in told
+    assert "USD per hour of a machine: p4d.24xlarge on demand" in told
     assert not list((tmp_path / "runs").glob("data/*")) and not list((tmp_path / "runs").glob("sweeps/*"))
 
 
@@ -52,15 +52,16 @@ def test_nothing_but_the_plan_is_made(plan, monkeypatch):
     assert plan()[0] == 0
 
 
-def test_what_does_not_fit_is_refused_with_what_would_and_fitted_on_request(plan):
+def test_what_does_not_fit_is_fitted_and_refused_on_request_with_what_would(plan):
     # 64 sequences of 64k tokens at once: hundreds of GiB of activations.
     too_large = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--batch", "64", "--methods", "lora+")
-    status, told = plan(*too_large, "--references")
+    status, told = plan(*too_large, "--references", "--no-fit")
     assert status == 2
-    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs" in told
+    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs more than the 39.4 GiB of" in told
     assert "micro-batches of" in told and "would make it fit (--fit)" in told
-    status, told = plan(*too_large, "--references", "--fit")
-    assert status == 0 and "to make it fit" in told and "error" not in told
+    assert "to do" not in told and " USD" not in told.replace("h USD", ""), "nothing can run, so nothing costs"
+    status, told = plan(*too_large, "--references")
+    assert status == 0 and "[1] runs with micro-batches of" in told and "error" not in told
 
 
 def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan):
@@ -68,7 +69,7 @@ def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan)
     flags = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--methods", "lora+", "--references")
 
     def recomputed(batch, *more):
-        status, told = plan(*flags, "--batch", str(batch), *more)
+        status, told = plan(*flags, *(() if "--fit" in more else ("--no-fit",)), "--batch", str(batch), *more)
         return re.search(r"GiB (none|\d of 4) ", told)[1] if status == 0 else "refused"
 
     chosen = {batch: recomputed(batch) for batch in (1, 16, 24, 32, 64)}

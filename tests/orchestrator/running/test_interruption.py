@@ -46,7 +46,7 @@ def train_until_asked(storage, trial, journal, step):
 
 def test_own_running_trials_save_and_the_lines_say_what_is_kept_and_lost(trials, monkeypatch):
     storage, by_label = trials
-    saves, ignores, others, waits = by_label.values()
+    saves, ignores, others, _waits = by_label.values()
     journal = begin(storage, saves, steps=8, saved=4)
     begin(storage, ignores, steps=5, saved=2)
     begin(storage, others, steps=3)
