@@ -271,21 +271,27 @@ def check(config: Config) -> list[Problem]:
     return [*problems, *(problem for rule in rules for problem in rule(prepared))]
 
 
+def print_problems(file: Path, allow_placeholders: bool) -> int:
+    """Prints the problems of a cluster file; returns the exit status: 1 if there are any, 2 if it cannot be read."""
+    try:
+        config = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        print(f"{file}: {error}".encode("unicode_escape").decode(), file=sys.stderr)
+        return 2
+    problems = [each for each in check(config) if not (each.fill_in and allow_placeholders)]
+    for problem in problems:
+        print(str(problem).encode("unicode_escape").decode())  # it quotes the file
+    print(f"{file}: {len(problems)} problems, of which {sum(each.fill_in for each in problems)} to fill in.")
+    return 1 if problems else 0
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m clusters.check", description="Check a Ray cluster file, offline.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--allow-placeholders", action="store_true", help="accept values still to be filled in")
     arguments = parser.parse_args()
-    try:
-        config = yaml.safe_load(arguments.file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"{arguments.file}: {error}")  # Exit status 2.
-    problems = [each for each in check(config) if not (each.fill_in and arguments.allow_placeholders)]
-    for problem in problems:
-        print(str(problem).encode("unicode_escape").decode())  # it quotes the file
-    print(f"{arguments.file}: {len(problems)} problems, of which {sum(each.fill_in for each in problems)} to fill in.")
-    sys.exit(1 if problems else 0)
+    sys.exit(print_problems(arguments.file, arguments.allow_placeholders))
 
 
 if __name__ == "__main__":

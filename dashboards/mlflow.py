@@ -6,6 +6,7 @@ answers, prints its address, and ends them.
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import re
@@ -18,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -34,9 +36,25 @@ ENVIRONMENT = {
 }
 
 
+SQLITE = "sqlite:///"
+
+
 def sqlite_url(file: Path) -> str:
     """The SQLAlchemy URL of a database file; its path may have characters that mean something else in a URL."""
-    return "sqlite:///" + re.sub("[%?#]", lambda found: f"%{ord(found[0]):02X}", str(file))
+    return SQLITE + re.sub("[%?#]", lambda found: f"%{ord(found[0]):02X}", str(file))
+
+
+@contextlib.contextmanager
+def no_stray_folders(url: str) -> Iterator[None]:
+    """Removes the folders that MLflow makes inside: it takes what follows sqlite:/// for a path, %23 and all."""
+    written = Path(url.removeprefix(SQLITE)).parent
+    missing = [folder for folder in (written, *written.parents) if url.startswith(SQLITE) and not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # none was made, or the database is there after all
+                folder.rmdir()
 
 
 def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
@@ -68,9 +86,10 @@ def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
     )
     try:
         print(f"Starting MLflow on {store} ...", flush=True)
-        if _wait_until_up(server, host, port):
-            print(f"Open {_url(_names(host)[0], port)} (Ctrl-C to stop)", flush=True)
-        status = server.wait()
+        with no_stray_folders(sqlite_url(store / "mlflow.db")):
+            if _wait_until_up(server, host, port):
+                print(f"Open {_url(_names(host)[0], port)} (Ctrl-C to stop)", flush=True)
+            status = server.wait()
         errors.seek(0)
         logged = re.sub(r"[^\t\n -~\xa0-\U0010ffff]", "?", errors.read().decode(errors="replace"))
         print(f"{logged}MLflow exited with status {status}.", file=sys.stderr)
@@ -133,7 +152,7 @@ def _command(store: Path, host: str, port: int, more_hosts: list[str]) -> list[s
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", sqlite_url(store / "mlflow.db")),
         *("--registry-store-uri", sqlite_url(store / "mlflow.db")),
-        *("--default-artifact-root", str(store / "artifacts")),
+        *("--default-artifact-root", (store / "artifacts").as_uri()),
         "--no-serve-artifacts",  # artifacts are read from their folder; no uploads over HTTP
         *("--host", host, "--port", str(port), "--workers", "1"),
         *("--allowed-hosts", ",".join(dict.fromkeys([*map(_bracketed, names), *with_ports]))),
@@ -201,11 +220,9 @@ def _end(server: subprocess.Popen) -> None:
         sent, deadline = signal.SIGKILL, time.monotonic() + SECONDS_TO_END
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m dashboards.mlflow") -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dashboards.mlflow", description="Serve MLflow's UI on a storage root."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description="Serve MLflow's UI on a storage root.")
     parser.add_argument("--storage", default="./runs", help="storage root of the sweeps (default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")

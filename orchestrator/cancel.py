@@ -23,7 +23,7 @@ from workloads.errors import InputError
 from workloads.terminal import printable
 
 
-def main(
+def cancel(
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRIAL|SWEEP")],
     storage: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")] = "./runs",
 ) -> None:
@@ -53,5 +53,10 @@ def main(
     print("The same sweep command resumes cancelled trials.")
 
 
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.cancel") -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(cancel, prog, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, "orchestrator.cancel"))
+    sys.exit(main())

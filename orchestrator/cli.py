@@ -8,25 +8,32 @@ from pathlib import Path
 
 import tyro
 
-from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
+from orchestrator.flags import SweepFlags, flags_of
+from orchestrator.recipes import DEFAULT, find_recipe
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep_help import print_help
 from workloads.errors import InputError, first_line
 
 # In addition to the exit statuses of every command (workloads.command).
 EXIT_FAILED_TRIALS = 1
 EXIT_MLFLOW_REFUSED = 3  # all trials are done, and MLflow lacks some of their results
 
+RUNS = "Compare ways to give a language model a longer context."
+PLANS = "Show what a sweep would do, take and cost, trial by trial. Starts nothing."
+
 
 @dataclass(frozen=True)
 class Command:
     """All flags: the sweep's and the run's."""
 
-    sweep: tyro.conf.OmitArgPrefixes[SweepSpec]
+    sweep: tyro.conf.OmitArgPrefixes[SweepFlags]
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
 
-def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, RunOptions]:
+def parse(
+    arguments: list[str], prog: str = "python -m orchestrator.sweep", plan: bool = False
+) -> tuple[str, SweepSpec, RunOptions]:
     """The name of the sweep, the sweep, and how to run it, from command-line arguments.
 
     Arguments are ``[RECIPE] [flags]`` or ``--spec FILE [flags]``; ``plan`` is true for the command that only plans. An
@@ -44,14 +51,11 @@ def parse(arguments: list[str], plan: bool = False) -> tuple[str, SweepSpec, Run
         if named:
             raise InputError(f"both the recipe {recipe} and --spec {file} are given; expected one of them")
         default = SweepSpec.from_json(_read(file), str(file))
-    command = tyro.cli(
-        Command,
-        prog=f"python -m orchestrator.{'plan' if plan else 'sweep'}",
-        description=_description(plan),
-        default=Command(default, RunOptions()),
-        args=arguments,
-    )
-    sweep = _correct_learning_rates_chosen(default, command.sweep)
+    if asked := {"-h", "--help", "--help-all"} & set(arguments):
+        print_help(prog, PLANS if plan else RUNS, (flags_of(default), RunOptions()), whole="--help-all" in asked)
+        raise SystemExit(0)
+    command = tyro.cli(Command, prog=prog, default=Command(flags_of(default), RunOptions()), args=arguments)
+    sweep = _correct_learning_rates_chosen(default, command.sweep.spec())
     return command.run.name or _name(recipe, sweep), sweep, command.run
 
 
@@ -95,22 +99,3 @@ def _read(file: Path) -> str:
         return file.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"--spec {file} cannot be read: {first_line(error)}") from error
-
-
-def _description(plan: bool) -> str:
-    summaries = {name: (make.__doc__ or "").partition("\n")[0] for name, make in RECIPES.items()}
-    recipes = "\n".join(
-        f"  {name}{' (default)' if name == DEFAULT else ''}: {summary}" for name, summary in summaries.items()
-    )
-    what = (
-        "Show what a sweep would do with each of its trials, and at what cost. Starts nothing."
-        if plan
-        else "Compare ways to give a language model a longer context."
-    )
-    return (
-        f"{what}\n\n"
-        f"usage: python -m orchestrator.{'plan' if plan else 'sweep'} [RECIPE | --spec FILE] [flags]\n\n"
-        f"RECIPE is one of\n{recipes}\n\n"
-        "--spec FILE reruns a saved sweep (the spec.json of its folder) exactly. Every field can be overridden below. "
-        "The same command always resumes: finished trials are not trained again."
-    )

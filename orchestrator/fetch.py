@@ -21,7 +21,7 @@ from workloads.command import run_command
 from workloads.errors import InputError
 
 
-def main(
+def print_folder(
     storage: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORAGE")],
     fingerprint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FINGERPRINT")],
 ) -> None:
@@ -49,5 +49,10 @@ def fetch(location: str, fingerprint: str) -> Path:
     return folder.path
 
 
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.fetch") -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(print_folder, prog, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, "orchestrator.fetch"))
+    sys.exit(main())

@@ -21,13 +21,13 @@ from workloads.command import exit_status
 from workloads.terminal import make_console
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.plan") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _plan(sys.argv[1:] if arguments is None else arguments, make_console()))
+    return exit_status(lambda: _plan(sys.argv[1:] if arguments is None else arguments, prog, make_console()))
 
 
-def _plan(arguments: list[str], console: Console) -> int:
-    name, spec, options = parse(arguments, plan=True)
+def _plan(arguments: list[str], prog: str, console: Console) -> int:
+    name, spec, options = parse(arguments, prog, plan=True)
     sweep = identify(check_sweep(name, spec, options))
     plan = plan_sweep(sweep, _cluster(options))
     print_plan(sweep, plan, console)

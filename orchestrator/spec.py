@@ -2,21 +2,29 @@
 
 A recipe makes a :class:`SweepSpec`; with the identities of its model and data it becomes
 :class:`~orchestrator.trial_spec.TrialSpec` s. The fields that it hands to each trial unchanged are defined in
-:mod:`workloads.config`; the fields here choose what is compared, or are resolved for each trial.
+:mod:`workloads.config`; the fields here choose what is compared, or are resolved for each trial. A field with several
+values is an axis: see :mod:`orchestrator.axes`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.trial_spec import Identities, TrialSpec, lists_to_tuples
+from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, join, split
+from orchestrator.learning_rates import Rule
+from orchestrator.trial_spec import Identities, TrialSpec
+from workloads.attention.patterns import PATTERNS
 from workloads.config import (
+    OF_LORA,
+    Method,
     Positions,
     Precision,
     TrainingConfig,
@@ -29,11 +37,14 @@ from workloads.errors import InputError
 
 TrainedMethod = Literal["lora", "lora+norm", "lora+embed", "lora+", "full"]
 
-# Shared fields that not every trial has: references have these alone; only LoRA methods have a rank; and learning rates
-# are those of what a method trains.
+# Shared fields that not every trial has: references have these alone, and learning rates are those of what a method
+# trains.
 OF_UNTUNED = ("eval_documents", "task")
-OF_LORA = ("lora_rank", "lora_alpha", "lora_targets")
 RATES = ("learning_rate_embeddings", "learning_rate_norms")
+RATE_OF = {
+    "lora": "learning_rate_lora", "lora+norm": "learning_rate_lora", "lora+embed": "learning_rate_lora_plus",
+    "lora+": "learning_rate_lora_plus", "full": "learning_rate_full",
+}  # fmt: skip
 # The name of a sweep holds a hash of these fields in this order, so sweeps in storage depend on it. A field that is not
 # among them enters the hash only if it is not at its default.
 HASHED = (
@@ -70,10 +81,28 @@ class Compared:
     """Seeds; each is a separate trial."""
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """The trials of a sweep, and the combinations that it leaves out.
+
+    Args:
+        trials: by context length, untuned ones first; each once.
+        left_out: one sentence for each reason for which combinations of the axes' values cannot be.
+    """
+
+    trials: list[TrialSpec]
+    left_out: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec(TrainingFields, Compared):
-    """What a sweep compares: every context length with every method and seed, and the untuned references."""
+    """What a sweep compares: every context length with every method, seed and axis value, and the untuned references.
 
+    ``SweepSpec.of(values)`` takes a list for each axis; ``axes`` has the values by field, of which the first is also
+    the field's own.
+    """
+
+    axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     group_size: float = 0.25
     """Group size (window, block) of every pattern but full: a share of the context length (up to 1), or tokens."""
     steps: int = 1000
@@ -84,6 +113,9 @@ class SweepSpec(TrainingFields, Compared):
     """Learning rate of the methods lora+ and lora+embed."""
     learning_rate_full: float = 2e-5
     """Learning rate of the method full."""
+    learning_rate_for: tuple[str, ...] = ()
+    """Learning rates of some trials, FIELD=VALUE:RATE, such as positions=yarn:1e-3 method=lora+,positions=yarn:3e-3;
+    the last one that matches a trial holds."""
     learning_rate_sweep: tuple[float, ...] = (1.0,)
     """Multiples of each method's own learning rates to train with, such as 0.3 1 3: each is a trial, and the comparison
     takes each method's best."""
@@ -105,14 +137,9 @@ class SweepSpec(TrainingFields, Compared):
     """Group sizes that a search chooses from: shares of the context length (up to 1), or tokens."""
 
     def __post_init__(self) -> None:
-        for field in ("context_lengths", "methods", "seeds", "learning_rate_sweep"):
-            values: tuple[Any, ...] = getattr(self, field)
-            flag = f"--{field.replace('_', '-')}"
-            if not values:
-                raise InputError(f"{flag} is empty; expected at least one value")
-            if len(set(values)) != len(values):
-                given = " ".join(str(value) for value in values)
-                raise InputError(f"{flag} {given}: expected each value once")
+        for name in ("context_lengths", "methods", "seeds", "learning_rate_sweep"):
+            check_values(name, getattr(self, name))
+        self._check_axes()
         for multiple in self.learning_rate_sweep:
             if not 0 < multiple < math.inf:
                 raise InputError(f"--learning-rate-sweep {multiple:g}: expected positive multiples, such as 0.3 1 3")
@@ -120,18 +147,37 @@ class SweepSpec(TrainingFields, Compared):
             "--text-column": self.text_column,
             "--max-train-tokens": self.max_train_tokens,
         }
-        for flag, given in only_pretraining.items():
+        for name, given in only_pretraining.items():
             if self.task == "sft" and given is not None:
-                raise InputError(f"{flag} {given} has no effect with --task sft. Leave it out")
-        if self.steps < 1:
+                raise InputError(f"{name} {given} has no effect with --task sft. Leave it out")
+        if any(steps < 1 for steps in self.values_of("steps")):
             raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
-        for field in RATES:
-            if getattr(self, field) is not None and not any(field in self.learning_rates(m) for m in self.methods):
+        for text in self.learning_rate_for:
+            Rule.parse(text)
+        trained = set[str]()
+        for method, layers in itertools.product(self.methods, self.values_of("train_layers")):
+            trained |= _trained_apart(method, layers)
+        for name in RATES:
+            if name not in trained and any(rate is not None for rate in self.values_of(name)):
                 raise InputError(
-                    f"--{field.replace('_', '-')} {getattr(self, field)}: none of the methods {' '.join(self.methods)} "
+                    f"{flag(name)} {getattr(self, name)}: none of the methods {' '.join(self.methods)} "
                     "trains them; leave it out, or add a method that does, such as lora+"
                 )
+
+    def _check_axes(self) -> None:
+        """Puts the axes in the order of ``AXES``, and checks what ``dataclasses.replace`` may have broken."""
+        for name, values in self.axes.items():
+            if name not in AXES:
+                raise InputError(f"{name!r} cannot be an axis; expected one of {', '.join(AXES)}")
+            check_values(name, values)
+            if values[0] != getattr(self, name):
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}, and an axis of {', '.join(map(as_text, values))}: change both "
+                    "by SweepSpec.changed"
+                )
+        ordered = {name: self.axes[name] for name in AXES if len(self.axes.get(name, ())) > 1}
+        object.__setattr__(self, "axes", ordered)
 
     def _check_search(self) -> None:
         if self.search_trials < 1:
@@ -149,112 +195,192 @@ class SweepSpec(TrainingFields, Compared):
                 "rates itself. Leave it out, and train the best setting with several seeds afterwards"
             )
 
-    def learning_rates(self, method: TrainedMethod, multiple: float = 1.0) -> dict[str, float | None]:
-        """The learning rates of what a method trains, by TrainingConfig's fields.
+    def values_of(self, name: str) -> tuple[Any, ...]:
+        """All values of a field: those of its axis, else the one that it has."""
+        return self.axes.get(name, (getattr(self, name),))
 
-        All are scaled by ``multiple``, one of ``learning_rate_sweep``, so that their ratio stays.
-        """
-        rate = {
-            "lora": self.learning_rate_lora,
-            "lora+norm": self.learning_rate_lora,
-            "lora+embed": self.learning_rate_lora_plus,
-            "lora+": self.learning_rate_lora_plus,
-            "full": self.learning_rate_full,
-        }[method]
-        rates: dict[str, float | None] = {"learning_rate": rate}
-        if trains_embeddings(method, self.train_layers):
-            rates["learning_rate_embeddings"] = self.learning_rate_embeddings
-        if trains_norms(method):
-            rates["learning_rate_norms"] = self.learning_rate_norms
-        if multiple != 1:
-            # Rounded, so that 0.3 x 2e-5 is the same trial as 6e-6.
-            rates = {name: rate and float(f"{rate * multiple:.12g}") for name, rate in rates.items()}
-        return rates
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of the axes' values, by field; a single one without fields if there are no axes."""
+        return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
 
     def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
-        """The trials of this sweep: by context length, untuned ones first.
+        """The trials of this sweep: see :meth:`expand`."""
+        return self.expand(identities, precision).trials
 
-        If there are references, the untuned model that the tuned ones start from is always among them: it takes
-        seconds, and its score is step 0 of every tuned trial.
+    def expand(self, identities: Identities, precision: Precision) -> Expansion:
+        """The trials of this sweep, each once, and the combinations of axes that cannot be.
+
+        If there are references, the untuned models that the tuned ones start from are always among them: they take
+        seconds, and their score is step 0 of every tuned trial.
 
         Raises:
-            InputError: a setting that no trial can have, such as a context that is not a multiple of the group size.
+            InputError: a setting that no trial can have, such as a context that is not a multiple of the group size; or
+                an axis, or a rule for learning rates, without effect.
         """
-        configs = [
-            config
-            for context_length in self.context_lengths
-            for config in (*self._untuned(context_length, precision), *self._tuned(context_length, precision))
-        ]
-        return [
-            TrialSpec(
-                model=self.model,
-                data=self.data,
-                text_column=self.text_column,
-                identities=identities,
-                training=config,
-                distinction=f"lr {config.learning_rate:g}"
-                if config.method != "untuned" and self.learning_rate_sweep != (1.0,)
-                else "",
-            )
-            for config in configs
-        ]
+        found: dict[str, TrialSpec] = {}
+        made: list[tuple[dict[str, Any], str]] = []  # what each trial was made from
+        impossible: dict[str, list[dict[str, Any]]] = defaultdict(list)
+
+        def add(config: TrainingConfig, named: str = "") -> str:
+            trial = TrialSpec(
+                model=self.model, data=self.data, text_column=self.text_column, identities=identities, training=config,
+                distinction=named,
+            )  # fmt: skip
+            return found.setdefault(trial.fingerprint, trial).fingerprint
+
+        for context_length in self.context_lengths:
+            for config in self._untuned(context_length, precision):
+                add(config)
+            for method, point in itertools.product(self.methods, self.points()):
+                asked = {"context_length": context_length, "method": method, **point}
+                setting = self._setting(asked)
+                try:
+                    configs = list(self._tuned(setting, precision))
+                except InputError as error:
+                    if not self.axes:
+                        raise
+                    impossible[str(error)].append(asked)
+                else:
+                    made += [(asked, add(config, self._distinction(setting, config))) for config in configs]
+        self._refuse_without_trials(made, impossible)
+        self._refuse_without_effect(made)
+        return Expansion(list(found.values()), [self._describe(settings, r) for r, settings in impossible.items()])
 
     def _untuned(self, context_length: int, precision: Precision) -> list[TrainingConfig]:
-        shared = self._shared(OF_UNTUNED)
+        positions = dict.fromkeys((*self.references, *self.values_of("positions"))) if self.references else ()
         return [
             TrainingConfig(
                 method="untuned",
                 context_length=context_length,
                 attention="full",
-                positions=positions,
+                positions=each,
                 precision=precision,
                 eval_span=self._eval_span(context_length),
-                **shared,
+                **{name: getattr(self, name) for name in OF_UNTUNED},
             )
-            for positions in (dict.fromkeys((*self.references, self.positions)) if self.references else ())
+            for each in positions
         ]
 
-    def _tuned(self, context_length: int, precision: Precision) -> list[TrainingConfig]:
-        group_size = group_size_in_tokens(self.group_size, context_length) if self.attention != "full" else None
-        fields = [field.name for field in dataclasses.fields(TrainingFields) if field.name not in RATES]
-        return [
-            TrainingConfig(
-                method=method,
-                context_length=context_length,
-                group_size=group_size,
-                steps=self.steps,
-                seed=seed,
-                precision=precision,
-                eval_span=self._eval_span(context_length),
-                **(
-                    self._shared(field for field in fields if method != "full" or field not in OF_LORA)
-                    | self.learning_rates(method, multiple)
-                ),
-            )
-            for method in self.methods
-            for multiple in self.learning_rate_sweep
-            for seed in self.seeds
-        ]
+    def _setting(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """A combination of method, context length and axes with all other fields that have an effect on it."""
+        names = [each.name for each in dataclasses.fields(TrainingFields) if each.name not in RATES]
+        setting = {name: getattr(self, name) for name in (*names, "group_size", "steps", *RATES)} | asked
+        unused: tuple[str, ...] = OF_LORA if setting["method"] == "full" else ()
+        if not PATTERNS[setting["attention"]].has_group_size:
+            unused += ("group_size",)
+        unused += tuple(set(RATES) - _trained_apart(setting["method"], setting["train_layers"]))
+        return {name: value for name, value in setting.items() if name not in unused}
 
-    def _shared(self, fields: Iterable[str]) -> dict[str, Any]:
-        return {field: getattr(self, field) for field in fields}
+    def _tuned(self, setting: dict[str, Any], precision: Precision) -> Iterator[TrainingConfig]:
+        """The trials of a setting: one for each multiple of its learning rates and each seed."""
+        context_length, group_size = setting["context_length"], setting.get("group_size")
+        in_tokens = {} if group_size is None else {"group_size": group_size_in_tokens(group_size, context_length)}
+        for multiple, seed in itertools.product(self.learning_rate_sweep, self.seeds):
+            rates = self._learning_rates(setting, multiple)
+            eval_span = self._eval_span(context_length)
+            yield TrainingConfig(**setting | in_tokens | rates, seed=seed, precision=precision, eval_span=eval_span)
+
+    def _learning_rates(self, setting: Mapping[str, Any], multiple: float) -> dict[str, float | None]:
+        """The learning rates of what a setting trains, by TrainingConfig's fields.
+
+        All are scaled by ``multiple``, one of ``learning_rate_sweep``, so that their ratio stays.
+        """
+        matching = [rule.rate for rule in self._rules if rule.matches(setting)]
+        rates = {"learning_rate": matching[-1] if matching else getattr(self, RATE_OF[setting["method"]])}
+        rates |= {name: setting[name] for name in RATES if name in setting}
+        if multiple != 1:
+            # Rounded, so that 0.3 x 2e-5 is the same trial as 6e-6.
+            rates = {name: rate and float(f"{rate * multiple:.12g}") for name, rate in rates.items()}
+        return rates
+
+    @property
+    def _rules(self) -> list[Rule]:
+        return [Rule.parse(text) for text in self.learning_rate_for]
+
+    def _distinction(self, setting: Mapping[str, Any], config: TrainingConfig) -> str:
+        named = distinction(config, [name for name in self.axes if name in setting])
+        rate = f"lr {config.learning_rate:g}" if self.learning_rate_sweep != (1.0,) else ""
+        return f"{named} {rate}".strip()
 
     def _eval_span(self, context_length: int) -> int:
         if self.task == "sft":  # examples are scored whole
             return context_length
         return self.eval_span or max(self.context_lengths)
 
+    def _refuse_without_trials(
+        self, made: list[tuple[dict[str, Any], str]], impossible: dict[str, list[dict[str, Any]]]
+    ) -> None:
+        """Raises InputError if no combination with one of the given values can be."""
+        for reason, settings in impossible.items():
+            if not made:
+                raise InputError(reason)
+            for name, value in ((name, value) for setting in settings for name, value in setting.items()):
+                if not any(setting[name] == value for setting, _ in made):
+                    raise InputError(f"nothing can be trained with {name.replace('_', ' ')} {as_text(value)}: {reason}")
+
+    def _refuse_without_effect(self, made: list[tuple[dict[str, Any], str]]) -> None:
+        """Raises InputError if all values of an axis give the same trials, or a rule matches none."""
+        for name, values in self.axes.items():
+            trials = [{fingerprint for setting, fingerprint in made if setting[name] == value} for value in values]
+            if all(each == trials[0] for each in trials):
+                raise InputError(
+                    f"{flag(name)} {' '.join(map(as_text, values))} has no effect: every value gives the same trials. "
+                    "Leave it out, or give one value"
+                )
+        settings = [self._setting(asked) for asked, _ in made]
+        for rule in self._rules:
+            if not any(rule.matches(setting) for setting in settings):
+                given = {name: dict.fromkeys(as_text(s[name]) for s in settings if name in s) for name in rule.values}
+                has = "; ".join(f"{name} {', '.join(values) or 'in none'}" for name, values in given.items())
+                raise InputError(
+                    f"{flag('learning_rate_for')} {rule.text}: no trial has these values. Trials have {has}"
+                )
+
+    def _describe(self, settings: list[dict[str, Any]], reason: str) -> str:
+        varied = [*(n for n, v in (("context_length", self.context_lengths), ("method", self.methods)) if len(v) > 1)]
+        return describe_left_out([{name: each[name] for name in (*varied, *self.axes)} for each in settings], reason)
+
+    def values(self) -> dict[str, Any]:
+        """All fields as plain data, an axis as the list of its values; ``of`` is the inverse."""
+        values = dataclasses.asdict(self)
+        values.pop("axes")
+        return join({name: values[name] for name in dict.fromkeys((*HASHED, *values))}, self.axes)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "the sweep") -> SweepSpec:
+        """A sweep from its fields as plain data; a list of values makes a field of what is trained an axis.
+
+        ``learning_rate_for`` may also be a mapping, ``{"positions=yarn": 1e-3}``.
+
+        Raises:
+            InputError: a field that a sweep does not have, or values that it cannot have.
+        """
+        known = {each.name for each in dataclasses.fields(cls)} - {"axes"}
+        if unknown := sorted(set(values) - known):
+            raise InputError(
+                f"{where} has the unknown fields {', '.join(unknown)}; expected a sweep's fields: "
+                f"{', '.join(sorted(known))}"
+            )
+        fields, axes = split(values)
+        if isinstance(rules := fields.get("learning_rate_for"), Mapping):
+            fields["learning_rate_for"] = tuple(f"{condition}:{rate}" for condition, rate in rules.items())
+        return cls(**fields, axes=axes)
+
+    def changed(self, **values: Any) -> SweepSpec:
+        """This sweep with other values; a list makes a field an axis."""
+        return SweepSpec.of(self.values() | values)
+
     def to_json(self) -> str:
         """The content of a sweep's spec.json; ``from_json`` is the inverse."""
-        values = dataclasses.asdict(self)
-        return json.dumps({name: values[name] for name in dict.fromkeys((*HASHED, *values))}, indent=1)
+        return json.dumps(self.values(), indent=1)
 
     def digest(self) -> str:
         """6 hexadecimal digits that tell this sweep from others of its recipe, for its name."""
         hashed = {name: getattr(self, name) for name in HASHED}
-        for field in dataclasses.fields(self):
-            if field.name not in hashed and getattr(self, field.name) != field.default:
-                hashed[field.name] = getattr(self, field.name)
+        for each in dataclasses.fields(self):
+            default = {} if each.name == "axes" else each.default
+            if each.name not in hashed and getattr(self, each.name) != default:
+                hashed[each.name] = getattr(self, each.name)
         return hashlib.sha256(json.dumps(hashed, indent=1).encode()).hexdigest()[:6]
 
     @classmethod
@@ -268,8 +394,15 @@ class SweepSpec(TrainingFields, Compared):
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({error}); expected the spec.json of a sweep's folder") from error
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-            found = f"the unknown fields {', '.join(unknown)}" if isinstance(values, dict) else "no object"
-            raise InputError(f"{where} has {found}; expected a sweep's fields: {', '.join(sorted(known))}")
-        return cls(**lists_to_tuples(values))
+        if not isinstance(values, dict):
+            raise InputError(f"{where} has no object; expected a sweep's fields")
+        return cls.of(values, where)
+
+
+def _trained_apart(method: Method, train_layers: str) -> set[str]:
+    """The learning rates besides its own that a method has: those of embeddings and norms, where they train."""
+    trains = {
+        "learning_rate_embeddings": trains_embeddings(method, train_layers),
+        "learning_rate_norms": trains_norms(method),
+    }
+    return {name for name, trained in trains.items() if trained}

@@ -45,7 +45,7 @@ STYLES = {
 }
 
 
-def main(
+def show(
     sweep: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="SWEEP")] = None,
     storage: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")] = "./runs",
     watch: bool = False,
@@ -230,5 +230,10 @@ def disk_table(usage: DiskUsage, overview: Overview) -> Table:
     return table
 
 
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.status") -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(show, prog, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, "orchestrator.status"))
+    sys.exit(main())

@@ -32,7 +32,7 @@ from orchestrator.process import (
     stop_on_sigterm,
 )
 from orchestrator.records import cancellation
-from orchestrator.records.heartbeat import Heartbeat
+from orchestrator.records.heartbeat import Heartbeat, is_alive, read_command
 from orchestrator.records.json_files import DamagedFile
 from orchestrator.records.mlflow_sync import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
@@ -40,7 +40,7 @@ from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
 from orchestrator.running.interruption import describe_kept
 from orchestrator.running.sweep_runner import SweepRunner
-from orchestrator.terminal import shown_path
+from orchestrator.terminal import shell_command, shown_path
 from workloads.command import EXIT_INTERRUPTED, exit_status
 from workloads.errors import InputError
 from workloads.files.safe import replace_file
@@ -72,19 +72,20 @@ class Status:
         return {"doing": None, "concurrency": self.plan.concurrency, "tokens_to_come": self.plan.upcoming_tokens}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.sweep") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, make_console()))
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, prog, make_console()))
 
 
-def _run(arguments: list[str], console: Console) -> int:
-    status, began = Status(), time.time()
+def _run(arguments: list[str], prog: str, console: Console) -> int:
+    status, began = Status(), time.monotonic()
     try:
         stop_on_sigterm()
-        sweep = check_sweep(*parse(arguments))
+        sweep = check_sweep(*parse(arguments, prog))
         try:
-            with Heartbeat(sweep.storage, sweep.name, status.describe):
-                return _sweep(sweep, status, began, console)
+            namesake = _find_running_namesake(sweep)
+            with Heartbeat(sweep.storage, sweep.name, status.describe, sweep.spec.digest()):
+                return _sweep(sweep, status, namesake, began, console)
         except KeyboardInterrupt as interruption:
             lines = describe_kept(sweep.storage, status.plan.trials if status.plan else ())
             interruption.add_note("\n".join([*lines, "The same command continues from there."]))
@@ -94,8 +95,33 @@ def _run(arguments: list[str], console: Console) -> int:
             ray.shutdown()
 
 
-def _sweep(checked: Checked, status: Status, began: float, console: Console) -> int:
-    """One sweep, from its checked settings to its report."""
+def _find_running_namesake(sweep: Checked) -> dict[str, Any] | None:
+    """Another command that runs this sweep now: both train its trials, each trial once. None without one.
+
+    Raises:
+        InputError: a sweep of this name runs with other settings.
+    """
+    command = None
+    with sweep.storage.set_apart():
+        command = read_command(sweep.storage, sweep.name)
+    if command is None or not is_alive(command, time.time()):
+        return None
+    if command.get("settings") not in (None, sweep.spec.digest()):
+        raise _name_in_use(sweep, command, "other settings")
+    return command
+
+
+def _name_in_use(sweep: Checked, command: dict[str, Any], what: str) -> InputError:
+    owner = command["owner"]
+    cancel = shell_command("longspan", "cancel", sweep.name, "--storage", sweep.options.storage)
+    return InputError(
+        f"a sweep named {sweep.name} is running with {what} (process {owner['pid']} on {owner['host']}); give this one "
+        f"another --name, wait for that one, or end it with: {cancel}"
+    )
+
+
+def _sweep(checked: Checked, status: Status, namesake: dict[str, Any] | None, began: float, console: Console) -> int:
+    """One sweep, from its checked settings to its report. ``namesake``: another command that runs it."""
     provenance = Provenance.collect()
     options, storage = checked.options, checked.storage
     tracker = Tracker(tracking_uri(storage, options.tracking_uri), options.experiment, storage)
@@ -108,9 +134,12 @@ def _sweep(checked: Checked, status: Status, began: float, console: Console) -> 
     log_libraries_to(sweep.folder / "log.txt")
     if sweep.spec.search != "none":
         search, plan = begin_search(sweep, plan)
-    if aside := sweep.storage.put_aside_sweep(sweep.name, {trial.fingerprint for trial in plan.trials}):
+    if storage.lists_others(sweep.name, {trial.fingerprint for trial in plan.trials}):
+        if namesake:
+            raise _name_in_use(sweep, namesake, "other data, or another model, under the same names")
+        aside = shown_path(storage.put_aside_sweep(sweep.name))
         console.print(
-            f"note: {sweep.name} was the name of a sweep with other trials; its files are kept in {shown_path(aside)}",
+            f"note: {sweep.name} was the name of a sweep with other trials; its files are kept in {aside}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
     replace_file(sweep.folder / "spec.json", sweep.spec.to_json().encode())

@@ -14,6 +14,9 @@ from typing import Any
 
 from workloads.config import RESULT_VERSION, TrainingConfig
 
+# What a trial.json without the field was trained by.
+FIRST_RESULT_VERSION = 2
+
 
 def lists_to_tuples(values: dict[str, Any]) -> dict[str, Any]:
     """Values read from JSON, which has no tuples."""
@@ -33,8 +36,8 @@ class Identities:
 class TrialSpec:
     """One trial.
 
-    ``model`` and ``data`` are locations; ``identities`` and ``training`` make the fingerprint; ``distinction`` sets the
-    trial's label apart from its sweep's other trials of the method.
+    ``model`` and ``data`` are locations; ``identities``, ``training`` and ``result_version`` make the fingerprint;
+    ``distinction`` sets the trial's label apart from its sweep's other trials of the method.
     """
 
     model: str
@@ -43,6 +46,7 @@ class TrialSpec:
     identities: Identities
     training: TrainingConfig
     distinction: str = ""
+    result_version: int = RESULT_VERSION
 
     @property
     def fingerprint(self) -> str:
@@ -52,11 +56,16 @@ class TrialSpec:
         default needs a raised RESULT_VERSION.
         """
         identity = {
-            "result_version": RESULT_VERSION,
+            "result_version": self.result_version,
             **dataclasses.asdict(self.identities),
             "training": self.training.not_at_default(),
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def of_earlier_versions(self) -> list[TrialSpec]:
+        """The same trial as earlier versions of longspan trained it, which may have other results."""
+        versions = range(FIRST_RESULT_VERSION, self.result_version)
+        return [dataclasses.replace(self, result_version=version) for version in versions]
 
     def untuned(self) -> TrialSpec:
         """The untuned model that this trial starts from, as a trial; a reference returns itself."""
@@ -92,6 +101,7 @@ class TrialSpec:
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls(
             **{
+                "result_version": FIRST_RESULT_VERSION,
                 **{name: value for name, value in values.items() if name in fields},
                 "identities": Identities(**values["identities"]),
                 "training": TrainingConfig(**lists_to_tuples(values["training"])),

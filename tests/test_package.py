@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"orchestrator", "workloads", "clusters", "dashboards"}
+PACKAGES = {"longspan", "orchestrator", "workloads", "clusters", "dashboards"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # A copy of what git would clone, so that nothing built here is left in the tree or taken from it.
-    source = folder / "source"
+def clone(tmp_path_factory) -> Path:
+    """What git would clone, in a folder named longspan: nothing built here is left in the tree or taken from it."""
+    source = tmp_path_factory.mktemp("clones") / "longspan"
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -24,8 +23,14 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(clone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*command, str(source)], check=True)
+    subprocess.run([*command, str(clone)], check=True)
     return next(folder.glob("*.whl"))
 
 
@@ -57,3 +62,22 @@ def test_the_installed_package_starts_from_any_folder(wheel, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.startswith(str(site)) and "sha256:" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["build_wheel", "build_editable"])
+def test_a_clone_named_longspan_does_not_hide_the_package_from_its_parent_folder(clone, tmp_path, how):
+    """There Python finds the clone's folder first, as a namespace without content."""
+    build = f"import sys, setuptools.build_meta as backend; backend.{how}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=clone, capture_output=True, check=True)
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
+    # An environment's folder of packages: its .pth files count. -S leaves out this environment's own installation.
+    code = (
+        "import site, sys; site.addsitedir(sys.argv[1]); import longspan, orchestrator; "
+        "print(longspan.__file__, orchestrator.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(tmp_path / "site")],
+        cwd=clone.parent, capture_output=True, text=True, env={},
+    )  # fmt: skip
+    expected = clone if how == "build_editable" else tmp_path / "site"
+    assert done.stdout.split() == [f"{expected}/longspan/__init__.py", f"{expected}/orchestrator/__init__.py"], done

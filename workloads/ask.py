@@ -236,7 +236,7 @@ def _placement(device: str) -> str:
     return device
 
 
-def main(
+def answer_question(
     question: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="QUESTION")],
     model: str,
     document: Path,
@@ -287,5 +287,10 @@ def main(
     )
 
 
+def main(arguments: list[str] | None = None, prog: str = "python -m workloads.ask") -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(answer_question, prog, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, "workloads.ask"))
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,18 +15,19 @@ from workloads.errors import InputError
 from workloads.terminal import make_console
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
-def run_command(main: Callable[..., None], module: str, arguments: list[str] | None = None) -> int:
-    """Reads ``main``'s parameters from the command line, runs it, and returns the exit status."""
-    return exit_status(lambda: tyro.cli(main, prog=f"python -m {module}", args=arguments))
+def run_command(command: Callable[..., int | None], prog: str, arguments: list[str] | None = None) -> int:
+    """Reads ``command``'s parameters from the command line, runs it, and returns the exit status."""
+    return exit_status(lambda: tyro.cli(command, prog=prog, args=arguments))
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status: its own, 0 if it has none.
 
     An InputError is one line on stderr and status 2, as for an unknown flag. Ctrl-C is status 130, with what the
-    interruption's notes (``add_note``) say.
+    interruption's notes (``add_note``) say. A reader of the output that has gone, such as ``head``, is status 141.
     """
     _print_any_text()
 
@@ -33,7 +35,14 @@ def exit_status(command: Callable[[], int | None]) -> int:
         make_console(stderr=True).print(line, style=style, soft_wrap=True)
 
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()  # here, where an error can still be handled, and not at exit
+    except BrokenPipeError:
+        if not _stdout_is_gone():  # it was another connection
+            raise
+        return EXIT_BROKEN_PIPE
     except InputError as error:
         print_line(f"error: {error}", "bold red")
         return EXIT_USER_ERROR
@@ -49,6 +58,16 @@ def _print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _stdout_is_gone() -> bool:
+    """Whether nobody reads stdout any more; what is still buffered then goes to the null device."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are reported without asking for them
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def quiet_transformers() -> None:

@@ -21,8 +21,9 @@ from workloads.errors import InputError
 from workloads.models.positions import Positions
 
 # Raise RESULT_VERSION by hand when this package is meant to give other numbers for the same configuration: it is part
-# of every trial's identity. Golden losses in tests/workloads/training/test_loop.py show when numbers change.
-RESULT_VERSION = 2
+# of every trial's identity. Golden losses in tests/workloads/training/test_loop.py show when numbers change, and
+# docs/log.md says why.
+RESULT_VERSION = 3
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
 AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "varlen", "flex"]
@@ -35,6 +36,10 @@ EngineName = Literal["auto", "ddp", "zero2", "zero3"]
 CompileLayers = Literal["auto", "on", "off"]
 GradientCheckpointing = int | Literal["all"]
 OffloadActivations = int | Literal["auto"]
+
+
+# Fields that only the LoRA methods have.
+OF_LORA = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +68,15 @@ class TrainingFields:
     """pretraining on packed documents; or sft, supervised fine-tuning on the answers of instruction data: rows with
     messages, or with instruction and output (.json, .jsonl, .parquet, or a Hugging Face id such as
     Yukang/LongAlpaca-12k)."""
-    long_examples: Annotated[LongExamples, Label("Examples longer than the context")] = "drop"
+    long_examples: Annotated[LongExamples, Label("Examples longer than the context", "long examples")] = "drop"
     """What sft does with training examples longer than the context: drop or truncate."""
-    train_layers: Annotated[str, Label("Layers that train")] = "all"
+    train_layers: Annotated[str, Label("Layers that train", "layers")] = "all"
     """Layers that train: all, 'last 4', 'every 2', or a list such as 0,5,11; full then trains nothing outside them."""
-    quantization: Annotated[Quantization, Label("Frozen weights in training")] = "none"
+    quantization: Annotated[Quantization, Label("Frozen weights in training", "quantization")] = "none"
     """Of the frozen linear weights of the LoRA methods; references are not quantised. nf4: 4 bits (QLoRA; needs a GPU).
     fp8: multiplied in FP8, all layers but the last, attention's in the backward pass alone; faster where layers are
     compiled (GPUs from compute capability 8.9 on; slow on CPUs)."""
-    attention: Annotated[Attention, Label("Attention in training")] = "s2"
+    attention: Annotated[Attention, Label("Attention in training", "attention")] = "s2"
     """Attention in training: s2 (shifted sparse attention) across heads, or across layers (s2-layers); only unshifted
     (short) or only shifted groups; dilated, block-sparse, stride-sparse; or full. Evaluation is always full."""
     document_mask: bool = False
@@ -86,14 +91,14 @@ class TrainingFields:
     """Rank of the LoRA methods (paper: 8)."""
     lora_alpha: Annotated[float, Label("LoRA alpha", "alpha")] = 16.0
     """LoRA's alpha: updates are scaled by alpha / rank (the authors' code: 16)."""
-    lora_targets: Annotated[tuple[str, ...] | None, Label("LoRA targets")] = None
+    lora_targets: Annotated[tuple[str, ...] | None, Label("LoRA targets", "targets")] = None
     """Linear modules that LoRA adapts, by the last part of their names, such as q_proj v_proj; by default the attention
     projections."""
     batch: int = 64
     """Sequences in an optimiser step, over all workers of a trial."""
-    learning_rate_embeddings: Annotated[float | None, Label("Learning rate of embeddings")] = None
+    learning_rate_embeddings: Annotated[float | None, Label("Learning rate of embeddings", "embeddings lr")] = None
     """Peak learning rate of embeddings where they train; by default the method's own."""
-    learning_rate_norms: Annotated[float | None, Label("Learning rate of norms")] = None
+    learning_rate_norms: Annotated[float | None, Label("Learning rate of norms", "norms lr")] = None
     """Peak learning rate of norms where they train; by default the method's own."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,6 +26,13 @@ def one_error(problem: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{problem} ({first_line(error)}). {fix}") from error
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """``recipe 'convergance' is unknown; did you mean convergence? Known: ...``, the middle only if a name is near."""
+    names = list(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f"{kind} {name!r} is unknown{f'; did you mean {nearest[0]}?' if nearest else '.'} Known: {', '.join(names)}"
 
 
 def first_line(error: BaseException) -> str:

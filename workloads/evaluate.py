@@ -17,17 +17,20 @@ from workloads.terminal import make_console
 LOG_WIDTH = 140
 
 
-def main(arguments: list[str] | None = None) -> int:
+OPTIONS = options_of(TASKS)
+
+
+def main(arguments: list[str] | None = None, prog: str = "python -m workloads.evaluate") -> int:
     """Evaluates a model as the command line says; returns the exit status."""
-    return exit_status(lambda: _evaluate(arguments))
+    return exit_status(lambda: _evaluate(arguments, prog))
 
 
-def _evaluate(arguments: list[str] | None) -> None:
+def _evaluate(arguments: list[str] | None, prog: str) -> None:
     console = make_console(LOG_WIDTH)
     try:
         options = tyro.cli(
-            options_of(TASKS),
-            prog="python -m workloads.evaluate",
+            OPTIONS,
+            prog=prog,
             description="Evaluate a model at several lengths, always with full attention.",
             args=arguments,
         )

@@ -223,7 +223,7 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main(
+def export(
     trial: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRIAL")],
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
     what: What = "merged",
@@ -248,5 +248,10 @@ def main(
     print(printable(f"{report.folder}: {report.what}, step {report.step}, {report}."))
 
 
+def main(arguments: list[str] | None = None, prog: str = "python -m workloads.export") -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(export, prog, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, "workloads.export"))
+    sys.exit(main())

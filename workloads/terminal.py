@@ -34,6 +34,9 @@ def printable(text: str, *, one_line: bool = False) -> str:
 class _Console(Console):
     """A console whose text contains nothing that a terminal obeys but the console's own styles."""
 
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this inside its handler, and would exit with status 1
+
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(printable(text), **how)  # measured as it is shown
 

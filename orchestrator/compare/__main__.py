@@ -34,15 +34,15 @@ class Options:
     """Print everything as JSON."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.compare") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _compare(arguments))
+    return exit_status(lambda: _compare(arguments, prog))
 
 
-def _compare(arguments: list[str] | None) -> None:
+def _compare(arguments: list[str] | None, prog: str) -> None:
     options = tyro.cli(
         Options,
-        prog="python -m orchestrator.compare",
+        prog=prog,
         description="Show what differs between runs, and which of them is better.",
         args=arguments,
     )
@@ -93,7 +93,9 @@ def show(compared: dict[str, Any], console: Console) -> None:
     for row in compared["curve"]:
         perplexities = ("-" if value is None else f"{value:.3f}" for value in row["perplexity"])
         gaps = (
-            "-" if gap is None else f"{gap['percent']:+.2f}% ({gap['low']:+.2f}% to {gap['high']:+.2f}%)"
+            "-" if gap is None
+            else f"{gap['percent']:+.2f}%" if gap["low"] is None
+            else f"{gap['percent']:+.2f}% ({gap['low']:+.2f}% to {gap['high']:+.2f}%)"
             for gap in row["gaps"]
         )  # fmt: skip
         table.add_row(f"{row['step']:,}", *perplexities, *gaps)

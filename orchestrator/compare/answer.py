@@ -1,7 +1,7 @@
 """A sweep's trials compared: a setting is all trials that differ only in their seed, a method is its best setting.
 
 Only finished trials compete. Settings are compared over their seeds and the scored documents, at every evaluation they
-have in common, by the bootstrap of :mod:`workloads.evaluation.bootstrap`: documents, and several
+have in common, by the bootstrap of :mod:`workloads.evaluation.intervals`: documents, and several
 seeds, are resampled, the same ones for both sides. Methods that finished different seeds are compared over the shared
 ones.
 """
@@ -21,7 +21,7 @@ from orchestrator.records import trial_cost
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.config import Method, TrainingConfig
-from workloads.evaluation.bootstrap import DocumentScores, Interval, gap_interval, perplexity_interval
+from workloads.evaluation.intervals import DocumentScores, Interval, gap_interval, perplexity_interval
 
 # By default "as good as full fine-tuning" means within 1% of its perplexity.
 AS_GOOD = 0.01
@@ -255,7 +255,7 @@ def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
             points = []
             for step in sorted(set(ours.steps()) & set(theirs.steps()) - {0}):
                 gap = gap_interval(ours.scores(step, seeds), theirs.scores(step, seeds))
-                points.append({"step": step, "tokens": ours.tokens(step), **_as_percent(gap)})
+                points.append({"step": step, "tokens": ours.tokens(step), **as_percent(gap)})
             gaps.append({"method": method, "baseline": baseline, "seeds": seeds or [], "points": points})
     return gaps
 
@@ -339,7 +339,7 @@ def _gap(outcome: Outcome, full: Outcome, as_good: float) -> dict[str, Any]:
     """Against full fine-tuning with the same seed."""
     ours, theirs = (Setting(o.trial.training, {o.trial.training.seed: o}) for o in (outcome, full))
     return {
-        **_as_percent(gap_interval(outcome.evaluated(), full.evaluated())),
+        **as_percent(gap_interval(outcome.evaluated(), full.evaluated())),
         "as_good_from_step": _as_good_from(ours, theirs, as_good),
     }
 
@@ -359,9 +359,11 @@ def _as_good_from(setting: Setting, full: Setting, as_good: float) -> int | None
     return reached
 
 
-def _as_perplexity(interval: Interval) -> dict[str, float]:
+def _as_perplexity(interval: Interval) -> dict[str, float | None]:
     return {"perplexity": interval.value, "low": interval.low, "high": interval.high}
 
 
-def _as_percent(gap: Interval) -> dict[str, float]:
-    return {"percent": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}
+def as_percent(gap: Interval) -> dict[str, float | None]:
+    """A gap in percent, with its interval."""
+    low, high = (None if end is None else 100 * end for end in (gap.low, gap.high))
+    return {"percent": 100 * gap.value, "low": low, "high": high}

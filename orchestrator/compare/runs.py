@@ -60,7 +60,7 @@ class Run:
             },
             "training": dataclasses.asdict(trial.training),
             "execution": execution,
-            "code": {name: getattr(started, name) for name in code},
+            "code": {"result version": trial.result_version, **{name: getattr(started, name) for name in code}},
             "packages": started.packages,
             "machine": {name: getattr(started, name) for name in machine},
         }

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.compare.answer import Outcome
+from orchestrator.compare.answer import Outcome, as_percent
 from orchestrator.compare.runs import Run, differences
-from orchestrator.compare.words import join
+from orchestrator.compare.words import join, too_few
 from orchestrator.records import trial_cost
-from workloads.evaluation.bootstrap import CONFIDENCE, gap_interval, perplexity_interval
+from workloads.evaluation.intervals import CONFIDENCE, FEWEST_DOCUMENTS, gap_interval, perplexity_interval
 
 
 def side_by_side(runs: list[Run]) -> dict[str, Any]:
@@ -92,9 +92,7 @@ def _curve(outcomes: list[Outcome], alike: list[bool]) -> list[dict[str, Any]]:
                 "step": step,
                 "tokens": [event and event.tokens for event in events],
                 "perplexity": [event and event.perplexity for event in events],
-                "gaps": [
-                    gap and {"percent": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high} for gap in gaps
-                ],
+                "gaps": [gap and as_percent(gap) for gap in gaps],
             }
         )
     return rows
@@ -116,16 +114,19 @@ def _verdict(runs: list[Run], outcomes: list[Outcome], why_not: str) -> tuple[in
         return None, [*sentences, "No winner: fewer than two of the runs have finished."]
     ranked = sorted(finished, key=lambda place: outcomes[place].evaluated().perplexity)
     best, established = ranked[0], True
+    num_documents = outcomes[best].evaluated().num_documents
     for place in ranked[1:]:
         gap = gap_interval(outcomes[place].evaluated(), outcomes[best].evaluated())
-        text = (
-            f"{runs[place].name} ends {gap.value:.2%} above {runs[best].name} (paired {CONFIDENCE:.0%} interval over "
-            f"documents {gap.low:+.2%} to {gap.high:+.2%})"
-        )
-        if gap.low <= 0:
+        text = f"{runs[place].name} ends {gap.value:.2%} above {runs[best].name}"
+        if gap.low is not None:
+            text += f" (paired {CONFIDENCE:.0%} interval over documents {gap.low:+.2%} to {gap.high:+.2%})"
+            if gap.sign == 0:
+                text += ", a difference that these documents do not establish"
+        if gap.sign == 0:
             established = False
-            text += ", a difference that these documents do not establish"
         sentences.append(f"{text}.")
+    if num_documents < FEWEST_DOCUMENTS:
+        return None, [*sentences, f"No winner: {too_few(num_documents)}"]
     if not established:
         return None, [*sentences, "No winner: the best is not established against all others."]
     steps = [f"{runs[place].name} {runs[place].record.last_step:,}" for place in ranked]

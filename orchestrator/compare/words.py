@@ -6,7 +6,14 @@ from collections import defaultdict
 from typing import Any
 
 from orchestrator.terminal import and_list
-from workloads.evaluation.bootstrap import CONFIDENCE, DocumentScores, gap_interval, perplexity_interval
+from workloads.evaluation.intervals import (
+    CONFIDENCE,
+    FEWEST_DOCUMENTS,
+    DocumentScores,
+    Interval,
+    gap_interval,
+    perplexity_interval,
+)
 from workloads.models.positions import POSITIONS
 from workloads.wording import LABELS, METHOD_LABELS, METHODS
 
@@ -101,10 +108,10 @@ def of_context(
     chosen = {setting["method"]: setting for setting in context["settings"] if setting["chosen"]}
     if winner is not None:
         interval = perplexity_interval(scores[winner])
+        ends = "" if interval.low is None else f" ({CONFIDENCE:.0%} interval {interval.low:.3f} to {interval.high:.3f})"
         sentences.append(
             f"At {context['context_length']:,} tokens {METHOD_LABELS[winner]} "
-            f"{'wins with' if len(scores) > 1 else 'reaches'} a perplexity of {interval.value:.3f} ({CONFIDENCE:.0%} "
-            f"interval {interval.low:.3f} to {interval.high:.3f})."
+            f"{'wins with' if len(scores) > 1 else 'reaches'} a perplexity of {interval.value:.3f}{ends}."
         )
         sentences += _chosen_rates(context["settings"], chosen)
         sentences += [_spread(METHOD_LABELS[m], trials, m) for m in scores if len(chosen[m]["seeds"]) > 1]
@@ -181,9 +188,9 @@ def _unequal_seeds(chosen: dict[str, dict[str, Any]], seeds: list[int] | None) -
 
 def _versus(name: str, winner: str, scores: DocumentScores, best: DocumentScores) -> str:
     gap = gap_interval(scores, best)
-    text = f"{capital(name)} is {gap.value:.1%} above {winner} (paired interval {gap.low:.1%} to {gap.high:.1%})"
+    text = f"{capital(name)} is {gap.value:.1%} above {winner}{_paired(gap)}"
     what = "these documents and seeds" if len(scores.seeds) > 1 else "these documents"
-    return text + ("." if gap.low > 0 else f", a difference that {what} do not establish.")
+    return text + ("." if gap.sign > 0 else f", a difference that {what} do not establish.")
 
 
 def _convergence(setting: dict[str, Any], as_good: float) -> str:
@@ -252,12 +259,16 @@ def _against(name: str, scores: DocumentScores, label: str, reference: DocumentS
     """A method against the best untuned model."""
     gap = gap_interval(scores, reference)
     other = f"{REFERENCE_PHRASES[label]} ({reference.perplexity:.3f})"
-    paired = f"(paired interval of the difference {gap.low:+.1%} to {gap.high:+.1%})"
-    if gap.high < 0:
-        return f"{capital(name)} beats {other} by {-gap.value:.1%} {paired}."
-    if gap.low > 0:
-        return f"{capital(name)} does not beat {other}: it is {gap.value:.1%} above it {paired}."
-    return f"The difference between {name} and {other} is not established {paired}."
+    if gap.sign < 0:
+        return f"{capital(name)} beats {other} by {-gap.value:.1%}{_paired(gap)}."
+    if gap.sign > 0:
+        return f"{capital(name)} does not beat {other}: it is {gap.value:.1%} above it{_paired(gap)}."
+    return f"The difference between {name} and {other} is not established{_paired(gap)}."
+
+
+def _paired(gap: Interval) -> str:
+    """The interval of a difference in brackets, or nothing."""
+    return "" if gap.low is None else f" (paired interval of the difference {gap.low:+.1%} to {gap.high:+.1%})"
 
 
 def _spread(name: str, trials: list[dict[str, Any]], method: str) -> str:
@@ -275,6 +286,15 @@ def _at_original_length(trials: list[dict[str, Any]]) -> list[str]:
     length, before = after[0][1]["context_length"], after[0][1]["before"]
     each = join([f"{trial['label']} {at['after']:.3f}" for trial, at in after])
     return [f"At its original {length:,} tokens the unchanged model scores {before:.3f}; after training: {each}."]
+
+
+def too_few(num_documents: int) -> str:
+    """Why so few documents give no interval, and what to do."""
+    scored = "1 document is" if num_documents == 1 else f"{num_documents} documents are"
+    return (
+        f"only {scored} scored, and intervals need at least {FEWEST_DOCUMENTS}. Hold out more data, or raise "
+        "--eval-documents if more is held out."
+    )
 
 
 def capital(text: str) -> str:

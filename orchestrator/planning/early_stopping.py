@@ -226,6 +226,6 @@ def scored_on(trial: TrialSpec) -> str:
     training = trial.training
     what = [
         trial.identities.data, trial.identities.tokenizer, training.task, training.context_length,
-        training.eval_documents, training.eval_span,
+        training.eval_documents, training.eval_span, trial.result_version,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from orchestrator.planning.cost import Totals
 from orchestrator.planning.data_summary import data_summary
 from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.notes import notes
-from orchestrator.planning.planner import Planned, summarise_actions
+from orchestrator.planning.planner import Planned, summarise_actions, superseded
 from orchestrator.planning.preparation import Identified, Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
 from orchestrator.terminal import GIB, duration, gib, number_or_dash, usd
@@ -28,6 +28,12 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
     for note in sweep.position_notes:
         console.print(f"note: {note}", markup=False)
+    if labels := superseded(plan.planned, sweep.storage):
+        console.print(
+            "note: results of an earlier version of longspan are kept and not used, since this one may give others: "
+            f"{', '.join(labels)}",
+            markup=False,
+        )
     console.print(summarise_actions(plan.planned))
     console.print(plan_table(plan.planned, _unit(plan.cluster), console.width))
     if plan.upcoming:

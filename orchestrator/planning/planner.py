@@ -26,6 +26,7 @@ class Planned:
     Args:
         action: known: already finished; stopped: this sweep has already stopped it early; infeasible: it does not fit.
         forced: its earlier results are moved aside first (--force).
+        journal_offset: where its journal ended, and with it what earlier runs of the sweep did.
     """
 
     trial: TrialSpec
@@ -34,6 +35,7 @@ class Planned:
     reason: str
     estimate: Estimate
     forced: bool = False
+    journal_offset: int = 0
 
     @property
     def footnote(self) -> str | None:
@@ -90,7 +92,7 @@ def _plan(
     estimate = estimator.estimate(trial, record, fit)
 
     def planned(action: Action, reason: str) -> Planned:
-        return Planned(trial, record, action, reason, estimate)
+        return Planned(trial, record, action, reason, estimate, journal_offset=record.offset)
 
     if record.state == "finished":
         return planned("known", "already finished")
@@ -109,6 +111,18 @@ def _plan(
     if record.state == "cancelled":
         return planned("run", f"cancelled before {record.reason}" + changed)
     return planned("run", (NEW if trial.training.steps else NEW_UNTUNED) + changed)
+
+
+def superseded(planned: Sequence[Planned], storage: Storage) -> list[str]:
+    """The labels of trials that start afresh although an earlier version of longspan has trained them here."""
+    earlier = {
+        old.fingerprint: each.trial.label
+        for each in planned
+        if each.action == "run"
+        for old in each.trial.of_earlier_versions()
+    }
+    storage.read_ahead(list(earlier))
+    return list(dict.fromkeys(label for name, label in earlier.items() if storage.trial(name).journal.exists()))
 
 
 def find_forced(trials: Sequence[TrialSpec], options: RunOptions) -> set[str]:

@@ -6,12 +6,11 @@ The command line names one and overrides its fields. A new recipe is a function 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from orchestrator.recipes.convergence import convergence, convergence_llama2_7b
 from orchestrator.spec import SweepSpec
-from workloads.errors import InputError
+from workloads.errors import InputError, unknown
 
 RECIPES: dict[str, Callable[[], SweepSpec]] = {
     "convergence": convergence,
@@ -24,9 +23,8 @@ def find_recipe(name: str) -> Callable[[], SweepSpec]:
     """The recipe of that name.
 
     Raises:
-        InputError: there is none; the message suggests the closest name.
+        InputError: there is none; the message suggests a name that is near, if one is.
     """
     if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0)[0]
-        raise InputError(f"recipe {name!r} is unknown; did you mean {nearest}? Known: {', '.join(RECIPES)}")
+        raise InputError(unknown("recipe", name, RECIPES))
     return RECIPES[name]

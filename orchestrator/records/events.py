@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.files.journal_lines import parse_line
 from workloads.files.json_text import json_text
 
@@ -83,6 +83,12 @@ class Event:
     def name(self) -> str:
         """The value of ``event`` in its line."""
         return self.line_name
+
+    def has_clock_of(self, other: Event) -> bool:
+        """Whether both carry the monotonic clock of one process, or of one boot of a machine."""
+        one_process = self.process is not None and self.process == other.process
+        one_boot = self.boot is not None and self.boot == other.boot
+        return (one_process or one_boot) and None not in (self.uptime, other.uptime)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,11 +331,16 @@ def seconds_between(earlier: Event, later: Event) -> float:
 
     Exact between lines of one process, or of one boot. Between others the wall clocks count, up to ``MAX_GAP_S``.
     """
-    one_process = earlier.process is not None and earlier.process == later.process
-    one_boot = earlier.boot is not None and earlier.boot == later.boot
-    if (one_process or one_boot) and None not in (earlier.uptime, later.uptime):
+    if earlier.has_clock_of(later):
         return max(0.0, (later.uptime or 0.0) - (earlier.uptime or 0.0))
     return max(0.0, min(later.time - earlier.time, MAX_GAP_S))
+
+
+def precedes(one: Event, other: Event) -> bool:
+    """Whether ``one`` was written before ``other``, of any journal: by their monotonic clock if they share it."""
+    if one.has_clock_of(other):
+        return (one.uptime or 0.0) <= (other.uptime or 0.0)
+    return one.time <= other.time
 
 
 def make_event(name: str, **fields: Any) -> Event:

@@ -1,8 +1,8 @@
 """Whether a sweep's command runs, for other terminals: a file that it renews, ``sweeps/<name>/command.json``.
 
-Its fields: owner (see orchestrator/records/leases.py), began, beat (both Unix seconds), doing, and once there is a plan
-concurrency and tokens_to_come; at the end ended and outcome. A reader on the same machine checks the process; elsewhere
-the command counts as dead once its heartbeat is a minute old.
+Its fields: owner (see orchestrator/records/leases.py), settings (the sweep's digest), began, beat (both Unix seconds),
+doing, and once there is a plan concurrency and tokens_to_come; at the end ended and outcome. A reader on the same
+machine checks the process; elsewhere the command counts as dead once its heartbeat is a minute old.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ LIMIT_S = 60.0
 class Heartbeat:
     """A context in which a sweep's command reports that it runs. An unreachable or full storage is no error."""
 
-    def __init__(self, storage: Storage, sweep: str, describe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, storage: Storage, sweep: str, describe: Callable[[], dict[str, Any]], settings: str | None = None
+    ) -> None:
         self.storage, self.sweep, self.describe = storage, sweep, describe
-        self.content = {"owner": leases.owner("", sweep), "began": time.time()}
+        self.content = {"owner": leases.owner("", sweep), "settings": settings, "began": time.time()}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 

@@ -16,7 +16,8 @@ from orchestrator.records.mlflow_store import MlflowStore, without_password
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.trial_spec import TrialSpec
+from orchestrator.trial_spec import FIRST_RESULT_VERSION, TrialSpec
+from workloads.config import RESULT_VERSION
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -162,14 +163,20 @@ class TrialRun:
 
 
 def log_sweep(
-    store: MlflowStore, name: str, comparison: dict[str, Any], run_ids: dict[str, str | None], artifacts: list[Path]
+    store: MlflowStore,
+    name: str,
+    settings: str,
+    comparison: dict[str, Any],
+    run_ids: dict[str, str | None],
+    artifacts: list[Path],
 ) -> str:
     """Logs a comparison, its report and its trials to the sweep's own run, and returns its id.
 
-    The run is found by the sweep's name, or created. If it is of another model or other data, under a name that is used
-    again, it is kept as ``sweep <name> (earlier <n>)``.
+    The run is found by the sweep's name, or created. If it is of another model, other data, settings or results of an
+    earlier version, under a name that is used again, it is kept as ``sweep <name> (earlier <n>)``.
 
     Args:
+        settings: the digest of the sweep's.
         run_ids: of the trials, by label; None where a trial has none.
     """
     from mlflow.entities import Metric, Param, RunTag
@@ -179,9 +186,12 @@ def log_sweep(
         "data": comparison["data"]["name"],
         "model_identity": comparison["model"]["identity"],
         "data_identity": comparison["data"]["identity"],
+        "settings": settings,
+        "result_version": str(RESULT_VERSION),
     }
     run = next(iter(store.find_runs(kind="sweep", sweep=name)), None)
-    if run and any(run.data.params.get(key, value) != value for key, value in params.items()):
+    logged = {"result_version": str(FIRST_RESULT_VERSION), **run.data.params} if run else {}
+    if run and any(logged.get(key, value) != value for key, value in params.items()):
         number = len(store.find_runs(earlier_sweep=name)) + 1
         store.retire(run, f"sweep {name} (earlier {number})", earlier_sweep=name, sweep="")
         run = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from dashboards.mlflow import no_stray_folders
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ class MlflowStore:
                 database.execute("BEGIN IMMEDIATE")  # fails if it is locked, read-only or no database
                 database.execute("SELECT name FROM sqlite_master").fetchall()
                 database.execute("ROLLBACK")
-        SqlAlchemyStore(self.uri, self._artifacts)
+        with no_stray_folders(self.uri):
+            SqlAlchemyStore(self.uri, self._artifacts)
 
     @property
     def _artifacts(self) -> str:

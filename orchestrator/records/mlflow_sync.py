@@ -138,10 +138,12 @@ class Tracker:
                 if self.outage:
                     return
 
-    def log_sweep(self, name: str, comparison: dict[str, Any], trials: list[TrialSpec], artifacts: list[Path]) -> None:
+    def log_sweep(
+        self, name: str, settings: str, comparison: dict[str, Any], trials: list[TrialSpec], artifacts: list[Path]
+    ) -> None:
         """Logs the comparison, the report and the list of trials to the sweep's own run."""
         run_ids = {trial.label: self.run_id(trial) for trial in trials}
-        self._attempt(f"sweep {name}", partial(log_sweep, self.store, name, comparison, run_ids, artifacts))
+        self._attempt(f"sweep {name}", partial(log_sweep, self.store, name, settings, comparison, run_ids, artifacts))
 
     def run_id(self, trial: TrialSpec) -> str | None:
         """The id of a trial's run, if this process follows the trial."""

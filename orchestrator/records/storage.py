@@ -232,16 +232,17 @@ class Storage:
         check_names(listed, f"{self.location}/{file}")
         return listed
 
-    def put_aside_sweep(self, name: str, fingerprints: set[str]) -> Path | None:
-        """Moves a sweep's spec, plan, comparison and report to ``earlier-<n>/`` if its name is used for another sweep.
+    def lists_others(self, name: str, fingerprints: set[str]) -> bool:
+        """Whether the sweep of this name is another one: it lists a trial that is not among these.
 
-        It is another one if a trial that it lists is not among these fingerprints: a sweep may grow. Returns the
-        folder, or None if nothing was moved.
+        A sweep may grow. A damaged list counts as another one's.
         """
         with self.set_apart():
-            listed = self.read_listed(name)
-            if listed is None or set(listed) <= fingerprints:
-                return None
+            return not set(self.read_listed(name) or ()) <= fingerprints
+        return True
+
+    def put_aside_sweep(self, name: str) -> Path:
+        """Moves a sweep's spec, plan, comparison and report to ``earlier-<n>/``, which it returns."""
         folder = self.sweep(name)
         found = [file for file in self.sizes() if file.startswith(f"sweeps/{name}/")]
         number = 1 + len({file.split("/")[2] for file in found if file.split("/")[2].startswith("earlier-")})

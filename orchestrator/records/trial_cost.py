@@ -7,7 +7,6 @@ hours if the workers had GPUs, else CPU hours (of one thread); worker-hours if t
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -48,7 +47,7 @@ def held_cost(record: TrialRecord, sweep: str | None = None) -> tuple[float, flo
     return hours, usd
 
 
-def machines_usd(records: Iterable[TrialRecord], sweep: str | None = None, since: float = 0.0) -> float | None:
+def machines_usd(records: Iterable[TrialRecord], sweep: str | None = None) -> float | None:
     """What the machines have cost on which these trials ran, in USD; None if an attempt had no price.
 
     A machine is paid for whole while at least one trial holds devices of it, and once where several do; so is a head.
@@ -56,13 +55,12 @@ def machines_usd(records: Iterable[TrialRecord], sweep: str | None = None, since
 
     Args:
         sweep: only attempts of this sweep count.
-        since: only attempts that began later count, Unix seconds.
     """
     held: dict[str, list[tuple[float, float]]] = defaultdict(list)  # by machine: from and to, in seconds of its clock
     rates: dict[str, float] = defaultdict(float)
     for record in records:
         for number, (attempt, seconds) in enumerate(zip(record.attempts, record.attempts_held)):
-            if (sweep is not None and attempt.sweep not in (None, sweep)) or attempt.time < since:
+            if sweep is not None and attempt.sweep not in (None, sweep):
                 continue
             if attempt.usd_per_device_hour is None:
                 return None
@@ -107,12 +105,8 @@ def total(by_step: dict[int, float] | None) -> float | None:
 
 
 def _add_up(record: TrialRecord, per_hour: Callable[[Started], float]) -> dict[int, float]:
-    began = [attempt.time for attempt in record.attempts]
     so_far, by_step = 0.0, {}
     for step in sorted(record.steps):
-        event = record.steps[step]
-        place = max(0, bisect.bisect_right(began, event.time) - 1)
-        attempt = record.attempts[place] if record.attempts else Started()
-        so_far += event.seconds / 3600 * per_hour(attempt)
+        so_far += record.steps[step].seconds / 3600 * per_hour(record.attempt_of_step[step])
         by_step[step] = so_far
     return by_step

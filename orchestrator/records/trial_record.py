@@ -27,7 +27,7 @@ from orchestrator.records.events import (
 )
 from orchestrator.records.journal import Journal, Read
 from orchestrator.records.segments import SegmentedJournal
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 
 State = Literal["waiting", "starting", "running", "finished", "stopped", "failed", "cancelled"]
 
@@ -41,6 +41,7 @@ class TrialRecord:
         launched: the last launch. Likewise ``started``, ``model``, ``stopped`` and ``cancelled``.
         pause_ends: when the last retry begins, in Unix seconds.
         heard: when the last line was written; ``attempts_held``: seconds from each attempt's start to its last line.
+        attempt_of_step: the attempt that made each step, the last where several did.
         ended: when the trial last finished, failed, or was stopped or cancelled.
         evals: by (context length, step).
         skipped: lines that could not be read.
@@ -64,6 +65,7 @@ class TrialRecord:
     last_of_attempt: Event | None = None
     model: ModelReady | None = None
     steps: dict[int, Step] = field(default_factory=dict)
+    attempt_of_step: dict[int, Started] = field(default_factory=dict)
     evals: dict[tuple[int, int], Eval] = field(default_factory=dict)
     resumed_at: int = 0
     saved_step: int = 0
@@ -110,6 +112,7 @@ class TrialRecord:
                 self.resumed_at = event.step
             case Step():
                 self.steps[event.step] = event
+                self.attempt_of_step[event.step] = self.started or Started()
             case Eval():
                 self.evals[event.context_length, event.step] = event
             case Saved():
@@ -167,7 +170,7 @@ class TrialRecord:
         """From the start of the trial's driver until its model is ready to be evaluated; None if unknown."""
         if self.launched is None or self.model is None or self.model.time < self.launched.time:
             return None
-        return self.model.time - self.launched.time
+        return seconds_between(self.launched, self.model)
 
     @property
     def train_seconds(self) -> float:

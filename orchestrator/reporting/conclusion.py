@@ -24,7 +24,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shell_command, shown_path
 from workloads.attention.patterns import PATTERNS
-from workloads.evaluation.bootstrap import ANSWERS_RULE, CONFIDENCE, RULE
+from workloads.evaluation.intervals import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models.positions import POSITIONS
 from workloads.wording import shared_settings
 
@@ -36,7 +36,7 @@ class Conclusion:
     """The end of a sweep whose trials have run, or had run before.
 
     Args:
-        began: the command's start, Unix seconds.
+        began: the command's start, on the monotonic clock.
         announced: the totals that were printed before this command trained; None if there was nothing to train.
     """
 
@@ -65,14 +65,16 @@ class Conclusion:
             sweep.storage.push(sweep.folder)
             kept = [sweep.folder / "comparison.json", sweep.folder / "spec.json", *([diff] if diff else [])]
             if not self.tracker.outage:
-                self.tracker.log_sweep(sweep.name, comparison, list(self.plan.trials), [*report, *kept])
+                self.tracker.log_sweep(
+                    sweep.name, sweep.spec.digest(), comparison, list(self.plan.trials), [*report, *kept]
+                )
         except OSError as error:
             self.console.print(f"note: the report could not be written: {error}")
 
         self.console.print(result_table(comparison))
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
             self.console.print(sentence)
-        self.console.print(f"\n{time.time() - self.began:.0f} s in total.")
+        self.console.print(f"\n{self._elapsed:.0f} s in total.")
         if report:
             self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
@@ -82,6 +84,10 @@ class Conclusion:
             self.console.print(f"export {trial['label']}: {command}", soft_wrap=True)
         self._print_unfinished(outcomes)
         return outcomes
+
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.began
 
     def _outcomes(self) -> list[Outcome]:
         folders = [self.sweep.storage.trial(trial.fingerprint) for trial in self.plan.trials]
@@ -175,7 +181,7 @@ class Conclusion:
             "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
             "git_commit": self.provenance.git_commit,
             "git_diff": self.provenance.diff_name,
-            "wall_seconds": time.time() - self.began,
+            "wall_seconds": self._elapsed,
             "peak_memory_gib": max(peaks, default=None),
             "storage": sweep.storage.location,
             "mlflow_command": self._mlflow_command(str(sweep.storage.root)),
@@ -190,7 +196,7 @@ class Conclusion:
         file, both = self.sweep.folder / FILE, {}
         if self.announced:
             both = compare_with_plan(
-                self.plan.planned, self.announced, self.sweep.storage, self.plan.cluster, self.began
+                self.plan.planned, self.announced, self.sweep.storage, self.plan.cluster, self._elapsed
             )
             try:
                 write_json(file, both)

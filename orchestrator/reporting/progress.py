@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.records.events import seconds_between
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.terminal import duration
 from orchestrator.trial_spec import TrialSpec
@@ -188,7 +189,7 @@ def _since_it_started(row: Row) -> tuple[int, float] | None:
     if record.last_step <= record.resumed_at or not record.started:
         return None
     # A restarted trial has not yet recorded from which step: the last step is then the lost attempt's.
-    seconds = record.steps[record.last_step].time - record.started.time
+    seconds = seconds_between(record.started, record.steps[record.last_step])
     return (record.last_step - record.resumed_at, seconds) if seconds > 0 else None
 
 

@@ -59,8 +59,9 @@ def _within(gap: dict[str, Any] | None) -> str:
     return f"step {step}" if step is not None else "not reached"
 
 
-def _interval(value: dict[str, float]) -> tuple[str, str]:
-    return f"{value['perplexity']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"
+def _interval(value: dict[str, float | None]) -> tuple[str, str]:
+    known = value["low"] is not None and value["high"] is not None
+    return f"{value['perplexity']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}" if known else "-"
 
 
 def winners(comparison: dict[str, Any]) -> list[dict[str, Any]]:

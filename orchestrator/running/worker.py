@@ -43,7 +43,7 @@ from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.choose import make_engine
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.files.safe import PlainFileHandler
 from workloads.training.compile_cache import keep_compiled
 from workloads.training.loop import Request, run

@@ -191,7 +191,7 @@ def test_the_page_fits_its_width_and_holds_what_there_is_to_know(storage, trials
     write(journals["lora+"], launched(), ("started", STARTED), *steps(1, 2), ("saved", {"step": 2}))
     write(journals["lora+"], ("cancelled", {"step": 2, "by": "somebody on head"}))
     monkeypatch.setenv("COLUMNS", str(width))
-    status.main(storage=str(storage.root))
+    status.show(storage=str(storage.root))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= width
     words = " ".join(printed.split())
@@ -199,7 +199,7 @@ def test_the_page_fits_its_width_and_holds_what_there_is_to_know(storage, trials
         assert fact in words
     assert "cancelled 2/100" in words and "lora+ 1024 cancelled: by somebody on head" in words
     assert ("saved at 50" in words) == (width == 80)
-    status.main("mine", storage=str(storage.root), json=True)
+    status.show("mine", storage=str(storage.root), json=True)
     (described,) = json.loads(capsys.readouterr().out)["sweeps"]
     assert {trial["label"]: trial["saved_step"] for trial in described["trials"]} == {
         "lora 1024": 50, "lora+ 1024": 2, "full 1024": None,
@@ -218,20 +218,20 @@ def test_only_what_runs_can_be_cancelled_and_what_is_meant_is_clear(storage, tri
     where = str(storage.root)
     overview = Overview(storage)
     with pytest.raises(InputError, match=r"lora 1024 \(.*\) is not started; nothing to cancel"):
-        cancel.main("mine/lora 1024", where)
+        cancel.cancel("mine/lora 1024", where)
     with pytest.raises(InputError, match="the sweep mine is not running"):
-        cancel.main("mine", where)
+        cancel.cancel("mine", where)
     with pytest.raises(InputError, match=r"no trial or sweep 'yours'.*Trials: mine/lora 1024"):
-        cancel.main("yours", where)
+        cancel.cancel("yours", where)
     digits = trials["lora"].fingerprint[:8]
     assert overview.find(digits).label == "lora 1024" == overview.find("mine/lora 1024").label
     with running(storage, "mine"):
-        cancel.main(digits, where)
+        cancel.cancel(digits, where)
         assert cancellation.pending_request(storage, f"trials/{trials['lora'].fingerprint}")["by"]
         assert seen(storage, trials["lora"]).state == "cancelling"
         assert cancellation.cancel_before_start(storage, storage.trial(trials["lora"].fingerprint))
         assert not cancellation.cancel_before_start(storage, storage.trial(trials["full"].fingerprint))
-        cancel.main("mine", where)
+        cancel.cancel("mine", where)
     assert seen(storage, trials["lora"]).state == "cancelled"
     assert cancellation.pending_request(storage, f"trials/{trials['full'].fingerprint}")
     # The same sweep goes on with it.

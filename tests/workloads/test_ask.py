@@ -8,7 +8,6 @@ import torch
 
 from workloads import ask as asking
 from workloads.ask import OMISSION, ask, load_model, prompt_tokens
-from workloads.command import run_command
 from workloads.errors import InputError
 
 DOCUMENT = "\n".join(f"value_{n} = {n * 37 % 101}" for n in range(20))  # 267 tokens of builtin:tiny, one a byte
@@ -135,7 +134,7 @@ def document(tmp_path):
 
 
 def command(*arguments):
-    return run_command(asking.main, "workloads.ask", ["--model", "builtin:tiny", *arguments])
+    return asking.main(["--model", "builtin:tiny", *arguments])
 
 
 def test_the_command_answers_on_stdout_and_counts_on_stderr(tiny, document, capsys):

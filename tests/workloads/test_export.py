@@ -29,7 +29,6 @@ from workloads.adaptation.methods import adapt
 from workloads.ask import load_model
 from workloads.attention.interface import full_attention, use_pattern
 from workloads.attention.patterns import AttentionPattern
-from workloads.command import run_command
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
@@ -618,9 +617,9 @@ def test_a_folder_that_holds_something_is_left_alone(train, tmp_path):
 
 def test_the_command_says_how_near_the_export_is_and_ends_a_mistake_in_one_line(train, tmp_path, capsys):
     trial = str(train("lora", False, "linear").folder)
-    assert run_command(export.main, "workloads.export", [trial, str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert export.main([trial, str(tmp_path / "out"), "--dtype", "float32"]) == 0
     assert "step 3, saved in float32" in capsys.readouterr().out
-    assert run_command(export.main, "workloads.export", [trial, str(tmp_path / "out")]) == 2
+    assert export.main([trial, str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and "not empty" in told
 

@@ -11,7 +11,7 @@ from torch import nn
 from workloads.attention.interface import full_attention
 from workloads.data import Batch, ValidationExample
 from workloads.engines.engine import Engine
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.models.rotary import padded_inputs
 from workloads.training.loss import next_token_losses
 

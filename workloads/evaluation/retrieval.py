@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import accuracy_interval
+from workloads.evaluation.intervals import accuracy_interval
 from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.retrieval_cases import RetrievalResult, RetrievalTest
 from workloads.evaluation.task import Result, Run

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from workloads.engines.engine import Engine
-from workloads.evaluation.bootstrap import CONFIDENCE
+from workloads.evaluation.intervals import CONFIDENCE
 from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.subject import load_subject
 from workloads.evaluation.task import EvaluationTask, Result

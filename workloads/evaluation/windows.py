@@ -27,7 +27,7 @@ from torch import nn
 
 from workloads.attention.interface import full_attention
 from workloads.engines.engine import Engine
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.training.loss import next_token_losses
 
 

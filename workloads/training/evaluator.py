@@ -11,7 +11,7 @@ from torch import nn
 
 from workloads.config import ExecutionConfig, TrainingConfig
 from workloads.engines.engine import Engine
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.models.positions import original_context_length
 from workloads.training.compilation import uncompiled
 from workloads.training.trial_data import TrialData

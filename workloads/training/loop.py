@@ -31,7 +31,7 @@ from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engines.engine import AsyncScalars, Engine
 from workloads.errors import InputError
 from workloads.evaluation.answers import to_device
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.models.rotary import padded_inputs
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_checkpoint, newest_step, save_checkpoint

@@ -13,7 +13,7 @@ from workloads.config import TrainingConfig
 from workloads.data import Batch, ExampleCorpus, PackedCorpus
 from workloads.engines.engine import Engine
 from workloads.evaluation.answers import score_answers
-from workloads.evaluation.bootstrap import DocumentScores
+from workloads.evaluation.intervals import DocumentScores
 from workloads.evaluation.windows import score_documents
 
 

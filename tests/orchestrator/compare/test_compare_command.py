@@ -18,7 +18,7 @@ from orchestrator.trial_spec import Identities
 from tests.support.commands import ROOT
 from tests.support.events import TOKENS, a_step, document_evaluation
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import RESAMPLES
+from workloads.evaluation.intervals import gap_interval
 
 MACHINE = {
     "hardware": "1 x NVIDIA L4", "device": "gpu", "devices": 1, "device_name": "NVIDIA L4", "workers": 1, "host": "a",
@@ -77,11 +77,9 @@ def test_the_curves_stand_side_by_side_with_the_paired_gap(storage, pair, capsys
     found = compared(capsys, storage, *(trial.fingerprint for trial in pair))
     assert [row["step"] for row in found["curve"]] == [0, 10, 20]
     curves = [find_run(trial.fingerprint, storage).record.curve(1024) for trial in pair]
-    drawn = np.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
     for row, ours, theirs in zip(found["curve"], *curves[::-1]):
-        difference = (np.array(ours.nll) - np.array(theirs.nll))[drawn].sum(axis=1) / TOKENS[drawn].sum(axis=1)
-        (gap,) = row["gaps"]
-        assert [gap["low"], gap["high"]] == pytest.approx(100 * np.quantile(np.expm1(difference), [0.025, 0.975]))
+        (gap,), expected = row["gaps"], gap_interval(ours.scores, theirs.scores)
+        assert [gap["low"], gap["high"]] == pytest.approx([100 * expected.low, 100 * expected.high])
     assert found["winner"] == 1
     assert "lora 1024" in found["verdict"][0] and "4.00% above" in found["verdict"][0]
     assert found["verdict"][-1].endswith("is better.")

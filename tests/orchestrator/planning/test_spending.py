@@ -9,7 +9,7 @@ from orchestrator.planning.budget_watch import BudgetWatch
 from orchestrator.records import events
 from orchestrator.records.events import MAX_GAP_S, Cancelled, Failed, Launched, Saved, Started, make_event, stamp
 from orchestrator.records.journal import Journal
-from orchestrator.records.trial_cost import held_cost, machines_usd
+from orchestrator.records.trial_cost import held_cost, hours_by_step, machines_usd
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.run_options import RunOptions
 from tests.support.events import a_step
@@ -66,6 +66,15 @@ def test_an_interrupted_attempt_costs_nothing_until_a_later_cancel(tmp_path):
 def test_lines_without_a_monotonic_clock_are_bounded(seconds, hours, tmp_path):
     began = Started(time=1_700_000_000.0)
     assert hours_of(tmp_path, began, Saved(step=1, time=began.time + seconds)) == pytest.approx(hours)
+
+
+def test_a_step_costs_what_the_attempt_that_made_it_costs(tmp_path):
+    """Whatever the clock of the second attempt's machine says."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    for process, devices, step, jump in (("one", 4, 1, 0.0), ("two", 2, 2, -HOUR)):
+        journal.append(worker_line(Started(device="gpu", devices=devices), 0, jump, process))
+        journal.append(worker_line(make_event("step", **a_step(step) | {"seconds": HOUR}), 60, jump, process))
+    assert hours_by_step(TrialRecord.of(journal)) == {1: 4.0, 2: 6.0}
 
 
 def test_a_stamped_line_is_read_back(tmp_path):

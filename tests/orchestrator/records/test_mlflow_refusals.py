@@ -80,7 +80,7 @@ def test_a_deleted_experiment_is_restored_and_that_is_said(storage, trials, jour
     assert mirrored.trouble is None and "experiment longspan had been deleted" in mirrored.store.notes[0]
     assert losses(mirrored.uri) == {trials[0].label: [*ALL_STEPS, (4, 6.0)], trials[1].label: ALL_STEPS}
     mirrored.store.client.delete_experiment(mirrored.store.experiment_id)
-    mirrored.log_sweep("first", comparison(), trials, [])
+    mirrored.log_sweep("first", "settings", comparison(), trials, [])
     assert mirrored.trouble is None
     mirrored.store.client.delete_experiment(mirrored.store.experiment_id)
     later = connect(storage)
@@ -155,7 +155,7 @@ def test_a_store_of_another_user_refuses_and_an_interruption_stays_one(storage, 
     tracker = connect(storage, read_only)
     tracker.follow(trials, "second", PROVENANCE)
     tracker.interrupted()
-    tracker.log_sweep("second", comparison(), trials, [])
+    tracker.log_sweep("second", "settings", comparison(), trials, [])
     assert set(tracker.refused) == {*(trial.label for trial in trials), "sweep second"} and tracker.outage is None
     assert "attempt to write a readonly database" in tracker.trouble and "belong to another user" in tracker.trouble
 
@@ -189,15 +189,16 @@ def test_a_damaged_database_is_one_error_at_the_start(storage, damage):
     assert time.time() - began < 30  # MLflow itself would try for two minutes
 
 
-def test_a_name_used_again_for_other_data_gets_a_run_of_its_own(storage, trials, mirrored):
-    for data, identity in (("d", "1"), ("d", "1"), ("e", "2"), ("e", "3")):
-        mirrored.log_sweep("again", comparison(data, identity), trials, [])
+def test_a_name_used_again_for_other_data_or_settings_gets_a_run_of_its_own(storage, trials, mirrored):
+    for settings, data, identity in (("a", "d", "1"), ("a", "d", "1"), ("b", "d", "1"), ("b", "e", "3")):
+        mirrored.log_sweep("again", settings, comparison(data, identity), trials, [])
         assert mirrored.trouble is None
     _, found = runs(mirrored.uri)
     by_name = {run.info.run_name: run for run in found if run.data.tags["longspan.kind"] != "trial"}
     assert set(by_name) == {"sweep again (earlier 1)", "sweep again (earlier 2)", "sweep again"}
     assert by_name["sweep again"].data.params["data_identity"] == "3"
-    assert by_name["sweep again (earlier 1)"].data.params["data"] == "d"
+    assert by_name["sweep again (earlier 1)"].data.params["settings"] == "a"
+    assert by_name["sweep again (earlier 2)"].data.params["data"] == "d"
     assert all(mirrored.run_id(trial) in by_name["sweep again"].data.tags.values() for trial in trials)
 
 

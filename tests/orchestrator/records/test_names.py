@@ -1,28 +1,42 @@
 """Names and paths that mean something in another syntax, and a sweep's name that is used again."""
 
+import json
+import os
 import shlex
 import shutil
+import sqlite3
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy.engine import make_url
 
 from dashboards.mlflow import sqlite_url
-from orchestrator.records.mlflow_sync import tracking_uri
+from orchestrator import sweep
+from orchestrator.cli import parse
+from orchestrator.planning.preparation import check_sweep
+from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.running.trial_driver import _record_failure
 from orchestrator.spec import SweepSpec
 from orchestrator.terminal import shell_command
 from orchestrator.trial_spec import Identities
+from tests.support.mlflow_store import connect
 
 ODD = "a # b?c=%41 %d $(x) 'y' é"
 
 
-def test_mlflows_database_is_in_the_storage_whatever_its_path(tmp_path, monkeypatch):
+def test_mlflows_store_is_in_the_storage_and_nowhere_else_whatever_its_path(tmp_path, monkeypatch, empty_database):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = Storage.open(str(tmp_path / ODD))
-    assert make_url(tracking_uri(storage, None)).database == str(tmp_path / ODD / "mlflow" / "mlflow.db")
+    storage.mlflow.mkdir()
+    shutil.copy(empty_database, storage.mlflow / "mlflow.db")
+    store = connect(storage).store
+    run = store.client.create_run(store.experiment_id)
+    store.client.log_dict(run.info.run_id, {"a": 1}, "a.json")
+    with sqlite3.connect(storage.mlflow / "mlflow.db") as database:
+        assert database.execute("SELECT run_uuid FROM runs").fetchall() == [(run.info.run_id,)]
+    assert json.loads(next(storage.mlflow.glob("artifacts/**/a.json")).read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [storage.root]
     assert sqlite_url(tmp_path / "runs" / "mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"  # as before
 
 
@@ -37,15 +51,32 @@ def test_a_name_used_again_puts_the_earlier_sweep_aside(tmp_path, monkeypatch, w
     for file in ("spec.json", "comparison.json", "report/a.json", "rungs/1/2/a.json"):
         storage.write(f"sweeps/mine/{file}", {"of": "the first"})
     storage.write("sweeps/mine/sweep.json", {"trials": ["a", "b"]})
-    assert storage.put_aside_sweep("mine", {"a", "b", "c"}) is None  # it has grown
-    assert storage.put_aside_sweep("other", {"a"}) is None
-    assert storage.put_aside_sweep("mine", {"a", "c"}).name == "earlier-1"
+    assert not storage.lists_others("mine", {"a", "b", "c"})  # it has grown
+    assert not storage.lists_others("other", {"a"})
+    assert storage.lists_others("mine", {"a", "c"})
+    assert storage.put_aside_sweep("mine").name == "earlier-1"
     assert storage.read("sweeps/mine/spec.json") is None
     for file in ("spec.json", "comparison.json", "report/a.json"):
         assert storage.read(f"sweeps/mine/earlier-1/{file}") == {"of": "the first"}
     assert storage.read("sweeps/mine/rungs/1/2/a.json")
-    storage.write("sweeps/mine/sweep.json", {"trials": ["z"]})
-    assert storage.put_aside_sweep("mine", {"a"}).name == "earlier-2"
+    storage.write("sweeps/mine/sweep.json", {"trials": "damaged"})
+    assert storage.lists_others("mine", {"a"})
+    assert storage.put_aside_sweep("mine").name == "earlier-2"
+
+
+def test_the_name_of_a_running_sweep_is_refused_for_another_one(tmp_path, monkeypatch, capsys):
+    storage = Storage.open(str(tmp_path / "runs"))
+    flags = ["--name", "mine", "--storage", str(storage.root), "--steps"]
+    with Heartbeat(storage, "mine", dict, parse([*flags, "7"])[1].digest()):
+        before = storage.read("sweeps/mine/command.json")
+        assert sweep.main([*flags, "8"]) == 2
+        assert storage.read("sweeps/mine/command.json") == before
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"a sweep named mine is running with other settings (process {os.getpid()} on " in error
+        assert f"longspan cancel mine --storage {storage.root}" in error
+        same = check_sweep(*parse([*flags, "7"]))
+        assert sweep._find_running_namesake(same)["owner"]["pid"] == os.getpid()
+    assert sweep._find_running_namesake(check_sweep(*parse([*flags, "8"]))) is None
 
 
 def test_a_trials_folder_removed_while_it_trains_is_the_reason_of_its_failure(tmp_path):

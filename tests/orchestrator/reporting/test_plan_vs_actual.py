@@ -16,7 +16,7 @@ from tests.support.events import a_step
 from workloads.budget import ModelShape
 from workloads.models.source import ModelSource
 
-BEGAN = 1_000.0
+HOUR = 3_600.0
 
 
 def write(journal, launched, started, ended, end="finished", speeds=(), peak=None, price=None):
@@ -46,25 +46,25 @@ def plan_a_sweep(tmp_path):
     trials = {t.label: t for t in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")}
 
     class PlannedSweep:
-        def __init__(self, cluster=None, price=None):
+        def __init__(self, cluster=None, price=None, failed_before=()):
             self.journals = {label: storage.add_trial(trial).journal for label, trial in trials.items()}
+            for label in failed_before:
+                write(self.journals[label], 100, 110, 200, "failed", speeds=(1.0,), peak=9.0)
             self.cluster = cluster or Cluster((Node(cpus=2, memory=2**35),))
             self.estimator = Estimator(shape, 512, self.cluster, RunOptions(), {"any": price} if price else {})
             self.planned = plan_trials(list(trials.values()), storage, self.estimator)
             self.total = sum_up(self.planned, [], self.estimator)
 
-        def both(self):
-            both = compare_with_plan(self.planned, self.total, storage, self.cluster, BEGAN)
+        def both(self, elapsed=10 * HOUR):
+            both = compare_with_plan(self.planned, self.total, storage, self.cluster, elapsed)
             return both, {trial["label"]: trial for trial in both["trials"]}
 
     return PlannedSweep
 
 
 def test_each_trials_seconds_and_speed_stand_beside_the_plans(plan_a_sweep):
-    sweep = plan_a_sweep()
+    sweep = plan_a_sweep(failed_before=["full 1024"])  # in an earlier run of the sweep, which does not count
     estimates = {p.trial.label: p.estimate for p in sweep.planned}
-    # Events of an earlier run of the sweep do not count: full failed there.
-    write(sweep.journals["full 1024"], 100, 110, 200, "failed", speeds=(1.0,), peak=9.0)
     write(sweep.journals["untuned none 1024"], 1_010, 1_020, 1_030)
     write(sweep.journals["untuned linear 1024"], 1_010.5, 1_031, 1_038)  # in the same driver, after the other
     write(sweep.journals["lora 1024"], 1_012, 1_022, 1_072, speeds=(100.0, 300.0, 310.0), peak=0.5)
@@ -96,6 +96,21 @@ def test_memory_is_compared_on_gpus_and_money_where_a_price_is_known(plan_a_swee
     assert trials["lora 1024"]["peak_memory_bytes"] == {"plan": planned.estimate.memory.allocated, "truth": 3 * 2**30}
     assert both["usd"]["truth"] == pytest.approx(3.0)
     assert both["summary"].endswith("with 3 of 4 trials unfinished.") and "GPU hours" in both["summary"]
+
+
+@pytest.mark.parametrize("by", [-HOUR, 10 * HOUR])
+def test_a_clock_that_is_set_changes_no_actual_time(plan_a_sweep, by):
+    """Between two lines of a worker, which have its process's monotonic clock beside the wall clock."""
+    sweep = plan_a_sweep()
+    labels = ["untuned none 1024", "untuned linear 1024", "lora 1024"]
+    for label, process, uptime in zip(labels, ("a", "a", "b"), (10.0, 20.0, 10.0)):
+        sweep.journals[label].append(Launched(time=10_000))
+        sweep.journals[label].append(Started(time=10_000 + uptime, process=process, uptime=uptime, workers=1))
+        sweep.journals[label].append(Finished(time=10_008 + uptime + by, process=process, uptime=uptime + 8))
+    both, trials = sweep.both(elapsed=60.0)
+    assert [trials[label]["seconds"]["truth"] for label in labels] == [18, 10, 18]
+    assert 18 <= both["seconds"]["truth"] <= 60
+    assert both["hours"]["truth"] == pytest.approx(46 / HOUR)
 
 
 def test_where_nothing_ran_nothing_is_said(plan_a_sweep):

@@ -1,4 +1,4 @@
-"""Perplexity against transformers' own loss and against a loop over tokens; intervals against what they promise."""
+"""Perplexity against transformers' own loss and against a loop over tokens."""
 
 import math
 
@@ -13,14 +13,8 @@ from workloads.attention.patterns import AttentionPattern
 from workloads.data import Corpus, ValidationDocument, prepare
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
-from workloads.evaluation.bootstrap import (
-    DocumentScores,
-    accuracy_interval,
-    gap_interval,
-    perplexity_interval,
-    subsampling_error,
-)
 from workloads.evaluation.documents import documents_to_score
+from workloads.evaluation.intervals import DocumentScores
 from workloads.evaluation.time_estimate import forward_cost
 from workloads.evaluation.windows import cut_windows, score_documents, score_windows
 from workloads.models.source import ModelSource
@@ -122,98 +116,3 @@ def test_the_cost_is_the_papers():
     assert (cost.forwards, cost.tokens) == (2, 16384)
     assert cost.attention_flops / 2e12 == pytest.approx(35.2, abs=0.05)
     assert (cost.flops - cost.attention_flops) / 2e12 == pytest.approx(35.2 + 70.9 + 2.15, abs=0.1)
-
-
-def simulated(generator, documents, mean, spread=0.2):
-    tokens = generator.integers(500, 1500, documents)
-    return DocumentScores(tokens * generator.normal(mean, spread, documents), tokens)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        interval = perplexity_interval(simulated(generator, 30, mean=1.0))
-        covered += interval.low <= math.exp(1.0) <= interval.high
-    assert 0.87 <= covered / 200 <= 0.99
-
-
-def test_pairing_sees_a_small_difference_that_lies_in_every_document():
-    """Documents differ by 20%, the models by 1%: the gap is certain though each perplexity is not."""
-    baseline = simulated(np.random.default_rng(0), 20, mean=1.0)
-    worse = DocumentScores(baseline.nll + 0.01 * baseline.tokens, baseline.tokens)
-    own, gap = perplexity_interval(worse), gap_interval(worse, baseline)
-    assert own.low < baseline.perplexity < own.high
-    assert gap.low == pytest.approx(gap.high) == pytest.approx(math.exp(0.01) - 1)
-    assert gap.value == pytest.approx(worse.perplexity / baseline.perplexity - 1)
-
-
-def several_seeds(generator, seeds, documents, spread):
-    """Scores of one setting: documents of different hardness, and seeds that differ by ``spread``."""
-    tokens = generator.integers(500, 1500, documents)
-    nll = tokens * (1.0 + 0.2 * generator.standard_normal(documents))
-    return tokens, {seed: nll + tokens * spread * generator.standard_normal() for seed in seeds}
-
-
-def test_several_seeds_are_drawn_again_as_documents_are():
-    """Against the bootstrap written out, one resample at a time, with draws of its own."""
-    generator = np.random.default_rng(3)
-    tokens, nll = several_seeds(generator, (0, 1, 2, 3), 30, spread=0.05)
-    other = {seed: values - tokens * (0.02 + 0.01 * seed) for seed, values in nll.items()}
-    high, low = (
-        DocumentScores.over_seeds({seed: DocumentScores(values, tokens) for seed, values in each.items()})
-        for each in (nll, other)
-    )
-    assert high.perplexity == pytest.approx(np.exp(sum(v.sum() for v in nll.values()) / (4 * tokens.sum())))
-    ratios = []
-    for _ in range(20_000):
-        documents, seeds = generator.integers(30, size=30), generator.integers(4, size=4)
-        ours, theirs = (
-            sum(values[int(seed)][documents].sum() for seed in seeds) / (4 * tokens[documents].sum())
-            for values in (nll, other)
-        )
-        ratios.append(np.exp(ours - theirs) - 1)
-    expected = np.quantile(ratios, [0.025, 0.975])
-    gap = gap_interval(high, low)
-    assert (gap.low, gap.high) == pytest.approx(expected, abs=1.5e-3)
-    assert gap.high - gap.low > 0.01  # though the documents alone say the same of every seed's gap
-    # The same seeds are drawn for both: what makes a seed good cancels out, as what makes a document easy does.
-    apart = gap_interval(high, DocumentScores(low.nll, tokens, (4, 5, 6, 7)))
-    assert apart.high - apart.low > 2 * (gap.high - gap.low)
-
-
-def test_one_seed_is_the_bootstrap_over_documents_alone():
-    tokens, nll = several_seeds(np.random.default_rng(5), (7,), 12, spread=0.1)
-    alone = DocumentScores(nll[7], tokens)
-    drawn = np.random.default_rng(0).integers(12, size=(4000, 12))
-    resampled = np.exp(nll[7][drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
-    for scores in (alone, DocumentScores.over_seeds({7: alone})):
-        interval = perplexity_interval(scores)
-        assert [interval.low, interval.high] == pytest.approx(np.quantile(resampled, [0.025, 0.975]), rel=1e-12)
-        assert interval.value == pytest.approx(alone.perplexity)
-
-
-def test_models_scored_on_other_documents_are_not_compared():
-    generator = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="same documents"):
-        gap_interval(simulated(generator, 5, 1.0), simulated(generator, 5, 1.0))
-
-
-def test_the_error_of_a_subsample_is_about_what_it_says():
-    """Of many subsamples, about 95% lie within the error that each states."""
-    generator = np.random.default_rng(0)
-    nll = generator.gamma(4.0, 0.5, 200) * 100
-    truth = math.exp(nll.sum() / (200 * 100))
-    within = 0
-    for _ in range(400):
-        sample = generator.choice(nll, 50, replace=False)
-        within += abs(math.exp(sample.mean() / 100) / truth - 1) <= subsampling_error(sample, 100, 200)
-    assert 0.92 <= within / 400 <= 0.98
-    assert subsampling_error(nll, 100, 200) == 0
-
-
-def test_wilson_intervals():
-    """Brown, Cai and DasGupta (2001) give the formula; the values are those of statsmodels' proportion_confint."""
-    assert (accuracy_interval(10, 10).low, accuracy_interval(10, 10).high) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert (accuracy_interval(3, 10).low, accuracy_interval(3, 10).high) == pytest.approx((0.1078, 0.6032), abs=1e-4)
-    assert accuracy_interval(0, 10).low == pytest.approx(0, abs=1e-12)

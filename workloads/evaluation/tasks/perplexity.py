@@ -13,8 +13,13 @@ from rich.table import Table
 from workloads.data import Corpus
 from workloads.errors import InputError
 from workloads.evaluation import pictures
-from workloads.evaluation.bootstrap import DocumentScores, perplexity_interval, subsampling_error
 from workloads.evaluation.documents import ScoredDocument, documents_to_score
+from workloads.evaluation.intervals import (
+    FEWEST_DOCUMENTS,
+    DocumentScores,
+    perplexity_interval,
+    subsampling_error,
+)
 from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.task import EvaluationTask, Result, Run
 
@@ -72,6 +77,10 @@ def _prepare(subject: Subject, options: PerplexityOptions, console: Console) -> 
     if len(documents) < options.documents:
         console.print(
             f"note: only {len(documents)} of the {options.documents} requested documents have {span:,} tokens"
+        )
+    if len(documents) < FEWEST_DOCUMENTS:
+        console.print(
+            f"note: {len(documents)} scored documents are too few for an interval; expected at least {FEWEST_DOCUMENTS}"
         )
     if len(subject.lengths) > 1 and not options.stride:
         console.print(
@@ -146,13 +155,11 @@ def _row(
         scores = DocumentScores.of_windows(owner, nll[:, rule], num_scored, len(documents))
         for entry, document_nll, tokens in zip(per_document, scores.nll.tolist(), scores.tokens.tolist()):
             entry[name] = {"nll": document_nll, "tokens": tokens}
-        sampled = scores.tokens > 0
-        interval = perplexity_interval(DocumentScores(scores.nll[sampled], scores.tokens[sampled]))
-        several = int(sampled.sum()) > 1  # one document shows no spread between documents
+        interval = perplexity_interval(scores)
         row["rules"][name] = {
             "perplexity": interval.value,
-            "low": interval.low if several else None,
-            "high": interval.high if several else None,
+            "low": interval.low,
+            "high": interval.high,
             "tokens": int(scores.tokens.sum()),
             "subsampling_error": subsampling_error(nll[:, rule], num_scored, num_windows),
         }
@@ -181,8 +188,8 @@ def _table(result: Result) -> tuple[str, Table]:
         cells = [f"{row['length']:,}", windows]
         for rule in rules:
             score = row["rules"][rule]
-            several = score["low"] is not None
-            cells += [f"{score['perplexity']:,.3f}", f"{score['low']:,.3f} to {score['high']:,.3f}" if several else "-"]
+            known = score["low"] is not None
+            cells += [f"{score['perplexity']:,.3f}", f"{score['low']:,.3f} to {score['high']:,.3f}" if known else "-"]
             if subsampled:
                 cells.append(f"± {score['subsampling_error']:.1%}")
         table.add_row(*cells)
