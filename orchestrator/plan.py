@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator
 
 def _plan(arguments: list[str], prog: str, console: Console) -> int:
     name, spec, options = parse(arguments, prog, plan=True)
-    sweep = identify(check_sweep(name, spec, options))
+    sweep = identify(check_sweep(name, spec, options, plan_only=True))
     plan = plan_sweep(sweep, _cluster(options))
     print_plan(sweep, plan, console)
     refuse_impossible(sweep, plan)

@@ -6,6 +6,7 @@ on the same hardware, scaled by FLOPs; without such trials they follow from the 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import statistics
 from collections.abc import Iterable, Mapping
@@ -124,6 +125,13 @@ class Estimator:
         # Many trials of a sweep differ by their seed or learning rate alone, and share these.
         self._placed: dict[tuple[TrainingConfig, bool], Placed] = {}
         self._timed_devices: dict[TrainingConfig, Device] = {}
+
+    def with_options(self, options: RunOptions) -> Estimator:
+        """An estimator for the same trials and machines under other options, which has learned the same."""
+        other = copy.copy(self)
+        other.options, other.device = options, self.cluster.device(options)
+        other._placed, other._timed_devices = {}, {}
+        return other
 
     def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
         """Learns from what trials of the same model measured on the same kind of device."""

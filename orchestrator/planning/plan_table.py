@@ -14,11 +14,12 @@ from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.cost import Totals
 from orchestrator.planning.data_summary import data_summary
 from orchestrator.planning.estimate import Estimate, Estimator
+from orchestrator.planning.layout import suggest_layout
 from orchestrator.planning.notes import notes
 from orchestrator.planning.planner import Planned, summarise_actions, superseded
 from orchestrator.planning.preparation import Identified, Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
-from orchestrator.terminal import GIB, duration, gib, number_or_dash, usd
+from orchestrator.terminal import GIB, and_list, duration, gib, number_or_dash, usd
 
 
 def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
@@ -26,6 +27,11 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
     console.print(f"sweep {sweep.name}: {sweep.spec.model} on {sweep.spec.data}, storage {sweep.options.storage}")
     for line in data_summary(sweep):
         console.print(line, markup=False, soft_wrap=True)
+    if sweep.unread:
+        console.print(
+            f"note: the hub does not give {and_list(sweep.unread)} (no network, or no token): planned from published "
+            "sizes, as if no trial had run; the sweep itself needs the hub"
+        )
     for note in sweep.position_notes:
         console.print(f"note: {note}", markup=False)
     if labels := superseded(plan.planned, sweep.storage):
@@ -42,6 +48,10 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
         console.print(totals_line(plan.totals, plan.cluster))
         console.print(_hanging("  ", Text(plan.estimator.source)))
         console.print(_hanging("  ", Text(_cost_line(plan.totals, plan.estimator))))
+        if not plan.upcoming and (
+            better := suggest_layout(plan.planned, plan.totals, plan.estimator, sweep.options.fit)
+        ):
+            console.print(_hanging("  ", Text(f"better: {better}")))
     for damage in sweep.storage.damaged:
         console.print(f"damaged: {damage}", style="yellow", markup=False, soft_wrap=True)
 

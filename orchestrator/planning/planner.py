@@ -100,7 +100,9 @@ def _plan(
         return planned("stopped", f"stopped early at step {record.stopped.step}: {record.reason}")
     if estimate.refusal:
         return planned("infeasible", estimate.refusal)
-    changed = f"; runs with {and_list(estimate.changes)}, to fit into memory" if estimate.changes else ""
+    # The table has a column for layers that recompute or are offloaded.
+    changes = [each for each in estimate.changes if not each.startswith(("gradient checkpointing", "activations of"))]
+    changed = f"; runs with {and_list(changes)}, to fit into memory" if changes else ""
     if record.saved_step:
         reason = f"from step {record.saved_step} of {trial.training.steps}"
         if record.state == "cancelled":

@@ -62,11 +62,11 @@ class Rates:
         if machine is None:
             source = f"the price of {kind.name} is unknown; give it with --prices"
         else:
-            source = f"{usd(machine.usd)} per hour of a machine: {machine.source}"
+            source = f"{usd(machine.usd)} an hour of a machine, {machine.source}"
         if cluster.head is None:
             source += "; the head is not counted, its type is unknown"
         elif head:
-            source += f"; {usd(head.usd)} per hour of the head, {cluster.head.instance.name}"
+            source += f"; {usd(head.usd)} an hour of the head, {cluster.head.instance.name}"
         return cls(
             machines=(machine.usd if machine else None,) * len(cluster.nodes),
             head=0.0 if cluster.head is None else head.usd if head else None,
