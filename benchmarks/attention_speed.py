@@ -79,13 +79,13 @@ class Row:
     """The result of a case.
 
     Args:
-        way: a backend of longspan, or the published recipe.
+        implementation: a backend of longspan, or the published recipe.
         forward, both: milliseconds of the forward pass, and of forward and backward.
         failure: the error, if nothing was measured.
     """
 
     case: Case
-    way: str
+    implementation: str
     forward: float | None = None
     both: float | None = None
     failure: str | None = None
@@ -98,8 +98,8 @@ class Row:
         return flops / self.forward / 1e9, with_backward / self.both / 1e9
 
 
-def ways(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
-    """(name, function of query, key, value) of every way that runs here; FlexAttention is for other patterns."""
+def implementations(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
+    """(name, function of query, key, value) of what can run here; FlexAttention is for other patterns."""
     if case.group_size:
 
         def published(*qkv: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def ways(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[..., 
             yield backend, lambda *qkv, backend=backend: attention(*qkv, case.pattern, backend=backend)
 
 
-def measure(case: Case, way: str, compute: Callable[..., torch.Tensor], device: torch.device) -> Row:
+def measure(case: Case, implementation: str, compute: Callable[..., torch.Tensor], device: torch.device) -> Row:
     """One line of the table."""
 
     def tensor(heads: int) -> torch.Tensor:
@@ -133,12 +133,12 @@ def measure(case: Case, way: str, compute: Callable[..., torch.Tensor], device: 
             1e3 * statistics.median(seconds_of(call, device, WARMUP, REPEATS)) for call in (lambda: compute(*qkv), both)
         ]
     except RuntimeError as error:  # out of memory is one
-        return Row(case=case, way=way, failure=str(error).partition("\n")[0])
-    return Row(case=case, way=way, forward=medians[0], both=medians[1])
+        return Row(case=case, implementation=implementation, failure=str(error).partition("\n")[0])
+    return Row(case=case, implementation=implementation, forward=medians[0], both=medians[1])
 
 
 HEADER = (
-    "tokens", "group", "heads", "way", "forward ms", "forward and backward ms", "must reach", "stretch",
+    "tokens", "group", "heads", "implementation", "forward ms", "forward and backward ms", "must reach", "stretch",
     "x published S²", "forward TFLOP/s", "both TFLOP/s",
 )  # fmt: skip
 
@@ -146,11 +146,13 @@ HEADER = (
 def line(row: Row, rows: list[Row]) -> str:
     case = row.case
     cells = [f"{case.tokens:,}", f"{case.group_size:,}" if case.group_size else "full"]
-    cells += [f"{case.heads}/{case.key_value_heads}", row.way]
+    cells += [f"{case.heads}/{case.key_value_heads}", row.implementation]
     if row.failure:
         cells += ["-", row.failure, *["-"] * 5]
     else:
-        published = next((other.both for other in rows if other.case == case and other.way == PUBLISHED), None)
+        published = next(
+            (other.both for other in rows if other.case == case and other.implementation == PUBLISHED), None
+        )
         cells += [
             f"{row.forward:.2f}",
             f"{row.both:.2f}",
@@ -181,8 +183,8 @@ def main(json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("attentio
     facts, rows = machine(device), []
     print(f"{describe(facts)}\n{COUNTING}\n\n{head()}", flush=True)
     for case in CASES:
-        for way, compute in ways(case, device):
-            rows.append(measure(case, way, compute, device))
+        for name, compute in implementations(case, device):
+            rows.append(measure(case, name, compute, device))
             print(line(rows[-1], rows), flush=True)
             write_json(json_file, as_json(rows, facts))
     print(f"\n{time.monotonic() - began:.0f} s; {json_file}")

@@ -6,7 +6,7 @@
     published S²   the same, with the attention of LongLoRA's own recipe (arXiv 2309.12307, algorithm 1): half of the
                    heads rolled by half a group, cut into groups, one FlashAttention-2 call, rolled back
     Liger          the user's way (full attention) with ``apply_liger_kernel_to_llama``
-    Unsloth        full attention, as its documentation recommends (unsloth_way.py)
+    Unsloth        full attention, as its documentation recommends (unsloth_baseline.py)
 
 They train the same parameters as longspan, by other code; trainable embeddings and norms are bfloat16 here,
 as in such a script, and float32 in longspan.

@@ -13,7 +13,7 @@ from benchmarks.memory import MODELS
 from workloads.budget import ModelShape, training_flops
 from workloads.config import Method, OffloadActivations, Quantization, TrainingConfig
 
-Way = Literal["longspan", "user's way", "published S²", "Liger", "Unsloth"]
+Implementation = Literal["longspan", "user's way", "published S²", "Liger", "Unsloth"]
 
 # Rate of large matrix products measured on one H200 (8192x4096x4096: 802 TFLOP/s, 16384x11008x4096: 789).
 PRODUCTS_RATE = 790e12
@@ -52,7 +52,7 @@ class Case:
     """
 
     name: str
-    way: Way
+    implementation: Implementation
     context_length: int
     group_size: int | None
     warmup: int
@@ -79,12 +79,12 @@ class Case:
 
     @property
     def must_reach(self) -> float | None:
-        return self.expected if self.way == "longspan" and self.offload_activations == "auto" else None
+        return self.expected if self.implementation == "longspan" and self.offload_activations == "auto" else None
 
     @property
     def seconds(self) -> float:
         """About how long it takes on an H200."""
-        return START_SECONDS[self.way] + (self.warmup + self.steps) * self.context_length / self.expected
+        return START_SECONDS[self.implementation] + (self.warmup + self.steps) * self.context_length / self.expected
 
     @cached_property
     def limit(self) -> float | None:
@@ -163,14 +163,14 @@ class Row:
     reason: str | None = None
 
 
-def baseline(case: Case, way: Way) -> Case | None:
+def baseline(case: Case, implementation: Implementation) -> Case | None:
     """The same case by other code, in bfloat16.
 
     With S²-Attn too if that code has it, else with full attention.
     """
-    group_size = case.group_size if way == "published S²" else None
+    group_size = case.group_size if implementation == "published S²" else None
     for other in CASES.values():
         alike = other.context_length == case.context_length and other.method == case.method
-        if other.way == way and alike and other.group_size == group_size:
+        if other.implementation == implementation and alike and other.group_size == group_size:
             return other
     return None

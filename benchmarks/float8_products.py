@@ -1,9 +1,9 @@
-"""Matrix products of an FP8 base, each way a GPU can compute them: ``python -m benchmarks.float8_products``.
+"""Matrix products of an FP8 base, by each method of a GPU: ``python -m benchmarks.float8_products``.
 
 Shapes of Llama-2-7B at 8,192 tokens, forward (x Wᵀ) and backward (dy W), random numbers with a mean of a tenth of
-their standard deviation. For each way its time, and its error against the exact product of the same FP8 numbers (of 64
-tokens, in float64). ``FAST_FORWARD`` and ``FAST_BACKWARD`` of workloads/adaptation/float8.py choose between them. Half
-a minute.
+their standard deviation. For each method its time, and its error against the exact product of the same FP8 numbers (of
+64 tokens, in float64). ``FAST_FORWARD`` and ``FAST_BACKWARD`` of workloads/adaptation/float8.py choose between them.
+Half a minute.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEAN = 0.1
 
 
 def products(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each way as a function that returns x Wᵀ in bfloat16, for x (tokens, K) and W (N, K); x is already quantised.
+    """Each method as a function that returns x Wᵀ in bfloat16, for x (tokens, K) and W (N, K); x is already quantised.
 
     ``no scales`` is what workloads/adaptation/float8.py uses; its result is not yet scaled.
     """
@@ -49,39 +49,39 @@ def products(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], to
     }
 
 
-def error(way: str, found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+def error(method: str, found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
     """The relative error on ``CHECKED`` tokens, against the exact product; bfloat16 rounding alone is 0.0017."""
     operands = [x[:CHECKED], weight]
-    if way != "bfloat16":
+    if method != "bfloat16":
         scaled = [quantise_rows(each) for each in operands]
-        unscaled = way.startswith("no scales")
+        unscaled = method.startswith("no scales")
         operands = [each.double() * (1 if unscaled else scale.double()) for each, scale in scaled]
     exact = operands[0].double() @ operands[1].double().t()
     return ((found[:CHECKED].double() - exact).norm() / exact.norm()).item()
 
 
 def measure(k: int, n: int, tokens: int, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """By way: TFLOP/s, milliseconds and the error, or why it cannot run here."""
+    """By method: TFLOP/s, milliseconds and the error, or why it cannot run here."""
     generator = torch.Generator(device).manual_seed(0)
     x, weight = ((torch.randn(rows, k, generator=generator, device=device) + MEAN).bfloat16() for rows in (tokens, n))
     results = {}
-    for way, product in products(x, weight).items():
+    for method, product in products(x, weight).items():
         try:
-            relative_error = error(way, product(), x, weight)
+            relative_error = error(method, product(), x, weight)
             seconds = statistics.median(seconds_of(product, device, warmup=3, repeats=repeats))
         except (RuntimeError, ValueError) as failure:
-            results[way] = {"failed": str(failure).splitlines()[0]}
+            results[method] = {"failed": str(failure).splitlines()[0]}
             continue
-        results[way] = {"tflops": 2 * tokens * k * n / seconds / 1e12, "ms": seconds * 1e3, "error": relative_error}
+        results[method] = {"tflops": 2 * tokens * k * n / seconds / 1e12, "ms": seconds * 1e3, "error": relative_error}
     return results
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    lines = ["| products | way | TFLOP/s | ms | error |", "|---|---|---|---|---|"]
-    for shape, ways in rows.items():
-        for way, row in ways.items():
+    lines = ["| products | method | TFLOP/s | ms | error |", "|---|---|---|---|---|"]
+    for shape, methods in rows.items():
+        for method, row in methods.items():
             shown = f"{row['tflops']:,.0f} | {row['ms']:.3f} | {row['error']:.4f}" if "ms" in row else row["failed"]
-            lines.append(f"| {shape} | {way} | {shown} |")
+            lines.append(f"| {shape} | {method} | {shown} |")
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-"""The same trial trained twice, in two ways that should agree: ``python -m benchmarks.loss_parity``.
+"""The same trial trained twice, in two variants that should agree: ``python -m benchmarks.loss_parity``.
 
     python -m benchmarks.loss_parity --model SmolLM2-135M --data papers            # FP8 base against bfloat16
-    python -m benchmarks.loss_parity --model ... --data ... --ways not-compiled bfloat16   # what compiling changes
+    python -m benchmarks.loss_parity --model ... --data ... --variants not-compiled bfloat16   # what compiling changes
     python -m benchmarks.loss_parity --model ... --data ... --seeds 0 1                    # and what another seed does
 
 Same seed, same data in the same order, through longspan's training loop (``workloads.training.loop.run``). Compare the
-difference of FP8 with that of two ways of computing in bfloat16 (the second line) and of two seeds (the third). On a
+difference of FP8 with that of two variants in bfloat16 (the second line) and of two seeds (the third). On a
 GPU the layers are compiled, except with ``not-compiled``; on a CPU nothing is.
 """
 
@@ -37,13 +37,13 @@ from workloads.training.checkpoint import load_newest
 from workloads.training.loop import Trial, run
 from workloads.training.setup import build_model
 
-Way = Literal["bfloat16", "fp8", "not-compiled"]
+Variant = Literal["bfloat16", "fp8", "not-compiled"]
 EVERY = 50  # the printed losses are means over so many steps
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The result of training in one way.
+    """The result of training in one variant.
 
     Args:
         losses: of each step.
@@ -52,7 +52,7 @@ class Curve:
         seconds: of the whole run, with loading and evaluations; tokens_per_second: the median of its steps.
     """
 
-    way: Way
+    variant: Variant
     losses: list[float] = field(default_factory=list)
     perplexities: dict[int, float] = field(default_factory=dict)
     exported: float = 0.0
@@ -62,7 +62,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Parity:
-    """The difference of the second way from the first: ``second / first - 1``.
+    """The difference of the second variant from the first: ``second / first - 1``.
 
     Of each step's loss (in absolute value for ``median`` and ``largest``), of the last perplexity, and of the export's.
     """
@@ -88,17 +88,19 @@ class Parity:
         )
 
 
-def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: PackedCorpus, device: torch.device) -> Curve:
-    """A whole trial in this way."""
+def train(
+    variant: Variant, training: TrainingConfig, source: ModelSource, corpus: PackedCorpus, device: torch.device
+) -> Curve:
+    """A whole trial in this variant."""
     import torch._dynamo
 
     torch._dynamo.reset()
     gc.collect()  # frees the previous model
-    compiled = device.type == "cuda" and way != "not-compiled"
+    compiled = device.type == "cuda" and variant != "not-compiled"
     execution = ExecutionConfig(
         compile_layers="on" if compiled else "off", checkpoint_every=training.steps, checkpoint_minutes=math.inf
     )
-    curve, speeds, began = Curve(way), [], time.monotonic()
+    curve, speeds, began = Curve(variant), [], time.monotonic()
 
     def emit(event: str, **fields: Any) -> None:
         if event == "step":
@@ -123,7 +125,7 @@ def train(way: Way, training: TrainingConfig, source: ModelSource, corpus: Packe
 
 def table(first: Curve, second: Curve, parity: Parity) -> str:
     """Mean losses of every ``EVERY`` steps, perplexities, and the differences."""
-    lines = [f"| steps | {first.way} | {second.way} | difference |", "|---|---|---|---|"]
+    lines = [f"| steps | {first.variant} | {second.variant} | difference |", "|---|---|---|---|"]
     for start in range(0, len(first.losses), EVERY):
         a, b = (statistics.fmean(curve.losses[start : start + EVERY]) for curve in (first, second))
         lines.append(
@@ -138,17 +140,17 @@ def table(first: Curve, second: Curve, parity: Parity) -> str:
         f"{parity.mean:+.4%}"
     )
     for curve in (first, second):
-        lines.append(f"{curve.way}: {curve.tokens_per_second:,.0f} tokens/s, {curve.seconds:.0f} s in all")
+        lines.append(f"{curve.variant}: {curve.tokens_per_second:,.0f} tokens/s, {curve.seconds:.0f} s in all")
     return "\n".join(lines)
 
 
 def over_seeds(pairs: Sequence[tuple[Curve, Curve, Parity]]) -> str:
-    """With several seeds: how far apart the two ways end, and how far apart the seeds."""
+    """With several seeds: how far apart the two variants end, and how far apart the seeds."""
     lines = ["held-out perplexity of the exported model, by seed"]
     for curves in zip(*((first, second) for first, second, _ in pairs)):
         ends = [curve.exported for curve in curves]
         apart = max(ends) / min(ends) - 1
-        lines.append(f"{curves[0].way}: {', '.join(f'{end:.4f}' for end in ends)} ({apart:.3%} apart)")
+        lines.append(f"{curves[0].variant}: {', '.join(f'{end:.4f}' for end in ends)} ({apart:.3%} apart)")
     mean = statistics.fmean(parity.mean for *_, parity in pairs)
     return "\n".join([*lines, f"losses differ by {mean:+.4%} on average"])
 
@@ -161,8 +163,8 @@ def draw(pairs: Sequence[tuple[Curve, Curve, Parity]], title: str, path: Path) -
         figure = new_figure(640, 400)
         figure.set_facecolor("white")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
-        above.plot(steps, first.losses, color="#98a3ae", linewidth=2.4, label=first.way)
-        above.plot(steps, second.losses, color="#1a4a8a", linewidth=0.9, label=second.way)
+        above.plot(steps, first.losses, color="#98a3ae", linewidth=2.4, label=first.variant)
+        above.plot(steps, second.losses, color="#1a4a8a", linewidth=0.9, label=second.variant)
         above.set_ylabel("training loss, nats a token")
         above.legend(frameon=False)
         below.axhline(0, color=MUTED, linewidth=0.8)
@@ -175,12 +177,16 @@ def draw(pairs: Sequence[tuple[Curve, Curve, Parity]], title: str, path: Path) -
 
 
 def compare(
-    ways: Sequence[Way], training: TrainingConfig, source: ModelSource, corpus: PackedCorpus, device: torch.device
+    variants: Sequence[Variant],
+    training: TrainingConfig,
+    source: ModelSource,
+    corpus: PackedCorpus,
+    device: torch.device,
 ) -> tuple[Curve, Curve, Parity]:
-    """Trains in both ways; ``training`` is that of bfloat16."""
+    """Trains in both variants; ``training`` is that of bfloat16."""
     first, second = (
-        train(way, replace(training, quantization="fp8" if way == "fp8" else "none"), source, corpus, device)
-        for way in ways
+        train(variant, replace(training, quantization="fp8" if variant == "fp8" else "none"), source, corpus, device)
+        for variant in variants
     )
     return first, second, Parity.of(first, second)
 
@@ -188,7 +194,7 @@ def compare(
 def main(
     model: str,
     data: str,
-    ways: tuple[Way, Way] = ("bfloat16", "fp8"),
+    variants: tuple[Variant, Variant] = ("bfloat16", "fp8"),
     steps: int = 300,
     context_length: int = 8192,
     batch: int = 2,
@@ -200,14 +206,14 @@ def main(
     json_file: Annotated[Path, tyro.conf.arg(name="json")] = Path("loss_parity.json"),
     picture: Path = Path("loss_parity.png"),
 ) -> None:
-    """Trains the same trial in two ways and prints how far apart their losses are.
+    """Trains the same trial in two variants and prints how far apart their losses are.
 
     Args:
         model: a folder, a Hugging Face id, or builtin:tiny.
         data: a folder of text, or any other corpus that a sweep accepts.
-        ways: the second is compared with the first.
+        variants: the second is compared with the first.
         group_size: of S²-Attn, as a share of the context.
-        seeds: the trial is trained in both ways with each.
+        seeds: the trial is trained in both variants with each.
         json_file: losses and differences.
         picture: a PNG of them.
     """
@@ -235,7 +241,9 @@ def main(
         content = {"machine": facts, "model": model, "data": data, "training": training.not_at_default(), "seeds": {}}
         pairs = {}
         for seed in seeds:
-            pairs[seed] = first, second, parity = compare(ways, replace(training, seed=seed), source, corpus, device)
+            pairs[seed] = first, second, parity = compare(
+                variants, replace(training, seed=seed), source, corpus, device
+            )
             print(f"{what}, seed {seed}\n\n{table(first, second, parity)}\n", flush=True)
             content["seeds"][seed] = {"curves": [asdict(first), asdict(second)], "parity": asdict(parity)}
             write_json(json_file, content)

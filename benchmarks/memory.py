@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from benchmarks.live import LiveTensors
 from workloads.budget import Device, Loop, Memory, ModelShape, memory, step_seconds
 from workloads.config import ExecutionConfig, Method, TrainingConfig
 from workloads.engines.choose import make_engine
+from workloads.files.json_text import json_text
 from workloads.training.loop import Emit, Trial
 from workloads.training.setup import prepare_model
 
@@ -202,7 +202,7 @@ def table(results: Iterable[Result]) -> str:
 def as_json(results: Iterable[Result], device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = [dataclasses.asdict(result) | {"predicted_bytes": result.predicted.allocated} for result in results]
-    return json.dumps({"device": name, "torch": torch.__version__, "points": rows}, indent=1)
+    return json_text({"device": name, "torch": torch.__version__, "points": rows}, indent=1)
 
 
 def main(json_file: Path = Path("memory.json")) -> None:
@@ -223,7 +223,7 @@ def main(json_file: Path = Path("memory.json")) -> None:
         results.append(result)
         print(table([result]).splitlines()[-1], flush=True)
     print(f"\n{torch.cuda.get_device_name(device)}, torch {torch.__version__}\n\n{table(results)}")
-    json_file.write_text(as_json(results, device))
+    json_file.write_text(as_json(results, device), encoding="utf-8")
 
 
 if __name__ == "__main__":

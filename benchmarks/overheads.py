@@ -15,7 +15,6 @@ Steps are tiny (64 tokens), so nearly all the measured time is overhead. All fil
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import resource
@@ -45,6 +44,7 @@ from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.config import ExecutionConfig
 from workloads.data import Corpus, prepare
 from workloads.engines.engine import Engine
+from workloads.files.json_text import json_text
 from workloads.models.source import ModelSource
 from workloads.training.loop import run
 
@@ -178,7 +178,7 @@ def write_finished(storage: Storage, trial: TrialSpec) -> None:
             length = trial.training.context_length
             events.append({"event": "eval", "step": step, "tokens": 2048 * step, "context_length": length, **scores})
     events += [{"event": "saved", "step": JOURNAL_STEPS}, {"event": "finished"}]
-    lines = (json.dumps({"event": "", "time": 1.0 + index, **event}) for index, event in enumerate(events))
+    lines = (json_text({"event": "", "time": 1.0 + index, **event}) for index, event in enumerate(events))
     journal.path.write_text("\n".join(lines) + "\n")
 
 
@@ -215,7 +215,7 @@ def main(json_file: Path | None = None) -> None:
         "load before and after": [before[0], after[0]],
     }
     print("\n".join(rows(figures)))
-    content = json.dumps({"machine": machine, "seconds": figures}, indent=1)
+    content = json_text({"machine": machine, "seconds": figures}, indent=1)
     if json_file is None:
         print(content)
     else:

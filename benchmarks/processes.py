@@ -13,6 +13,7 @@ from typing import Any
 
 # Time for a process to exit after sending its result: it frees tens of gigabytes.
 LAST_SECONDS = 5.0
+START_METHOD = "spawn"  # a fork of a process that uses CUDA cannot use it
 
 
 class Failed(RuntimeError):
@@ -23,7 +24,7 @@ class Worker:
     """A process that waits to call ``function`` once; it must be importable, as ``multiprocessing`` requires."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork of a process that uses CUDA cannot use it
+        context = multiprocessing.get_context(START_METHOD)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(function, theirs))
         self._process.start()

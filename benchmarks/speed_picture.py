@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CASES, Case, Row, Way, baseline
+from benchmarks.cases import CASES, Case, Implementation, Row, baseline
 from dashboards.drawing import INK, MUTED, new_figure, style
 
 # (bar, text on it). They differ in lightness, which colour vision deficiency and grey print preserve.
-COLOURS: dict[Way, tuple[str, str]] = {
+COLOURS: dict[Implementation, tuple[str, str]] = {
     "user's way": ("#e3e7eb", INK),
     "Liger": ("#cbd2d9", INK),
     "Unsloth": ("#b1bac4", INK),
@@ -27,7 +27,9 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
     Raises:
         SystemExit: there are none.
     """
-    groups = [(case, bars(case, rows)) for case in CASES.values() if case.way == "longspan" and speed(case, rows)]
+    groups = [
+        (case, bars(case, rows)) for case in CASES.values() if case.implementation == "longspan" and speed(case, rows)
+    ]
     if not groups:
         raise SystemExit("the JSON file has no measured case of longspan to draw; run the benchmark on a GPU first")
     from matplotlib.lines import Line2D
@@ -48,8 +50,8 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
         for case, found in groups:
             bottom = top + space(case, found)
             first = (top + bottom - BAR * len(found)) / 2
-            for index, (way, value) in enumerate(found):
-                draw_bar(axes, first + BAR * (index + 0.5), way, value, dict(found).get("user's way"))
+            for index, (name, value) in enumerate(found):
+                draw_bar(axes, first + BAR * (index + 0.5), name, value, dict(found).get("user's way"))
             if case.limit:
                 axes.plot([case.limit] * 2, [top, bottom], color=LIMIT, linewidth=2.2, solid_capstyle="butt")
             note = title(case)
@@ -57,9 +59,9 @@ def draw(machine: dict[str, Any], rows: dict[str, Row], path: Path) -> None:
             top = bottom + GAP
         heading = f"Training Llama-2-7B on one {machine['device']}"
         figure.text(12 / WIDTH, 1 - 20 / height, heading, size=12, weight="bold")
-        labels: dict[Way, str] = {"Liger": "with Liger", "longspan": "longspan, times the user's way"}
-        drawn = {way for _, found in groups for way, _ in found}
-        handles = [Patch(color=COLOURS[way][0], label=labels.get(way, way)) for way in COLOURS if way in drawn]
+        labels: dict[Implementation, str] = {"Liger": "with Liger", "longspan": "longspan, times the user's way"}
+        drawn = {name for _, found in groups for name, _ in found}
+        handles = [Patch(color=COLOURS[name][0], label=labels.get(name, name)) for name in COLOURS if name in drawn]
         handles.append(Line2D([], [], color=LIMIT, linewidth=2.2, label="limit of the machine"))
         where = (8 / WIDTH, 1 - 26 / height)
         figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=6, frameon=False, handlelength=1.2)
@@ -73,27 +75,27 @@ def speed(case: Case, rows: dict[str, Row]) -> float | None:
     return rows[case.name].tokens_per_second if case.name in rows else None
 
 
-def bars(case: Case, rows: dict[str, Row]) -> list[tuple[Way, float]]:
+def bars(case: Case, rows: dict[str, Row]) -> list[tuple[Implementation, float]]:
     """(code, tokens/s) of each measured bar, longspan last."""
-    ways = {way: case if way == "longspan" else baseline(case, way) for way in COLOURS}
-    return [(way, speed(each, rows)) for way, each in ways.items() if each and speed(each, rows)]
+    cases = {name: case if name == "longspan" else baseline(case, name) for name in COLOURS}
+    return [(name, speed(each, rows)) for name, each in cases.items() if each and speed(each, rows)]
 
 
-def widest(case: Case, found: list[tuple[Way, float]]) -> float:
+def widest(case: Case, found: list[tuple[Implementation, float]]) -> float:
     return max(case.limit or 0, *(value for _, value in found))
 
 
-def draw_bar(axes: Any, y: float, way: Way, value: float, users: float | None) -> None:
-    colour, ink = COLOURS[way]
+def draw_bar(axes: Any, y: float, implementation: Implementation, value: float, users: float | None) -> None:
+    colour, ink = COLOURS[implementation]
     axes.barh(y, value, BAR - 2, color=colour)
-    times = f"   {value / users:.1f}x" if way == "longspan" and users else ""
+    times = f"   {value / users:.1f}x" if implementation == "longspan" and users else ""
     axes.annotate(
         f"{value:,.0f}{times}", (value, y), (-5, 0), textcoords="offset points", ha="right", va="center", color=ink,
-        size=8.6, weight="bold" if way == "longspan" else "normal",
+        size=8.6, weight="bold" if implementation == "longspan" else "normal",
     )  # fmt: skip
 
 
-def space(case: Case, found: list[tuple[Way, float]]) -> float:
+def space(case: Case, found: list[tuple[Implementation, float]]) -> float:
     """Points that a case's bars take, or the lines of its title."""
     return max(BAR * len(found), LINE * len(title(case).splitlines()))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from workloads.files.json_text import json_text
 
 GIB = 2**30
 PACKAGES = ("transformers", "peft", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel", "unsloth")
@@ -71,5 +72,5 @@ def describe(facts: dict[str, Any]) -> str:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the whole file or nothing: a process killed while writing leaves the earlier content."""
     partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1))
+    partial.write_text(json_text(content, indent=1))
     partial.replace(path)

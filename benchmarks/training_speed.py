@@ -28,8 +28,8 @@ import torch
 import tyro
 from transformers import LlamaConfig
 
-from benchmarks import baselines, step_profile, unsloth_way
-from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Row, Way, baseline
+from benchmarks import baselines, step_profile, unsloth_baseline
+from benchmarks.cases import CASES, PROFILED, PROFILED_STEPS, Case, Implementation, Row, baseline
 from benchmarks.memory import MODELS, start_trial
 from benchmarks.processes import Failed, Worker
 from benchmarks.speed_picture import draw
@@ -65,7 +65,7 @@ def measure(
     settings: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if case.way == "longspan":
+            if case.implementation == "longspan":
                 step, settings = longspans_step(case, config, device, Path(folder), smaller)
             else:
                 step = baselines_step(case, config, device)
@@ -96,8 +96,8 @@ def profile_or_none(step: Callable[[], None], vocab_size: int) -> step_profile.S
 def measure_7b(name: str, seconds: float, profiled: bool, smaller: bool = False) -> Row:
     """Measures a case of the table in at most ``seconds``; runs in a worker process."""
     case, device = CASES[name], torch.device("cuda", 0)
-    if case.way == "Unsloth":
-        measured = unsloth_way.measure_in_process(case.context_length, case.warmup, case.steps, seconds)
+    if case.implementation == "Unsloth":
+        measured = unsloth_baseline.measure_in_process(case.context_length, case.warmup, case.steps, seconds)
         return row_of(case, MODELS["7B"], device, **measured)
     return measure(case, MODELS["7B"], device, profiled, smaller)
 
@@ -149,7 +149,7 @@ def resolved_settings(trial: Trial) -> dict[str, Any]:
 
 
 def baselines_step(case: Case, config: LlamaConfig, device: torch.device) -> Callable[[], None]:
-    if case.way == "Liger":
+    if case.implementation == "Liger":
         baselines.with_liger_kernels()
     model = baselines.users_model(config, device, case.method, case.group_size)
     return baselines.users_step(model, case.context_length)
@@ -185,7 +185,9 @@ class Results:
         """Cases without a result; not those of Liger or Unsloth if it is not installed."""
         packages = {"Liger": "liger-kernel", "Unsloth": "unsloth"}
         possible = [
-            name for name, case in CASES.items() if case.way not in packages or self.facts.get(packages[case.way])
+            name
+            for name, case in CASES.items()
+            if case.implementation not in packages or self.facts.get(packages[case.implementation])
         ]
         return [name for name in possible if not self.has(name, profile and name in PROFILED)]
 
@@ -197,14 +199,14 @@ class Results:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
     """Machine and rows of a JSON file. Rows of cases that no longer exist are left out."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     names = {each.name for each in dataclasses.fields(Row)}
     rows = {case: Row(**{name: row[name] for name in names & row.keys()}) for case, row in content["rows"].items()}
     return content["machine"], {case: row for case, row in rows.items() if case in CASES}
 
 
 HEADER = (
-    "case", "way", "context", "group", "tokens/s", "must reach", "stretch", "x user's way", "x published S²",
+    "case", "implementation", "context", "group", "tokens/s", "must reach", "stretch", "x user's way", "x published S²",
     "limit", "of limit", "MFU", "peak GiB", "ms a step", "steps", "settings, or failure",
 )  # fmt: skip
 
@@ -216,9 +218,9 @@ def line(case: Case, row: Row, rows: dict[str, Row]) -> str:
         return "-" if value is None else format(value, form)
 
     speed = row.tokens_per_second
-    cells = [case.name, case.way, f"{case.context_length:,}", shown(case.group_size), shown(speed)]
+    cells = [case.name, case.implementation, f"{case.context_length:,}", shown(case.group_size), shown(speed)]
     cells += [shown(case.must_reach), shown(case.stretch)]
-    cells += [shown(ratio(case, row, way, rows), ".2f") for way in ("user's way", "published S²")]
+    cells += [shown(ratio(case, row, other, rows), ".2f") for other in ("user's way", "published S²")]
     cells += [shown(case.limit), shown(speed and case.limit and speed / case.limit, ".0%")]
     cells += [shown(row.mfu, ".1%"), shown(row.peak_gib, ".1f")]
     cells += [shown(1e3 * statistics.median(row.seconds)) if row.seconds else "-", f"{case.warmup} + {case.steps}"]
@@ -228,11 +230,11 @@ def line(case: Case, row: Row, rows: dict[str, Row]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def ratio(case: Case, row: Row, way: Way, rows: dict[str, Row]) -> float | None:
+def ratio(case: Case, row: Row, to: Implementation, rows: dict[str, Row]) -> float | None:
     """How many times as fast longspan is as the same case by other code; None if one is not measured."""
-    other = baseline(case, way)
+    other = baseline(case, to)
     theirs = rows[other.name].tokens_per_second if other and other.name in rows else None
-    if case.way != "longspan" or row.tokens_per_second is None or theirs is None:
+    if case.implementation != "longspan" or row.tokens_per_second is None or theirs is None:
         return None
     return row.tokens_per_second / theirs
 
@@ -258,7 +260,7 @@ def run(names: list[str], results: Results, profile: bool, until: float) -> None
             profiled = profile and name in PROFILED
             try:
                 row = worker.call(name, left - SPARE, profiled, seconds=left)
-                if row.outcome == OUT_OF_MEMORY and case.way == "longspan":
+                if row.outcome == OUT_OF_MEMORY and case.implementation == "longspan":
                     print(
                         f"{name}: out of memory; trying again with less memory, as in a sweep\n{row.reason}", flush=True
                     )

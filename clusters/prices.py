@@ -247,7 +247,7 @@ def read_prices(path: Path) -> dict[str, float]:
     try:
         text = path.read_text("utf-8")
         prices: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the file system, the encoding, TOML or JSON
         raise ValueError(f"the prices in {path} cannot be read ({error}); expected a .toml or .json file") from error
     example = 'expected names with USD an hour, such as "p4d.24xlarge" = 11.50 or "NVIDIA H200" = 3.20'
     if not isinstance(prices, dict):

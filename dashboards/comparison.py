@@ -37,12 +37,12 @@ class OriginalLength(TypedDict):
 
 
 class Gap(TypedDict):
-    """Perplexity above full fine-tuning's, in percent; the interval is paired over documents."""
+    """Perplexity above the baseline's, in percent; the interval is paired over documents, and seeds if several."""
 
     percent: float
     low: float | None
     high: float | None
-    as_good_from_step: int | None  # from which it stays within the comparison's `as_good` of full fine-tuning
+    as_good_from_step: int | None  # from which it stays within the comparison's `as_good` of the baseline
 
 
 class GapPoint(TypedDict):
@@ -56,10 +56,10 @@ class GapPoint(TypedDict):
 
 
 class Gaps(TypedDict):
-    """One method's best setting against another's, at every evaluation that both have except step 0."""
+    """One variant's best setting against another's, at every evaluation that both have except step 0."""
 
-    method: str
-    baseline: str
+    method: str  # the variant's id, which without axes is the method
+    baseline: str  # likewise
     seeds: list[int]  # that both finished, paired; empty if they share none
     points: list[GapPoint]
 
@@ -80,14 +80,43 @@ class Reached(TypedDict):
     usd: float | None
 
 
+class AgainstUntuned(TypedDict):
+    """The best trained variant against the best untuned model, in percent, paired over documents."""
+
+    variant: str
+    reference: str  # its label
+    percent: float  # negative: the trained one is better
+    low: float | None
+    high: float | None
+
+
+class Effect(TypedDict):
+    """What a value of an axis changes against the axis' first, everything else held.
+
+    The mean difference in log perplexity over all pairs of variants that differ in this axis alone, in percent, paired
+    over documents and seeds. The interval covers these, not other settings.
+    """
+
+    axis: str  # a field of the training's configuration, or method
+    label: str
+    value: str
+    against: str
+    percent: float
+    low: float | None
+    high: float | None
+    seeds: list[int]  # that all of the pairs finished
+    matched: list[list[str]]  # the pairs, as ids of variants
+
+
 class Setting(TypedDict):
     """Finished trials that differ only in their seed, taken together."""
 
     method: str
-    name: str | None  # what the report calls it: the method's label and what tells it from others of the method
+    variant: str | None  # its id: the method and the values of the axes; without axes the method
+    name: str | None  # what the report calls it: the variant's label and what tells it from others of the variant
     learning_rate: float
     fingerprint: str  # of its first trial
-    chosen: bool  # the best of its method, which represents it
+    chosen: bool  # the best of its variant, which represents it
     seeds: list[int]
     final: Point
     hours: float | None  # of training steps, in the context's unit; the mean over seeds
@@ -95,12 +124,14 @@ class Setting(TypedDict):
     dominated: bool | None  # another setting is at least as good for no more hours
     reached: Reached | None
     as_good_from_step: int | None
+    gap: Gap | None  # to the baseline, over the seeds that both finished
 
 
 class Trial(TypedDict):
     """A trial, in any state."""
 
     method: str
+    variant: str | None  # as of a setting
     name: str | None  # as of a setting
     label: str | None  # what commands call it, such as lora+ 2048
     fingerprint: str
@@ -112,11 +143,11 @@ class Trial(TypedDict):
     learning_rate: float | None
     trainable_parameters: int | None
     seed: int | None
-    chosen: bool  # of its method's best setting
+    chosen: bool  # of its variant's best setting
     curve: list[Point]
     final: Point | None
     original_length: OriginalLength | None
-    gap_to_full: Gap | None
+    gap_to_full: Gap | None  # to the trial of the baseline with the same seed; the baseline may be another than full
     tokens_per_second: float | None
     peak_memory_gib: float | None
     train_seconds: float | None
@@ -135,7 +166,13 @@ class Context(TypedDict):
     gaps: list[Gaps]
     target: Target | None
     hours_unit: str | None  # GPU hours, CPU hours; None if the trials' hours cannot be compared
-    winner: str | None
+    scored_documents: int | None
+    baselines: dict[str, str] | None  # of each variant, by ids; without full fine-tuning or a request, the best
+    lowest: str | None  # the variant with the lowest perplexity
+    not_distinguishable: list[str] | None  # variants whose difference from the lowest the interval does not exclude
+    winner: str | None  # the lowest, if every other is distinguishable from it and enough documents are scored
+    against_untuned: AgainstUntuned | None
+    effects: list[Effect] | None
     sentences: list[str]
 
 
@@ -172,6 +209,10 @@ class Comparison(TypedDict):
     shared_settings: dict[str, str] | None  # by label: what all trials were trained with
     method_labels: dict[str, str] | None
     method_descriptions: dict[str, str] | None
+    variant_labels: dict[str, str] | None
+    axes: dict[str, str] | None  # the label of each field that has several values
+    baseline: str | None  # as requested
+    cautions: list[str] | None  # those of the sentences that say what follows from few scored documents
     seeds: list[int]
     confidence: float
     as_good: float  # the share above full fine-tuning's perplexity that counts as equally good
@@ -199,7 +240,15 @@ def check(value: Any) -> Any:
     methods = {trial["method"]: None for context in comparison["contexts"] for trial in context["trials"]}
     comparison["method_labels"] = {name: name for name in methods} | (comparison["method_labels"] or {})
     comparison["method_descriptions"] = comparison["method_descriptions"] or {}
+    comparison["variant_labels"] = comparison["method_labels"] | (comparison["variant_labels"] or {})
+    comparison["axes"] = comparison["axes"] or {}
+    comparison["cautions"] = comparison["cautions"] or []
     for context in comparison["contexts"]:
+        context["lowest"] = context["lowest"] or context["winner"]
+        for key in ("not_distinguishable", "effects"):
+            context[key] = context[key] or []
+        for one in [*context["trials"], *context["settings"]]:
+            one["variant"] = one["variant"] or one["method"]
         for trial in context["trials"]:
             trial["name"] = trial["name"] or trial["label"] or trial["method"]
         for setting in context["settings"]:

@@ -115,6 +115,15 @@ def scale(axes: Any, axis: str, low: float, high: float) -> None:
     line.set_major_formatter(lambda value, _: numbers.short_count(round(value, 6)))
 
 
+def scale_linear(axes: Any, low: float, high: float) -> None:
+    """Set the range of a horizontal axis in percent, which zero may be part of; the other axis has no ticks."""
+    axes.set_xlim(low, high)
+    axes.grid(visible=True, axis="x")
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter(lambda value, _: numbers.percent(value).replace(".0%", "%") if value else "0")
+
+
 def _logarithmic(low: float, high: float) -> bool:
     return high > 2 * low
 

@@ -7,7 +7,8 @@ screen and follow its colours; the PNG files put the panels of a figure side by 
 import io
 import math
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -34,17 +35,26 @@ OTHERS = [
 ]
 
 
-# Up to this many curves, each has a label and a band; beyond it, only each method's best setting has.
+# Markers of variants beyond the colours, which then repeat.
+MARKERS = "os^DvPX<>*hp"
+
+
+# Up to this many curves, each has a label and a band; beyond it, only each variant's best setting has.
 MOST_LABELLED = 6
 # On a log axis a descent of up to this factor is shown in full.
 TALLEST = 12
 
 
 def styles(comparison: dict) -> dict[str, tuple[str, str, str]]:
-    """Each method's colour on light, colour on dark, and marker: the same in every figure."""
-    names = dict.fromkeys(trial["method"] for context in comparison["contexts"] for trial in context["trials"])
-    others = cycle(OTHERS)
-    return {name: METHODS.get(name) or next(others) for name in names}
+    """Each variant's colour on light, colour on dark, and marker: the same in every figure."""
+    names = dict.fromkeys(trial["variant"] for context in comparison["contexts"] for trial in context["trials"])
+    if not comparison["axes"]:
+        others = cycle(OTHERS)
+        return {name: METHODS.get(name) or next(others) for name in names}
+    colours = [*METHODS.values(), *OTHERS]
+    return {
+        name: (*colours[place % len(colours)][:2], MARKERS[place % len(MARKERS)]) for place, name in enumerate(names)
+    }
 
 
 def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
@@ -82,10 +92,10 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
             )
             for one in context["settings"]
             if one["chosen"] and bottom <= one["final"]["perplexity"] <= top
-            for colour in looks[one["method"]][:1]
+            for colour in looks[one["variant"]][:1]
         ]
     for name, trial, points in lines:
-        colour, _, marker = looks[trial["method"]]
+        colour, _, marker = looks[trial["variant"]]
         where, values = [point[against] for point in points], [point["perplexity"] for point in points]
         if crowded and not trial["chosen"]:
             axes.plot(where, values, color=colour, linewidth=0.7, alpha=0.45)
@@ -112,10 +122,16 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
     references = [reference for each in comparison["contexts"] for reference in each["references"]]
     left, right = drawing.limits(ends, references, reach=1.6)
     rows = [
-        (trial["name"], trial["final"], looks[trial["method"]][0], looks[trial["method"]][2], trial["state"])
+        (
+            _in_margin(trial["name"]),
+            trial["final"],
+            looks[trial["variant"]][0],
+            looks[trial["variant"]][2],
+            trial["state"],
+        )
         for trial in context["trials"]
     ]
-    rows += [(reference["label"], reference, MUTED, "d", "") for reference in context["references"]]
+    rows += [(_in_margin(reference["label"]), reference, MUTED, "d", "") for reference in context["references"]]
     axes = drawing.panel(figure, context, "final perplexity", (left, right), left=132, right=62)
     drawing.scale(axes, "x", left, right)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -135,10 +151,13 @@ def finals(figure: Any, comparison: dict, context: dict) -> None:
 
 
 def gaps(figure: Any, comparison: dict, context: dict) -> None:
-    """Each method's gap to the baseline at each evaluation; the baseline is full fine-tuning if it was trained."""
-    looks, called = styles(comparison), comparison["method_labels"]
-    baseline = context["gaps"][0]["baseline"]
-    lines = [one for one in context["gaps"] if one["baseline"] == baseline]
+    """Each variant's gap to its baseline at each evaluation; that is full fine-tuning if it was trained."""
+    looks, called = styles(comparison), comparison["variant_labels"]
+    lines = baseline_gaps(context)
+    baselines = list(dict.fromkeys(line["baseline"] for line in lines))
+    baseline, one_baseline = baselines[0], len(baselines) == 1
+    zero = called[baseline] if one_baseline else "baseline"
+    full = all(methods_of(context)[one] == "full" for one in baselines)
     shown = [point for line in lines for point in _after_the_fall(line["points"], "percent")]
     ends = [point[key] for point in shown for key in ("percent", "low", "high") if point[key] is not None]
     ends = [value for value in ends if math.isfinite(value)] + [0.0, 100 * comparison["as_good"]]
@@ -148,21 +167,23 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
     above: list[str] | None = [f"{numbers.percent(max(hidden))} early on"] if hidden else []
     if not any(_fell(one["points"], "percent") for each in comparison["contexts"] for one in each["gaps"]):
         above = None
-    measure = f"perplexity above {called[baseline]}, in percent"
+    above_what = called[baseline] if one_baseline else "full fine-tuning alike" if full else "the baseline"
+    measure = f"perplexity above {above_what}, in percent"
     axes = drawing.panel(figure, context, measure, None, above=above, left=28, right=116)
     axes.set_ylim(bottom, top)
     axes.grid(visible=True, axis="y")
     axes.locator_params(axis="y", nbins=5)
     # The heading has the unit.
     axes.yaxis.set_major_formatter(lambda v, _: numbers.percent(v).removesuffix("%").removesuffix(".0") if v else "0")
-    axes.axhline(0, color=looks[baseline][0], linewidth=1.4)
-    labels: list[drawing.LineLabel] = [(None, 0.0, called[baseline], looks[baseline][0])]
-    if baseline == "full":
+    colour_of_zero = looks[baseline][0] if one_baseline else INK
+    axes.axhline(0, color=colour_of_zero, linewidth=1.4)
+    labels: list[drawing.LineLabel] = [(None, 0.0, zero, colour_of_zero)]
+    if full:
         within = 100 * comparison["as_good"]
         axes.axhline(within, color=MUTED, linewidth=0.8, dashes=(4, 3))
         labels.append((None, within, f"{within:g}% above", MUTED))
     for line in lines:
-        colour, _, marker = looks[line["method"]]
+        colour, _, marker = looks[line["method"]]  # the variant's id
         points = [point for point in line["points"] if math.isfinite(point["percent"])]
         if not points:
             continue
@@ -205,7 +226,7 @@ def pareto(figure: Any, comparison: dict, context: dict) -> None:
         corners.append((axes.get_xlim()[1], front[-1][1]))
         axes.plot(*zip(*corners), color=MUTED, linewidth=0.8, alpha=0.7, zorder=1)
     for one in settings:
-        own, _, marker = looks[one["method"]]
+        own, _, marker = looks[one["variant"]]
         colour = MUTED if one["dominated"] else own
         x, y, low, high = one["hours"], one["final"]["perplexity"], one["final"]["low"], one["final"]["high"]
         faint = 0.45 if one["dominated"] else 1
@@ -214,6 +235,69 @@ def pareto(figure: Any, comparison: dict, context: dict) -> None:
         axes.plot([x], [y], marker, color=colour, markersize=5.5, markeredgewidth=0, alpha=faint)
         labels.append((x, y, f"{one['name']} {numbers.perplexity(y, 1)}", colour))
     drawing.label_ends(axes, labels)
+
+
+def effects(figure: Any, comparison: dict, context: dict) -> None:
+    """What each value of an axis changes with the others held, in percent of the perplexity, with its interval."""
+    rows = context["effects"]
+    everything = [one for each in comparison["contexts"] for one in each["effects"]]
+    ends = [one[key] for one in everything for key in ("percent", "low", "high") if one[key] is not None]
+    ends = [value for value in ends if math.isfinite(value)] + [0.0]
+    margin = 0.08 * (max(ends) - min(ends)) or 1
+    axes = drawing.panel(figure, context, "change of perplexity, in percent", None, left=132, right=62)
+    drawing.scale_linear(axes, min(ends) - margin, max(ends) + margin)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for row, one in enumerate(rows):
+        known = one["low"] is not None and one["high"] is not None
+        colour = INK if known and (one["low"] > 0 or one["high"] < 0) else MUTED
+        beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "color": colour}
+        axes.annotate(_in_margin(f"{one['value']} against {one['against']}"), (0, row), (-8, 0), ha="right", **beside)
+        axes.annotate(numbers.percent(one["percent"]), (1, row), (8, 0), **beside)
+        if known:
+            axes.plot([one["low"], one["high"]], [row, row], color=colour, linewidth=3, alpha=0.3)
+        axes.plot([one["percent"]], [row], "o", color=colour, markersize=5, markeredgewidth=0)
+
+
+def methods_of(context: dict) -> dict[str, str]:
+    """The method of each variant."""
+    return {trial["variant"]: trial["method"] for trial in context["trials"]}
+
+
+def baseline_gaps(context: dict) -> list[dict]:
+    """The gaps of each variant to its baseline; a comparison without baselines has them first."""
+    first = context["gaps"][0]["baseline"] if context["gaps"] else None
+    baselines = context["baselines"] or {one["method"]: first for one in context["gaps"]}
+    return [one for one in context["gaps"] if baselines.get(one["method"]) == one["baseline"]]
+
+
+def _in_margin(name: str) -> str:
+    """A row's name, in lines that fit beside a panel."""
+    return textwrap.fill(name, 25)
+
+
+def _row_height(names: Iterable[str]) -> int:
+    """Points for each row of a panel with these names."""
+    return 9 + 10 * max((_in_margin(name).count("\n") + 1 for name in names), default=1)
+
+
+def _finals_height(comparison: dict) -> float:
+    contexts = comparison["contexts"]
+    names = [one["name"] for each in contexts for one in each["trials"]]
+    names += [one["label"] for each in contexts for one in each["references"]]
+    height = 18 if _row_height(names) < 20 else _row_height(names)
+    return 86 + height * max(len(one["trials"]) + len(one["references"]) for one in contexts)
+
+
+def _effects_height(comparison: dict) -> float:
+    every = [one for each in comparison["contexts"] for one in each["effects"]]
+    height = _row_height(f"{one['value']} against {one['against']}" for one in every)
+    return 86 + height * max(len(each["effects"]) for each in comparison["contexts"])
+
+
+def _curves_height(comparison: dict) -> float:
+    """Room for the labels of many variants beside their lines."""
+    return 262 + 16 * max(0, len(comparison["variant_labels"]) - MOST_LABELLED)
 
 
 @dataclass(frozen=True)
@@ -230,23 +314,32 @@ FIGURES = {
     "final_perplexity": Kind(
         "Final perplexity of each method",
         finals,
-        lambda comparison: 86 + 18 * max(len(one["trials"]) + len(one["references"]) for one in comparison["contexts"]),
+        _finals_height,
     ),
-    "perplexity_by_step": Kind("Perplexity by optimiser step", partial(curves, against="step"), lambda _: 262),
+    "effects": Kind(
+        "Effect of each axis with the others held", effects, _effects_height, lambda context: bool(context["effects"])
+    ),
+    "perplexity_by_step": Kind("Perplexity by optimiser step", partial(curves, against="step"), _curves_height),
     "gap_by_step": Kind(
         "Gap between methods by optimiser step",
         gaps,
-        lambda _: 262,
+        _curves_height,
         lambda context: any(math.isfinite(p["percent"]) for one in context["gaps"][:1] for p in one["points"]),
     ),
-    "perplexity_by_tokens": Kind("Perplexity by tokens trained on", partial(curves, against="tokens"), lambda _: 262),
+    "perplexity_by_tokens": Kind("Perplexity by tokens trained on", partial(curves, against="tokens"), _curves_height),
     "perplexity_by_hours": Kind(
         "Quality against cost",
         pareto,
-        lambda _: 240,
+        lambda comparison: _curves_height(comparison) - 22,
         lambda context: bool(context["hours_unit"] and context["settings"]),
     ),
 }
+
+
+def title(comparison: dict, name: str) -> str:
+    """A figure's title, which with axes tells of settings."""
+    text = FIGURES[name].title
+    return text.replace("method", "setting") if comparison["axes"] else text
 
 
 def of(comparison: dict) -> dict[str, Kind]:
@@ -286,7 +379,7 @@ def write_png(comparison: dict, name: str, path: Path) -> Path:
     with drawing.style():
         figure = drawing.new_figure(columns * WIDTH, header + height)
         top, body = figure.subfigures(2, 1, height_ratios=[header, height], hspace=0)
-        top.text(0.02 / columns, 18 / header, kind.title, size=12, weight="bold")
+        top.text(0.02 / columns, 18 / header, title(comparison, name), size=12, weight="bold")
         top.text(0.02 / columns, 5 / header, f"{origin}, {comparison['confidence']:.0%} intervals", color=MUTED)
         for place, context in zip(body.subfigures(rows, columns, squeeze=False, hspace=0, wspace=0).flat, contexts):
             kind.draw(place, comparison, context)

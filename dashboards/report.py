@@ -43,20 +43,48 @@ def html(comparison: dict) -> str:
     filters = ("count", "dollars", "duration", "gibibytes", "hours", "moment", "percent", "perplexity", "small")
     environment.filters |= {name: getattr(numbers, name) for name in filters}
     environment.filters["method"] = lambda name: comparison["method_labels"].get(name, name)
+    environment.filters["variant"] = lambda name: comparison["variant_labels"].get(name, name)
     trials = [(context, trial) for context in comparison["contexts"] for trial in context["trials"]]
     looks = figures.styles(comparison)
     return environment.get_template("report.html").render(
         comparison,
         figures={
-            name: (kind.title, figures.svg_panels(comparison, name)) for name, kind in figures.of(comparison).items()
+            name: (figures.title(comparison, name), figures.svg_panels(comparison, name))
+            for name in figures.of(comparison)
         },
         colours=list(looks.values()),
         colour_of={name: f"var(--method-{index})" for index, name in enumerate(looks)},
+        baseline=_baseline(comparison),
+        means=_means,
         interval=lambda point: numbers.interval(point["low"], point["high"]),
         troubled=[(context, trial) for context, trial in trials if trial["state"] not in ("finished", "stopped")],
         stopped=[(context, trial) for context, trial in trials if trial["state"] == "stopped"],
         trials=trials,
     )
+
+
+def _baseline(comparison: dict) -> str:
+    """What gaps are to, in few words: full, unless another baseline was requested or nothing full was trained."""
+    if comparison["baseline"]:
+        return "baseline"
+    methods = {trial["method"] for context in comparison["contexts"] for trial in context["trials"]}
+    return "full" if "full" in methods else "the best"
+
+
+def _means(context: dict) -> dict[str, dict]:
+    """Settings with several seeds, by the fingerprint of the last of their trials: a row of means follows it."""
+    found = {}
+    for setting in context["settings"]:
+        of_setting = [
+            trial
+            for trial in context["trials"]
+            if trial["final"]
+            and (trial["variant"], trial["learning_rate"]) == (setting["variant"], setting["learning_rate"])
+            and trial["seed"] in setting["seeds"]
+        ]
+        if len(setting["seeds"]) > 1 and of_setting:
+            found[of_setting[-1]["fingerprint"]] = setting
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Extend builtin:tiny from 512 to 1,024 tokens with `workloads` alone: LoRA+, shifted sparse attention, no Ray.
 
-    python examples/train_without_ray.py                        # the standard library's source; under a minute on a CPU
+    python examples/train_without_ray.py                        # the standard library's source, on any CPU
     python examples/train_without_ray.py --data ./my-texts      # a folder of .txt, .md, .jsonl or .parquet files
     torchrun --nproc-per-node 2 examples/train_without_ray.py --folder ./run     # two workers, one model
 
@@ -64,7 +64,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict[int, float]:
     # What only changes how fast it runs, and where.
     execution = ExecutionConfig(checkpoint_every=options.steps)
 
-    # The corpus is tokenised once into a memory-mapped file. Documents are held out by a hash of their names.
+    # The corpus is tokenised once into a memory-mapped file. Documents are held out by a hash of their text.
     source = ModelSource.parse(options.model)
     data = prepare(Corpus.parse(options.data), source.tokenizer, source.tokenizer_identity, folder / "data")
     data.check(config.context_length, config.batch)

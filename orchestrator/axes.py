@@ -8,6 +8,7 @@ that of spec.json, of files and of the Python API; :func:`split` turns it into t
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ _OF_TRIALS = (*(field.name for field in dataclasses.fields(TrainingFields)), "gr
 AXES = ("positions", *(name for name in _OF_TRIALS if name not in ("positions", *NOT_AXES)))
 # A value of these is a list itself, or None.
 LISTS = ("lora_targets",)
+# What None is called in a label; the other fields are left out of it then.
+OF_NONE = {"lora_targets": "default", "max_grad_norm": "none"}
 LABELS = labels(TrainingConfig)
 
 
@@ -60,8 +63,8 @@ def check_values(field: str, values: Sequence[Any]) -> None:
     """Raises InputError if a field that takes several values has none, or one of them twice."""
     if not values:
         raise InputError(f"{flag(field)} is empty; expected at least one value")
-    if len(set(values)) != len(values):
-        raise InputError(f"{flag(field)} {' '.join(map(as_text, values))}: expected each value once")
+    if any(value in values[:place] for place, value in enumerate(values)):  # not all can be hashed
+        raise InputError(f"{flag(field)} {in_words(values)}: expected each value once")
 
 
 def _lists(value: Any) -> tuple[tuple[str, ...] | None, ...]:
@@ -86,6 +89,11 @@ def as_text(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
+def in_words(values: Iterable[Any]) -> str:
+    """Several values as they are given on a command line, one after the other."""
+    return shlex.join(map(as_text, values))
+
+
 def distinction(training: TrainingConfig, axes: Iterable[str]) -> str:
     """What sets a trial apart from the others of its method and context length: ``yarn layers last 4 r 32``.
 
@@ -97,20 +105,21 @@ def distinction(training: TrainingConfig, axes: Iterable[str]) -> str:
         value = getattr(training, name)
         if name == "positions" and value != "none":
             words.append(value)
-        elif value is not None or not name.startswith("learning_rate_"):
-            words.append(f"{LABELS[name].short or LABELS[name].text.lower()} {_word(value)}")
+        elif value is not None or name in OF_NONE:
+            words.append(f"{LABELS[name].short or LABELS[name].text.lower()} {_word(name, value)}")
     return " ".join(words)
 
 
-def _word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {True: "on", False: "off", None: "default"}[value]
-    return as_text(value)
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return OF_NONE[name] if value is None else as_text(value)
 
 
 def describe_left_out(settings: Sequence[Mapping[str, Any]], reason: str) -> str:
     """One sentence on combinations that cannot be, all for the same reason, by what they have in common."""
     common = {name: value for name, value in settings[0].items() if all(each[name] == value for each in settings)}
-    named = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
-    many = f"{len(settings)} combinations" if len(settings) > 1 else "the combination"
-    return f"{many} of {named} left out: {reason}" if named else f"{many} left out: {reason}"
+    named = " with ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
+    return f"{named or f'{len(settings)} combinations'} left out: {reason}"

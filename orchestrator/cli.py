@@ -1,19 +1,28 @@
-"""The command line of a sweep: a recipe's name, then flags for its fields and for where it runs."""
+"""The command line of a sweep: a recipe or a file, then flags for its fields and for where it runs."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from orchestrator.flags import SweepFlags, flags_of
-from orchestrator.recipes import DEFAULT, find_recipe
+from orchestrator.recipes import DEFAULT
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
+from orchestrator.sweep_file import (
+    SweepFile,
+    correct_learning_rates_chosen,
+    is_file_name,
+    name_of,
+    read_sweep_file,
+    recipe_as_file,
+)
 from orchestrator.sweep_help import print_help
-from workloads.errors import InputError, first_line
+from workloads.errors import InputError
 
 # In addition to the exit statuses of every command (workloads.command).
 EXIT_FAILED_TRIALS = 1
@@ -36,66 +45,48 @@ def parse(
 ) -> tuple[str, SweepSpec, RunOptions]:
     """The name of the sweep, the sweep, and how to run it, from command-line arguments.
 
-    Arguments are ``[RECIPE] [flags]`` or ``--spec FILE [flags]``; ``plan`` is true for the command that only plans. An
-    unknown flag, or a value of the wrong type, prints what was expected and exits with status 2.
+    Arguments are ``[RECIPE | FILE] [flags]``, or ``--spec FILE [flags]``; ``plan`` is true for the command that only
+    plans. An unknown flag, or a value of the wrong type, prints what was expected and exits with status 2.
 
     Raises:
-        InputError: an unknown recipe, a saved sweep that cannot be read, or values that no sweep can have.
+        InputError: an unknown recipe, a file that cannot be read, or values that no sweep can have.
     """
-    arguments = list(arguments)
-    named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = arguments.pop(0) if named else DEFAULT
-    default = find_recipe(recipe)()
-    file, arguments = _take_spec_flag(arguments)
-    if file is not None:
-        if named:
-            raise InputError(f"both the recipe {recipe} and --spec {file} are given; expected one of them")
-        default = SweepSpec.from_json(_read(file), str(file))
+    base, arguments = _base(arguments)
     if asked := {"-h", "--help", "--help-all"} & set(arguments):
-        print_help(prog, PLANS if plan else RUNS, (flags_of(default), RunOptions()), whole="--help-all" in asked)
+        print_help(prog, PLANS if plan else RUNS, (flags_of(base.spec), base.options), whole="--help-all" in asked)
         raise SystemExit(0)
-    command = tyro.cli(Command, prog=prog, default=Command(flags_of(default), RunOptions()), args=arguments)
-    sweep = _correct_learning_rates_chosen(default, command.sweep.spec())
-    return command.run.name or _name(recipe, sweep), sweep, command.run
+    if arguments == ["--print-schema"]:
+        from orchestrator.sweep_schema import schema
+
+        print(json.dumps(schema(), indent=1))
+        raise SystemExit(0)
+    # Without the file's name: it holds for the file's own fields, one that is given as a flag for any.
+    default = Command(flags_of(base.spec), dataclasses.replace(base.options, name=None))
+    command = tyro.cli(Command, prog=prog, default=default, args=arguments)
+    sweep = correct_learning_rates_chosen(base.spec, command.sweep.spec(), "as flags")
+    return command.run.name or name_of(base, sweep), sweep, command.run
 
 
-def _correct_learning_rates_chosen(default: SweepSpec, sweep: SweepSpec) -> SweepSpec:
-    """A recipe's statement of how it chose its learning rates does not hold for rates given as flags.
-
-    The text enters the hash in the sweep's name: changing it renames such sweeps.
-    """
-    fields = [
-        field.name
-        for field in dataclasses.fields(sweep)
-        if field.name.startswith("learning_rate_") and field.name != "learning_rate_sweep"
-    ]
-    given = [f"--{name.replace('_', '-')}" for name in fields if getattr(sweep, name) != getattr(default, name)]
-    if not given or sweep.learning_rates_chosen != default.learning_rates_chosen:
-        return sweep
-    return dataclasses.replace(sweep, learning_rates_chosen=f"not stated of {', '.join(given)}, given as flags")
-
-
-def _name(recipe: str, sweep: SweepSpec) -> str:
-    """The recipe's name, with a hash if fields differ from it: the same command is always the same sweep."""
-    if sweep == find_recipe(recipe)():
-        return recipe
-    return f"{recipe}-{sweep.digest()}"
+def _base(arguments: list[str]) -> tuple[SweepFile, list[str]]:
+    """What the flags override, a recipe or a file, and the flags."""
+    first, flags = (
+        (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    )
+    file, flags = _take_spec_flag(flags)
+    if file is not None and first is not None:
+        raise InputError(f"both {first} and --spec {file} are given; expected one of them")
+    if first is not None and is_file_name(first):
+        file = Path(first)
+    return (recipe_as_file(first or DEFAULT) if file is None else read_sweep_file(file)), flags
 
 
 def _take_spec_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """--spec replaces a recipe: it is read before the flags whose defaults it sets."""
+    """--spec FILE is FILE: it is read before the flags whose defaults it sets."""
     for index, argument in enumerate(arguments):
         if argument == "--spec":
             if index + 1 == len(arguments):
-                raise InputError("--spec needs a file: the spec.json of a sweep's folder")
+                raise InputError("--spec needs a file, such as the spec.json of a sweep's folder")
             return Path(arguments[index + 1]), arguments[:index] + arguments[index + 2 :]
         if argument.startswith("--spec="):
             return Path(argument.removeprefix("--spec=")), arguments[:index] + arguments[index + 1 :]
     return None, arguments
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--spec {file} cannot be read: {first_line(error)}") from error

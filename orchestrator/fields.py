@@ -1,4 +1,4 @@
-"""Every field of a sweep and of its run: the group in which help lists it, its type and its description in words."""
+"""Every field of a sweep and of its run: its group in help, its type in words, and how it reads a file's value."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from workloads.errors import InputError
 
 # Every field is in one group; those in MOST_USED come first in --help, with a line each.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -21,7 +23,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "learning_rates_chosen", "warmup_steps", "schedule", "beta1", "beta2", "weight_decay", "max_grad_norm",
     ),
     "evaluation": (
-        "references", "eval_every", "eval_documents", "eval_span", "target_perplexity", "as_good_within",
+        "references", "eval_data", "holdout", "eval_every", "eval_documents", "eval_span", "target_perplexity",
+        "as_good_within", "baseline",
     ),
     "search and stopping": (
         "search", "search_trials", "search_learning_rate", "search_rank", "search_group_size", "early_stopping",
@@ -50,6 +53,8 @@ MOST_USED = {
     "storage": "folder or object store of all results",
     "cluster": "machines to plan for and to ask for, such as aws-p4d",
 }
+
+BOTH = "{True,False}"  # of a boolean that is an axis; one that is not is a flag without a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,5 +115,56 @@ def _member_in_words(kind: Any) -> str:
         return "{" + ",".join(str(value) for value in get_args(kind)) + "}"
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
-        return f"{in_words(item)} ..." if rest == [Ellipsis] else " ".join(map(in_words, get_args(kind)))
+        return f"{in_words(item) or BOTH} ..." if rest == [Ellipsis] else " ".join(map(in_words, get_args(kind)))
     return {str: "TEXT", int: "INT", float: "NUMBER", bool: ""}[kind]
+
+
+def read_value(value: Any, kind: Any) -> Any:
+    """A value of a file, or of Python, as a field's type has it.
+
+    A list is a tuple, and so is one value where several are expected. ``1e3`` is an integer where one is expected, text
+    such as JSON's ``"1e-3"`` a number where one is expected, and null the choice ``none`` where there is one.
+
+    Raises:
+        InputError: the type does not take it; the message says what was expected.
+    """
+    for member in alternatives(kind):
+        try:
+            return _read_member(value, member)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    expected = "true or false" if bool in alternatives(kind) else in_words(kind)
+    raise InputError(f"{value!r}; expected {expected}{' or none' * (type(None) in alternatives(kind))}")
+
+
+def _read_member(value: Any, kind: Any) -> Any:
+    """The value as one type, which is no union.
+
+    Raises:
+        TypeError, ValueError: the type does not take it.
+    """
+    if get_origin(kind) is Literal:
+        choice = "none" if value is None else value
+        if isinstance(choice, bool) or choice not in get_args(kind):
+            raise ValueError(choice)
+        return choice
+    if get_origin(kind) is tuple:
+        items, (item, *rest) = list(value) if isinstance(value, list | tuple) else [value], get_args(kind)
+        kinds = [item] * len(items) if rest == [Ellipsis] else [item, *rest]
+        if len(items) != len(kinds):
+            raise ValueError(items)
+        return tuple(read_value(each, its) for each, its in zip(items, kinds))
+    if kind is type(None):
+        if value is not None and value not in ("none", "None"):
+            raise ValueError(value)
+        return None
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, str | int | float):
+        raise TypeError(value)
+    if kind is str and isinstance(value, float):
+        raise TypeError(value)
+    if kind is int and not isinstance(value, int):
+        number = float(value)
+        if number != int(number):
+            raise ValueError(value)
+        return int(number)
+    return kind(value)

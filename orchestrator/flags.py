@@ -27,7 +27,7 @@ class SweepFlags(SweepSpec):
 
     def spec(self) -> SweepSpec:
         """The sweep."""
-        values = {name: getattr(self, name) for name in _TYPES}
+        values = {name: getattr(self, name) for name in TYPES}
         if values["document_mask"] == ():  # the flag alone
             values["document_mask"] = (True,)
         return SweepSpec.of(values)
@@ -39,19 +39,19 @@ def _type(name: str, one: Any) -> Any:
 
 
 _HINTS = get_type_hints(SweepSpec, include_extras=True)
-_TYPES = {
+TYPES = {
     each.name: _type(each.name, _HINTS[each.name]) for each in dataclasses.fields(SweepSpec) if each.name != "axes"
 }
 _NO_FLAG: Any = tyro.conf.Suppress[tyro.conf.Fixed[dict[str, Any]]]
 _FLAGS = dataclasses.make_dataclass(
-    "SweepFlags", [*_TYPES.items(), ("axes", _NO_FLAG)], bases=(SweepFlags,), frozen=True, kw_only=True
+    "SweepFlags", [*TYPES.items(), ("axes", _NO_FLAG)], bases=(SweepFlags,), frozen=True, kw_only=True
 )
 
 
 def flags_of(spec: SweepSpec) -> SweepFlags:
     """A sweep's flags; ``spec()`` is the inverse."""
     values = {
-        name: spec.values_of(name) if name in AXES and name not in LISTS else getattr(spec, name) for name in _TYPES
+        name: spec.values_of(name) if name in AXES and name not in LISTS else getattr(spec, name) for name in TYPES
     }
     for name in LISTS:
         if name in spec.axes:

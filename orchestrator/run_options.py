@@ -92,6 +92,9 @@ class RunOptions(ExecutionFields, Placement):
     """Perplexity whose cost is compared; by default the final perplexity of full fine-tuning."""
     as_good_within: float = 0.01
     """How far above full fine-tuning's perplexity still counts as equally good, as a share of it."""
+    baseline: str | None = None
+    """Setting that the others are compared with, by its name in reports, such as 'LoRA+ · YaRN' or 'lora+ yarn'; by
+    default full fine-tuning with the same values of the axes."""
     early_stopping: Literal["none", "asha", "median"] = "none"
     """Stop trials that fall behind others of their context length: asha (asynchronous successive halving), or median.
     With none, a trial that was stopped earlier runs to its end."""
@@ -102,8 +105,8 @@ class RunOptions(ExecutionFields, Placement):
     min_trials: int = 3
     """Trials that must have reached a rung before one is stopped there."""
     early_stopping_among: Literal["auto", "context", "method"] = "auto"
-    """Which trials a trial is compared with: all of its context length, or those of its method there. auto: its
-    method's in a search, which looks for the best of each; else all."""
+    """Which trials a trial is compared with: all of its context length, or those of its method there, with its values
+    of axes. auto: its method's in a search, which looks for the best of each; else all."""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):

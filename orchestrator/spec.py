@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, join, split
+from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, in_words, join, split
 from orchestrator.learning_rates import Rule
 from orchestrator.trial_spec import Identities, TrialSpec
 from workloads.attention.patterns import PATTERNS
@@ -30,6 +30,7 @@ from workloads.config import (
     TrainingConfig,
     TrainingFields,
     group_size_in_tokens,
+    refuse_not_finite,
     trains_embeddings,
     trains_norms,
 )
@@ -70,6 +71,10 @@ class Compared:
     """Column of .jsonl, .parquet and Hugging Face data that holds the text; detected if there is only one."""
     max_train_tokens: int | None = None
     """Training tokens to prepare: reads only the beginning of data too large for a disk. By default all of it."""
+    eval_data: str | None = None
+    """Own held-out data, in the forms of --data, which then trains whole; by default a part of --data is held out."""
+    holdout: float | None = None
+    """Share of the documents (for sft, examples) to hold out, chosen by a hash of their text; by default 0.1."""
     context_lengths: tuple[int, ...]
     """Context lengths to train, in tokens."""
     methods: tuple[TrainedMethod, ...] = ("lora", "lora+", "full")
@@ -87,7 +92,8 @@ class Expansion:
 
     Args:
         trials: by context length, untuned ones first; each once.
-        left_out: one sentence for each reason for which combinations of the axes' values cannot be.
+        left_out: one sentence for each reason for which combinations of the axes' values cannot be, and for each rule
+            for learning rates that no trial matches.
     """
 
     trials: list[TrialSpec]
@@ -124,11 +130,13 @@ class SweepSpec(TrainingFields, Compared):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs and on processors with bfloat16 arithmetic, else float32."""
     eval_span: int | None = None
-    """Tokens scored of each held-out document, the same at every context length; by default the longest of them."""
+    """Tokens scored of each held-out document, a span, the same at every context length; by default the longest of
+    them."""
     search: Literal["none", "random", "optuna"] = "none"
-    """Search each method's best setting at each context length: at random, or by Optuna's TPE (Bayesian)."""
+    """Search each method's best setting at each context length, with all values of axes: at random, or by Optuna's TPE
+    (Bayesian)."""
     search_trials: int = 16
-    """Trials of a search for each method and context length, the method's own setting first if in the ranges."""
+    """Trials of a search for each of these, the method's own setting first if in the ranges."""
     search_learning_rate: tuple[float, float] | None = None
     """Lowest and highest learning rate of a search; by default from a tenth to ten times the method's own."""
     search_rank: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -150,9 +158,10 @@ class SweepSpec(TrainingFields, Compared):
         for name, given in only_pretraining.items():
             if self.task == "sft" and given is not None:
                 raise InputError(f"{name} {given} has no effect with --task sft. Leave it out")
-        if any(steps < 1 for steps in self.values_of("steps")):
-            raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        if min(steps := self.values_of("steps")) < 1:
+            raise InputError(f"--steps {in_words(steps)}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
+        refuse_not_finite(self)
         for text in self.learning_rate_for:
             Rule.parse(text)
         trained = set[str]()
@@ -173,7 +182,7 @@ class SweepSpec(TrainingFields, Compared):
             check_values(name, values)
             if values[0] != getattr(self, name):
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r}, and an axis of {', '.join(map(as_text, values))}: change both "
+                    f"{name} is {getattr(self, name)!r}, and an axis of {in_words(values)}: change both "
                     "by SweepSpec.changed"
                 )
         ordered = {name: self.axes[name] for name in AXES if len(self.axes.get(name, ())) > 1}
@@ -189,11 +198,17 @@ class SweepSpec(TrainingFields, Compared):
                     f"--search-learning-rate {low:g} {high:g}: expected a positive number, then a higher one"
                 )
         if self.search != "none" and (len(self.seeds) > 1 or len(self.learning_rate_sweep) > 1):
-            flag = "--seeds" if len(self.seeds) > 1 else "--learning-rate-sweep"
+            other = "seeds" if len(self.seeds) > 1 else "learning_rate_sweep"
             raise InputError(
-                f"{flag} with --search {self.search}: a search compares settings of one seed, and chooses learning "
-                "rates itself. Leave it out, and train the best setting with several seeds afterwards"
+                f"{flag(other)} with --search {self.search}: a search compares settings of one seed, and chooses "
+                "learning rates itself. Leave it out, and train the best setting with several seeds afterwards"
             )
+        for name, searched in (("lora_rank", "search_rank"), ("group_size", "search_group_size")):
+            if self.search != "none" and name in self.axes and (choices := getattr(self, searched)):
+                raise InputError(
+                    f"{flag(name)} {in_words(self.axes[name])} with --search {self.search}, which chooses it from "
+                    f"{flag(searched)} {in_words(choices)}: give one value, or {flag(searched)} without any"
+                )
 
     def values_of(self, name: str) -> tuple[Any, ...]:
         """All values of a field: those of its axis, else the one that it has."""
@@ -215,7 +230,7 @@ class SweepSpec(TrainingFields, Compared):
 
         Raises:
             InputError: a setting that no trial can have, such as a context that is not a multiple of the group size; or
-                an axis, or a rule for learning rates, without effect.
+                an axis without effect.
         """
         found: dict[str, TrialSpec] = {}
         made: list[tuple[dict[str, Any], str]] = []  # what each trial was made from
@@ -223,8 +238,8 @@ class SweepSpec(TrainingFields, Compared):
 
         def add(config: TrainingConfig, named: str = "") -> str:
             trial = TrialSpec(
-                model=self.model, data=self.data, text_column=self.text_column, identities=identities, training=config,
-                distinction=named,
+                model=self.model, data=self.data, text_column=self.text_column, eval_data=self.eval_data,
+                identities=identities, training=config, distinction=named,
             )  # fmt: skip
             return found.setdefault(trial.fingerprint, trial).fingerprint
 
@@ -244,7 +259,8 @@ class SweepSpec(TrainingFields, Compared):
                     made += [(asked, add(config, self._distinction(setting, config))) for config in configs]
         self._refuse_without_trials(made, impossible)
         self._refuse_without_effect(made)
-        return Expansion(list(found.values()), [self._describe(settings, r) for r, settings in impossible.items()])
+        left_out = [self._describe(settings, reason) for reason, settings in impossible.items()]
+        return Expansion(list(found.values()), [*left_out, *self._unused_rules(made)])
 
     def _untuned(self, context_length: int, precision: Precision) -> list[TrainingConfig]:
         positions = dict.fromkeys((*self.references, *self.values_of("positions"))) if self.references else ()
@@ -319,22 +335,23 @@ class SweepSpec(TrainingFields, Compared):
                     raise InputError(f"nothing can be trained with {name.replace('_', ' ')} {as_text(value)}: {reason}")
 
     def _refuse_without_effect(self, made: list[tuple[dict[str, Any], str]]) -> None:
-        """Raises InputError if all values of an axis give the same trials, or a rule matches none."""
+        """Raises InputError if all values of an axis give the same trials."""
         for name, values in self.axes.items():
             trials = [{fingerprint for setting, fingerprint in made if setting[name] == value} for value in values]
             if all(each == trials[0] for each in trials):
                 raise InputError(
-                    f"{flag(name)} {' '.join(map(as_text, values))} has no effect: every value gives the same trials. "
+                    f"{flag(name)} {in_words(values)} has no effect: every value gives the same trials. "
                     "Leave it out, or give one value"
                 )
+
+    def _unused_rules(self, made: list[tuple[dict[str, Any], str]]) -> Iterator[str]:
+        """One sentence for each rule for learning rates that no trial matches, as after ``--positions linear``."""
         settings = [self._setting(asked) for asked, _ in made]
         for rule in self._rules:
             if not any(rule.matches(setting) for setting in settings):
                 given = {name: dict.fromkeys(as_text(s[name]) for s in settings if name in s) for name in rule.values}
                 has = "; ".join(f"{name} {', '.join(values) or 'in none'}" for name, values in given.items())
-                raise InputError(
-                    f"{flag('learning_rate_for')} {rule.text}: no trial has these values. Trials have {has}"
-                )
+                yield f"{flag('learning_rate_for')} {rule.text} matches no trial; trials have {has}"
 
     def _describe(self, settings: list[dict[str, Any]], reason: str) -> str:
         varied = [*(n for n, v in (("context_length", self.context_lengths), ("method", self.methods)) if len(v) > 1)]

@@ -7,7 +7,6 @@ Ray: it works on any machine that sees the storage root.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from typing import Annotated, Any
@@ -26,7 +25,7 @@ from orchestrator.reporting.overview import Overview, SweepOverview, TrialOvervi
 from orchestrator.reporting.progress import AT_WORK
 from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
-from workloads.errors import InputError
+from workloads.files.json_text import json_text
 from workloads.terminal import make_console
 
 WATCH_S = 2.0
@@ -62,9 +61,7 @@ def show(
         disk: Show the disk usage of each trial and of the rest of the storage root.
     """
     console = make_console(LOG_WIDTH)
-    opened = Storage.at(storage)
-    if opened.store is None and not opened.root.is_dir():
-        raise InputError(f"there is no storage root {opened.root}; give one with --storage")
+    opened = Storage.existing(storage)
     if disk:
         usage, overview = disk_usage(opened), Overview(opened)
         if json:
@@ -80,7 +77,7 @@ def show(
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1))
+    print(json_text(content, indent=1))
 
 
 def as_json(overview: Overview, sweep: str | None = None) -> dict[str, Any]:

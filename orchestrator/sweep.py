@@ -38,8 +38,11 @@ from orchestrator.records.mlflow_sync import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
 from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
+from orchestrator.run_options import RunOptions
 from orchestrator.running.interruption import describe_kept
 from orchestrator.running.sweep_runner import SweepRunner
+from orchestrator.spec import SweepSpec
+from orchestrator.sweep_file import saved
 from orchestrator.terminal import shell_command, shown_path
 from workloads.command import EXIT_INTERRUPTED, exit_status
 from workloads.errors import InputError
@@ -74,14 +77,21 @@ class Status:
 
 def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.sweep") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, prog, make_console()))
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: run_sweep(*parse(given, prog), make_console()))
 
 
-def _run(arguments: list[str], prog: str, console: Console) -> int:
+def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console) -> int:
+    """Plans, runs or resumes, and compares a sweep; returns the exit status of its command.
+
+    Raises:
+        InputError: it cannot run as asked.
+        KeyboardInterrupt: with notes on what each trial has kept.
+    """
     status, began = Status(), time.monotonic()
     try:
         stop_on_sigterm()
-        sweep = check_sweep(*parse(arguments, prog))
+        sweep = check_sweep(name, spec, options)
         try:
             namesake = _find_running_namesake(sweep)
             with Heartbeat(sweep.storage, sweep.name, status.describe, sweep.spec.digest()):
@@ -142,7 +152,7 @@ def _sweep(checked: Checked, status: Status, namesake: dict[str, Any] | None, be
             f"note: {sweep.name} was the name of a sweep with other trials; its files are kept in {aside}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
-    replace_file(sweep.folder / "spec.json", sweep.spec.to_json().encode())
+    replace_file(sweep.folder / "spec.json", saved(sweep.name, sweep.spec, options).encode())
     status.adopt(plan)
     write_plan(sweep, plan)
     print_plan(sweep, plan, console)

@@ -26,7 +26,7 @@ def short_help(prog: str, what: str, fields: dict[str, Field]) -> str:
         "",
         what,
         f"RECIPE: {', '.join(f'{name} (default)' if name == DEFAULT else name for name in RECIPES)}.",
-        "FILE: a sweep as .yaml or .json, or the spec.json of an earlier one.",
+        "FILE: a sweep as .yaml or .json (--print-schema: for editors), or a spec.json.",
         "",
         *(f"{f'{fields[name].flag} {_short(fields[name])}':<{COLUMN}}{text}" for name, text in MOST_USED.items()),
         "",

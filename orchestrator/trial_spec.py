@@ -36,13 +36,14 @@ class Identities:
 class TrialSpec:
     """One trial.
 
-    ``model`` and ``data`` are locations; ``identities``, ``training`` and ``result_version`` make the fingerprint;
-    ``distinction`` sets the trial's label apart from its sweep's other trials of the method.
+    ``model``, ``data`` and ``eval_data`` are locations; ``identities``, ``training`` and ``result_version`` make the
+    fingerprint; ``distinction`` sets the trial's label apart from its sweep's other trials of the method.
     """
 
     model: str
     data: str
     text_column: str | None = None
+    eval_data: str | None = None
     identities: Identities
     training: TrainingConfig
     distinction: str = ""

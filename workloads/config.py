@@ -60,6 +60,15 @@ def labels(fields: type) -> dict[str, Label]:
     return found
 
 
+def refuse_not_finite(settings: Any) -> None:
+    """Raises InputError if a field of a dataclass is NaN or infinite: no setting is, and JSON has neither."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise InputError(f"{field.name} is {each}; expected a finite number")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingFields:
     """What a sweep hands to each of its trials unchanged; all of it changes the result."""
@@ -115,7 +124,8 @@ class TrainingFields:
     eval_every: int = 100
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     eval_documents: int = 100
-    """Held-out documents to score; for sft, held-out examples that fit into the context, scored whole."""
+    """Held-out documents to score; where fewer are long enough, further spans of theirs follow. For sft, held-out
+    examples that fit into the context, scored whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +154,8 @@ class TrainingConfig(TrainingFields):
     seed: Annotated[int, Label("Seed", "seed")] = 0
     """Of the LoRA initialisation and of the order of the data."""
     eval_span: int
-    """Tokens scored of each held-out document, from its start: a multiple of the context length. Unused by ``sft``."""
+    """Tokens scored of each held-out document, from its start, or in each of its spans where documents are few: a
+    multiple of the context length. Unused by ``sft``."""
 
     def not_at_default(self) -> dict[str, Any]:
         """The fields that differ from their default: they identify a trial, so that a new field orphans none."""
@@ -155,6 +166,7 @@ class TrainingConfig(TrainingFields):
         }
 
     def __post_init__(self) -> None:
+        refuse_not_finite(self)
         for field in ("context_length", "batch", "lora_rank", "eval_every", "eval_documents", "eval_span"):
             if getattr(self, field) <= 0:
                 raise InputError(f"{field} is {getattr(self, field)}; expected a positive number")

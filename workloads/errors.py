@@ -32,11 +32,15 @@ def one_error(problem: str, fix: str) -> Iterator[None]:
         raise InputError(f"{problem} ({first_line(error)}). {fix}") from error
 
 
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is near to, if there is one."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """``recipe 'convergance' is unknown; did you mean convergence? Known: ...``, the middle only if a name is near."""
-    names = list(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"{kind} {name!r} is unknown{f'; did you mean {nearest[0]}?' if nearest else '.'} Known: {', '.join(names)}"
+    guess = near(name, names := list(known))
+    return f"{kind} {name!r} is unknown{f'; did you mean {guess}?' if guess else '.'} Known: {', '.join(names)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from workloads.data.split import EVALUATED_ON
 from workloads.models.positions import POSITIONS, max_context_length, original_context_length
 from workloads.models.source import ModelSource
 from workloads.trained import TrainedTrial
@@ -91,14 +92,25 @@ def _perplexities(trial: TrainedTrial, step: int) -> list[str]:
     )
     return [
         "\n## Perplexity\n",
-        f"On the held-out part of {_data(trial)}: {rule}. Step 0 is the model before training.\n",
+        f"On {_held_out(trial)}: {rule}. Step 0 is the model before training.\n",
         *_table(rows, "length" if sft else "window", "step", "perplexity"),
     ]
 
 
+def _held_out(trial: TrainedTrial) -> str:
+    if trial.eval_data is None:
+        return f"the held-out part of {_data(trial)}"
+    evaluation = trial.data_identity.partition(EVALUATED_ON)[2]
+    return f"held-out documents of {_name(trial.eval_data, evaluation)}"
+
+
 def _data(trial: TrainedTrial) -> str:
+    return _name(trial.data, trial.data_identity)
+
+
+def _name(data: str, identity: str) -> str:
     """The data's name; of local data without its path, which no one else has."""
-    return trial.data if trial.data.startswith("builtin:") or _hub_id(trial.data_identity) else Path(trial.data).name
+    return data if data.startswith("builtin:") or _hub_id(identity) else Path(data).name
 
 
 def _loading(base: ModelSource, what: str, quantization: str) -> list[str]:

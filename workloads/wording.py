@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from workloads.attention.patterns import PATTERNS
-from workloads.config import TrainingConfig, labels
+from workloads.config import OF_LORA, TrainingConfig, labels, trains_embeddings, trains_norms
+from workloads.models.positions import POSITIONS
 
 METHOD_LABELS: dict[str, str] = {
     "untuned": "untuned",
@@ -34,6 +37,49 @@ SCHEDULES = {
 }
 
 LABELS = labels(TrainingConfig)
+
+
+def has_effect(training: TrainingConfig, field: str) -> bool:
+    """Whether a field changes what a trial trains: LoRA's rank does so for the LoRA methods alone."""
+    if field in (*OF_LORA, "quantization"):
+        return training.method.startswith("lora")
+    if field == "group_size":
+        return training.group_size is not None
+    if field == "learning_rate_embeddings":
+        return trains_embeddings(training.method, training.train_layers)
+    if field == "learning_rate_norms":
+        return trains_norms(training.method)
+    return True
+
+
+def axis_label(field: str) -> str:
+    """What reports call an axis: ``Positions``, ``Layers that train``."""
+    return LABELS[field].text
+
+
+def axis_value(field: str, value: Any) -> str:
+    """A field's value as part of a name: ``YaRN``, ``last 4 layers``, ``rank 8``, ``cosine schedule``."""
+    if field == "method":
+        return METHOD_LABELS[value]
+    if field == "positions":
+        return "unchanged positions" if value == "none" else POSITIONS[value].label
+    if field == "train_layers":
+        return f"{value} layers" if value[0].isalpha() else f"layers {value}"
+    if field == "group_size":
+        return f"groups of {value:,}"
+    if field == "steps":
+        return f"{value:,} steps"
+    if field == "quantization":
+        return "not quantised" if value == "none" else value
+    name = LABELS[field].text.removeprefix("LoRA ").removesuffix(" in training")
+    name = name[0].lower() + name[1:]
+    if isinstance(value, bool):
+        return f"{name} {'on' if value else 'off'}"
+    if value is None:
+        return f"no {name}" if field == "max_grad_norm" else f"{name} by default"
+    if isinstance(value, str):
+        return f"{value} {name}"
+    return f"{name} {', '.join(value) if isinstance(value, tuple) else format(value, '.12g')}"
 
 
 def settings(training: TrainingConfig) -> dict[str, str]:
@@ -88,7 +134,10 @@ def _of_training(training: TrainingConfig) -> dict[str, str]:
 
 
 def _of_evaluation(training: TrainingConfig) -> dict[str, str]:
-    scored = f"up to {training.eval_documents:,} held-out documents, the first {training.eval_span:,} tokens of each"
+    scored = (
+        f"up to {training.eval_documents:,} held-out documents, the first {training.eval_span:,} tokens of each, and "
+        "further ones where there are fewer documents"
+    )
     if training.task == "sft":
         scored = f"the answers of up to {training.eval_documents:,} held-out examples that fit into the context"
     often = f", every {training.eval_every:,} steps" if training.steps else ""

@@ -4,7 +4,8 @@
 orchestrator.compare RUN RUN`` compares single runs (``__main__``).
 """
 
-from orchestrator.compare.answer import Outcome, compare
-from orchestrator.compare.words import method_labels, summarise
+from orchestrator.compare.answer import compare
+from orchestrator.compare.outcomes import Outcome
+from orchestrator.compare.words import cautions, labels, summarise
 
-__all__ = ["Outcome", "compare", "method_labels", "summarise"]
+__all__ = ["Outcome", "cautions", "compare", "labels", "summarise"]

@@ -1,110 +1,33 @@
-"""A sweep's trials compared: a setting is all trials that differ only in their seed, a method is its best setting.
+"""A sweep's trials compared: a variant is a method with the values of its axes, represented by its best setting.
 
 Only finished trials compete. Settings are compared over their seeds and the scored documents, at every evaluation they
-have in common, by the bootstrap of :mod:`workloads.evaluation.intervals`: documents, and several
-seeds, are resampled, the same ones for both sides. Methods that finished different seeds are compared over the shared
-ones.
+have in common, paired (:mod:`workloads.evaluation.intervals`). Variants that finished different seeds are compared over
+the shared ones.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from orchestrator.compare import quality_and_cost as cost
 from orchestrator.compare import words
+from orchestrator.compare.baselines import Baselines, choose_baselines
+from orchestrator.compare.effects import effects
+from orchestrator.compare.outcomes import Outcome, Setting, best_of_each_variant, seeds_in_common, settings_of
 from orchestrator.records import trial_cost
-from orchestrator.records.trial_record import TrialRecord
-from orchestrator.trial_spec import TrialSpec
-from workloads.config import Method, TrainingConfig
-from workloads.evaluation.intervals import DocumentScores, Interval, gap_interval, perplexity_interval
+from orchestrator.variants import Variant, find_variant, variants_of
+from workloads.evaluation.intervals import (
+    FEWEST_DOCUMENTS,
+    DocumentScores,
+    Interval,
+    gap_interval,
+    perplexity_interval,
+)
 
 # By default "as good as full fine-tuning" means within 1% of its perplexity.
 AS_GOOD = 0.01
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A trial with its journal's record."""
-
-    trial: TrialSpec
-    record: TrialRecord
-    log: str = ""
-
-    @property
-    def finished(self) -> bool:
-        """Whether it may compete."""
-        return self.record.state == "finished"
-
-    @property
-    def context_length(self) -> int:
-        """The trained length, at which trials are compared."""
-        return self.trial.training.context_length
-
-    def scores(self, step: int | None = None) -> DocumentScores | None:
-        """Its scores at its trained length at a step, by default the last; None if it was not evaluated there."""
-        return self.record.scores(self.context_length, step)
-
-    def evaluated(self, step: int | None = None) -> DocumentScores:
-        """Its scores at a step at which it was evaluated."""
-        scores = self.scores(step)
-        if scores is None:
-            raise ValueError(f"{self.trial.label} has no evaluation at step {step}")
-        return scores
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Finished trials that differ only in their seed."""
-
-    training: TrainingConfig
-    by_seed: dict[int, Outcome]
-
-    @property
-    def method(self) -> Method:
-        """What trains."""
-        return self.training.method
-
-    @property
-    def name(self) -> str:
-        """The method's label."""
-        return words.METHOD_LABELS[self.method]
-
-    def steps(self) -> list[int]:
-        """The steps at which every seed was evaluated."""
-        each = [{e.step for e in o.record.curve(o.context_length)} for o in self.by_seed.values()]
-        return sorted(set.intersection(*each))
-
-    def scores(self, step: int | None = None, seeds: Iterable[int] | None = None) -> DocumentScores:
-        """The scores of some seeds together, by default all of them, at a step, by default the last."""
-        chosen = self.by_seed if seeds is None else seeds
-        return DocumentScores.over_seeds({seed: self.by_seed[seed].evaluated(step) for seed in chosen})
-
-    def tokens(self, step: int) -> int:
-        """Tokens trained on by a step; the mean if seeds differ."""
-        at = [o.record.evals[o.context_length, step].tokens for o in self.by_seed.values()]
-        return round(sum(at) / len(at))
-
-    def curve(self) -> list[cost.Evaluation]:
-        """Perplexity over the seeds and its cost, at every evaluation that all of them have."""
-        hours = [trial_cost.hours_by_step(o.record) for o in self.by_seed.values()]
-        dollars = [trial_cost.dollars_by_step(o.record) for o in self.by_seed.values()]
-        return [
-            cost.Evaluation(
-                step=step,
-                tokens=self.tokens(step),
-                hours=fmean(each.get(step, 0.0) for each in hours),
-                usd=fmean([each.get(step, 0.0) for each in dollars if each is not None])
-                if None not in dollars
-                else None,
-                perplexity=self.scores(step).perplexity,
-            )
-            for step in self.steps()
-        ]
 
 
 def compare(
@@ -112,38 +35,56 @@ def compare(
     original_length: int,
     as_good: float = AS_GOOD,
     target_perplexity: float | None = None,
+    axes: Iterable[str] = (),
+    baseline: str | None = None,
 ) -> list[dict[str, Any]]:
     """One entry a context length, shortest first: see ``dashboards.comparison.Context``.
 
     Args:
         outcomes: the trials of a sweep, in any state.
         original_length: the context length that the model was pretrained for.
-        as_good: how far above full fine-tuning's perplexity counts as equally good, as a share of it.
-        target_perplexity: the perplexity whose cost is compared; by default the final perplexity of full fine-tuning.
+        as_good: how far above the baseline's perplexity counts as equally good, as a share of it.
+        target_perplexity: the perplexity whose cost is compared; by default the baseline's final perplexity.
+        axes: the fields of TrainingConfig for which the sweep has several values.
+        baseline: the variant that all others are compared with, by name; by default full fine-tuning with the same
+            values of the axes.
+
+    Raises:
+        InputError: no variant has the baseline's name.
     """
+    axes = tuple(axes)
+    variants = variants_of((outcome.trial.training for outcome in outcomes), axes)
+    requested = find_variant(baseline, variants) if baseline is not None else None
     by_length = defaultdict(list)
     for outcome in outcomes:
         by_length[outcome.context_length].append(outcome)
     return [
-        _compare_length(length, by_length[length], original_length, as_good, target_perplexity)
+        _compare_length(length, by_length[length], original_length, as_good, target_perplexity, axes, requested)
         for length in sorted(by_length)
     ]
 
 
 def _compare_length(
-    length: int, outcomes: list[Outcome], original_length: int, as_good: float, target_perplexity: float | None
+    length: int,
+    outcomes: list[Outcome],
+    original_length: int,
+    as_good: float,
+    target_perplexity: float | None,
+    axes: tuple[str, ...],
+    requested: Variant | None,
 ) -> dict[str, Any]:
     trained = [outcome for outcome in outcomes if outcome.trial.training.method != "untuned"]
-    settings = _settings(trained)
-    best = _best_of_each_method(settings)
-    seeds = _seeds_in_common(best.values()) or None
-    scores = {method: setting.scores(seeds=seeds) for method, setting in best.items()}
-    ranked = sorted(scores, key=lambda method: scores[method].perplexity)
-    winner = ranked[0] if ranked else None
-    full = best.get("full")
-    target = _target(full, target_perplexity)
+    variants = variants_of((outcome.trial.training for outcome in trained), axes)
+    names = {variant.id: variant.name for variant in variants}
+    settings = settings_of(trained, axes)
+    best = best_of_each_variant(settings)
+    seeds = seeds_in_common(best.values()) or None
+    scores = {variant: setting.scores(seeds=seeds) for variant, setting in best.items()}
+    ranked = sorted(scores, key=lambda variant: scores[variant].perplexity)
+    baselines = choose_baselines(best, ranked, requested)
+    target = _target(baselines, best, target_perplexity)
     unit = trial_cost.unit_of([o.record for o in trained if o.record.steps])
-    described = _describe_settings(settings, best, full, target, unit, as_good)
+    described = _describe_settings(settings, best, baselines, target, unit, as_good, names)
     references = _references(outcomes, trained)
     before = _unchanged_at(original_length, outcomes)
     context = {
@@ -152,69 +93,90 @@ def _compare_length(
             {"label": words.REFERENCE_LABELS[positions], **_as_perplexity(perplexity_interval(reference))}
             for positions, reference in references.items()
         ],
-        "trials": _named([_describe(o, full, best, original_length, before, as_good, unit) for o in trained]),
+        "trials": _named(
+            [_describe(o, best, axes, baselines, original_length, before, as_good, unit) for o in trained], names
+        ),
         "settings": described,
-        "gaps": _gaps(best, ["full", *(m for m in ranked if m != "full")] if full else ranked),
+        "gaps": _gaps(best, _pairs(ranked, baselines, axes)),
         "target": target,
         "hours_unit": unit,
-        "winner": winner,
+        "scored_documents": next((each.num_documents for each in [*scores.values(), *references.values()]), None),
+        "baselines": baselines.of,
+        **_ranking(ranked, scores),
+        "against_untuned": _against_untuned(ranked, scores, references),
+        "effects": effects(best, axes),
     }
     hardware = sorted({trial_cost.device_of(o.record) for o in trained if o.record.steps})
-    return context | {"sentences": words.of_context(context, scores, references, as_good, seeds, hardware)}
+    sentences = words.of_context(context, names, scores, references, baselines, as_good, seeds, hardware)
+    return context | {"sentences": sentences}
 
 
-def _settings(trained: list[Outcome]) -> list[Setting]:
-    """The settings of finished trials, in order."""
-    groups: dict[TrainingConfig, dict[int, Outcome]] = defaultdict(dict)
-    for outcome in trained:
-        if outcome.finished:
-            training = outcome.trial.training
-            groups[dataclasses.replace(training, seed=0)][training.seed] = outcome
-    return [Setting(training, by_seed) for training, by_seed in groups.items()]
+def _ranking(ranked: list[str], scores: dict[str, DocumentScores]) -> dict[str, Any]:
+    """The variant with the lowest perplexity, those that cannot be told from it, and whether it wins."""
+    lowest = ranked[0] if ranked else None
+    if lowest is None:
+        return {"lowest": None, "not_distinguishable": [], "winner": None}
+    alike = [other for other in ranked[1:] if gap_interval(scores[other], scores[lowest]).sign <= 0]
+    wins = not alike and scores[lowest].num_documents >= FEWEST_DOCUMENTS
+    return {"lowest": lowest, "not_distinguishable": alike, "winner": lowest if wins else None}
 
 
-def _best_of_each_method(settings: list[Setting]) -> dict[str, Setting]:
-    """Each method's setting with the lowest final perplexity."""
-    best: dict[str, Setting] = {}
-    for setting in settings:
-        known = best.get(setting.method)
-        if known is None or setting.scores().perplexity < known.scores().perplexity:
-            best[setting.method] = setting
-    return best
+def _against_untuned(
+    ranked: list[str], scores: dict[str, DocumentScores], references: dict[str, DocumentScores]
+) -> dict[str, Any] | None:
+    """The best trained variant against the best untuned model."""
+    if not ranked or not references:
+        return None
+    best = min(references, key=lambda positions: references[positions].perplexity)
+    gap = gap_interval(scores[ranked[0]], references[best])
+    return {"variant": ranked[0], "reference": words.REFERENCE_LABELS[best], **as_percent(gap)}
 
 
-def _seeds_in_common(settings: Iterable[Setting]) -> list[int]:
-    each = [set(setting.by_seed) for setting in settings]
-    return sorted(set.intersection(*each)) if each else []
-
-
-def _target(full: Setting | None, given: float | None) -> dict[str, Any] | None:
+def _target(baselines: Baselines, best: dict[str, Setting], given: float | None) -> dict[str, Any] | None:
     if given is not None:
         return {"perplexity": given, "source": "as requested"}
-    if full is None:
+    if baselines.target is None:
         return None
-    return {"perplexity": full.scores().perplexity, "source": "the final perplexity of full fine-tuning"}
+    setting = best[baselines.target]
+    return {
+        "perplexity": setting.scores().perplexity,
+        "source": f"the final perplexity of {setting.variant.name}",
+    }
+
+
+def _pairs(ranked: list[str], baselines: Baselines, axes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The (variant, baseline) whose gaps are shown: every pair, or with axes the baseline's and the best's alone."""
+    own = list(baselines.of.items())
+    if axes:
+        others = [(variant, ranked[0]) for variant in ranked[1:]]
+    else:
+        others = [(variant, one) for place, one in enumerate(ranked) for variant in ranked[place + 1 :]]
+    taken = {frozenset(pair) for pair in own}
+    return own + [pair for pair in others if frozenset(pair) not in taken]
 
 
 def _describe_settings(
     settings: list[Setting],
     best: dict[str, Setting],
-    full: Setting | None,
+    baselines: Baselines,
     target: dict[str, Any] | None,
     unit: str | None,
     as_good: float,
+    names: dict[str, str],
 ) -> list[dict[str, Any]]:
     described: list[dict[str, Any]] = []
     for setting in settings:
         curve = setting.curve()
         last = curve[-1]
         reached = cost.reach(curve, target["perplexity"]) if target else None
+        baseline = best.get(baselines.of.get(setting.variant.id, "")) if baselines.explicit else None
         described.append(
             {
-                "method": setting.method,
+                "method": setting.variant.method,
+                "variant": setting.variant.id,
                 "learning_rate": setting.training.learning_rate,
                 "fingerprint": next(iter(setting.by_seed.values())).trial.fingerprint,
-                "chosen": best[setting.method] is setting,
+                "chosen": best[setting.variant.id] is setting,
                 "seeds": sorted(setting.by_seed),
                 "final": {
                     "step": last.step,
@@ -230,33 +192,33 @@ def _describe_settings(
                     "hours": reached.hours if unit else None,
                     "usd": reached.usd,
                 },
-                "as_good_from_step": _as_good_from(setting, full, as_good) if full and setting is not full else None,
+                "as_good_from_step": _as_good_from(setting, baseline, as_good) if baseline else None,
+                "gap": _gap(setting, baseline, as_good) if baseline else None,
             }
         )
     if unit:
         points = [(one["hours"], one["final"]["perplexity"]) for one in described]
         for one, dominated in zip(described, cost.dominated(points)):
             one["dominated"] = dominated
-    return _named(described)
+    return _named(described, names)
 
 
-def _named(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _named(described: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
     """Adds the name that the report shows."""
-    return [{**one, "name": name} for one, name in zip(described, words.distinct_names(described))]
+    return [{**one, "name": name} for one, name in zip(described, words.distinct_names(described, names))]
 
 
-def _gaps(best: dict[str, Setting], order: list[str]) -> list[dict[str, Any]]:
-    """The gap of every method to each before it in ``order``, at every evaluation of both but step 0."""
+def _gaps(best: dict[str, Setting], pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The gap of each pair's first to its second, at every evaluation of both but step 0."""
     gaps = []
-    for place, baseline in enumerate(order):
-        for method in order[place + 1 :]:
-            ours, theirs = best[method], best[baseline]
-            seeds = _seeds_in_common([ours, theirs]) or None
-            points = []
-            for step in sorted(set(ours.steps()) & set(theirs.steps()) - {0}):
-                gap = gap_interval(ours.scores(step, seeds), theirs.scores(step, seeds))
-                points.append({"step": step, "tokens": ours.tokens(step), **as_percent(gap)})
-            gaps.append({"method": method, "baseline": baseline, "seeds": seeds or [], "points": points})
+    for variant, baseline in pairs:
+        ours, theirs = best[variant], best[baseline]
+        seeds = seeds_in_common([ours, theirs]) or None
+        points = []
+        for step in sorted(set(ours.steps()) & set(theirs.steps()) - {0}):
+            gap = gap_interval(ours.scores(step, seeds), theirs.scores(step, seeds))
+            points.append({"step": step, "tokens": ours.tokens(step), **as_percent(gap)})
+        gaps.append({"method": variant, "baseline": baseline, "seeds": seeds or [], "points": points})
     return gaps
 
 
@@ -288,8 +250,9 @@ def _unchanged_at(original_length: int, outcomes: list[Outcome]) -> float | None
 
 def _describe(
     outcome: Outcome,
-    full: Setting | None,
     best: dict[str, Setting],
+    axes: tuple[str, ...],
+    baselines: Baselines,
     original_length: int,
     before: float | None,
     as_good: float,
@@ -305,10 +268,13 @@ def _describe(
         for event in record.curve(outcome.context_length)
     ]
     at_original = [event.perplexity for event in record.curve(original_length)]
-    same_seed = full.by_seed.get(training.seed) if full else None
+    variant = Variant.of(training, axes).id
+    baseline = best.get(baselines.of.get(variant, "")) if baselines.explicit else None
+    same_seed = baseline.by_seed.get(training.seed) if baseline else None
     return {
         "label": outcome.trial.label,
         "method": training.method,
+        "variant": variant,
         "fingerprint": outcome.trial.fingerprint,
         "state": record.state if record.state in ("finished", "failed", "stopped", "cancelled") else "unfinished",
         "reason": record.reason,
@@ -317,14 +283,14 @@ def _describe(
         "learning_rate": training.learning_rate,
         "trainable_parameters": record.model.trainable_parameters if record.model else None,
         "seed": training.seed,
-        "chosen": training.method in best and outcome in best[training.method].by_seed.values(),
+        "chosen": variant in best and outcome in best[variant].by_seed.values(),
         "curve": curve,
         "final": curve[-1] if outcome.finished else None,
         "original_length": {"context_length": original_length, "before": before, "after": at_original[-1]}
         if outcome.finished and at_original
         else None,
-        "gap_to_full": _gap(outcome, same_seed, as_good)
-        if same_seed and training.method != "full" and outcome.finished
+        "gap_to_full": _gap(_alone(outcome, axes), _alone(same_seed, axes), as_good)
+        if same_seed and outcome.finished
         else None,
         "tokens_per_second": record.tokens_per_second,
         "peak_memory_gib": record.peak_memory_gib,
@@ -335,24 +301,30 @@ def _describe(
     }
 
 
-def _gap(outcome: Outcome, full: Outcome, as_good: float) -> dict[str, Any]:
-    """Against full fine-tuning with the same seed."""
-    ours, theirs = (Setting(o.trial.training, {o.trial.training.seed: o}) for o in (outcome, full))
+def _alone(outcome: Outcome, axes: tuple[str, ...]) -> Setting:
+    """One seed of a setting."""
+    training = outcome.trial.training
+    return Setting(training, Variant.of(training, axes), {training.seed: outcome})
+
+
+def _gap(setting: Setting, baseline: Setting, as_good: float) -> dict[str, Any]:
+    """The final gap to the baseline, over the seeds that both have."""
+    seeds = seeds_in_common([setting, baseline]) or None
     return {
-        **as_percent(gap_interval(outcome.evaluated(), full.evaluated())),
-        "as_good_from_step": _as_good_from(ours, theirs, as_good),
+        **as_percent(gap_interval(setting.scores(seeds=seeds), baseline.scores(seeds=seeds))),
+        "as_good_from_step": _as_good_from(setting, baseline, as_good),
     }
 
 
-def _as_good_from(setting: Setting, full: Setting, as_good: float) -> int | None:
-    """The first step from which the perplexity stays within the share of full fine-tuning's at the same steps, or None.
+def _as_good_from(setting: Setting, baseline: Setting, as_good: float) -> int | None:
+    """The first step from which the perplexity stays within the share of the baseline's at the same steps, or None.
 
     Over the seeds that both have. Step 0 does not count: there both are the same untuned model.
     """
-    seeds = _seeds_in_common([setting, full]) or None
+    seeds = seeds_in_common([setting, baseline]) or None
     reached = None
-    for step in sorted(set(setting.steps()) & set(full.steps()) - {0}):
-        if setting.scores(step, seeds).perplexity / full.scores(step, seeds).perplexity - 1 > as_good:
+    for step in sorted(set(setting.steps()) & set(baseline.steps()) - {0}):
+        if setting.scores(step, seeds).perplexity / baseline.scores(step, seeds).perplexity - 1 > as_good:
             reached = None
         elif reached is None:
             reached = step

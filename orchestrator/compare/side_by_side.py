@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.compare.answer import Outcome, as_percent
+from orchestrator.compare.answer import as_percent
+from orchestrator.compare.outcomes import Outcome
 from orchestrator.compare.runs import Run, differences
 from orchestrator.compare.words import join, too_few
 from orchestrator.records import trial_cost
@@ -121,14 +122,14 @@ def _verdict(runs: list[Run], outcomes: list[Outcome], why_not: str) -> tuple[in
         if gap.low is not None:
             text += f" (paired {CONFIDENCE:.0%} interval over documents {gap.low:+.2%} to {gap.high:+.2%})"
             if gap.sign == 0:
-                text += ", a difference that these documents do not establish"
+                text += ": not distinguishable"
         if gap.sign == 0:
             established = False
         sentences.append(f"{text}.")
     if num_documents < FEWEST_DOCUMENTS:
         return None, [*sentences, f"No winner: {too_few(num_documents)}"]
     if not established:
-        return None, [*sentences, "No winner: the best is not established against all others."]
+        return None, [*sentences, f"No winner: {runs[best].name} is not distinguishable from all others."]
     steps = [f"{runs[place].name} {runs[place].record.last_step:,}" for place in ranked]
     if len({runs[place].record.last_step for place in ranked}) > 1:
         sentences.append(f"They trained for different numbers of steps: {join(steps)}.")

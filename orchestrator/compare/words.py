@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from orchestrator.compare.baselines import Baselines
 from orchestrator.terminal import and_list
+from orchestrator.variants import Variant
 from workloads.evaluation.intervals import (
     CONFIDENCE,
     FEWEST_DOCUMENTS,
+    FEWEST_TO_RESAMPLE,
     DocumentScores,
     Interval,
     gap_interval,
     perplexity_interval,
 )
 from workloads.models.positions import POSITIONS
-from workloads.wording import LABELS, METHOD_LABELS, METHODS
+from workloads.wording import LABELS, METHOD_LABELS, METHODS, axis_label
 
 UNCHANGED = f"untuned, {POSITIONS['none'].label}"
 REFERENCE_LABELS: dict[str, str] = {"none": UNCHANGED} | {
@@ -24,25 +28,30 @@ REFERENCE_LABELS: dict[str, str] = {"none": UNCHANGED} | {
 REFERENCE_PHRASES = {
     REFERENCE_LABELS[name]: f"the untuned model with {kind.label}" for name, kind in POSITIONS.items()
 } | {UNCHANGED: "the unchanged model"}
+# With more variants than this, sentences tell of the best ones, and tables of all.
+MOST_TOLD = 6
 
 
-def method_labels(contexts: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The label and the description of each method that was trained, for the report."""
-    methods = dict.fromkeys(trial["method"] for context in contexts for trial in context["trials"])
+def labels(variants: Iterable[Variant], axes: Iterable[str]) -> dict[str, Any]:
+    """The labels of methods, variants and axes, and the descriptions of methods, for the report."""
+    variants = list(variants)
+    methods = dict.fromkeys(variant.method for variant in variants)
     return {
         "method_labels": {method: capital(METHOD_LABELS[method]) for method in methods},
         "method_descriptions": {method: METHODS[method] for method in methods},
+        "variant_labels": {variant.id: capital(variant.name) for variant in variants},
+        "axes": {field: axis_label(field) for field in axes},
     }
 
 
-def distinct_names(items: list[dict[str, Any]]) -> list[str]:
+def distinct_names(items: list[dict[str, Any]], names: dict[str, str]) -> list[str]:
     """Names of trials or settings of one context length.
 
-    Each is the method's label; if a method has several, with the learning rate, seed or fingerprint that differs.
+    Each is the variant's; if a variant has several, with the learning rate, seed or fingerprint that differs.
     """
 
     def name(item: dict[str, Any]) -> str:
-        siblings = [other for other in items if other["method"] == item["method"]]
+        siblings = [other for other in items if other["variant"] == item["variant"]]
         texts = {
             "learning_rate": f"{LABELS['learning_rate'].short} {item['learning_rate']:g}".replace("e-0", "e-"),
             "seed": f"{LABELS['seed'].short} {item.get('seed')}",
@@ -50,32 +59,27 @@ def distinct_names(items: list[dict[str, Any]]) -> list[str]:
         differing = [key for key in texts if len({other.get(key) for other in siblings}) > 1]
         alike = sum(all(other.get(key) == item.get(key) for key in differing) for other in siblings)
         own = [item["fingerprint"][:6]] if alike > 1 else []
-        return " ".join([capital(METHOD_LABELS[item["method"]]), *(texts[key] for key in differing), *own])
+        return " ".join([capital(names[item["variant"]]), *(texts[key] for key in differing), *own])
 
     return [name(item) for item in items]
 
 
-def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
-    """The whole answer in a few sentences."""
-    winners = defaultdict(list)
-    for context in contexts:
-        winners[context["winner"]].append(context["context_length"])
-    sentences = []
-    for winner, lengths in winners.items():
-        at = join([f"{length:,}" for length in lengths])
-        if winner is None:
-            sentences.append(f"At {at} tokens no training has finished, so there is no winner.")
-        else:
-            sentences.append(f"Among trained models, {METHOD_LABELS[winner]} has the lowest perplexity at {at} tokens.")
-    unbeaten = defaultdict(list)
-    for context in contexts:
-        if ahead := _reference_ahead(context):
-            unbeaten[ahead].append(f"{context['context_length']:,}")
-    for reference, lengths in unbeaten.items():
-        sentences.append(f"At {join(lengths)} tokens no trained model beats {REFERENCE_PHRASES[reference]}.")
-    if any(_rates(context["settings"], s["method"])[1:] for context in contexts for s in context["settings"]):
+def summarise(contexts: list[dict[str, Any]], seeds: list[int], names: dict[str, str] | None = None) -> list[str]:
+    """The whole answer in a few sentences, an untuned model that nothing beats first.
+
+    Args:
+        names: of the variants, by id; by default the methods'.
+    """
+    names = METHOD_LABELS if names is None else names
+    sentences = [
+        *_at_lengths(contexts, _about_untuned),
+        *_at_lengths(contexts, lambda context: _about_lowest(context, names)),
+        *cautions(contexts),
+    ]
+    if any(_rates(context["settings"], s["variant"])[1:] for context in contexts for s in context["settings"]):
+        what = "variant" if any(context["effects"] for context in contexts) else "method"
         sentences.append(
-            "Each method is represented by the best of its settings, chosen by final perplexity on the scored "
+            f"Each {what} is represented by the best of its settings, chosen by final perplexity on the scored "
             "documents themselves, which flatters it."
         )
     if len(seeds) == 1:
@@ -86,10 +90,66 @@ def summarise(contexts: list[dict[str, Any]], seeds: list[int]) -> list[str]:
     return sentences
 
 
+def _at_lengths(contexts: list[dict[str, Any]], tell: Callable[[dict[str, Any]], str | None]) -> list[str]:
+    """What ``tell`` says of each context, once for all lengths of which it says the same.
+
+    In its text ``{at}`` stands for the lengths: ``1,024 and 2,048 tokens``.
+    """
+    lengths = defaultdict(list)
+    for context in contexts:
+        if text := tell(context):
+            lengths[text].append(f"{context['context_length']:,}")
+    return [text.replace("{at}", f"{join(each)} tokens") for text, each in lengths.items()]
+
+
+def _about_untuned(context: dict[str, Any]) -> str | None:
+    """The best trained variant against the best untuned model."""
+    against = context["against_untuned"]
+    if against is None:
+        return None
+    phrase = REFERENCE_PHRASES[against["reference"]]
+    if against["percent"] > 0:
+        return f"At {{at}} no trained model beats {phrase}."
+    if against["high"] is None:
+        return "At {at} the best trained model measures below every untuned one; there is no interval."
+    if against["high"] < 0:
+        return "At {at} the best trained model beats every untuned one."
+    return f"At {{at}} no trained model is distinguishable from {phrase}."
+
+
+def _about_lowest(context: dict[str, Any], names: dict[str, str]) -> str:
+    lowest, alike = context["lowest"], context["not_distinguishable"]
+    if lowest is None:
+        return "At {at} no training has finished, so there is no winner."
+    told = f"Among trained models, {names[lowest]} has the lowest perplexity at {{at}}"
+    if context["winner"] is None and (context["scored_documents"] or 0) < FEWEST_DOCUMENTS:
+        return f"{told}, but too few documents are scored for a winner."
+    return f"{told}, not distinguishable from {_some(alike, names)}." if alike else f"{told}."
+
+
+def cautions(contexts: list[dict[str, Any]]) -> list[str]:
+    """What the number of scored documents means for the intervals, where there are few."""
+    return _at_lengths(contexts, _caution)
+
+
+def _caution(context: dict[str, Any]) -> str | None:
+    number = context["scored_documents"]
+    if number is None or number >= FEWEST_TO_RESAMPLE:
+        return None
+    if number < FEWEST_DOCUMENTS:
+        return f"At {{at}} there are no intervals and no winner: {too_few(number)}"
+    return (
+        f"At {{at}} {number} documents are scored, fewer than {FEWEST_TO_RESAMPLE}: intervals are Student's t, which "
+        "are wider. More held-out data narrows them."
+    )
+
+
 def of_context(
     context: dict[str, Any],
+    names: dict[str, str],
     scores: dict[str, DocumentScores],
     references: dict[str, DocumentScores],
+    baselines: Baselines,
     as_good: float,
     seeds: list[int] | None,
     hardware: list[str],
@@ -98,121 +158,183 @@ def of_context(
 
     Args:
         context: all its fields but the sentences.
-        scores: each method's best setting, over the seeds that all of them finished.
+        names: of the variants, by id.
+        scores: each variant's best setting, over the seeds that all of them finished.
         references: the untuned models, by their positions.
-        as_good: the share above full fine-tuning's perplexity that counts as equally good.
-        seeds: those seeds; None if the methods have none in common.
+        baselines: what each variant is held against.
+        as_good: the share above the baseline's perplexity that counts as equally good.
+        seeds: those seeds; None if the variants have none in common.
         hardware: the trials' devices.
     """
-    sentences, winner, trials = [], context["winner"], context["trials"]
-    chosen = {setting["method"]: setting for setting in context["settings"] if setting["chosen"]}
-    if winner is not None:
-        interval = perplexity_interval(scores[winner])
-        ends = "" if interval.low is None else f" ({CONFIDENCE:.0%} interval {interval.low:.3f} to {interval.high:.3f})"
-        sentences.append(
-            f"At {context['context_length']:,} tokens {METHOD_LABELS[winner]} "
-            f"{'wins with' if len(scores) > 1 else 'reaches'} a perplexity of {interval.value:.3f}{ends}."
-        )
-        sentences += _chosen_rates(context["settings"], chosen)
-        sentences += [_spread(METHOD_LABELS[m], trials, m) for m in scores if len(chosen[m]["seeds"]) > 1]
-        sentences += _unequal_seeds(chosen, seeds)
-        for method in sorted(set(scores) - {winner}, key=lambda method: scores[method].perplexity):
-            sentences.append(_versus(METHOD_LABELS[method], METHOD_LABELS[winner], scores[method], scores[winner]))
-    if "full" in chosen:
-        sentences += [_convergence(chosen[method], as_good) for method in chosen if method != "full"]
-    sentences += _costs(context, chosen, hardware)
-    if references:
+    lowest, trials = context["lowest"], context["trials"]
+    chosen = {setting["variant"]: setting for setting in context["settings"] if setting["chosen"]}
+    told = sorted(chosen, key=lambda variant: scores[variant].perplexity)[:MOST_TOLD]
+    told = [variant for variant in chosen if variant in told]  # in the order of the settings
+    sentences = []
+    if references and lowest is not None:
         best = min(references, key=lambda positions: references[positions].perplexity)
-        sentences += [_against(METHOD_LABELS[m], scores[m], REFERENCE_LABELS[best], references[best]) for m in scores]
-    sentences += _at_original_length(trials)
-    for trial in trials:
-        if trial["state"] == "failed":
-            sentences.append(f"{trial['label']} failed: {trial['reason']} (log: {trial['log']}).")
-        elif trial["state"] == "stopped":
+        against = [_against(names[v], scores[v], REFERENCE_LABELS[best], references[best]) for v in told]
+        if references[best].perplexity < scores[lowest].perplexity:
+            sentences, against = against, []
+    else:
+        against = []
+    if lowest is not None:
+        sentences += _lowest(context, names, scores)
+        sentences += _chosen_rates(context["settings"], chosen, names)
+        sentences += [_spread(names[v], trials, v) for v in told if len(chosen[v]["seeds"]) > 1]
+        sentences += _unequal_seeds(chosen, seeds)
+        for variant in sorted(set(told) - {lowest}, key=lambda variant: scores[variant].perplexity):
+            sentences.append(_versus(names[variant], names[lowest], scores[variant], scores[lowest]))
+    sentences += baselines.notes
+    if baselines.explicit:
+        sentences += [
+            _convergence(chosen[variant], names[variant], names[baselines.of[variant]], as_good)
+            for variant in told
+            if variant in baselines.of
+        ]
+    sentences += _costs(context, {variant: chosen[variant] for variant in told}, names, hardware)
+    sentences += against
+    if len(told) < len(chosen):
+        sentences.append(f"Tables have the other {len(chosen) - len(told)} of {len(chosen)} settings.")
+    sentences += [_effect(effect, context["scored_documents"]) for effect in context["effects"]]
+    sentences += _at_original_length([trial for trial in trials if trial["variant"] in told])
+    return sentences + [text for trial in trials if (text := _unfinished(trial))]
+
+
+def _unfinished(trial: dict[str, Any]) -> str | None:
+    match trial["state"]:
+        case "failed":
+            return f"{trial['label']} failed: {trial['reason']} (log: {trial['log']})."
+        case "stopped":
             why = f" ({trial['reason']})" if trial["reason"] else ""
-            sentences.append(
-                f"{trial['label']} was stopped early at step {trial['last_step']}{why} and does not compete."
-            )
-        elif trial["state"] == "cancelled":
+            return f"{trial['label']} was stopped early at step {trial['last_step']}{why} and does not compete."
+        case "cancelled":
             why = f" {trial['reason']}" if trial["reason"] else ""
-            sentences.append(
+            return (
                 f"{trial['label']} was cancelled{why} at step {trial['last_step']} and is unfinished; the same command "
                 "resumes it."
             )
-        elif trial["state"] == "unfinished":
-            sentences.append(f"{trial['label']} is unfinished; the same command resumes it.")
-    return sentences
+        case "unfinished":
+            return f"{trial['label']} is unfinished; the same command resumes it."
+    return None
 
 
-def _reference_ahead(context: dict[str, Any]) -> str | None:
-    """The best untuned model, if it is below every trained one."""
-    trained = [trial["final"]["perplexity"] for trial in context["trials"] if trial["final"]]
-    if not trained or not context["references"]:
-        return None
-    best = min(context["references"], key=lambda reference: reference["perplexity"])
-    return best["label"] if best["perplexity"] < min(trained) else None
+def _lowest(context: dict[str, Any], names: dict[str, str], scores: dict[str, DocumentScores]) -> list[str]:
+    """Which variant wins, or has the lowest perplexity without winning, and why."""
+    lowest = context["lowest"]
+    interval = perplexity_interval(scores[lowest])
+    at, name, value = f"At {context['context_length']:,} tokens", names[lowest], f"{interval.value:.3f}"
+    if interval.low is None:
+        return [f"{at} nothing wins: {too_few(scores[lowest].num_documents)}", f"{capital(name)} measured {value}."]
+    value += f" ({CONFIDENCE:.0%} interval over {_sample(scores[lowest])} {interval.low:.3f} to {interval.high:.3f})"
+    if alike := context["not_distinguishable"]:
+        distinct = f"not distinguishable from {_some(alike, names)}"
+        return [f"{at} {name} has the lowest perplexity, {value}, but is {distinct}."]
+    return [f"{at} {name} {'wins with' if len(scores) > 1 else 'reaches'} a perplexity of {value}."]
 
 
-def _rates(settings: list[dict[str, Any]], method: str) -> list[float]:
-    """The learning rates that a method finished with."""
-    return sorted({setting["learning_rate"] for setting in settings if setting["method"] == method})
+def _some(variants: list[str], names: dict[str, str]) -> str:
+    """The first few names, and how many more there are."""
+    more = [f"{len(variants) - 3} more"] if len(variants) > 4 else []
+    return join([names[variant] for variant in (variants[:3] if more else variants)] + more)
 
 
-def _chosen_rates(settings: list[dict[str, Any]], chosen: dict[str, dict[str, Any]]) -> list[str]:
+def _sample(scores: DocumentScores) -> str:
+    """What an interval covers: ``16 documents``, ``16 documents and 3 seeds``."""
+    documents = f"{scores.num_documents} documents"
+    return f"{documents} and {len(scores.seeds)} seeds" if len(scores.seeds) > 1 else documents
+
+
+def _rates(settings: list[dict[str, Any]], variant: str) -> list[float]:
+    """The learning rates that a variant finished with."""
+    return sorted({setting["learning_rate"] for setting in settings if setting["variant"] == variant})
+
+
+def _chosen_rates(
+    settings: list[dict[str, Any]], chosen: dict[str, dict[str, Any]], names: dict[str, str]
+) -> list[str]:
     """What a sweep over the learning rate chose, and whether the grid may be too narrow."""
     words = []
-    for method, setting in chosen.items():
-        rates = _rates(settings, method)
+    for variant, setting in chosen.items():
+        rates = _rates(settings, variant)
         if len(rates) > 1:
             edge = setting["learning_rate"] in (rates[0], rates[-1])
             words.append(
-                f"{METHOD_LABELS[method]} with {setting['learning_rate']:g} of {join([f'{rate:g}' for rate in rates])}"
+                f"{names[variant]} with {setting['learning_rate']:g} of {join([f'{rate:g}' for rate in rates])}"
                 + (" (the edge of the grid: a better one may be beyond it)" if edge else "")
             )
     if not words:
         return []
+    each = "method" if all(variant == setting["method"] for variant, setting in chosen.items()) else "variant"
     return [
-        f"Each method's learning rate is the one with the lowest final perplexity: {'; '.join(words)}. They "
-        "were chosen on the scored documents themselves, which flatters every method."
+        f"Each {each}'s learning rate is the one with the lowest final perplexity: {'; '.join(words)}. They "
+        f"were chosen on the scored documents themselves, which flatters every {each}."
     ]
 
 
 def _unequal_seeds(chosen: dict[str, dict[str, Any]], seeds: list[int] | None) -> list[str]:
     if len({tuple(setting["seeds"]) for setting in chosen.values()}) <= 1:
         return []
+    each = "methods" if all(variant == setting["method"] for variant, setting in chosen.items()) else "variants"
     if seeds is None:
-        return ["The methods have no finished seed in common, so their gaps are not paired by seed."]
+        return [f"The {each} have no finished seed in common, so their gaps are not paired by seed."]
     these = join([str(seed) for seed in seeds])
-    return [f"The methods are compared over seed{'s' if len(seeds) > 1 else ''} {these}, which all of them finished."]
+    return [f"The {each} are compared over seed{'s' if len(seeds) > 1 else ''} {these}, which all of them finished."]
 
 
-def _versus(name: str, winner: str, scores: DocumentScores, best: DocumentScores) -> str:
+def _versus(name: str, lowest: str, scores: DocumentScores, best: DocumentScores) -> str:
     gap = gap_interval(scores, best)
-    text = f"{capital(name)} is {gap.value:.1%} above {winner}{_paired(gap)}"
-    what = "these documents and seeds" if len(scores.seeds) > 1 else "these documents"
-    return text + ("." if gap.sign > 0 else f", a difference that {what} do not establish.")
+    text = f"{capital(name)} is {gap.value:.1%} above {lowest}{_paired(gap, scores)}"
+    return f"{text}: not distinguishable." if gap.sign <= 0 and gap.low is not None else f"{text}."
 
 
-def _convergence(setting: dict[str, Any], as_good: float) -> str:
-    name, step = capital(METHOD_LABELS[setting["method"]]), setting["as_good_from_step"]
-    above = f"{100 * as_good:g}% above full fine-tuning"
+def _paired(gap: Interval, scores: DocumentScores) -> str:
+    """The interval of a difference, and what it covers, in brackets; nothing without one."""
+    if gap.low is None or gap.high is None:
+        return ""
+    return f" (paired interval over {_sample(scores)} {gap.low:+.1%} to {gap.high:+.1%})"
+
+
+def _effect(effect: dict[str, Any], documents: int | None) -> str:
+    """What one value of an axis changes, with the others held."""
+    pairs, seeds = len(effect["matched"]), len(effect["seeds"])
+    held = f"over {pairs} pairs of settings alike in all else" if pairs > 1 else "all else alike"
+    percent, low, high = effect["percent"], effect["low"], effect["high"]
+    interval = ""
+    if low is not None and high is not None:
+        covers = f"{documents} documents and {seeds} seeds" if seeds > 1 else f"{documents} documents"
+        interval = f"; paired interval over {covers} {low:+.1f}% to {high:+.1f}%"
+        if low <= 0 <= high:
+            return (
+                f"{capital(effect['value'])} is not distinguishable from {effect['against']} ({percent:+.1f}%, {held}"
+                f"{interval})."
+            )
+    side = "above" if percent > 0 else "below"
+    return f"{capital(effect['value'])} is {abs(percent):.1f}% {side} {effect['against']} ({held}{interval})."
+
+
+def _convergence(setting: dict[str, Any], name: str, baseline: str, as_good: float) -> str:
+    step = setting["as_good_from_step"]
+    above = f"{100 * as_good:g}% above {baseline}"
     if step is None:
-        return f"{name} is still more than {above} after {setting['final']['step']} steps."
-    return f"{name} is at most {above} from step {step} on."
+        return f"{capital(name)} is still more than {above} after {setting['final']['step']} steps."
+    return f"{capital(name)} is at most {above} from step {step} on."
 
 
-def _costs(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware: list[str]) -> list[str]:
-    """The cost of reaching the target, and which methods others dominate."""
+def _costs(
+    context: dict[str, Any], chosen: dict[str, dict[str, Any]], names: dict[str, str], hardware: list[str]
+) -> list[str]:
+    """The cost of reaching the target, and which variants others dominate."""
     sentences, unit, target = [], context["hours_unit"], context["target"]
     if target is not None and chosen:
         reached = [
-            f"{METHOD_LABELS[method]} takes {setting['reached']['tokens']:,.0f} tokens"
+            f"{names[variant]} takes {setting['reached']['tokens']:,.0f} tokens"
             + (f" and {hours(setting['reached']['hours'], unit)}" if unit else "")
             + (f" ({dollars(setting['reached']['usd'])})" if setting["reached"]["usd"] is not None else "")
-            for method, setting in chosen.items()
+            for variant, setting in chosen.items()
             if setting["reached"]
         ]
-        missed = [METHOD_LABELS[method] for method, setting in chosen.items() if not setting["reached"]]
+        missed = [names[variant] for variant, setting in chosen.items() if not setting["reached"]]
         if missed:
             reached.append(f"{join(missed)} {'does' if len(missed) == 1 else 'do'} not reach it")
         where = f"To reach a perplexity of {target['perplexity']:.3f} ({target['source']})"
@@ -221,8 +343,8 @@ def _costs(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware:
         sentences.append(f"Hours are not compared because the trials ran on different hardware: {'; '.join(hardware)}.")
     if unit and len(chosen) > 1:
         beaten = [
-            f"{METHOD_LABELS[method]} is dominated by {_dominator(setting, context['settings'], chosen)}"
-            for method, setting in chosen.items()
+            f"{names[variant]} is dominated by {_dominator(setting, context['settings'], names)}"
+            for variant, setting in chosen.items()
             if setting["dominated"]
         ]
         if beaten:
@@ -230,15 +352,15 @@ def _costs(context: dict[str, Any], chosen: dict[str, dict[str, Any]], hardware:
     return sentences
 
 
-def _dominator(beaten: dict[str, Any], settings: list[dict[str, Any]], chosen: dict[str, dict[str, Any]]) -> str:
-    """The best setting that is at least as good for no more hours; by its method, if it is the method's chosen one."""
+def _dominator(beaten: dict[str, Any], settings: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """The best setting that is at least as good for no more hours; by its variant, if it represents that."""
 
     def costs(setting: dict[str, Any]) -> tuple[float, float]:
         return setting["final"]["perplexity"], setting["hours"]
 
     better = [one for one in settings if costs(one) != costs(beaten) and _no_worse(costs(one), costs(beaten))]
     best = min(better, key=costs)
-    return METHOD_LABELS[best["method"]] if chosen[best["method"]] is best else best["name"]
+    return names[best["variant"]] if best["chosen"] else best["name"]
 
 
 def _no_worse(costs: tuple[float, float], others: tuple[float, float]) -> bool:
@@ -256,24 +378,21 @@ def dollars(value: float) -> str:
 
 
 def _against(name: str, scores: DocumentScores, label: str, reference: DocumentScores) -> str:
-    """A method against the best untuned model."""
+    """A variant against the best untuned model."""
     gap = gap_interval(scores, reference)
-    other = f"{REFERENCE_PHRASES[label]} ({reference.perplexity:.3f})"
+    other, paired = f"{REFERENCE_PHRASES[label]} ({reference.perplexity:.3f})", _paired(gap, scores)
     if gap.sign < 0:
-        return f"{capital(name)} beats {other} by {-gap.value:.1%}{_paired(gap)}."
+        return f"{capital(name)} beats {other} by {-gap.value:.1%}{paired}."
     if gap.sign > 0:
-        return f"{capital(name)} does not beat {other}: it is {gap.value:.1%} above it{_paired(gap)}."
-    return f"The difference between {name} and {other} is not established{_paired(gap)}."
+        return f"{capital(name)} does not beat {other}: it is {gap.value:.1%} above it{paired}."
+    side = "above" if gap.value > 0 else "below"
+    text = f"{capital(name)} is {abs(gap.value):.1%} {side} {other}{paired}"
+    return f"{text}: not distinguishable." if paired else f"{text}."
 
 
-def _paired(gap: Interval) -> str:
-    """The interval of a difference in brackets, or nothing."""
-    return "" if gap.low is None else f" (paired interval of the difference {gap.low:+.1%} to {gap.high:+.1%})"
-
-
-def _spread(name: str, trials: list[dict[str, Any]], method: str) -> str:
-    """The range over a method's seeds; the other sentences use their mean log-likelihood."""
-    finals = [t["final"]["perplexity"] for t in trials if t["method"] == method and t["chosen"] and t["final"]]
+def _spread(name: str, trials: list[dict[str, Any]], variant: str) -> str:
+    """The range over a variant's seeds; the other sentences use their mean log-likelihood."""
+    finals = [t["final"]["perplexity"] for t in trials if t["variant"] == variant and t["chosen"] and t["final"]]
     spread = f"from {min(finals):.3f} to {max(finals):.3f}"
     return f"{capital(name)} is the mean over {len(finals)} seeds, with final perplexities {spread}."
 

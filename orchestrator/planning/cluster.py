@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # A preemption notice usually comes 30 s ahead; the default of 5 s would lose a sixth of that.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # A worker that hangs never leaves its process group; before a restart Ray would wait 30 s for it.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # The sweep has its own journals, and handles Ctrl-C itself.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -209,7 +211,7 @@ class Cluster:
 def multiplies_bfloat16() -> bool:
     """Whether this machine's processor has bfloat16 instructions: AVX-512 BF16, AMX, or Arm's."""
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
         return False
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

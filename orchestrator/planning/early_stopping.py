@@ -28,6 +28,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orchestrator.axes import distinction
 from orchestrator.records.json_files import expect_fields
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
@@ -46,7 +47,8 @@ class EarlyStopping:
         reduction_factor: ASHA's eta: 1/eta of the trials at a rung continue, and the next rung is eta times as far.
         first_rung: a share of a trial's tokens (up to 1), or tokens, at which it is first judged.
         min_trials: trials, the judged one included, that must have reached a rung before any is stopped there.
-        within_method: compare a trial with those of its method only.
+        within_method: compare a trial only with those of its method and of its values of the sweep's axes.
+        axes: the sweep's axes, by field.
 
     Raises:
         InputError: a value outside its range.
@@ -57,6 +59,7 @@ class EarlyStopping:
     first_rung: float = 1 / 9
     min_trials: int = 3
     within_method: bool = False
+    axes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 < self.reduction_factor < math.inf:
@@ -79,6 +82,7 @@ class EarlyStopping:
             first_rung=options.first_rung if options.first_rung is not None else factor**-2,
             min_trials=options.min_trials,
             within_method=within,
+            axes=tuple(spec.axes),
         )
 
     def rungs(self, training: TrainingConfig) -> list[int]:
@@ -128,9 +132,9 @@ class EarlyStopping:
 class Rungs:
     """Scores and decisions in ``sweeps/<name>/rungs/<context length>/<tokens>/<fingerprint>.json``.
 
-    A file's fields: label, method, scored_on (only trials with the same value are comparable), step, tokens, scores (by
-    rule), stop; for a trial that was compared also rule, cutoff and compared_with (fingerprint: score), and for one
-    that was stopped its reason.
+    A file's fields: label, method (with its values of the sweep's axes), scored_on (only trials with the same value are
+    comparable), step, tokens, scores (by rule), stop; for a trial that was compared also rule, cutoff and compared_with
+    (fingerprint: score), and for one that was stopped its reason.
     """
 
     def __init__(self, storage: Storage, sweep: str, settings: EarlyStopping) -> None:
@@ -193,7 +197,7 @@ class Rungs:
         """The fields of a file that follow from the trial and its score alone."""
         return {
             "label": trial.label,
-            "method": trial.training.method,
+            "method": " ".join([trial.training.method, distinction(trial.training, self.settings.axes)]).strip(),
             "scored_on": scored_on(trial),
             "step": step,
             "tokens": step * trial.training.batch * trial.training.context_length,

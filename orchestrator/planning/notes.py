@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
-from workloads.config import Positions
+from workloads.config import LongExamples, Positions
 from workloads.data import ExampleCorpus, PackedCorpus
 from workloads.models.positions import POSITIONS, is_extended, reach
 
@@ -32,21 +33,28 @@ def notes(
                 "extended there"
             )
         if isinstance(packed, ExampleCorpus):
-            yield from _example_notes(packed, length, spec)
+            for long_examples in spec.values_of("long_examples"):
+                yield from _example_notes(packed, length, long_examples)
     if scored < spec.eval_documents:
         fits = "short" if spec.task == "sft" else "long"
         verb = "is" if scored == 1 else "are"
-        yield f"only {scored} of the {spec.eval_documents} requested held-out documents {verb} {fits} enough to score"
+        spans = "" if spec.task == "sft" else "; further spans of them are scored where they are longer"
+        yield (
+            f"only {scored} of the {spec.eval_documents} requested held-out documents {verb} {fits} enough to score"
+            f"{spans}. For more documents hold out a larger share (--holdout), give your own (--eval-data)"
+            f"{'' if spec.task == 'sft' else ', or score less of each (--eval-span)'}"
+        )
     if scored < FEW_DOCUMENTS:
         yield (
             f"an interval over {scored} document{'s' if scored > 1 else ''} says little: give at least "
-            f"{FEW_DOCUMENTS}, by --eval-documents or more held-out data"
+            f"{FEW_DOCUMENTS}, by --eval-documents, --holdout or --eval-data"
         )
-    if spec.warmup_steps >= spec.steps:
-        yield (
-            f"the warm-up takes {spec.warmup_steps} steps of {spec.steps}: the learning rate only rises, to "
-            f"{spec.steps / spec.warmup_steps:.0%} of its peak; lower --warmup-steps, or give more --steps"
-        )
+    for warmup, steps in itertools.product(spec.values_of("warmup_steps"), spec.values_of("steps")):
+        if warmup >= steps:
+            yield (
+                f"the warm-up takes {warmup} steps of {steps}: the learning rate only rises, to "
+                f"{steps / warmup:.0%} of its peak; lower --warmup-steps, or give more --steps"
+            )
     if options.engine.startswith("zero") and options.workers == 1 and not options.offload:
         yield (
             f"--engine {options.engine} with one worker has nothing to shard, and saves no memory; give more "
@@ -54,24 +62,25 @@ def notes(
         )
 
 
-def position_notes(config: Any, lengths: Sequence[int], positions: Positions) -> Iterator[str]:
+def position_notes(config: Any, lengths: Sequence[int], positions: Sequence[Positions]) -> Iterator[str]:
     """What is assumed about a base's own positions, and where a sweep replaces them; one sentence each."""
     found = reach(config)
     if found.assumption:
         yield f"{found.assumption}: then give --original-length"
     replaced = [length for length in lengths if length > found.longest]
-    if is_extended(config) and replaced and POSITIONS[positions].parameters:
+    new = [POSITIONS[each].label for each in positions if POSITIONS[each].parameters]
+    if is_extended(config) and replaced and new:
         yield (
             f"the model's own positions ({config.rope_parameters['rope_type']}, from {found.original:,} to "
-            f"{found.longest:,} tokens) are replaced by {POSITIONS[positions].label} from {found.original:,} tokens at "
+            f"{found.longest:,} tokens) are replaced by {' or '.join(new)} from {found.original:,} tokens at "
             f"{', '.join(f'{length:,}' for length in replaced)}"
         )
 
 
-def _example_notes(examples: ExampleCorpus, length: int, spec: SweepSpec) -> Iterator[str]:
-    if left_out := examples.left_out(length, spec.long_examples):
+def _example_notes(examples: ExampleCorpus, length: int, long_examples: LongExamples) -> Iterator[str]:
+    if left_out := examples.left_out(length, long_examples):
         yield left_out
-    filled = examples.filled(length, spec.long_examples)
+    filled = examples.filled(length, long_examples)
     if filled < MIN_FILLED:
         yield (
             f"the training examples fill {filled:.0%} of {length:,} tokens on average, {1 - filled:.0%} of the context "

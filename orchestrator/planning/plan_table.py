@@ -32,8 +32,10 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
             f"note: the hub does not give {and_list(sweep.unread)} (no network, or no token): planned from published "
             "sizes, as if no trial had run; the sweep itself needs the hub"
         )
-    for note in sweep.position_notes:
+    for note in sweep.model_notes:
         console.print(f"note: {note}", markup=False)
+    for note in plan.left_out:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if labels := superseded(plan.planned, sweep.storage):
         console.print(
             "note: results of an earlier version of longspan are kept and not used, since this one may give others: "

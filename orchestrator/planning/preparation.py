@@ -25,6 +25,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities, TrialSpec
+from orchestrator.variants import find_variant, variants_of
 from workloads.budget import ModelShape
 from workloads.budget.shape import ATTENTION
 from workloads.config import Precision, TrainingConfig
@@ -80,7 +81,7 @@ class Checked:
         return Rungs(self.storage, self.name, self.early_stopping) if self.early_stopping else None
 
     def is_cancelled(self) -> bool:
-        """Whether somebody has asked to cancel the whole sweep, or its budget is exhausted."""
+        """Whether a user has cancelled the whole sweep, or its budget is exhausted."""
         return cancellation.pending_request(self.storage, f"sweeps/{self.name}") is not None
 
 
@@ -90,13 +91,14 @@ class Identified(Checked):
 
     Args:
         original_length: the model's original context length, in tokens.
+        model_notes: what was assumed about the model's own positions, where they are replaced, and what in its files
+            differs from its configuration or could not be checked.
         unread: model and data that the hub does not give, in a plan.
-        position_notes: what was assumed about the model's own positions, and where they are replaced.
     """
 
     shape: ModelShape
     original_length: int
-    position_notes: tuple[str, ...]
+    model_notes: tuple[str, ...]
     identities: Identities
     unread: tuple[str, ...] = ()
 
@@ -137,8 +139,11 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions, *, plan_only: b
     Raises:
         InputError: settings that cannot be, or that contradict each other.
     """
-    precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # any will do here
-    for trial in spec.trials(Identities(model="", tokenizer="", data=""), precision):
+    precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # either passes the same checks
+    trials = spec.trials(Identities(model="", tokenizer="", data=""), precision)
+    if options.baseline is not None:
+        find_variant(options.baseline, variants_of([trial.training for trial in trials], spec.axes))
+    for trial in trials:
         if spec.search != "none" and trial.training.steps:
             Space.of(spec, trial)
     if spec.search != "none" and (options.force or options.force_trials):
@@ -147,11 +152,12 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions, *, plan_only: b
             "a new search in another --storage"
         )
     early_stopping = EarlyStopping.of(options, spec)
-    if spec.batch % options.workers:
-        raise InputError(
-            f"a batch of {spec.batch} sequences does not divide among {options.workers} workers; "
-            "change --batch or --workers"
-        )
+    for batch in spec.values_of("batch"):
+        if batch % options.workers:
+            raise InputError(
+                f"a batch of {batch} sequences does not divide among {options.workers} workers; "
+                "change --batch or --workers"
+            )
     if options.engine.startswith("zero") and not importlib.util.find_spec("deepspeed"):
         raise InputError(
             f"--engine {options.engine} needs DeepSpeed, which is not installed; install it with pip install "
@@ -173,9 +179,9 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions, *, plan_only: b
         options=options,
         storage=storage,
         source=source,
-        corpus=Instructions.parse(spec.data)
+        corpus=Instructions.parse(spec.data, spec.holdout, spec.eval_data)
         if spec.task == "sft"
-        else Corpus.parse(spec.data, spec.text_column, spec.max_train_tokens),
+        else Corpus.parse(spec.data, spec.text_column, spec.max_train_tokens, spec.holdout, spec.eval_data),
         prices=own_prices(options),
         early_stopping=early_stopping,
         plan_only=plan_only,
@@ -214,9 +220,10 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
         check_vocabulary(loaded, shape.vocab_size, spec.model)
         refuse_no_end(loaded, spec.model)
     _check_adaptation(spec, config, shape)
-    for length, positions in itertools.product(spec.context_lengths, {spec.positions, *spec.references}):
+    used = dict.fromkeys((*spec.values_of("positions"), *spec.references))
+    for length, positions in itertools.product(spec.context_lengths, used):
         extend(copy.deepcopy(config), length, positions)  # refuses what the model's family does not take
-    config = source.check_files(config)
+    config, file_notes = source.check_files(config)
     report(f"reading {spec.data}")
     tokenizer = source.chat_identity if spec.task == "sft" else source.tokenizer_identity
     data = _data_identity(sweep)
@@ -225,7 +232,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
         **vars(sweep),
         shape=ModelShape.of(config),
         original_length=original_length,
-        position_notes=tuple(position_notes(config, spec.context_lengths, spec.positions)),
+        model_notes=(*position_notes(config, spec.context_lengths, spec.values_of("positions")), *file_notes),
         identities=Identities(model=source.identity, tokenizer=tokenizer, data=data),
         unread=tuple(unread),
     )
@@ -242,16 +249,15 @@ def _data_identity(sweep: Checked) -> str:
 
 
 def _check_adaptation(spec: SweepSpec, config: Any, shape: ModelShape) -> None:
-    """Raises InputError if the model has not the layers to train, or does not take LoRA as asked; uses shapes only."""
+    """Raises InputError if the model lacks layers to train, or cannot take LoRA as requested; uses shapes only."""
     sides = [min(each.inputs, each.outputs) for each in shape.linears if each.reads in ATTENTION]
-    if spec.lora_targets is None and spec.train_layers == "all" and spec.lora_rank <= min(sides):
+    targets, layers, ranks = (spec.values_of(name) for name in ("lora_targets", "train_layers", "lora_rank"))
+    if targets == (None,) and layers == ("all",) and max(ranks) <= min(sides):
         return  # nothing to refuse: saves half a second of importing the model's code
     from workloads.adaptation.methods import check_adaptation
 
-    for method in spec.methods:
-        check_adaptation(
-            config, method, lora_rank=spec.lora_rank, lora_targets=spec.lora_targets, train_layers=spec.train_layers
-        )
+    for method, adapted, trained, rank in itertools.product(spec.methods, targets, layers, ranks):
+        check_adaptation(config, method, lora_rank=rank, lora_targets=adapted, train_layers=trained)
 
 
 def prepare(sweep: Identified, report: Report = lambda doing: None) -> Prepared:

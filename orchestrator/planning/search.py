@@ -1,8 +1,8 @@
 """Search beyond grids: settings of each method at each context length, at random or by Optuna's TPE.
 
-Each method has its own study at each context length, over its learning rate, LoRA's rank and the group size; the
-objective is the final perplexity at the trained length. A suggestion becomes an ordinary trial of the sweep, identified
-by its fingerprint.
+Each method has its own study at each context length and for each combination of the axes' values, over its learning
+rate, LoRA's rank and the group size; the objective is the final perplexity at the trained length. A suggestion becomes
+an ordinary trial of the sweep, identified by its fingerprint.
 
 ``sweeps/<name>/search.jsonl`` and the trials' journals are the whole state: a suggestion is written before its trial
 starts. Suggestion n of a study depends only on the seed, on n, and on the outcomes of earlier suggestions: a killed
@@ -102,7 +102,7 @@ class Space:
             values["group_size"] = group_size_in_tokens(values["group_size"], base.training.context_length)
         training = dataclasses.replace(base.training, **values)
         named = [f"{LABELS[name].short} {_short(getattr(training, name))}" for name in self.varied]
-        return dataclasses.replace(base, training=training, distinction=" ".join(named))
+        return dataclasses.replace(base, training=training, distinction=" ".join([base.distinction, *named]).strip())
 
     def own(self, base: TrialSpec) -> dict[str, Any] | None:
         """The parameters of ``base`` itself, or None if they are outside the space."""
@@ -129,7 +129,7 @@ class Space:
 
 
 class Study:
-    """The search for the best setting of one method at one context length.
+    """The search for the best setting of one method at one context length, with one combination of the axes' values.
 
     Attributes:
         suggested: the parameters of its suggestions by the trials' fingerprints, in order.
@@ -230,7 +230,7 @@ class Search:
     """All studies of a sweep, and the journal that they are rebuilt from.
 
     Args:
-        bases: the sweep's trial of each method and context length, as without a search.
+        bases: the sweep's trials as without a search, one for each study.
         journal: the search's own, ``search.jsonl``.
     """
 

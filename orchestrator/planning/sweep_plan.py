@@ -30,6 +30,7 @@ class SweepPlan:
         concurrency: trials that run at the same time.
         upcoming: estimates of the trials that a search has not suggested yet.
         upcoming_tokens: the tokens that those train on.
+        left_out: combinations of the axes' values that cannot be, in words.
     """
 
     cluster: Cluster
@@ -39,6 +40,7 @@ class SweepPlan:
     upcoming: tuple[Estimate, ...]
     upcoming_tokens: int
     totals: Totals
+    left_out: tuple[str, ...] = ()
 
     @cached_property
     def trials(self) -> tuple[TrialSpec, ...]:
@@ -59,21 +61,22 @@ class SweepPlan:
 def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
     """Plans the trials of a sweep on a cluster.
 
-    A search has suggested no trials yet: one of each method and length stands for them.
+    A search has suggested no trials yet: one of each study stands for them.
 
     Raises:
         InputError: the cluster cannot run the sweep as asked.
     """
     spec, options = sweep.spec, sweep.options
     precision: Precision = cluster.precision if spec.precision == "auto" else spec.precision
-    if spec.quantization == "nf4" and not cluster.gpus:
+    if "nf4" in spec.values_of("quantization") and not cluster.gpus:
         raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
-    trials = spec.trials(sweep.identities, precision)
+    expansion = spec.expand(sweep.identities, precision)
+    trials = expansion.trials
     rates = Rates.of(cluster, cluster.device(options).name, sweep.prices)
     cluster = within_rate(cluster, rates, options.budget_usd_per_hour)
     concurrency = cluster.concurrency(options)
     estimator = Estimator(sweep.shape, sweep.original_length, cluster, options, sweep.prices)
-    if spec.quantization == "fp8" and not estimator.device.multiplies_float8:
+    if "fp8" in spec.values_of("quantization") and not estimator.device.multiplies_float8:
         raise InputError(
             "--quantization fp8 needs GPUs that multiply in FP8 (compute capability 8.9 or higher), and "
             f"{estimator.device.name} does not; leave it out"
@@ -92,11 +95,12 @@ def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
         upcoming=tuple(upcoming),
         upcoming_tokens=0,
         totals=sum_up(planned, upcoming, estimator),
+        left_out=tuple(expansion.left_out),
     )
 
 
 def begin_search(sweep: Identified, plan: SweepPlan) -> tuple[Search, SweepPlan]:
-    """Takes up the sweep's search, or starts it; returns it with a plan of what it has suggested so far."""
+    """Resumes or starts the sweep's search; returns it with a plan of what it has suggested so far."""
     bases = [trial for trial in plan.trials if trial.training.steps]
     search = Search(sweep.spec, bases, sweep.storage, sweep.storage.search_journal(sweep.name))
     search.begin()

@@ -321,7 +321,7 @@ def stamp(event: Event) -> Event:
 def _boot() -> str | None:
     """Names this run of the operating system; None where it has no such name."""
     try:
-        return _BOOT_ID.read_text()[:8]
+        return _BOOT_ID.read_text("utf-8")[:8]
     except OSError:
         return None
 

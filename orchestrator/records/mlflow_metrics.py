@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,17 +71,22 @@ def attempt_tags(started: Started) -> dict[str, str]:
     return tags | {f"package.{name}": version for name, version in started.packages.items()}
 
 
+def trial_tag(label: str) -> str:
+    """The tag of a sweep's run that holds a trial's run id: of the characters that MLflow takes in a key."""
+    return re.sub(r"[^\w.\- :/]", "_", f"trial.{label.replace('+', '_plus')}")
+
+
 def sweep_metrics(context: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """(name, value, step) of a comparison's numbers for a context length; a method's are those of its best setting."""
+    """(name, value, step) of a comparison's numbers for a context length; a variant's are those of its best setting."""
     length = context["context_length"]
     for setting in context["settings"]:
-        method, step = setting["method"], setting["final"]["step"]
+        variant, step = setting["variant"], setting["final"]["step"]
         if setting["chosen"]:
-            yield f"final/perplexity_{length}/{method}", setting["final"]["perplexity"], step
+            yield f"final/perplexity_{length}/{variant}", setting["final"]["perplexity"], step
             if setting["hours"] is not None:
-                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{method}", setting["hours"], step
+                yield f"final/{context['hours_unit'].replace(' ', '_')}_{length}/{variant}", setting["hours"], step
             if setting["reached"]:
-                yield f"to_target/tokens_{length}/{method}", setting["reached"]["tokens"], step
+                yield f"to_target/tokens_{length}/{variant}", setting["reached"]["tokens"], step
     for gap in context["gaps"]:
         for point in gap["points"]:
             yield f"gap_percent_{length}/{gap['method']} to {gap['baseline']}", point["percent"], point["step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from filelock import FileLock
 
 from orchestrator.records.events import Eval, Started, Step
 from orchestrator.records.json_files import write_json
-from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of
+from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of, trial_tag
 from orchestrator.records.mlflow_store import MlflowStore, without_password
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_folder import TrialFolder
@@ -22,7 +23,7 @@ from workloads.config import RESULT_VERSION
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-METRICS_A_CALL = 1000  # MLflow's own limit on a batch
+METRICS_A_CALL, TAGS_A_CALL = 1000, 100  # MLflow's own limits on a batch
 LOCK_S = 60.0  # another sweep that shares the trial looks for its run in this time
 
 
@@ -202,16 +203,25 @@ def log_sweep(
     metrics, run_tags = [], [RunTag("mlflow.note.content", "\n\n".join(comparison["sentences"]))]
     for context in comparison["contexts"]:
         for metric, value, step in sweep_metrics(context):
-            metrics.append(Metric(metric.replace("+", "_plus"), value, now, step))
-        if context["winner"]:
-            run_tags.append(RunTag(f"winner_{context['context_length']}", context["winner"]))
+            metrics.append(Metric(_metric_name(metric), value, now, step))
+        winner = context["winner"] or "not established"
+        run_tags.append(RunTag(f"winner_{context['context_length']}", winner))
     run_tags += [RunTag(key, comparison[key]) for key in ("git_commit", "git_diff") if comparison[key]]
     for label, trial_run_id in run_ids.items():
-        run_tags.append(RunTag(f"trial.{label.replace('+', '_plus')}", trial_run_id or ""))
+        run_tags.append(RunTag(trial_tag(label), trial_run_id or ""))
     missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
     run_id = run.info.run_id
-    store.client.log_batch(run_id, metrics=metrics, tags=run_tags, params=missing)
+    store.client.log_batch(run_id, params=missing)
+    for start in range(0, len(metrics), METRICS_A_CALL):
+        store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
+    for start in range(0, len(run_tags), TAGS_A_CALL):
+        store.client.log_batch(run_id, tags=run_tags[start : start + TAGS_A_CALL])
     for path in artifacts:
         store.client.log_artifact(run_id, str(path))
     store.client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def _metric_name(name: str) -> str:
+    """A metric's name with the characters that MLflow takes: + is written out, others are left out."""
+    return re.sub(r"[^\w./: -]", "", name.replace("+", "_plus"))

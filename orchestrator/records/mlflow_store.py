@@ -80,12 +80,11 @@ def is_outage(error: Exception) -> bool:
     return any(re.search("Connection|Timeout|OperationalError|InterfaceError", name) for name in names)
 
 
-def reason(error: Exception) -> str:
-    """What an error says, in one short line without passwords."""
+def cause(error: Exception) -> str:
+    """What the database or the server said, in one short line without MLflow's words around it or passwords."""
     text = str(error) or type(error).__name__
     found = re.search(r"\(\w+\.\w*Error\) (.+)", text) or re.search(r"\(Caused by (.+)\)", text)
     line = (found[1] if found else text).splitlines()[0].split(" Response body:")[0]
-    line = "".join(character if character.isprintable() else "?" for character in line)
     return without_password(line)[:200]
 
 
@@ -140,9 +139,9 @@ class MlflowStore:
                 ) from error
             if is_outage(error):
                 raise InputError(
-                    f"MLflow at {shown} does not answer ({reason(error)}); start the server, or {OTHER_STORE}"
+                    f"MLflow at {shown} does not answer ({cause(error)}); start the server, or {OTHER_STORE}"
                 ) from error
-            raise InputError(f"MLflow at {shown} cannot be used ({reason(error)}); {remedy(error)}") from error
+            raise InputError(f"MLflow at {shown} cannot be used ({cause(error)}); {remedy(error)}") from error
 
     def open(self) -> None:
         """Finds the experiment: restores it if it was deleted, makes it if there is none, and the database too."""

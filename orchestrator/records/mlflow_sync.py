@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dashboards.mlflow import sqlite_url
 from orchestrator.records.mlflow_runs import TrialRun, log_sweep
-from orchestrator.records.mlflow_store import MlflowStore, is_outage, reason, remedy
+from orchestrator.records.mlflow_store import MlflowStore, cause, is_outage, remedy
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
 from orchestrator.trial_spec import TrialSpec
@@ -117,9 +117,9 @@ class Tracker:
         except Exception as error:  # of any kind: the journals keep everything
             logger.debug("MLflow", exc_info=True)
             if is_outage(error):
-                self.outage = reason(error)
+                self.outage = cause(error)
             else:
-                self.refused[what] = Refusal(what, reason(error), remedy(error))
+                self.refused[what] = Refusal(what, cause(error), remedy(error))
                 return
         self.refused.pop(what, None)
 

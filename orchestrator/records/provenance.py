@@ -228,7 +228,7 @@ def hardware(device: torch.device, workers: int) -> str:
 def cpu_name() -> str:
     """The CPU's model, such as AMD EPYC."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from orchestrator.records.events import Event, Parsed, as_line, parse
 from orchestrator.records.journal import Read
-from orchestrator.records.object_store import ObjectStore, is_transient, reason, retry
+from orchestrator.records.object_store import ObjectStore, is_transient, retry
+from workloads.errors import reason
 from workloads.files.safe import replace_file
 
 # A follower asks for a trial's next segment at most this often.

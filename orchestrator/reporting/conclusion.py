@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.compare import Outcome, compare, method_labels, summarise
+from orchestrator.compare import Outcome, cautions, compare, labels, summarise
 from orchestrator.planning.cost import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
@@ -21,12 +21,14 @@ from orchestrator.records.mlflow_store import without_password
 from orchestrator.records.mlflow_sync import Tracker
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.reporting.learning_rates import learning_rates_chosen
 from orchestrator.reporting.plan_vs_actual import FILE, compare_with_plan
 from orchestrator.terminal import shell_command, shown_path
+from orchestrator.variants import variants_of
 from workloads.attention.patterns import PATTERNS
 from workloads.evaluation.intervals import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models.positions import POSITIONS
-from workloads.wording import shared_settings
+from workloads.wording import axis_label, shared_settings
 
 MOST_REFUSALS = 3  # of MLflow's, that are printed: they are mostly alike
 
@@ -51,7 +53,7 @@ class Conclusion:
     def conclude(self) -> list[Outcome]:
         """Compares the trials, writes and logs the report, and prints the answer; returns each trial's outcome."""
         from dashboards.report import render
-        from orchestrator.reporting.result_table import result_table, winners
+        from orchestrator.reporting.result_table import best_trials, effect_table, result_table
 
         sweep = self.sweep
         outcomes = self._outcomes()
@@ -72,6 +74,8 @@ class Conclusion:
             self.console.print(f"note: the report could not be written: {error}")
 
         self.console.print(result_table(comparison))
+        if effects := effect_table(comparison):
+            self.console.print(effects)
         for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
             self.console.print(sentence)
         self.console.print(f"\n{self._elapsed:.0f} s in total.")
@@ -79,7 +83,7 @@ class Conclusion:
             self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
         self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
-        for trial in winners(comparison):
+        for trial in best_trials(comparison):
             command = self._export_command(trial["fingerprint"])
             self.console.print(f"export {trial['label']}: {command}", soft_wrap=True)
         self._print_unfinished(outcomes)
@@ -139,7 +143,12 @@ class Conclusion:
         """The content of comparison.json, which the report and MLflow show."""
         sweep, spec, trials = self.sweep, self.sweep.spec, self.plan.trials
         as_good = sweep.options.as_good_within
-        contexts = compare(outcomes, sweep.original_length, as_good, sweep.options.target_perplexity)
+        axes, options = self._axes, sweep.options
+        contexts = compare(
+            outcomes, sweep.original_length, as_good, options.target_perplexity, axes=axes, baseline=options.baseline
+        )
+        variants = variants_of([trial.training for trial in trials], axes)
+        names = {variant.id: variant.name for variant in variants}
         run_ids = {trial.fingerprint: self.tracker.run_id(trial) for trial in trials}
         for context in contexts:
             for described in context["trials"]:
@@ -152,8 +161,11 @@ class Conclusion:
             "sweep": sweep.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
-            "question": "Which method is best at each context length, and how close are the others?",
-            "sentences": summarise(contexts, list(spec.seeds)) + self._compare_with_plan(),
+            "question": "Which setting is best at each context length, and what does each axis change?"
+            if axes
+            else "Which method is best at each context length, and how close are the others?",
+            "sentences": summarise(contexts, list(spec.seeds), names) + self._compare_with_plan(),
+            "cautions": cautions(contexts),
             "rule": ANSWERS_RULE if spec.task == "sft" else RULE,
             "model": {
                 "name": spec.model,
@@ -170,7 +182,8 @@ class Conclusion:
             },
             "attention": self._describe_attention(),
             "shared_settings": self._describe_settings(),
-            **method_labels(contexts),
+            **labels(variants, axes),
+            "baseline": options.baseline,
             "seeds": list(spec.seeds),
             "confidence": CONFIDENCE,
             "as_good": as_good,
@@ -187,6 +200,11 @@ class Conclusion:
             "mlflow_command": self._mlflow_command(str(sweep.storage.root)),
             "contexts": contexts,
         }
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        """The fields that have several values."""
+        return tuple(self.sweep.spec.axes)
 
     def _compare_with_plan(self) -> list[str]:
         """Writes planned and actual values to the sweep's folder, and returns a sentence on them.
@@ -211,11 +229,14 @@ class Conclusion:
         """What all trained trials have in common; the report shows attention and seeds elsewhere."""
         shared = shared_settings([trial.training for trial in self.plan.trials if trial.training.method != "untuned"])
         positions = self.sweep.spec.positions
-        extended = {"Positions": POSITIONS[positions].label} if positions != "none" else {}
+        same = positions != "none" and "positions" not in self._axes
+        extended = {"Positions": POSITIONS[positions].label} if same else {}
         return extended | {k: v for k, v in shared.items() if k not in ("Attention in training", "Seed")}
 
     def _describe_attention(self) -> str:
         spec = self.sweep.spec
+        if varied := [axis_label(name).lower() for name in ("attention", "group_size") if name in self._axes]:
+            return f"{' and '.join(varied)} as named in each setting"
         inside = ", inside documents" if spec.document_mask else ""
         if not PATTERNS[spec.attention].has_group_size:
             return f"full attention in training{inside}"
@@ -224,13 +245,13 @@ class Conclusion:
         return f"{PATTERNS[spec.attention].label}, in training, groups of {group}{inside}"
 
     def _describe_learning_rates(self) -> str:
-        spec = self.sweep.spec
+        spec, chosen = self.sweep.spec, learning_rates_chosen(self.sweep.spec)
         if len(spec.learning_rate_sweep) == 1:
-            return spec.learning_rates_chosen
+            return chosen
         multiples = ", ".join(f"{multiple:g}" for multiple in spec.learning_rate_sweep)
         return (
             f"for each method and context length the best of {multiples} times its own rate, by final perplexity on "
-            f"the scored documents themselves, which flatters every method; those rates: {spec.learning_rates_chosen}"
+            f"the scored documents themselves, which flatters every method; those rates: {chosen}"
         )
 
     def _mlflow_command(self, storage: str) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from orchestrator.reporting.progress import Progress, Row, progress, seconds_left
+from orchestrator.reporting.progress import AT_WORK, Progress, Row, progress, seconds_left
 from orchestrator.terminal import duration, number_or_dash
 
 REFRESH_S = 1.0
 # A job log has no screen to redraw: the table is printed this often.
 LOG_INTERVAL_S = 30.0
+# Lines of the screen that are not trials: title, header, caption.
+OTHER_LINES = 5
 
 
 class LiveView:
@@ -64,12 +67,23 @@ class LiveView:
         left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
         title = f"{duration(elapsed)} elapsed" + (f", about {duration(left)} left" if left else "")
         table = trials_table(title)
-        table.caption = self.note()
-        for row in self.rows:
-            trial = progress(row, self.sweep)
+        trials = [progress(row, self.sweep) for row in self.rows]
+        room = self.console.height - OTHER_LINES if self.console.is_terminal else len(trials)
+        shown = most_active(trials, room)
+        others = Counter(trial.state for trial in trials) - Counter(trial.state for trial in shown)
+        more = [f"and {', '.join(f'{n} {state}' for state, n in others.items())}"] if others else []
+        table.caption = "\n".join([*more, *filter(None, [self.note()])]) or None
+        for trial in shown:
             elsewhere = f", {trial.elsewhere}" if trial.elsewhere else ""
             table.add_row(trial.label, trial.state + elsewhere, *numbers(trial))
         return table
+
+
+def most_active(trials: list[Progress], room: int) -> list[Progress]:
+    """As many trials as a screen has room for, in their order: those at work first, then those that wait."""
+    ranks = {trial.fingerprint: 0 if trial.state in AT_WORK else 1 if trial.is_to_do else 2 for trial in trials}
+    chosen = sorted(trials, key=lambda trial: ranks[trial.fingerprint])[: max(1, room)]
+    return [trial for trial in trials if trial in chosen]
 
 
 def trials_table(title: str | None = None) -> Table:

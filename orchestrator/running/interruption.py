@@ -60,9 +60,11 @@ def _wait(records: list[TrialRecord]) -> None:
 
 def describe_kept(storage: Storage, trials: Iterable[TrialSpec]) -> Iterator[str]:
     """One line a trial: what an interruption has left of it, and what is lost."""
+    trials = list(trials)
+    width = max((len(trial.label) for trial in trials), default=0)
     for trial in trials:
         record = TrialRecord.of(storage.trial(trial.fingerprint).journal)
-        yield f"  {trial.label:<22} {_kept(record, trial.training.steps)}"
+        yield f"  {trial.label:<{width}}  {_kept(record, trial.training.steps)}"
 
 
 def _kept(record: TrialRecord, steps: int) -> str:

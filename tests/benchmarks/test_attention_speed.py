@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.attention_speed import CASES, PUBLISHED, Case, as_json, head, line, measure, ways
+from benchmarks.attention_speed import CASES, PUBLISHED, Case, as_json, head, implementations, line, measure
 from benchmarks.timing import write_json
 
 CPU = torch.device("cpu")
@@ -13,24 +13,25 @@ SMALL = Case(64, 16, heads=4, key_value_heads=2, head_dim=8, must_reach=6.5, str
 
 
 def test_a_case_is_measured_in_every_way_that_can_serve(tmp_path):
-    rows = [measure(SMALL, way, compute, CPU) for way, compute in ways(SMALL, CPU)]
-    assert [row.way for row in rows] == [PUBLISHED, "sdpa"]
+    rows = [measure(SMALL, name, compute, CPU) for name, compute in implementations(SMALL, CPU)]
+    assert [row.implementation for row in rows] == [PUBLISHED, "sdpa"]
     cells = [dict(zip(head().splitlines()[0].split(" | "), line(row, rows).split(" | "))) for row in rows]
     assert [row["x published S²"] for row in cells] == ["1.00", f"{rows[0].both / rows[1].both:.2f}"]
     assert [(row["must reach"], row["stretch"]) for row in cells] == [("6.5", "5")] * 2
     write_json(tmp_path / "attention.json", as_json(rows, {"device": "CPU"}))
     written = json.loads((tmp_path / "attention.json").read_text())["rows"]
-    assert [(row["way"], row["both"]) for row in written] == [(row.way, row.both) for row in rows]
+    assert [(row["implementation"], row["both"]) for row in written] == [(row.implementation, row.both) for row in rows]
 
 
 def test_full_attention_has_no_published_recipe():
-    assert [way for way, _ in ways(Case(64, None, heads=4, key_value_heads=4, head_dim=8), CPU)] == ["sdpa"]
+    full = Case(64, None, heads=4, key_value_heads=4, head_dim=8)
+    assert [name for name, _ in implementations(full, CPU)] == ["sdpa"]
 
 
 def test_what_cannot_run_is_a_row_that_says_why():
     odd = Case(72, 16, heads=4, key_value_heads=4, head_dim=8)  # the recipe needs whole groups
-    way, compute = next(iter(ways(odd, CPU)))
-    row = measure(odd, way, compute, CPU)
+    name, compute = next(iter(implementations(odd, CPU)))
+    row = measure(odd, name, compute, CPU)
     assert row.both is None
     assert row.failure in line(row, [row])
 

@@ -21,7 +21,7 @@ def test_the_same_trial_is_trained_in_both_ways_and_drawn(texts, tmp_path, capsy
     loss_parity.main("builtin:tiny", str(texts), **sizes, **files)
     found = json.loads(files["json_file"].read_text())["seeds"]["0"]
     first, second = found["curves"]
-    assert (first["way"], second["way"]) == ("bfloat16", "fp8")
+    assert (first["variant"], second["variant"]) == ("bfloat16", "fp8")
     assert len(first["losses"]) == 3 and first["losses"] != second["losses"]
     assert second["losses"] == pytest.approx(first["losses"], rel=0.1)
     assert found["parity"]["differences"][0] == pytest.approx(second["losses"][0] / first["losses"][0] - 1)
@@ -31,7 +31,7 @@ def test_the_same_trial_is_trained_in_both_ways_and_drawn(texts, tmp_path, capsy
     assert files["picture"].read_bytes().startswith(b"\x89PNG")
     assert "| 1 to 3 |" in capsys.readouterr().out
     # The order of data and what LoRA begins with are the same: two runs in one way do not differ.
-    loss_parity.main("builtin:tiny", str(texts), ways=("bfloat16", "not-compiled"), seeds=(0, 1), **sizes, **files)
+    loss_parity.main("builtin:tiny", str(texts), variants=("bfloat16", "not-compiled"), seeds=(0, 1), **sizes, **files)
     found = json.loads(files["json_file"].read_text())["seeds"]
     assert [found[seed]["parity"]["largest"] for seed in ("0", "1")] == [0.0, 0.0]
     ends = [found[seed]["curves"][0]["exported"] for seed in ("0", "1")]
@@ -50,6 +50,6 @@ def test_the_differences_are_relative_to_the_first():
 
 def test_products_without_scales_are_exact_but_for_the_rounding_of_the_result():
     rows = float8_products.measure(k=128, n=32, tokens=64, device=torch.device("cpu"), repeats=1)
-    for way in ("bfloat16", "no scales, fast sums", "no scales, exact sums"):
-        assert rows[way]["error"] == pytest.approx(0.0017, rel=0.2)
+    for method in ("bfloat16", "no scales, fast sums", "no scales, exact sums"):
+        assert rows[method]["error"] == pytest.approx(0.0017, rel=0.2)
     assert "| x | bfloat16 |" in float8_products.table({"x": rows})

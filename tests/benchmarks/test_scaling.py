@@ -1,4 +1,4 @@
-"""Two workers beside one, on a CPU with a tiny shape."""
+"""Two workers compared with one, on a CPU with a tiny shape."""
 
 import statistics
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from benchmarks import processes
 from benchmarks.scaling import STEPS, Point, configuration, point, table
+from tests.support.workers import FORK_SERVER
 
 CONFIG = LlamaConfig(
     vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -15,7 +17,8 @@ CONFIG = LlamaConfig(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
-def test_two_workers_train_together_and_are_told_beside_one():
+def test_two_workers_train_together_and_are_told_beside_one(monkeypatch):
+    monkeypatch.setattr(processes, "START_METHOD", FORK_SERVER.get_start_method())
     one = Point(workers=1, engine="ddp", seconds=[0.1], tokens_per_second=640.0)
     two = point(CONFIG, configuration(64, 16, 2, False), "ddp", False)
     assert two.failure is None

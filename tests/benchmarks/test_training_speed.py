@@ -18,7 +18,7 @@ from benchmarks.memory import MODELS
 from benchmarks.speed_picture import draw
 from benchmarks.step_profile import ATTENTION, COPIES, ELEMENTWISE, IDLE, LOSS, OPTIMISER, PRODUCTS, of_trace
 from benchmarks.training_speed import Results, line, measure, read, row_of, table
-from benchmarks.unsloth_way import measure_in_process
+from benchmarks.unsloth_baseline import measure_in_process
 from workloads.adaptation.methods import adapt, trainable_parameters
 from workloads.attention.masks import dense_mask
 from workloads.attention.patterns import AttentionPattern
@@ -191,8 +191,8 @@ def test_a_second_call_goes_on_where_the_first_ended(rows, tmp_path):
     assert again.rows == first.rows
     assert {"8k-s2", "8k-full", "8k-user"} - set(again.missing(profile=False)) == {"8k-s2", "8k-full"}
     assert "8k-s2" in again.missing(profile=True)  # it has no profile yet
-    ways = {CASES[name].way for name in again.missing(profile=False)}
-    assert ways == {"longspan", "user's way", "published S²"}  # the others are not installed
+    implementations = {CASES[name].implementation for name in again.missing(profile=False)}
+    assert implementations == {"longspan", "user's way", "published S²"}  # the others are not installed
     with_all = Results(tmp_path / "other.json", facts | {"liger-kernel": "0.6", "unsloth": "2026.10"})
     assert set(with_all.missing(profile=False)) == set(CASES)
     with pytest.raises(SystemExit, match=r"\(torch differ\)"):
@@ -203,7 +203,7 @@ def test_the_json_stands_alone(rows, tmp_path):
     results = Results(tmp_path / "speed.json", {"device": "NVIDIA H200"})
     results.add(rows["8k-s2"])
     row = json.loads((tmp_path / "speed.json").read_text())["rows"]["8k-s2"]
-    assert (row["way"], row["context_length"], row["group_size"]) == ("longspan", 8192, 2048)
+    assert (row["implementation"], row["context_length"], row["group_size"]) == ("longspan", 8192, 2048)
     assert (row["must_reach"], row["limit"]) == (19_500, 24_288)
     assert row["tokens_per_second"] == rows["8k-s2"].tokens_per_second
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,14 +26,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def storage() -> Iterator[Path]:
-    """A storage root as a sweep leaves it, in memory where there is such a folder: making tables waits for disks."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="my runs ", dir=memory if memory.is_dir() else None) as folder:
-        yield _filled(Path(folder))
-
-
-def _filled(storage: Path) -> Path:
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage root as a sweep leaves it."""
+    storage = tmp_path_factory.mktemp("my runs")
     store = storage / "mlflow"
     (store / "artifacts").mkdir(parents=True)
     code = """

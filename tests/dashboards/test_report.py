@@ -208,7 +208,7 @@ def test_a_method_unknown_to_the_report_gets_a_colour_of_its_own() -> None:
     more = comparison()
     for index, name in enumerate(("dora", "prefix")):
         more["contexts"][0]["trials"].append(
-            copy.deepcopy(more["contexts"][0]["trials"][0]) | {"method": name, "seed": index}
+            copy.deepcopy(more["contexts"][0]["trials"][0]) | {"method": name, "variant": name, "seed": index}
         )
     looks = figures.styles(more)
     assert len(set(looks.values())) == len(looks) == 5

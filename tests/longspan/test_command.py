@@ -32,7 +32,7 @@ def test_help_fits_a_screen(arguments, capsys):
 def test_the_whole_help_has_the_default_that_holds(capsys):
     _, help, _ = printed(["sweep", "--help-all"], capsys)
     text = " ".join(help.split())
-    assert "--batch INT Sequences in an optimiser step, over all workers of a trial. Default: 2." in text
+    assert "--batch INT ... Sequences in an optimiser step, over all workers of a trial. Default: 2." in text
     assert "--engine {auto,ddp,zero2,zero3}" in text and "\noptimisation\n" in help
     assert "Default: 64." in " ".join(printed(["plan", "convergence-llama2-7b", "--help-all"], capsys)[1].split())
 
@@ -49,7 +49,7 @@ def test_every_command_describes_itself_by_its_own_name(name, capsys):
         (["swep"], "did you mean sweep?", None),
         (["convergence"], "longspan sweep convergence", "did you mean"),
         (["--steps", "3"], "Known: sweep, plan", "did you mean"),
-        (["plan", "plan"], "recipe 'plan' is unknown. Known: convergence,", "did you mean"),
+        (["plan", "plan"], "recipe 'plan' is unknown. Known: quickstart, convergence,", "did you mean"),
         (["sweep", "convergance"], "did you mean convergence?", None),
         (["--print-completion", "csh"], "expected one of bash", None),
         (["report", "none"], "sweep 'none' is unknown", None),

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import time
 
 import pytest
 
@@ -26,13 +25,17 @@ from workloads.data import Corpus
 
 @pytest.fixture
 def plan(tmp_path, text_folder, capsys, monkeypatch):
-    """(exit status, everything printed) of ``python -m orchestrator.plan`` with a folder of texts and these flags."""
+    """(exit status, everything printed) of ``python -m orchestrator.plan RECIPE`` on a folder of texts.
+
+    Without a recipe it is convergence.
+    """
     monkeypatch.setenv("COLUMNS", "200")
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*flags):
-        status = planning.main([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
+        recipe = [] if flags and not flags[0].startswith("-") else ["convergence"]
+        status = planning.main([*recipe, *flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
         captured = capsys.readouterr()
         return status, " ".join((captured.out + captured.err).split())
 
@@ -169,7 +172,7 @@ def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothi
 
 def trials_of(tmp_path, text_folder, flags):
     """The trials of a sweep by their labels."""
-    sweep = parse([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
+    sweep = parse(["convergence", *flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
     return {trial.label: trial for trial in plan_sweep(identify(check_sweep(*sweep)), Cluster.this_machine()).trials}
 
 
@@ -225,15 +228,12 @@ def test_a_running_sweep_stops_when_it_has_come_to_its_budget_and_others_hours_a
     monkeypatch.setattr("orchestrator.planning.budget_watch.POLL_S", 0.05)
     options = RunOptions(budget_usd=10.0, budget_hours=1000.0)
     spending = Spending("mine", storage)
-    with BudgetWatch(spending, trials, options, reasons.append):
+    with BudgetWatch(spending, trials, options, reasons.append) as watch:
         assert spending.so_far(trials) == (pytest.approx(1.0), pytest.approx(3.0))  # two devices for half an hour
-        time.sleep(0.5)
-        assert not reasons
+        watch._thread.join(0.5)  # it looks ten times, and goes on
+        assert not reasons and watch._thread.is_alive()
         attempt(journals[1], "mine", 2.0)
-        deadline = time.time() + 120
-        while not reasons and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
+        watch._thread.join(300)
     assert reasons == ["--budget-usd 10: 15 spent"], "once is enough"
 
 

@@ -118,7 +118,7 @@ def test_tune_takes_the_silent_progress_for_its_own():
 
 def test_ray_reads_every_environment_variable_that_is_set_for_it():
     set_here = {*ENVIRONMENT, *LOCAL_ENVIRONMENT, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"}
-    wanted = {name for name in set_here if name.startswith(("RAY_", "TUNE_"))}
+    wanted = {name for name in set_here if name.startswith(("RAY_", "TUNE_", "TORCH_PROCESS_GROUP_"))}
     # Settings of Ray's core have lower-case names, and RAY_ before them.
     core = (RAY / "_raylet.so").read_bytes()
     in_core = {name for name in wanted if name.removeprefix("RAY_").islower()}

@@ -1,7 +1,8 @@
-"""What other terminals are told of a sweep, from journals, leases and plans as a sweep leaves them."""
+"""``status`` in another terminal, from journals, leases and plans as a sweep leaves them."""
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -187,7 +188,8 @@ def test_a_command_on_another_machine_runs_while_it_beats(storage, trials):
 def test_the_page_fits_its_width_and_holds_what_there_is_to_know(storage, trials, width, monkeypatch, capsys):
     journals = {method: storage.trial(trial.fingerprint).journal for method, trial in trials.items()}
     write(journals["lora"], launched(), ("started", STARTED), ("model", MODEL), *steps(1, 50), ("saved", {"step": 50}))
-    write(journals["full"], launched(), ("started", STARTED), ("failed", {"reason": "NonFiniteLoss: step 3"}))
+    diverged = ("step", a_step(3, loss=math.nan))
+    write(journals["full"], launched(), ("started", STARTED), diverged, ("failed", {"reason": "NonFiniteLoss: step 3"}))
     write(journals["lora+"], launched(), ("started", STARTED), *steps(1, 2), ("saved", {"step": 2}))
     write(journals["lora+"], ("cancelled", {"step": 2, "by": "somebody on head"}))
     monkeypatch.setenv("COLUMNS", str(width))
@@ -200,7 +202,8 @@ def test_the_page_fits_its_width_and_holds_what_there_is_to_know(storage, trials
     assert "cancelled 2/100" in words and "lora+ 1024 cancelled: by somebody on head" in words
     assert ("saved at 50" in words) == (width == 80)
     status.show("mine", storage=str(storage.root), json=True)
-    (described,) = json.loads(capsys.readouterr().out)["sweeps"]
+    (described,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["sweeps"]  # at a bare NaN
+    assert {trial["label"]: trial["loss"] for trial in described["trials"]}["full 1024"] is None
     assert {trial["label"]: trial["saved_step"] for trial in described["trials"]} == {
         "lora 1024": 50, "lora+ 1024": 2, "full 1024": None,
     }  # fmt: skip

@@ -177,7 +177,8 @@ TRAINED = {
         {"tie_word_embeddings": True}, lambda folder: folder.tensors(same_output_layer), ""
     ),
     "tied, with another output layer": (
-        {"tie_word_embeddings": True}, lambda folder: folder.tensors(other_output_layer), ""
+        {"tie_word_embeddings": True}, lambda folder: folder.tensors(other_output_layer),
+        "it is trained and exported as untied",
     ),
     "more embeddings than tokens": ({"vocab_size": 320}, lambda folder: None, ""),
     "Llama 3": ({}, legacy_rope(2 * ORIGINAL, rope_type="llama3", **LLAMA3), ""),
@@ -262,7 +263,7 @@ def test_what_can_be_trained_is_planned_trained_exported_and_reloaded(kind, corp
     change(folder)
     planned = plan(folder.path, tmp_path, **SWEEP)
     assert planned.original_length == ORIGINAL
-    assert [note] if note else [] == [text for text in planned.position_notes if note in text]
+    assert [note] if note else [] == [text for text in planned.model_notes if note in text]
     trained, exported = train_and_export(planned, corpus, tmp_path)
     torch.testing.assert_close(exported, trained, atol=1e-5, rtol=1e-5)
 
@@ -270,7 +271,7 @@ def test_what_can_be_trained_is_planned_trained_exported_and_reloaded(kind, corp
 def test_own_positions_that_a_sweep_replaces_are_named(tmp_path):
     folder = Folder(tmp_path / "model")
     legacy_rope(type="yarn", factor=2.0, original_max_position_embeddings=16)(folder)
-    (note,) = plan(folder.path, tmp_path, **SWEEP).position_notes
+    (note,) = plan(folder.path, tmp_path, **SWEEP).model_notes
     assert "(yarn, from 16 to 32 tokens) are replaced by linear interpolation from 16 tokens at 64" in note
 
 
@@ -279,5 +280,5 @@ def test_an_original_length_that_the_configuration_leaves_open_can_be_given(tmp_
     legacy_rope(4 * ORIGINAL, type="linear", factor=4.0)(folder)
     assumed, given = (plan(folder.path, tmp_path, **SWEEP, **more) for more in ({}, {"original_length": ORIGINAL}))
     assert (assumed.original_length, given.original_length) == (4 * ORIGINAL, ORIGINAL)
-    assert "its original length is 32: then give --original-length" in assumed.position_notes[0]
-    assert not given.position_notes
+    assert "its original length is 32: then give --original-length" in assumed.model_notes[0]
+    assert not given.model_notes

@@ -32,7 +32,7 @@ def test_it_ends_with_table_report_and_the_command_for_mlflow(finished):
     page = (command.storage / "sweeps").glob("*/report/report.html")
     assert os.path.realpath(report) == os.path.realpath(next(page))
     assert re.search(r"^MLflow: .* -m dashboards\.mlflow --storage ", output, re.M)
-    assert "wins with a perplexity of" in output
+    assert "nothing wins: only 2 documents are scored" in " ".join(output.split())
     exported = re.search(r"^export \S+ 1024: .* -m workloads\.export (\S+) DIR$", output, re.M)[1]
     assert os.path.realpath(exported) in {os.path.realpath(path) for path in command.storage.glob("trials/*")}
 
@@ -91,21 +91,22 @@ def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
     read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
     status, output = SweepCommand(command.storage, *command.arguments[3:-2], "--tracking-uri", read_only).run()
     printed = " ".join(output.split())
-    assert status == 3 and "wins with a perplexity of" in printed
+    assert status == 3 and "nothing wins: only 2 documents are scored" in printed
     assert "error: MLflow refuses " in printed and "(attempt to write a readonly database)" in printed
     assert "make them writable" in printed and "the results are kept in" in printed
     assert "logs them" not in printed and "Traceback" not in output
 
 
-def test_another_sweep_shares_the_trials_and_a_saved_one_is_rerun(finished, text_folder):
+def test_a_saved_sweep_with_an_axis_shares_the_trials(finished, text_folder):
     command, _ = finished
     (spec,) = (command.storage / "sweeps").glob("*/spec.json")
-    other = SweepCommand(command.storage, "--spec", str(spec), "--methods", "lora", "full", "--name", "shared")
-    status, output = other.run()
-    assert status == 0
-    assert "5 trials: 5 already finished" in output
+    flags = ["--methods", "lora", "--positions", "linear", "yarn", "--lora-rank", "8", "--name", "shared"]
+    status, output = SweepCommand(command.storage, "--spec", str(spec), *flags).run()
+    assert status == 0, output
+    assert "5 trials: 1 to run, 4 already finished" in output
     _, trials, sweeps = mlflow_runs(command.storage)
-    assert (len(trials), len(sweeps)) == (6, 2)
+    assert (len(trials), len(sweeps)) == (7, 2)
+    assert {"lora 1024", "lora 1024 yarn"} <= {run.info.run_name for run in trials}
     shared = [run for run in trials if run.data.tags["longspan.sweeps"].endswith(", shared")]
     assert len(shared) == 5
 

@@ -31,6 +31,8 @@ def setting(trial: dict[str, Any]) -> dict[str, Any]:
         "dominated": False,
         "reached": None if slow else {"step": 31.5, "tokens": 129024, "hours": 0.75 * trial["hours"], "usd": 0.03},
         "as_good_from_step": None,
+        "variant": trial["method"],
+        "gap": trial["gap_to_full"],
     }
 
 
@@ -60,6 +62,7 @@ def trial(method: str, context_length: int, steps: int = 40) -> dict[str, Any]:
     gap = 100 * (final / METHODS["full"][0] - 1)
     return {
         "method": method,
+        "variant": method,
         "name": LABELS[method],
         "label": f"{method} {context_length}",
         "fingerprint": f"{len(method)}a{context_length}c3d4e5f6"[:12],
@@ -108,7 +111,13 @@ def comparison() -> dict[str, Any]:
                     "source": "the final perplexity of full fine-tuning",
                 },
                 "hours_unit": "CPU hours",
+                "scored_documents": 24,
+                "baselines": {"lora": "full", "lora+": "full"},
+                "lowest": "full",
+                "not_distinguishable": [],
                 "winner": "full",
+                "against_untuned": None,
+                "effects": [],
                 "sentences": [
                     f"At {context_length:,} tokens full fine-tuning wins: LoRA+ ends 4.1% above it (3.2% to 5.0%), "
                     "LoRA 11.1% above (10.2% to 12.0%)."
@@ -147,6 +156,8 @@ def comparison() -> dict[str, Any]:
     contexts[2]["trials"][0]["gap_to_full"] = None
     contexts[2] |= {
         "winner": None,
+        "lowest": "lora",
+        "baselines": {},
         "settings": contexts[2]["settings"][:1],
         "gaps": [],
         "target": None,
@@ -179,6 +190,10 @@ def comparison() -> dict[str, Any]:
         "attention": "s2, group size 1/4 of the context",
         "shared_settings": {"LoRA": "rank 8, alpha 16, on the attention projections", "Layers that train": "last 4"},
         "method_labels": dict(LABELS),
+        "variant_labels": dict(LABELS),
+        "axes": {},
+        "baseline": None,
+        "cautions": [],
         "method_descriptions": {"lora": "low-rank updates are trained"},
         "seeds": [0],
         "confidence": 0.95,

@@ -11,12 +11,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.records.trial_record import TrialRecord
 
 # Seconds between Ray Train's checks for a preemption notice; Ray's default is 5.
 PREEMPTION_POLL = "0.2"
+# Milliseconds between the head's checks of a node, five of which a killed one has to fail; Ray's default is 3,000.
+NODE_CHECK = "500"
 # Ray names its processes after the classes of their actors: the class that Tune makes of a trial's driver, a worker of
 # Ray Train, and its watcher for preemption notices.
 DRIVER_TITLE, WORKER_TITLE, WATCHER_TITLE = "ImplicitFunc", "RayTrainWorker", "PreemptionWatcher"
@@ -45,6 +48,7 @@ class RayNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL,
+            "RAY_health_check_period_ms": NODE_CHECK,
             "PATH": f"{Path(sys.executable).parent}:{self.environment['PATH']}",
         }
         self.processes: list[subprocess.Popen] = []
@@ -121,6 +125,16 @@ print(json.dumps([n["NodeID"] for n in sorted(nodes, key=lambda n: n["Resources"
             if process.poll() is None:
                 self.kill(process)
         subprocess.run(["rm", "-rf", str(self.folder)], check=True)
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Stops a process, which goes on afterwards: on a fast machine a trial would be over too soon."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def children(pid: int) -> list[int]:

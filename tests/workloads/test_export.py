@@ -5,131 +5,32 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import warnings
-from dataclasses import dataclass, fields, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.records.storage import Storage
-from orchestrator.trial_spec import Identities, TrialSpec
-from tests.support.events import emit_to
 from tests.support.models import small_llama
-from tests.support.texts import prepare_texts
+from tests.support.trained_trials import CONTEXT, ORIGINAL, TINY, TOKENS, llama, logits
 from workloads import export
 from workloads.adaptation.lora_fusion import fuse_lora
 from workloads.adaptation.methods import adapt
 from workloads.ask import load_model
 from workloads.attention.interface import full_attention, use_pattern
 from workloads.attention.patterns import AttentionPattern
-from workloads.config import ExecutionConfig, TrainingConfig
-from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.export import ExportMismatch, export_trial
-from workloads.model_card import model_card
 from workloads.models import quantization
-from workloads.models.source import ModelSource
 from workloads.stock_model import make_stock, merge, save_merged
-from workloads.trained import TrainedTrial
-from workloads.training.checkpoint import load_newest, save_checkpoint
-from workloads.training.loop import Trial
-from workloads.training.setup import build_model
-
-TINY = ModelSource.parse("builtin:tiny")
-CPU = torch.device("cpu")
-ORIGINAL, CONTEXT = 32, 64
-# Longer than the original context, so that wrong positions show.
-TOKENS = torch.randint(0, 256, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
-
-
-def llama(**overrides):
-    # At the usual range of 0.02 so small a model hardly attends, and positions hardly show.
-    shape = dict(num_key_value_heads=2, max_position_embeddings=ORIGINAL, eos_token_id=256, initializer_range=0.1)
-    return small_llama(**{**shape, **overrides})
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return prepare_texts(tmp_path_factory.mktemp, documents=20, lines=25)
-
-
-@dataclass
-class Trained:
-    """A trial's folder as a sweep writes it, and the trained model still in memory: the oracle."""
-
-    folder: object
-    model: nn.Module
-    base: ModelSource
-
-    def logits(self):
-        device = self.model.get_input_embeddings().weight.device
-        with torch.inference_mode(), full_attention(self.model):
-            return self.model.eval()(input_ids=TOKENS.to(device)).logits.cpu()
-
-
-@pytest.fixture(scope="module")
-def train(corpus, tmp_path_factory):
-    """Trains a trial of a small random model for three steps, once for each set of arguments."""
-    root = tmp_path_factory.mktemp("runs")
-    done = {}
-
-    def train(method="lora+", tied=False, positions="linear", precision="float32", bits="none"):
-        key = (method, tied, positions, precision, bits)
-        if key not in done:
-            base = root / "-".join(map(str, ("base", *key)))
-            wide = {"hidden_size": 64, "intermediate_size": 128} if bits == "nf4" else {}  # blocks of 64 numbers
-            llama(tie_word_embeddings=tied, **wide).save_pretrained(base)
-            TINY.tokenizer().save_pretrained(base)
-            source = ModelSource.parse(str(base))
-            trains = {} if method == "untuned" else {"steps": 3, "batch": 2, "learning_rate": 3e-2, "warmup_steps": 0}
-            config = TrainingConfig(
-                context_length=CONTEXT,
-                method=method,
-                attention="full" if method == "untuned" else "s2",
-                group_size=None if method == "untuned" else 16,
-                positions=positions,
-                precision=precision,
-                quantization=bits,
-                eval_every=2,
-                eval_documents=2,
-                eval_span=CONTEXT,
-                **trains,
-            )
-            spec = TrialSpec(
-                model=str(base),
-                data="digits",
-                identities=Identities(
-                    model=source.identity, tokenizer=source.tokenizer_identity, data="hub:org/digits@0a1b:default"
-                ),
-                training=config,
-            )
-            folder = Storage(root).add_trial(spec, source.location)
-            device = torch.device("cuda", 0) if bits == "nf4" and torch.cuda.is_available() else CPU
-            engine, execution = Engine(device, precision), ExecutionConfig(checkpoint_every=2)
-            model = build_model(source, config, engine, execution)
-            Trial(model, config, execution, corpus, folder.checkpoints, engine, emit_to(folder.journal)).run()
-            done[key] = Trained(folder.path, model, source)
-        return done[key]
-
-    return train
 
 
 def load_adapter(folder, base):
     """As a model card says."""
     model = AutoModelForCausalLM.from_pretrained(base.location, config=AutoConfig.from_pretrained(folder), dtype="auto")
     return PeftModel.from_pretrained(model, folder)
-
-
-@torch.inference_mode()
-def logits(model):
-    return model.eval()(input_ids=TOKENS).logits
 
 
 def is_tied(model):
@@ -267,107 +168,13 @@ def test_an_untuned_trial_exports_its_positions(train, tmp_path):
 
 
 def test_generation_settings_that_transformers_would_not_save_are_mended(tmp_path):
-    """Llama 2 was published with a temperature beside greedy decoding, and with the length of its old context."""
+    """Llama 2 was published with a temperature although it decodes greedily, and with its original context length."""
     model = llama()
     model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=False, max_length=ORIGINAL, use_cache=False)
     save_merged(model, TINY.tokenizer(), tmp_path)
     settings = json.loads((tmp_path / "generation_config.json").read_text())
     assert settings["do_sample"] is True and settings["temperature"] == 0.6
     assert settings.get("max_length") is None and settings["use_cache"] is True
-
-
-def test_the_card_says_what_it_is_and_how_to_load_it(train, tmp_path):
-    trained = train("lora+", False, "linear")
-    export_trial(trained.folder, tmp_path / "out", what="adapter")
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
-    assert card.data.datasets == "org/digits" and card.data.base_model is None  # a folder is nothing to link to
-    events = [event for event in TrainedTrial.open(trained.folder).evaluations() if event["step"] != 2]
-    assert [(e["context_length"], e["step"]) for e in events] == [(ORIGINAL, 3), (CONTEXT, 0), (CONTEXT, 3)]
-    for event in events:
-        assert f"| {event['context_length']} | {event['step']} | {event['perplexity']:.3f} |" in card.text
-    assert "| Steps | 3 |" in card.text
-    assert trained.base.location not in card.text  # a path of this machine
-    # What the card says to do is done here, to the letter.
-    (code,) = [part.split("```")[0] for part in card.text.split("```python")[1:]]
-    done = {}
-    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")).replace("BASE_FOLDER", trained.base.location), done)
-    assert logits(done["model"]).isfinite().all() and done["tokenizer"].model_max_length == CONTEXT
-
-
-# Of each field a value that is not its default.
-CHANGES = dict(
-    context_length=128, method="lora+embed", attention="dilated", group_size=32, document_mask=True, positions="ntk",
-    lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj",), train_layers="last 1", quantization="nf4", steps=9, batch=4,
-    learning_rate=1e-3, learning_rate_embeddings=1e-4, learning_rate_norms=1e-5, schedule="cosine", warmup_steps=1,
-    beta1=0.8, beta2=0.99, weight_decay=0.1, max_grad_norm=None, precision="bfloat16", seed=3, eval_every=7,
-    eval_documents=9, eval_span=256, task="sft", long_examples="truncate", original_length=16,
-)  # fmt: skip
-
-
-def test_the_card_tells_every_setting_that_is_not_at_its_default(train):
-    trial = TrainedTrial.open(train("lora+", False, "linear").folder)
-    assert CHANGES.keys() == {field.name for field in fields(TrainingConfig)}
-
-    def card(**changes):
-        changes |= {"task": "sft"} if "long_examples" in changes else {}
-        changes |= {"eval_span": 128} if "context_length" in changes else {}
-        return model_card(
-            replace(trial, training=replace(trial.training, **changes)), TINY, llama().config, what="merged", step=3,
-            rounding="saved",
-        )  # fmt: skip
-
-    assert [name for name, value in CHANGES.items() if card(**{name: value}) in (card(), card(task="sft"))] == ["task"]
-    assert "NTK-aware positions" in card(positions="ntk") and "[INST]" in card(task="sft")
-    assert "Needs transformers 4.57 or newer" in card()
-
-
-def test_the_card_states_the_licence_that_the_base_states(train, tmp_path):
-    trial = TrainedTrial.open(train("lora+", False, "linear").folder)
-
-    def licence(base):
-        card = ModelCard(model_card(trial, base, llama().config, what="merged", step=3, rounding="saved")).data
-        return card.license, card.to_dict().get("license_name")
-
-    assert licence(TINY) == ("apache-2.0", None)
-    shutil.copytree(TINY.location, tmp_path / "base")
-    base = ModelSource.parse(str(tmp_path / "base"))
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\n---\n")
-    assert licence(base) == ("other", "theirs")
-    for text in ("no front matter", "---\n: [\n---\n"):
-        (tmp_path / "base" / "README.md").write_text(text)
-        assert licence(base) == (None, None)
-    (tmp_path / "base" / "README.md").unlink()
-    assert licence(base) == (None, None)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """A model hub of one model, as far as its card goes."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"id": "org/name", "cardData": {"license": "llama2"}}).encode())
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_card_of_a_hub_base_links_to_it_and_states_its_licence(train, hub):
-    trained = TrainedTrial.open(train("lora", False, "linear").folder)
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    base = ModelSource.parse(f"org/name@{commit}")
-    config = llama().config
-    card = ModelCard(model_card(trained, base, config, what="adapter", step=3, rounding="saved"))
-    assert (card.data.base_model, card.data.license) == ("org/name", "llama2")
-    assert f'"org/name", revision="{commit}"' in card.text
 
 
 def test_what_was_exported_can_be_asked(train, tmp_path):
@@ -503,116 +310,6 @@ def test_what_has_no_adapter_says_so(method, train, tmp_path):
     trained = train(method, False, "linear" if method == "full" else "yarn")
     with pytest.raises(InputError, match=f"{method}.*no adapter.*--what merged"):
         export_trial(trained.folder, tmp_path / "out", what="adapter")
-
-
-@pytest.fixture
-def trial(train, tmp_path):
-    """A copy of a trial that a test may spoil."""
-    return shutil.copytree(train("lora+", False, "linear").folder, tmp_path / "trials" / "spoilt")
-
-
-def test_a_folder_that_is_no_trial_names_those_below_it(trial, tmp_path):
-    for folder in (tmp_path, tmp_path / "trials"):
-        with pytest.raises(InputError, match=f"no trial's folder.*{trial}"):
-            export_trial(folder, tmp_path / "out")
-    with pytest.raises(InputError, match="runs/trials/<fingerprint>"):
-        export_trial(tmp_path / "nowhere", tmp_path / "out")
-    (trial / "trial.json").write_text('{"model": "builtin:tiny"}')
-    with pytest.raises(InputError, match="not what this version of longspan writes"):
-        export_trial(trial, tmp_path / "out")
-
-
-def test_an_unfinished_trial_offers_its_last_checkpoint(trial, tmp_path):
-    shutil.rmtree(trial / "checkpoints" / "step-00000003")
-    with pytest.raises(InputError, match=r"step 2 of 3.*--unfinished"):
-        export_trial(trial, tmp_path / "out")
-    assert export_trial(trial, tmp_path / "out", unfinished=True).step == 2
-    assert "| Steps | 2 of 3 |" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_the_best_checkpoint_or_any_that_is_kept_can_be_taken(trial, train, tmp_path):
-    state = trial / "checkpoints" / "step-00000003" / "state.json"
-    best = json.loads(state.read_text())["best"]["step"]
-    events = TrainedTrial.open(trial).evaluations()
-    evaluated = {e["step"]: e["perplexity"] for e in events if e["step"] and e["context_length"] == CONTEXT}
-    assert best == min(evaluated, key=evaluated.get)
-    assert export_trial(trial, tmp_path / "best", checkpoint="best").step == best
-    assert export_trial(trial, tmp_path / "two", checkpoint="2").step == 2
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "two"))
-    assert any(not torch.equal(one[name], other[name]) for name in one)
-    with pytest.raises(InputError, match=r"no whole checkpoint of step 1 .*there are: 2, 3"):
-        export_trial(trial, tmp_path / "out", checkpoint="1")
-    with pytest.raises(InputError, match=r"'newest': expected last, best, or a step"):
-        export_trial(trial, tmp_path / "out", checkpoint="newest")
-
-
-def test_a_truncated_checkpoint_is_named(trial, tmp_path):
-    file = trial / "checkpoints" / "step-00000003" / "tensors.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"step-00000003 is damaged.*bytes"):
-        export_trial(trial, tmp_path / "out")
-    shutil.rmtree(trial / "checkpoints" / "step-00000002")
-    with pytest.raises(InputError, match=r"no whole checkpoint.*step-00000003 is damaged"):
-        export_trial(trial, tmp_path / "out", unfinished=True)
-    with (trial / "journal.jsonl").open("a") as journal:
-        journal.write('{"event": "failed", "time": 1, "reason": "InputError: lora_rank is 99"}\n')
-    with pytest.raises(InputError, match=r"training failed \(InputError: lora_rank is 99\): fix that"):
-        export_trial(trial, tmp_path / "out", unfinished=True)
-
-
-@pytest.mark.parametrize("other", ["lora", "full"])
-def test_another_models_checkpoint_is_refused(other, trial, train, tmp_path):
-    foreign = train(other, False, "linear").folder / "checkpoints"
-    shutil.rmtree(trial / "checkpoints")
-    shutil.copytree(foreign, trial / "checkpoints")
-    with pytest.raises(InputError, match="another model's parameters"):
-        export_trial(trial, tmp_path / "out")
-
-
-def test_a_checkpoint_of_another_size_is_refused(trial, tmp_path):
-    tensors, _ = load_newest(trial / "checkpoints")
-    norm = "model/base_model.model.model.norm.weight"
-    tensors[norm] = tensors[norm][:-1].contiguous()
-    save_checkpoint(trial / "checkpoints", 3, tensors, {})
-    with pytest.raises(InputError, match=r"norm\.weight is \(31,\) there and \(32,\)"):
-        export_trial(trial, tmp_path / "out")
-
-
-def test_a_base_that_moved_is_found_and_another_one_refused(trial, train, tmp_path):
-    values = json.loads((trial / "trial.json").read_text())
-    moved = shutil.copytree(values["model_location"], tmp_path / "moved")
-    values["model_location"] = values["model"] = str(tmp_path / "gone")
-    (trial / "trial.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"gone.*--base"):
-        export_trial(trial, tmp_path / "out")
-    other = train("lora", True, "yarn").base.location
-    with pytest.raises(InputError, match="was trained from the base"):
-        export_trial(trial, tmp_path / "out", base=other)
-    assert export_trial(trial, tmp_path / "out", base=str(moved)).step == 3
-
-
-def test_a_tokenizer_that_does_not_match_is_refused(tmp_path, corpus, train):
-    """Tokens without an embedding: the base itself is broken, so its identity cannot tell."""
-    trained = train("untuned", False, "yarn")
-    base = tmp_path / "base"
-    llama(vocab_size=200).save_pretrained(base)
-    TINY.tokenizer().save_pretrained(base)
-    trial = shutil.copytree(trained.folder, tmp_path / "trial")
-    values = json.loads((trial / "trial.json").read_text())
-    values["identities"]["model"] = ModelSource.parse(str(base)).identity
-    (trial / "trial.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"tokenizer.*does not match.*id 257.*200 embeddings"):
-        export_trial(trial, tmp_path / "out", base=str(base))
-
-
-def test_a_folder_that_holds_something_is_left_alone(train, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
-        export_trial(train("full", False, "linear").folder, tmp_path / "out")
-    with pytest.raises(InputError, match="is a file"):
-        export_trial(train("full", False, "linear").folder, tmp_path / "out" / "notes")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes"]
 
 
 def test_the_command_says_how_near_the_export_is_and_ends_a_mistake_in_one_line(train, tmp_path, capsys):

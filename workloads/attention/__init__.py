@@ -4,6 +4,7 @@ This file imports nothing, so ``patterns`` can be read without torch; import fro
 
 ``pattern``    what a pattern is: its predicate, the pairs it attends, its groups, its label and source
 ``patterns``   the registry of patterns, one file a pattern or kind of pattern; a pattern with its settings
+``options``    the optional arguments of an attention call
 ``masks``      a pattern's definition on tensors, and its dense boolean mask: slow and obvious
 ``backends``   what computes a pattern, which backends can serve, and the one function that calls them
 ``group_kernels``   groups as batches of ordinary causal attention (S²-Attn and its kin by PyTorch's own kernels)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,6 +25,7 @@ from workloads.attention.flex import flexible_attention
 from workloads.attention.group_kernels import attention_in_groups
 from workloads.attention.group_operator import flash4_writes_into_views
 from workloads.attention.masks import dense_mask
+from workloads.attention.options import Options
 from workloads.attention.patterns import PATTERNS, AttentionPattern
 from workloads.attention.varlen import flash_attention_2, flash_attention_3, torch_flash_attention, varlen_attention
 from workloads.config import AttentionBackend
@@ -70,16 +71,15 @@ def attention(
     Returns:
         (batch, heads, tokens, head_dim).
     """
-    settings: dict[str, Any] = {"layer": layer, "document_ids": document_ids, "scale": scale}
-    settings["lengths"] = None if lengths is None else tuple(max(1, length) for length in lengths)
+    at_least_one = None if lengths is None else tuple(max(1, length) for length in lengths)
+    options = Options(layer, at_least_one, document_ids, scale, dropout)
     if backend == "flex":
-        return flexible_attention(query, key, value, pattern, **settings)
-    settings["dropout"] = dropout
+        return flexible_attention(query, key, value, pattern, options)
     if backend in VARLEN_KERNELS:
-        return varlen_attention(VARLEN_KERNELS[backend], query, key, value, pattern, **settings)
+        return varlen_attention(VARLEN_KERNELS[backend], query, key, value, pattern, options)
     if pattern.definition.is_grouped:
-        return attention_in_groups(query, key, value, pattern, preferred=backend, **settings)
-    return masked_attention(query, key, value, pattern, **settings)
+        return attention_in_groups(query, key, value, pattern, options, preferred=backend)
+    return masked_attention(query, key, value, pattern, options)
 
 
 def masked_attention(
@@ -87,19 +87,15 @@ def masked_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: AttentionPattern,
-    *,
-    layer: int = 0,
-    lengths: Sequence[int] | None = None,
-    document_ids: torch.Tensor | None = None,
+    options: Options,
     allowed: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Any pattern by its dense mask, where there is no fast path. Memory grows with heads x tokens².
 
-    Arguments as in :func:`attention`; ``allowed``, a boolean mask (batch, 1, tokens, tokens), is intersected.
+    Tensors as in :func:`attention`; ``allowed``, a boolean mask (batch, 1, tokens, tokens), is intersected.
     """
     num_heads, num_tokens = query.shape[1:3]
+    layer, lengths, document_ids, scale, dropout = options
     mask = dense_mask(
         pattern, num_heads, num_tokens, query.device, layer=layer, lengths=lengths, document_ids=document_ids
     )

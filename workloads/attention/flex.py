@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from workloads.attention.masks import attends
+from workloads.attention.options import Options
 from workloads.attention.patterns import AttentionPattern
 
 
@@ -22,13 +23,10 @@ def flexible_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: AttentionPattern,
-    *,
-    layer: int = 0,
-    lengths: tuple[int, ...] | None = None,
-    document_ids: torch.Tensor | None = None,
-    scale: float | None = None,
+    options: Options,
 ) -> torch.Tensor:
-    """Any pattern; arguments as in :func:`workloads.attention.backends.attention`, without dropout."""
+    """Any pattern; tensors as in :func:`workloads.attention.backends.attention`, without dropout."""
+    layer, lengths, document_ids, scale, _ = options
     if not pattern.definition.varies_by_layer:
         layer = 0  # one mask serves all layers
     what = (pattern, query.shape[1], query.shape[2], layer % 2, lengths, query.device)

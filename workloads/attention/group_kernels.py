@@ -12,7 +12,7 @@ GPU, a GPU older than compute capability 8.0.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from workloads.attention.group_layout import head_shifts, shared_heads
 from workloads.attention.group_operator import grouped_attention, kernel_for
+from workloads.attention.options import Options
 from workloads.attention.patterns import AttentionPattern
 
 
@@ -57,7 +58,7 @@ def shifted_sparse_attention(
         ValueError: shapes that do not belong together.
     """
     pattern = AttentionPattern(name="s2", group_size=group_size)
-    return attention_in_groups(query, key, value, pattern, scale=scale, dropout=dropout)
+    return attention_in_groups(query, key, value, pattern, Options(scale=scale, dropout=dropout))
 
 
 def attention_in_groups(
@@ -65,15 +66,10 @@ def attention_in_groups(
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: AttentionPattern,
-    *,
-    layer: int = 0,
-    lengths: Sequence[int] | None = None,
-    document_ids: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
+    options: Options,
     preferred: str = "flash",
 ) -> torch.Tensor:
-    """Any pattern that is made of groups; arguments as in :func:`workloads.attention.backends.attention`.
+    """Any pattern that is made of groups; tensors as in :func:`workloads.attention.backends.attention`.
 
     Document boundaries need a mask of (group, group) for each group, shared by all heads; nothing else needs one. With
     ``preferred`` the kernels of ``cudnn`` or ``flash4`` are taken where they can be, otherwise torch's own.
@@ -85,6 +81,7 @@ def attention_in_groups(
             "in each and a number of query heads that is a multiple of the key/value heads"
         )
     num_tokens, head_dim = query.shape[2:]
+    layer, lengths, document_ids, scale, dropout = options
     group_size = pattern.group_size or num_tokens
     ids = None if document_ids is None else document_ids[:, None, :, None]
     lengths = lengths or ()

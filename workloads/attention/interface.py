@@ -23,6 +23,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from workloads.attention.backends import attention, choose_backend, masked_attention
 from workloads.attention.group_kernels import cudnn_first
+from workloads.attention.options import Options
 from workloads.attention.patterns import AttentionPattern
 from workloads.config import AttentionBackend
 from workloads.errors import InputError
@@ -176,7 +177,7 @@ def _attention_forward(
         lengths = padding.lengths if padding else None
         output = attention(query, key, value, pattern, lengths=lengths, backend=backend, **options)
     else:
-        output = masked_attention(query, key, value, pattern, allowed=mask, **options)
+        output = masked_attention(query, key, value, pattern, Options(**options), allowed=mask)
     return output.transpose(1, 2), None
 
 

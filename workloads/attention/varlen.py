@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from workloads.attention.group_layout import group_boundaries, head_shifts, shared_heads
+from workloads.attention.options import Options
 from workloads.attention.patterns import AttentionPattern
 
 # (query, key, value, boundaries, longest group, scale, dropout), each of (all tokens, heads, head_dim), to the output.
@@ -53,15 +54,11 @@ def varlen_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: AttentionPattern,
-    *,
-    layer: int = 0,
-    lengths: tuple[int, ...] | None = None,
-    document_ids: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
+    options: Options,
 ) -> torch.Tensor:
-    """Any pattern that is made of groups; arguments as in :func:`workloads.attention.backends.attention`."""
+    """Any pattern that is made of groups; tensors as in :func:`workloads.attention.backends.attention`."""
     batch, heads, num_tokens, head_dim = query.shape
+    layer, lengths, document_ids, scale, dropout = options
     group_size = min(pattern.group_size or num_tokens, num_tokens)
     scale = head_dim**-0.5 if scale is None else scale
     outputs = []

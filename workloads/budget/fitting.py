@@ -21,10 +21,11 @@ from workloads.budget.shape import ModelShape, what_trains
 from workloads.budget.speed import forward_seconds, step_seconds
 from workloads.config import EngineName, ExecutionConfig, TrainingConfig
 
-# The share of the host's memory that activations may take (the rest: processes, the model being read, page cache; Ray
-# ends workers at 95%), and of the forward pass's seconds that the copies to the host may take, since their rate was
-# measured alone. Chosen, not measured.
+# The share of the host's memory that activations may take. The rest is for processes, the model being read and the page
+# cache; Ray ends workers at 95%. Chosen, not measured.
 HOST_SHARE = 0.6
+# The share of the forward pass that copies to the host may take, whose rate was measured without compute beside them.
+# Chosen, not measured.
 COPY_SHARE = 0.8
 
 
@@ -43,7 +44,7 @@ def memory_needed(
 ) -> Memory:
     """Returns the memory that one of ``workers`` workers needs on such a device.
 
-    Its reserve for what torch does not count (:attr:`Memory.reserve`) is the margin of everything that fits.
+    It includes a reserve for what torch does not count (:attr:`Memory.reserve`): the only margin in what fits.
 
     Raises:
         InputError: as :func:`workloads.budget.memory.memory`.
@@ -109,10 +110,10 @@ def most_offloaded(
     if layers < 2:
         return 0
     one = dataclasses.replace(execution, gradient_checkpointing=0, offload_activations=1)
-    a_layer = memory_needed(shape, training, one, workers, device).host
-    by_memory = HOST_SHARE * device.host_memory / a_layer
+    layer_bytes = memory_needed(shape, training, one, workers, device).host
+    by_memory = HOST_SHARE * device.host_memory / layer_bytes
     seconds = forward_seconds(shape, training, execution, workers, device)
-    by_time = COPY_SHARE * seconds * device.host_link / a_layer
+    by_time = COPY_SHARE * seconds * device.host_link / layer_bytes
     return int(min(by_memory, by_time, layers - 1))
 
 
@@ -121,7 +122,7 @@ def _min_recomputed_layers(
 ) -> int | None:
     """Returns the fewest recomputing layers that fit with a fixed number of offloaded ones; None if none fits.
 
-    A number that fits makes every larger one fit.
+    If a number fits, every larger one does.
     """
 
     def fits(number: int) -> bool:
@@ -231,8 +232,8 @@ def _candidates(
             continue  # one worker has nothing to shard
         rows = micro_batch(training, execution, number)
         while rows:
-            given = None if execution.micro_batch is None and rows == training.batch // number else rows
-            yield dataclasses.replace(execution, micro_batch=given, engine=engine, offload=offload), number
+            micro = None if execution.micro_batch is None and rows == training.batch // number else rows
+            yield dataclasses.replace(execution, micro_batch=micro, engine=engine, offload=offload), number
             rows //= 2
 
 
@@ -245,7 +246,7 @@ def _cost(
 
 
 def _order(execution: ExecutionConfig, workers: int) -> tuple:
-    """The order between candidates of equal cost: the dearest changes last."""
+    """Sorts candidates of equal cost: the kinds of change that usually cost most come last."""
     return (
         execution.offload,
         execution.engine == "zero3",

@@ -56,7 +56,7 @@ def choose_text_column(columns: Columns, text_column: str | None, where: str) ->
         return strings[0]
     instructions = " Conversations and instructions are for --task sft." if nested or "output" in strings else ""
     raise InputError(
-        f"{where}: which column holds the text? {listing}. Name one of strings with --text-column.{instructions}"
+        f"{where}: which column holds the text? {listing}. Name a column of strings with --text-column.{instructions}"
     )
 
 
@@ -104,7 +104,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def _has_string(value: Any) -> bool:
-    left = [value]  # a recursion would end in an error where JSON is nested deeply
+    left = [value]  # recursion would fail on deeply nested JSON
     while left:
         value = left.pop()
         if isinstance(value, str):

@@ -1,35 +1,30 @@
-"""A document, and which side of the split it falls on.
-
-A hash of its name assigns a document to "train" or "validation", so its side neither depends on the order of files nor
-changes when others are added: validation has the lowest tenth of all hashes. If that holds out fewer than eight
-documents, their number would be too random, and is exact instead: those with the lowest hashes, a tenth of the
-documents (at most eight, at least one), and never more than half. Of a single document, the last tenth is held out.
-"""
+"""A document, a row of a table, and hashes that tell them apart."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from workloads.errors import one_error
 
 Split = Literal["train", "validation"]
-Item = TypeVar("Item")
 
-VALIDATION_SHARE = 0.10
-ENOUGH_HELD_OUT = 8
+# Characters hashed at once: a text without its white space is a copy.
+_PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A named text and its side. The name is unique on its side, and no absolute path."""
+    """A named text and its side. The name is unique on its side, and no absolute path.
+
+    ``order`` is a 64-bit hash; held-out documents are scored in its order.
+    """
 
     name: str
     text: str
     split: Split
+    order: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,42 +41,12 @@ def name_hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
-def split_of(name: str) -> Split:
-    """The side of a document with this name, if there are enough documents."""
-    return "validation" if name_hash(name) < VALIDATION_SHARE * 2**64 else "train"
-
-
-def hold_out(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-    """Assigns each (name, text) its side, in one pass; blank texts are left out."""
-    for name, text, side in assign_sides((name, text) for name, text in texts if not is_blank(text)):
-        if side is None:
-            cut = len(text) * 9 // 10
-            yield from (Document(name, text[:cut], "train"), Document(name, text[cut:], "validation"))
-        else:
-            yield Document(name, text, side)
-
-
-def assign_sides(items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item, Split | None]]:
-    """Yields each (name, item) with its side; None if it is the only item.
-
-    Buffers items until enough are held out (usually after about eighty), since before that they might be too few.
-    """
-    items = iter(items)
-    first: list[tuple[str, Item]] = []
-    sides: Counter[Split] = Counter()
-    for name, item in items:
-        first.append((name, item))
-        sides[split_of(name)] += 1
-        if sides["validation"] >= ENOUGH_HELD_OUT and sides["train"]:
-            yield from ((name, item, split_of(name)) for name, item in chain(first, items))
-            return
-    if len(first) == 1:
-        yield (*first[0], None)
-        return
-    count = max(1, sides["validation"], min(ENOUGH_HELD_OUT, len(first) // 10))
-    by_hash = sorted((name for name, _ in first), key=name_hash)
-    held_out = frozenset(by_hash[: min(count, len(first) // 2)])
-    yield from ((name, item, "validation" if name in held_out else "train") for name, item in first)
+def text_hash(text: str) -> int:
+    """A 64-bit hash of the text without its white space, so line ends and a final newline make no difference."""
+    digest = hashlib.sha256()
+    for begin in range(0, len(text), _PIECE):
+        digest.update("".join(text[begin : begin + _PIECE].split()).encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest()[:8], "big")
 
 
 def first_words(text: str) -> str:

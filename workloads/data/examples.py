@@ -5,7 +5,8 @@
     <folder>/train.tokens, validation.tokens      tokens, unsigned integers
     <folder>/train.answers, validation.answers    one byte a token: 1 if it is of an answer
     <folder>/train.offsets, validation.offsets    int64: the start of each example, and the end of the last
-    <folder>/index.json                           dtype, counts, names of the validation examples, SHA-256 of the files
+    <folder>/index.json                           dtype, counts, names and order of the validation examples, how data
+                                                  was divided, SHA-256 of the files
 
 Examples are stored whole, for every context length. Training drops those longer than the context, or on request cuts
 them at its end; longer held-out examples are never scored.
@@ -29,17 +30,26 @@ import numpy as np
 
 from workloads.config import LongExamples
 from workloads.data.batch import Batch
-from workloads.data.documents import Split, first_words, name_hash
-from workloads.data.instructions import Instructions, empty_answer, encode_rows, first_text, form_of
+from workloads.data.documents import Split, first_words
+from workloads.data.instructions import (
+    Instructions,
+    empty_answer,
+    encode_rows,
+    example_text,
+    first_text,
+    form_of,
+)
+from workloads.data.near_copies import near_copies, shingle_size
 from workloads.data.packed import (
     check_index,
     check_names,
     check_offsets,
     epoch_order,
-    hashes_of,
     open_prepared,
     permutation,
+    write_index,
 )
+from workloads.data.split import Division, refuse_same_data
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -47,7 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 SIDES: tuple[Split, ...] = ("train", "validation")
 _ROWS_AT_ONCE = 64
@@ -72,7 +82,8 @@ class ExampleCorpus:
     """Prepared instruction data. Cheap to open and to pickle: tokens stay on disk until they are read.
 
     ``long_examples`` says what training does with examples longer than the context: ``drop``, or ``truncate`` (cut at
-    the context's end, and dropped if no token of an answer is left). ``columns`` are the columns that were read, and
+    the context's end, and dropped if no token of an answer is left). ``validation_hashes`` and ``division`` are as of a
+    PackedCorpus. ``columns`` are the columns that were read, and
     ``sample`` is how the first text begins.
     """
 
@@ -84,13 +95,15 @@ class ExampleCorpus:
     tokens: dict[Split, int]
     examples: dict[Split, int]
     validation_names: list[str]
+    validation_hashes: list[int]
+    division: Division
     columns: list[str]
     sample: str
 
     def __post_init__(self) -> None:
         for counts in (self.tokens, self.examples):
             check_index(self.dtype, **{side: counts[side] for side in SIDES})
-        check_names(self.validation_names, self.examples["validation"])
+        check_names(self.validation_names, self.validation_hashes, self.examples["validation"])
 
     @classmethod
     def open(cls, folder: Path | str) -> ExampleCorpus:
@@ -181,7 +194,7 @@ class ExampleCorpus:
         return epochs * int(lengths.sum()) + int(lengths[permutation(len(usable), seed, epochs)[:rest]].sum())
 
     def validation_examples(self, context_length: int, num_examples: int) -> list[ValidationExample]:
-        """Up to ``num_examples`` held-out examples that fit into the context, ordered by a hash of their names.
+        """Up to ``num_examples`` held-out examples that fit into the context, in the order of their hashes.
 
         They are an unbiased sample of those that fit.
 
@@ -204,6 +217,11 @@ class ExampleCorpus:
     def has_validation_examples(self, context_length: int) -> bool:
         """Whether a held-out example fits into the context."""
         return bool((self._lengths("validation") <= context_length).any())
+
+    def near_copies(self, shingle: int) -> dict[str, float]:
+        """Held-out examples of which training has more than half (see near_copies.py), with that share."""
+        tokens = ((self.validation_names[i], self._example("validation", i)[0]) for i in self._validation_order)
+        return near_copies(self._maps["train", "tokens"], tokens, shingle)
 
     def _usable(self, context_length: int, long_examples: LongExamples) -> np.ndarray:
         """The training examples with a scored token within a context of this length."""
@@ -228,7 +246,7 @@ class ExampleCorpus:
 
     @cached_property
     def _validation_order(self) -> list[int]:
-        return sorted(range(len(self.validation_names)), key=lambda i: name_hash(self.validation_names[i]))
+        return sorted(range(len(self.validation_names)), key=lambda i: (self.validation_hashes[i], i))
 
     @cached_property
     def _maps(self) -> dict[tuple[Split, str], np.ndarray]:
@@ -287,7 +305,10 @@ def _write(
     dtype = np.min_scalar_type(max(tokenizer.eos_token_id, *tokenizer.get_vocab().values()))
     offsets: dict[Split, list[int]] = {side: [0] for side in SIDES}
     names = []
-    rows = instructions.rows()
+    hashes = []
+    characters = 0
+    division = Division()
+    rows = instructions.rows(division)
     with ExitStack() as stack:
         tokens_of, answers_of = (
             {side: stack.enter_context(open(folder / f"{side}.{kind}", "wb")) for side in SIDES}
@@ -297,18 +318,20 @@ def _write(
         columns: set[str] = set()
         sample = ""
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            empty += filter(None, (empty_answer(row) for row, _ in chunk))
+            empty += filter(None, (empty_answer(row) for row, *_ in chunk))
             if empty:
                 continue  # the rest is read only to report all of them at once
-            columns.update(form_of(row) for row, _ in chunk)
+            columns.update(form_of(row) for row, *_ in chunk)
             sample = sample or first_words(first_text(chunk[0][0]))
-            encoded = encode_rows([row for row, _ in chunk], tokenizer)
-            for (row, side), (tokens, answers) in zip(chunk, encoded, strict=True):
+            encoded = encode_rows([row for row, *_ in chunk], tokenizer)
+            for (row, side, order), (tokens, answers) in zip(chunk, encoded, strict=True):
                 tokens_of[side].write(tokens.astype(dtype).data)
                 answers_of[side].write(answers.astype(np.uint8).data)
                 offsets[side].append(offsets[side][-1] + len(tokens))
                 if side == "validation":
                     names.append(row.name)
+                    hashes.append(order)
+                    characters += len(example_text(row))
         if empty:
             more = f", and {len(empty) - 1:,} more rows have an empty answer" if len(empty) > 1 else ""
             raise InputError(f"{empty[0]}{more}. Take {'these rows' if more else 'the row'} out.")
@@ -317,17 +340,21 @@ def _write(
             os.fsync(file.fileno())
     for side in SIDES:
         np.array(offsets[side], dtype=np.int64).tofile(folder / f"{side}.offsets")
-    index = {
-        "format_version": FORMAT_VERSION,
-        "corpus": instructions.name,
-        "corpus_identity": instructions.identity(),
-        "tokenizer_identity": tokenizer_identity,
-        "dtype": dtype.name,
-        "tokens": {side: offsets[side][-1] for side in SIDES},
-        "examples": {side: len(offsets[side]) - 1 for side in SIDES},
-        "validation_names": names,
-        "columns": sorted(columns),
-        "sample": sample,
-        "sha256": hashes_of(folder),
-    }
-    (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    refuse_same_data(instructions.name, len(offsets["train"]) - 1, division)
+    prepared = ExampleCorpus(
+        folder=folder,
+        corpus=instructions.name,
+        corpus_identity=instructions.identity(),
+        tokenizer_identity=tokenizer_identity,
+        dtype=dtype.name,
+        tokens={side: offsets[side][-1] for side in SIDES},
+        examples={side: len(offsets[side]) - 1 for side in SIDES},
+        validation_names=names,
+        validation_hashes=hashes,
+        division=division,
+        columns=sorted(columns),
+        sample=sample,
+    )
+    division.shingle = shingle_size(characters, prepared.tokens["validation"])
+    division.near_copies = prepared.near_copies(division.shingle)
+    write_index(prepared, folder, FORMAT_VERSION)

@@ -1,7 +1,7 @@
 """Rows and documents of a Hugging Face data set: streamed, pinned to a commit.
 
-A data set's own validation split is held out, else its test split; of a single split, rows are held out by hash. Rows
-are streamed from the hub, which fetches only what is read; if the hub is unreachable, they come from the cache of the
+A data set's own validation split is held out, else its test split; a single split is divided (split.py). Rows are
+streamed from the hub, which fetches only what is read; if the hub is unreachable, they come from the cache of the
 ``datasets`` library, if it has this commit.
 
 A data set that needs a loading script is refused, but its files can be read by name, without the script:
@@ -9,14 +9,16 @@ A data set that needs a loading script is refused, but its files can be read by 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from typing import ClassVar
 
 from workloads.data.columns import record_texts
-from workloads.data.documents import Document, Row, Split, hold_out, is_blank
-from workloads.errors import HubUnreachable, InputError, first_line
+from workloads.data.documents import Row, Split
+from workloads.data.split import Part
+from workloads.errors import HubUnreachable, InputError, first_line, reason
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
 
@@ -47,6 +49,7 @@ class HubSource:
     config: str | None = None
     text_column: str | None = None
     columns: set[str] = field(default_factory=set, compare=False)
+    has_columns: ClassVar = True
 
     @classmethod
     def parse(cls, text: str, text_column: str | None = None) -> "HubSource | None":
@@ -91,26 +94,18 @@ class HubSource:
             raise self._error(_NEEDS_SCRIPT)
         return str(info.sha)
 
-    def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
-        """Streams the documents of the wanted sides."""
+    def parts(self) -> Iterator[Part[str]]:
+        """The texts of each split that is read, by name, with its side; without one if they are to be divided."""
         for side, name, rows in self._splits():
-            texts = self._texts(name, rows)
-            if side is None:
-                yield from hold_out(texts)
-            elif wanted(side):
-                for row, text in texts:
-                    if not is_blank(text):
-                        yield Document(row, text, side)
-                    if not wanted(side):
-                        break
+            yield side, self._texts(name, rows)
 
-    def sides(self) -> Iterator[tuple[Split | None, Iterator[Row]]]:
-        """Yields the rows of each split that is read, with its side; without one if rows are held out by hash."""
+    def row_parts(self) -> Iterator[Part[Row]]:
+        """The rows of each split that is read, by name, with its side; without one if they are to be divided."""
         for side, name, rows in self._splits():
-            yield side, self._rows(name, rows)
+            yield side, ((row.name, row) for row in self._rows(name, rows))
 
     def _splits(self) -> list[tuple[Split | None, str, Iterable[dict]]]:
-        """The splits to read, as (side, name, rows); without a side if rows are held out by hash."""
+        """The splits to read, as (side, name, rows); without a side if rows are to be divided."""
         splits = self._load()
         if "train" in splits:
             train = "train"
@@ -145,12 +140,12 @@ class HubSource:
                 return builder.as_streaming_dataset()
         except ConnectionError as error:
             raise self._error(f"is not in the local cache, and the hub cannot be reached ({error})") from error
-        except RuntimeError as error:
-            if "script" in str(error):
-                raise self._error(_NEEDS_SCRIPT) from error
+        except InputError:
             raise
-        except (ValueError, FileNotFoundError) as error:  # an unknown configuration; nothing that can be loaded
-            raise self._error(f"cannot be loaded ({error})") from error
+        except Exception as error:  # an unknown configuration; whatever strange files make the library raise
+            if isinstance(error, RuntimeError) and "script" in str(error):
+                raise self._error(_NEEDS_SCRIPT) from error
+            raise self._error(f"cannot be loaded ({reason(error)})") from error
         raise self._error(
             f"cannot be reached on the hub, and the local cache holds commit {builder.hash}, not {commit}"
         )

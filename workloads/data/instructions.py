@@ -10,9 +10,9 @@ A row has one of three forms, recognised by its columns:
 
 The loss is taken on answers only: on the output with the end of the sequence, or on every assistant turn. A template
 that marks those turns itself (``{% generation %}``) says which tokens they are. Any other is asked for the
-conversation up to each of them: what it writes between the prompt of a turn and the turn's end is the answer. Where
-these texts are not beginnings of each other (a template that rewrites earlier turns), that would mark the wrong
-tokens, and the template is refused.
+conversation up to each of them: what it writes between the prompt of a turn and the turn's end is the answer. If these
+texts are not prefixes of each other (a template that rewrites earlier turns), that would mark the wrong tokens, and the
+template is refused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workloads.data.columns import encodable
-from workloads.data.documents import Row, Split, assign_sides
+from workloads.data.documents import Row, Split
 from workloads.data.encoding import SpelledTokens
 from workloads.data.hub import HubSource
 from workloads.data.local import ROW_SUFFIXES, LocalRows
+from workloads.data.split import EVALUATED_ON, Division, check_holdout, divide
 from workloads.errors import InputError
 from workloads.files.given import existing_path
 
@@ -47,66 +48,85 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Instructions:
-    """Instruction data from one source. Make it with ``parse``."""
+    """Instruction data from one source. Make it with ``parse``.
+
+    What is held out is a ``holdout`` of it (None: the default), or the rows of ``evaluation``: see split.py.
+    """
 
     name: str
     source: LocalRows | HubSource
+    holdout: float | None = None
+    evaluation: Instructions | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Instructions:
+    def parse(cls, text: str, holdout: float | None = None, eval_data: str | None = None) -> Instructions:
         """A local .json, .jsonl or .parquet file, a folder of them, or ``org/name[@revision][:config or files]``.
 
         Raises:
-            InputError: the text is none of these, or the folder holds nothing that can be read.
+            InputError: a text is none of these, a folder holds nothing that can be read, or the share to hold out
+                cannot be or has no effect.
         """
-        if path := existing_path(text):
-            source = LocalRows(path)
-            source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
-            return cls(path.resolve().name, source)
-        hub = None if text.startswith("builtin:") else HubSource.parse(text)
-        if hub:
-            return cls(text, hub)
-        raise InputError(
-            f"instruction data {text!r}: expected an existing file or folder of {', '.join(ROW_SUFFIXES)}, or a hub "
-            "data set such as Yukang/LongAlpaca-12k"
-        )
+        share = check_holdout(holdout, eval_data)
+        evaluation = cls(*_source(eval_data)) if eval_data is not None else None
+        return cls(*_source(text), share, evaluation)
 
     def identity(self) -> str:
-        """What the rows are, for the fingerprint: as of a corpus."""
-        return self.source.identity
+        """What the rows are and how they are divided, for the fingerprint: as of a corpus."""
+        share = "" if self.holdout is None else f":{self.holdout:g} held out"
+        evaluation = "" if self.evaluation is None else f"{EVALUATED_ON}{self.evaluation.identity()}"
+        return self.source.identity + share + evaluation
 
-    def rows(self) -> Iterator[tuple[Row, Split]]:
-        """Every row with its side: the data set's own validation split is held out, else rows by a hash of their name.
+    def rows(self, division: Division | None = None) -> Iterator[tuple[Row, Split, int]]:
+        """Every row with its side, and the hash by which held-out rows are ordered.
+
+        Args:
+            division: receives how the rows are divided.
 
         Raises:
-            InputError: there are fewer than two, or a file cannot be read.
+            InputError: there are fewer than two, a row is no example, or a file cannot be read.
         """
+        other = self.evaluation
         is_empty = True
-        for side, rows in self.source.sides():
-            for row in self._held_out_by_hash(rows) if side is None else ((row, side) for row in rows):
-                is_empty = False
-                yield row
+        for found in divide(
+            self.source.row_parts(), example_text, self.name, division or Division(), share=self.holdout,
+            evaluation=None if other is None else (other.name, other.source.row_parts()),
+        ):  # fmt: skip
+            if found.side is None:
+                raise InputError(
+                    f"instruction data {self.name} has a single row (copies do not count), and one is to be held out. "
+                    "Add rows, or give held-out ones by --eval-data."
+                )
+            is_empty = False
+            yield found.item, found.side, found.order
         if is_empty:
             raise InputError(f"instruction data {self.name} has no row. Give data that has some.")
 
-    def _held_out_by_hash(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Split]]:
-        for _, row, side in assign_sides((row.name, row) for row in rows):
-            if side is None:
-                raise InputError(f"instruction data {self.name} has a single row, and one is to be held out. Add rows.")
-            yield row, side
+
+def _source(text: str) -> tuple[str, LocalRows | HubSource]:
+    if path := existing_path(text):
+        source = LocalRows(path)
+        source.files  # noqa: B018 (a folder without readable files is refused here, not at the first row)
+        return path.resolve().name, source
+    hub = None if text.startswith("builtin:") else HubSource.parse(text)
+    if hub:
+        return text, hub
+    raise InputError(
+        f"instruction data {text!r}: expected an existing file or folder of {', '.join(ROW_SUFFIXES)}, or a hub "
+        "data set such as Yukang/LongAlpaca-12k"
+    )
 
 
 @dataclass(frozen=True)
 class Conversation:
     """A text, and ranges in it, (begin, end) in characters: of its answers, and of special tokens that are spelled out.
 
-    ``in_full`` adds the beginning-of-sequence token, if the tokenizer has one, and the end, which is part of the
-    answer; a chat template writes its own.
+    ``adds_ends`` adds the token that begins a sequence, if the tokenizer has one, and the one that ends it, which is
+    part of the answer; a chat template writes its own.
     """
 
     text: str
     answers: list[tuple[int, int]]
-    in_full: bool = False
+    adds_ends: bool = False
     spelled: tuple[tuple[int, int], ...] = ()
 
 
@@ -114,14 +134,14 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
     """Each row's tokens (int64), and which of them belong to an answer (bool), as this tokenizer's model sees them.
 
     Raises:
-        InputError: a row has neither form, or the template cannot take it, each with its place; or the tokenizer does
-            not tell which characters a token stands for.
+        InputError: a row has none of the forms, or the chat template fails on it, each with its place; or the tokenizer
+            does not tell which characters a token stands for.
     """
     tokens_in_text = SpelledTokens(tokenizer)
     conversations = [_conversation(row, tokenizer, tokens_in_text) for row in rows]
     for row, (tokens, answers) in zip(rows, _encode(conversations, tokenizer, tokens_in_text)):
         if not answers[1:].any():
-            raise InputError(f"{row.where}: none of its tokens is of an answer, by the tokenizer's chat template.")
+            raise InputError(f"{row.where}: the tokenizer's chat template marks none of its tokens as an answer.")
         yield tokens, answers
 
 
@@ -153,6 +173,24 @@ def form_of(row: Row) -> str:
     raise InputError(f"{row.where}: expected {_FORMS}; its columns are {', '.join(row.columns) or '(none)'}.")
 
 
+def example_text(row: Row) -> str:
+    """The roles and texts of a row, the same from every kind of file.
+
+    Raises:
+        InputError: the row has none of the forms.
+    """
+    columns = row.columns
+    if (form := form_of(row)) not in _CHATS:
+        return "\0".join(str(columns.get(name) or "") for name in ("instruction", "input", "output"))
+    messages = columns[form] if isinstance(columns[form], list) else [columns[form]]
+    return "\0".join(_role_and_text(message) if isinstance(message, dict) else str(message) for message in messages)
+
+
+def _role_and_text(message: dict) -> str:
+    role, text = message.get("role") or message.get("from"), message.get("content") or message.get("value")
+    return f"{_ROLES.get(str(role), role)}\0{text}"
+
+
 def first_text(row: Row) -> str:
     """The text that a row begins with: its first message, or its instruction."""
     form = form_of(row)
@@ -176,7 +214,7 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, tokens_in_text: 
 def _encode(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, tokens_in_text: SpelledTokens
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A token that begins in the prompt and ends in the answer counts to the answer."""
+    """As :func:`encode_rows`; a token that begins in the prompt and ends in the answer is part of the answer."""
     texts = [conversation.text for conversation in conversations]
     try:
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -194,7 +232,7 @@ def _encode(
         for start, stop in conversation.answers:
             # By their ends: some tokenizers report a token of blanks as empty, at the end of the blanks.
             answers |= (ends > start) & ((ends <= stop) | (begins < stop))
-        if conversation.in_full:
+        if conversation.adds_ends:
             ids = [*begin, *ids, eos]
             answers = np.concatenate([np.zeros(len(begin), dtype=bool), answers, [True]])
         yield np.array(ids, dtype=np.int64), answers
@@ -210,13 +248,13 @@ def _of_instruction(row: Row, hide: Callable[[str], str]) -> Conversation:
     instruction = f"{texts['instruction']}\n{texts['input']}" if texts["input"].strip() else texts["instruction"]
     prompt = f"[INST]{instruction}[/INST]"
     text = prompt + texts["output"]
-    return Conversation(text, [(len(prompt), len(text))], in_full=True)
+    return Conversation(text, [(len(prompt), len(text))], adds_ends=True)
 
 
 def _messages(row: Row, form: str) -> list[dict[str, str]]:
     messages = row.columns[form]
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{row.where}: {form!r} is no list of messages with something in it. Fix the row.")
+        raise InputError(f"{row.where}: {form!r} is not a list of messages, or an empty one. Fix the row.")
     found = [_message(message, f"{row.where}, message {number}") for number, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in found):
         raise InputError(f"{row.where}: no message is of the role 'assistant', so there is no answer. Fix the row.")
@@ -254,19 +292,19 @@ def _of_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
                 [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
             )
             return Conversation(text, answers)
-        return _by_beginnings(messages, tokenizer, where)
+        return _by_prefixes(messages, tokenizer, where)
 
 
-def _by_beginnings(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
-    def written(count: int, prompt: bool) -> str:
+def _by_prefixes(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
+    def render(count: int, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
 
     if messages[0]["role"] == "assistant":
         raise InputError(f"{where}: the first message is the assistant's; expected a user's or a system message.")
     answers = []
-    text = written(len(messages), prompt=False)
+    text = render(len(messages), prompt=False)
     for turn in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
-        before, through = written(turn, prompt=True), written(turn + 1, prompt=False)
+        before, through = render(turn, prompt=True), render(turn + 1, prompt=False)
         if not (through.startswith(before) and text.startswith(through)) or through == before:
             raise InputError(
                 f"{where}: the chat template of {tokenizer.name_or_path} does not write message {turn} the same way "
@@ -290,4 +328,4 @@ class _template_errors:
         from jinja2 import TemplateError
 
         if isinstance(error, TemplateError):
-            raise InputError(f"{self.where}: the chat template does not take it ({error}). Fix the row.") from error
+            raise InputError(f"{self.where}: the chat template fails on it ({error}). Fix the row.") from error

@@ -1,18 +1,20 @@
-"""Documents from local files: one document a text file, one document a row of a JSON Lines or Parquet file; and rows.
+"""Local files as documents or as rows of instruction data.
 
-A document is named by its path relative to the folder that was given, with ``#row`` (counted from 0) for a row.
-Texts are read as they are (UTF-8), line ends included; only a byte order mark is left out. Text and JSON files may be
-compressed (.gz, .zst). Names that begin with a dot are skipped; other files that are not read are ``passed_over``.
+A text file is one document, and so is a row of a JSON Lines or Parquet file. A document is named by its path relative
+to the folder that was given, with ``#row`` (counted from 0) for a row. Texts are read as they are (UTF-8), line ends
+included, without a byte order mark. Text and JSON files may be compressed (.gz, .zst). Names that begin with a dot are
+skipped; ``passed_over`` lists other files that are not read.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from workloads.data.columns import Columns, choose_text_column, record_texts
-from workloads.data.documents import Document, Row, Split, files_digest, hold_out, is_blank
+from workloads.data.documents import Row, files_digest, is_blank
+from workloads.data.split import Part
 from workloads.data.tables import file_format, json_records, jsonl_records, parquet_records, read_text
 from workloads.errors import InputError, one_error
 
@@ -54,26 +56,25 @@ class LocalSource:
         Raises:
             InputError: there is none that can be read.
         """
-        files = _find_files(self.path, SUFFIXES, "corpus")
-        if self.text_column is not None and not any(file_format(path) in TABLE_SUFFIXES for _, path in files.read):
-            raise InputError(
-                f"--text-column {self.text_column} has no effect: corpus {self.path} has no "
-                f"{' or '.join(TABLE_SUFFIXES)} file. Leave it out."
-            )
-        return files
+        return _find_files(self.path, SUFFIXES, "corpus")
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether some of the files are tables."""
+        return any(file_format(path) in TABLE_SUFFIXES for _, path in self.files.read)
 
     @cached_property
     def identity(self) -> str:
-        """``files:`` and a hash of all files, and a text column of another name than ``text``, the default."""
-        column = "" if self.text_column in (None, "text") else f":{self.text_column}"
+        """``files:``, a hash of all files, and the text column unless it is ``text``."""
+        column = "" if self.text_column in (None, "text") or not self.has_columns else f":{self.text_column}"
         return f"files:{files_digest(self.files.read)}{column}"
 
-    def documents(self, wanted: Callable[[Split], bool]) -> Iterator[Document]:
-        """Streams every document with its side."""
-        return hold_out(self._texts())
+    def parts(self) -> Iterator[Part[str]]:
+        """All texts by name, to be divided."""
+        yield None, self._texts()
 
     def first_text(self) -> str:
-        """The first text that is not blank, or an empty one: read without any other."""
+        """The first text that is not blank, or an empty one; reads no further."""
         return next((text for _, text in self._texts() if not is_blank(text)), "")
 
     def _texts(self) -> Iterator[tuple[str, str]]:
@@ -106,7 +107,7 @@ class LocalRows:
 
     @cached_property
     def files(self) -> FoundFiles:
-        """As of a :class:`LocalSource`.
+        """The files, as :attr:`LocalSource.files`.
 
         Raises:
             InputError: there is none that can be read.
@@ -118,9 +119,9 @@ class LocalRows:
         """``files:`` and a hash of all files."""
         return f"files:{files_digest(self.files.read)}"
 
-    def sides(self) -> Iterator[tuple[Split | None, Iterator[Row]]]:
-        """Yields all rows, without a side: rows are held out by hash."""
-        yield None, self._rows()
+    def row_parts(self) -> Iterator[Part[Row]]:
+        """All rows by name, to be divided."""
+        yield None, ((row.name, row) for row in self._rows())
 
     def _rows(self) -> Iterator[Row]:
         readers = {".json": json_records, ".jsonl": jsonl_records, ".parquet": _parquet_rows}
@@ -149,14 +150,14 @@ def _find_files(path: Path, suffixes: tuple[str, ...], what: str) -> FoundFiles:
         problem = f"has no file (of {len(found)})" if path.is_dir() else "is not a file"
         raise InputError(f"{what} {path} {problem} that longspan reads, by its suffix: {', '.join(suffixes)}.")
     for _, file in files.read:
-        if not file.is_file():  # nor is a pipe, which would be waited for
+        if not file.is_file():  # reading a pipe would block
             link = f", but a link to {os.readlink(file)}, where there is none" if file.is_symlink() else ""
             raise InputError(f"{what}: {file} is no regular file{link}. Take it out, or put the file there.")
     return files
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    seen = set()  # a link to a parent folder would loop
+    seen = set()  # else a link to a parent folder would loop
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_fail):
         real = os.path.realpath(parent)
         if real in seen:

@@ -5,25 +5,31 @@ end-of-sequence token, as one stream of unsigned integers:
 
     <folder>/train.bin         tokens of the training documents
     <folder>/validation.bin    tokens of the validation documents
-    <folder>/index.json        dtype, counts, names and offsets of the validation documents, SHA-256 of the files
+    <folder>/index.json        dtype, counts, names, offsets and order of the validation documents, how the corpus was
+                               divided, SHA-256 of the files
 
 A context length is a view of that stream, without a copy: training sequence i at context length N is the tokens
 [i * N, (i + 1) * N); the remainder is dropped. Sequences cross documents, validation windows do not.
 """
 
+import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from workloads.data.documents import name_hash
+from workloads.data.near_copies import near_copies
+from workloads.data.split import Division
 from workloads.errors import InputError
 from workloads.files.hashes import content_hash
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class Prepared(Protocol):
@@ -36,14 +42,14 @@ class Prepared(Protocol):
 T = TypeVar("T", bound=Prepared)
 
 # Raised when a folder written before can no longer be read, or would hold other tokens.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # The dtypes that tokens are stored in.
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 
 
 @dataclass(frozen=True)
 class ValidationDocument:
-    """The first tokens of one validation document, in windows: (num_windows, context_length), int64."""
+    """The first spans of one validation document, in windows: (num_windows, context_length), int64."""
 
     name: str
     tokens: np.ndarray
@@ -59,8 +65,8 @@ class PackedCorpus:
     """A prepared corpus. Cheap to open and to pickle: tokens stay on disk until they are read.
 
     ``validation_offsets[i]`` is where document i begins in the validation stream, counting end-of-sequence tokens;
-    its last entry is the stream's length. ``columns`` are the columns of text that were read, and ``sample`` is how the
-    first document begins.
+    its last entry is the stream's length. ``validation_hashes[i]`` is a 64-bit hash: document i is scored in its order.
+    ``columns`` are the columns of text that were read, and ``sample`` is how the first document begins.
     """
 
     folder: Path
@@ -74,6 +80,8 @@ class PackedCorpus:
     validation_tokens: int
     validation_names: list[str]
     validation_offsets: list[int]
+    validation_hashes: list[int]
+    division: Division
     columns: list[str]
     sample: str
 
@@ -85,7 +93,7 @@ class PackedCorpus:
             train_documents=self.train_documents,
             validation_tokens=self.validation_tokens,
         )
-        check_names(self.validation_names, len(self.validation_offsets) - 1)
+        check_names(self.validation_names, self.validation_hashes, len(self.validation_offsets) - 1)
         check_offsets(np.array(self.validation_offsets), self.validation_tokens, "validation_offsets")
 
     @classmethod
@@ -145,12 +153,13 @@ class PackedCorpus:
         return view[order].astype(np.int64)
 
     def validation_windows(self, context_length: int, span: int, num_documents: int) -> list[ValidationDocument]:
-        """The first ``span`` tokens of up to ``num_documents`` validation documents, cut into windows.
+        """Spans of up to ``num_documents`` validation documents, from their starts, cut into windows.
 
         Takes the documents that have at least ``span`` tokens of their own (the end-of-sequence token does not count
-        and is in no window), in the order of a hash of their names: an unbiased sample, which changes little when
-        documents are added. Windows neither overlap nor cross documents. The same span scores the same tokens at every
-        context length that divides it. Where fewer documents are long enough, all of those are returned.
+        and is in no window), in the order of their hashes: an unbiased sample, which changes little when documents are
+        added. Of each the first ``span`` tokens; where fewer documents are long enough, further spans of them follow
+        (see :func:`spans_taken`). Windows neither overlap nor cross documents. The same span scores the same tokens at
+        every context length that divides it.
 
         Raises:
             InputError: the context length does not divide the span, or no document is long enough.
@@ -160,20 +169,30 @@ class PackedCorpus:
                 f"evaluation span {span:,} is not a multiple of the window of {context_length:,} tokens. "
                 f"Give {-(-span // context_length) * context_length:,}."
             )
-        documents: list[ValidationDocument] = []
-        for i in self._validation_order:
-            begin, end = self.validation_offsets[i], self.validation_offsets[i + 1] - 1
-            if end - begin >= span and len(documents) < num_documents:
-                tokens = self._validation[begin : begin + span].astype(np.int64).reshape(-1, context_length)
+        order = self._validation_order
+        lengths = np.diff(self.validation_offsets) - 1
+        documents = []
+        for i, spans in zip(order, spans_taken(lengths[order].tolist(), span, num_documents)):
+            if spans:
+                begin = self.validation_offsets[i]
+                tokens = self._validation[begin : begin + spans * span].astype(np.int64).reshape(-1, context_length)
                 documents.append(ValidationDocument(self.validation_names[i], tokens))
         if not documents:
-            longest = max(np.diff(self.validation_offsets) - 1, default=0)
             raise InputError(
                 f"no validation document of corpus {self.corpus} has {span:,} tokens: the longest of "
-                f"{len(self.validation_names):,} has {longest:,}. Give a shorter context length (evaluation span), or "
-                "a corpus with longer documents."
+                f"{len(self.validation_names):,} has {lengths.max(initial=0):,}. Give a shorter context length "
+                "(evaluation span), longer documents, or own held-out ones by --eval-data."
             )
         return documents
+
+    def near_copies(self, shingle: int) -> dict[str, float]:
+        """Held-out documents of which training has more than half (see near_copies.py), with that share."""
+        return near_copies(self._train, self._validation_tokens(), shingle)
+
+    def _validation_tokens(self) -> Iterator[tuple[str, np.ndarray]]:
+        for i in self._validation_order:
+            begin, end = self.validation_offsets[i : i + 2]
+            yield self.validation_names[i], self._validation[begin : end - 1]
 
     @cached_property
     def _train(self) -> np.ndarray:
@@ -185,12 +204,30 @@ class PackedCorpus:
 
     @cached_property
     def _validation_order(self) -> list[int]:
-        return sorted(range(len(self.validation_names)), key=lambda i: name_hash(self.validation_names[i]))
+        return sorted(range(len(self.validation_names)), key=lambda i: (self.validation_hashes[i], i))
 
     def _map(self, split: str, tokens: int) -> np.ndarray:
         if tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r", shape=(tokens,))
+
+
+def spans_taken(lengths: Sequence[int], span: int, count: int) -> list[int]:
+    """How many spans are scored of each document, given its tokens: ``count`` in all, if there are so many.
+
+    One of each document in turn, then a second one of each that is long enough, and so on: as many documents as there
+    are, since documents are what intervals resample.
+    """
+    taken = [0] * len(lengths)
+    left = count
+    for turn in range(1, max(lengths, default=0) // span + 1):
+        for i, length in enumerate(lengths):
+            if left and length >= turn * span:
+                taken[i] = turn
+                left -= 1
+        if not left:
+            break
+    return taken
 
 
 def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_version: int) -> T:
@@ -206,7 +243,7 @@ def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_
         if index.pop("format_version") != format_version:
             raise ValueError("it was written by another version of longspan")
         hashes = index.pop("sha256")
-        prepared = kind(folder=folder, **index)
+        prepared = kind(folder=folder, division=Division(**index.pop("division")), **index)
         for name, expected in prepared.sizes().items():
             found = (folder / name).stat().st_size
             if found != expected:
@@ -215,7 +252,7 @@ def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_
                 raise ValueError(
                     f"the content of {name} is not what was prepared: its SHA-256 differs from the index's"
                 )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except Exception as error:  # whatever an index with values of other types raises
         raise InputError(
             f"prepared {what} {folder} cannot be read ({error}). Delete that folder; the next run prepares it again."
         ) from error
@@ -235,10 +272,11 @@ def check_index(dtype: str, **counts: int) -> None:
             raise ValueError(f"its index has {count!r} as {name}; expected a whole number of at least 0")
 
 
-def check_names(names: list[str], expected: int) -> None:
-    """Raises ValueError if an index's names are not ``expected`` strings."""
-    if not isinstance(names, list) or len(names) != expected or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"its index does not name {expected:,} validation documents")
+def check_names(names: list[str], hashes: list[int], expected: int) -> None:
+    """Raises ValueError if an index's names and hashes are not ``expected`` strings and numbers."""
+    for found, kind in ((names, str), (hashes, int)):
+        if not isinstance(found, list) or len(found) != expected or not all(type(one) is kind for one in found):
+            raise ValueError(f"its index does not name {expected:,} validation documents")
 
 
 def check_offsets(offsets: np.ndarray, tokens: int, name: str) -> None:
@@ -250,6 +288,14 @@ def check_offsets(offsets: np.ndarray, tokens: int, name: str) -> None:
         or (np.diff(offsets) <= 0).any()
     ):
         raise ValueError(f"{name} does not run from 0 to {tokens:,}, document by document")
+
+
+def write_index(prepared: "DataclassInstance", folder: Path, format_version: int) -> None:
+    """Writes the index of data whose files are in ``folder``; ``open_prepared`` reads it."""
+    fields = dataclasses.asdict(prepared)
+    del fields["folder"]
+    index = {"format_version": format_version, **fields, "sha256": hashes_of(folder)}
+    (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

@@ -20,7 +20,9 @@ import numpy as np
 from workloads.data.corpus import Corpus
 from workloads.data.documents import Document, Split, first_words
 from workloads.data.encoding import encode_texts
-from workloads.data.packed import FORMAT_VERSION, PackedCorpus, hashes_of
+from workloads.data.near_copies import shingle_size
+from workloads.data.packed import FORMAT_VERSION, PackedCorpus, write_index
+from workloads.data.split import Division, refuse_same_data
 from workloads.errors import InputError
 from workloads.files.once import make_once
 
@@ -90,11 +92,14 @@ def _write(
         return tokens[split] < budget[split]
 
     names: list[str] = []
+    hashes: list[int] = []
     offsets = [0]
+    characters = 0
     sample = ""
+    division = Division()
     with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
         files = {"train": train, "validation": validation}
-        for batch in _batches(corpus.documents(wanted=wanted)):
+        for batch in _batches(corpus.documents(wanted=wanted, division=division)):
             sample = sample or first_words(batch[0].text)
             for document, ids in zip(batch, encode_texts(tokenizer, [document.text for document in batch])):
                 split = document.split
@@ -108,28 +113,34 @@ def _write(
                 documents[split] += 1
                 if split == "validation":
                     names.append(document.name)
+                    hashes.append(document.order)
                     offsets.append(tokens[split])
+                    characters += len(document.text)
             on_progress(sum(documents.values()))
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    index = {
-        "format_version": FORMAT_VERSION,
-        "corpus": corpus.name,
-        "corpus_identity": corpus.identity(),
-        "tokenizer_identity": tokenizer_identity,
-        "dtype": dtype.name,
-        "eos_token_id": eos,
-        "train_tokens": tokens["train"],
-        "train_documents": documents["train"],
-        "validation_tokens": tokens["validation"],
-        "validation_names": names,
-        "validation_offsets": offsets,
-        "columns": corpus.columns,
-        "sample": sample,
-        "sha256": hashes_of(folder),
-    }
-    (folder / "index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    refuse_same_data(corpus.name, documents["train"], division)
+    prepared = PackedCorpus(
+        folder=folder,
+        corpus=corpus.name,
+        corpus_identity=corpus.identity(),
+        tokenizer_identity=tokenizer_identity,
+        dtype=dtype.name,
+        eos_token_id=eos,
+        train_tokens=tokens["train"],
+        train_documents=documents["train"],
+        validation_tokens=tokens["validation"],
+        validation_names=names,
+        validation_offsets=offsets,
+        validation_hashes=hashes,
+        division=division,
+        columns=corpus.columns,
+        sample=sample,
+    )
+    division.shingle = shingle_size(characters, tokens["validation"] - documents["validation"])
+    division.near_copies = prepared.near_copies(division.shingle)
+    write_index(prepared, folder, FORMAT_VERSION)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -1,6 +1,6 @@
-"""Contents of local files, and the records of JSON Lines, JSON and Parquet files: (place, for error messages; columns).
+"""Reads local files: texts, and the records of JSON Lines, JSON and Parquet files.
 
-Text and JSON files may be compressed (.gz, .zst).
+A record is (place, for error messages; columns). Text and JSON files may be compressed (.gz, .zst).
 """
 
 import codecs
@@ -29,7 +29,7 @@ _PARQUET_ROWS_AT_ONCE = 32
 def file_format(path: Path) -> str:
     """The suffix that names the format, in lower case: ``.jsonl`` of ``rows.jsonl`` and of ``rows.JSONL.gz``.
 
-    The whole of it where no such format is read compressed: ``.parquet.gz``, ``.tar.gz``.
+    Both suffixes of a format that is not read compressed: ``.parquet.gz``, ``.tar.gz``.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes[1:] and suffixes[1] in COMPRESSIONS:
@@ -60,7 +60,7 @@ def read_text(path: Path) -> str:
 
 
 def jsonl_records(path: Path) -> Iterator[Record]:
-    """One object a line; blank lines are skipped.
+    """Yields the object of each line; blank lines are skipped.
 
     Raises:
         InputError: the file cannot be read, or a line is not UTF-8, not JSON, or no object.
@@ -75,21 +75,21 @@ def jsonl_records(path: Path) -> Iterator[Record]:
 
 
 def json_records(path: Path) -> Iterator[Record]:
-    """The objects of a file that is one list, read whole.
+    """Yields the objects of a file that is one list; the file is read whole.
 
     Raises:
         InputError: it cannot be read, is not UTF-8, not JSON, or no list of objects.
     """
     records = _parse(read_text(path), str(path))
     if not isinstance(records, list):
-        raise InputError(f"{path} holds no list, but one {type(records).__name__}. Write a list of objects, [{{...}}].")
+        raise InputError(f"{path} holds one {type(records).__name__}, not a list. Write a list of objects, [{{...}}].")
     for number, record in enumerate(records):
         where = f"{path}, item {number}"
         yield where, _object(record, where)
 
 
 def parquet_records(path: Path, choose: Callable[[Columns], list[str]]) -> Iterator[Record]:
-    """One row each, with the columns that ``choose`` names.
+    """Yields each row, with the columns that ``choose`` names.
 
     Raises:
         InputError: the file cannot be read.
@@ -113,7 +113,7 @@ def parquet_records(path: Path, choose: Callable[[Columns], list[str]]) -> Itera
                     row += 1
     except InputError:
         raise
-    except Exception as error:  # Arrow's errors, and Python's for a value it has no type for, such as a date in 12345
+    except Exception as error:  # Arrow's errors, and Python's for values without a type there, as a date in 12345
         raise InputError(
             f"{path} cannot be read as Parquet, at row {row} or after ({first_line(error)}). Write it again."
         ) from error

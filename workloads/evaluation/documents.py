@@ -1,4 +1,4 @@
-"""Documents to score: the first tokens of those that are long enough."""
+"""Documents to score: the first spans of tokens of those that are long enough."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workloads.data import Corpus
-from workloads.data.documents import Document, name_hash
+from workloads.data.documents import Document
 from workloads.data.encoding import encode_texts
+from workloads.data.packed import spans_taken
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoredDocument:
-    """A document's name and its first ``span`` tokens, int64."""
+    """A document's name and the tokens of its first spans, int64."""
 
     name: str
     tokens: np.ndarray
@@ -28,22 +29,28 @@ class ScoredDocument:
 def documents_to_score(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, span: int, count: int, held_out_only: bool = True
 ) -> list[ScoredDocument]:
-    """Up to ``count`` documents that have ``span`` tokens, in the order of a hash of their names.
+    """Up to ``count`` documents that have ``span`` tokens, in the order of their hashes, each with its first span.
 
-    Held-out documents are the same that a sweep's trials score (``PackedCorpus.validation_windows``), without
-    tokenising the training side.
+    Where fewer are long enough, further spans of them follow. Held-out documents are the same that a sweep's trials
+    score (``PackedCorpus.validation_windows``), without tokenising the training side.
 
     Raises:
         InputError: none is long enough; the message counts those of shorter lengths.
     """
-    found, sizes = [], []
+    read: list[ScoredDocument] = []
+    num_long = 0
     for document in _in_fixed_order(corpus.documents("validation" if held_out_only else None)):
         (tokens,) = encode_texts(tokenizer, [document.text])
-        sizes.append(len(tokens))
-        if len(tokens) >= span:
-            found.append(ScoredDocument(document.name, np.array(tokens[:span], dtype=np.int64)))
-            if len(found) == count:
-                break
+        read.append(ScoredDocument(document.name, np.array(tokens, dtype=np.uint32)))
+        num_long += len(tokens) >= span
+        if num_long == count:
+            break
+    sizes = [len(document.tokens) for document in read]
+    found = [
+        ScoredDocument(document.name, document.tokens[: spans * span].astype(np.int64))
+        for document, spans in zip(read, spans_taken(sizes, span, count))
+        if spans
+    ]
     if not found:
         lengths = [2**power for power in range(6, 24) if 2**power <= max(sizes)]
         counts = ", ".join(f"{sum(size >= length for size in sizes)} at {length:,}" for length in lengths[-4:])
@@ -58,4 +65,4 @@ def documents_to_score(
 
 def _in_fixed_order(documents: Iterable[Document]) -> list[Document]:
     # The two sides of a single document that was cut in two share its name.
-    return sorted(documents, key=lambda document: (name_hash(document.name), document.split))
+    return sorted(documents, key=lambda document: (document.order, document.split))

@@ -86,3 +86,7 @@ class KnownModel(ModelSource):
         )  # fmt: skip
         values = {"tie_word_embeddings": False, **copy.deepcopy(shared), **sizes}
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+
+    def check_files(self, config: Any) -> tuple[Any, list[str]]:
+        """The configuration as it is: there are no files."""
+        return config, []

@@ -136,7 +136,38 @@ def test_a_gap_that_the_documents_do_not_establish_is_called_that(tmp_path):
     nll = np.array(event.nll) + TOKENS * np.array([0.05, -0.05, 0.04, -0.06, 0.03, -0.02])
     lora.record.evals[1024, 10] = dataclasses.replace(event, nll=nll.tolist())
     (context,) = compare(made, original_length=512)
-    assert "do not establish" in " ".join(context["sentences"])
+    assert (context["winner"], context["lowest"], context["not_distinguishable"]) == (None, "lora", ["full"])
+    text = " ".join(context["sentences"])
+    assert "LoRA has the lowest perplexity" in text and "is not distinguishable from full fine-tuning" in text
+    assert "wins" not in text
+    (headline,) = (sentence for sentence in summarise([context], [0]) if "lowest" in sentence)
+    assert headline.endswith("at 1,024 tokens, not distinguishable from full fine-tuning.")
+
+
+def test_an_untuned_model_that_is_ahead_comes_before_any_winner(tmp_path):
+    (context,) = compare(outcomes(tmp_path, CURVES | {"yarn": {0: 2.2}}), original_length=512)
+    assert context["against_untuned"]["reference"] == "untuned, YaRN"
+    assert context["against_untuned"]["percent"] == pytest.approx(100 * (2.4 / 2.2 - 1))
+    for sentences in (summarise([context], [0]), context["sentences"]):
+        ahead = next(place for place, text in enumerate(sentences) if "beat" in text)
+        winner = next(place for place, text in enumerate(sentences) if "wins" in text or "lowest" in text)
+        assert ahead < winner
+
+
+def test_below_five_documents_nothing_wins_and_the_answer_says_what_to_do(tmp_path):
+    made = outcomes(tmp_path, CURVES)
+    for outcome in made:
+        for key, event in outcome.record.evals.items():
+            few = {"nll": event.nll[:4], "num_tokens": event.num_tokens[:4]}
+            outcome.record.evals[key] = dataclasses.replace(event, **few)
+    (context,) = compare(made, original_length=512)
+    assert (context["winner"], context["lowest"], context["scored_documents"]) == (None, "full", 4)
+    ends = [trial["final"][end] for trial in context["trials"] for end in ("low", "high")]
+    assert set(ends) == {None}
+    text = " ".join(context["sentences"])
+    assert "nothing wins: only 4 documents are scored" in text and "interval " not in text
+    summary = " ".join(summarise([context], [0]))
+    assert "no intervals and no winner" in summary and "Hold out more data" in summary
 
 
 def test_seeds_are_averaged_for_the_winner_and_paired_for_the_gap(tmp_path):

@@ -28,7 +28,9 @@ def test_files_column_sample_and_counts(tmp_path):
     for _ in range(2):  # the second time the data is known
         *lines, counts = data_summary(prepare(sweep))
         assert lines == [files, begins]
-        assert counts == "data: 9 documents of 126 tokens to train on, 1 of 7 tokens held out"
+        assert counts == (
+            "data: 9 documents of 119 tokens to train on, 1 of 14 tokens held out: 10%, by a hash of the text"
+        )
 
 
 def test_a_corpus_without_files_has_no_line_of_them(tmp_path):
@@ -42,3 +44,23 @@ def test_instructions(tmp_path):
     assert files == "data: 1 file of rows.jsonl read (1 .jsonl)"
     assert begins == "data: column instruction and output, which begins: Count 0"
     assert "examples of" in counts and "held out" in counts
+
+
+def test_held_out_data_copies_and_near_copies_are_told(tmp_path):
+    for name in ("train", "eval"):
+        (tmp_path / name).mkdir()
+    texts = ["\n".join(f"value_{number} = {number * step}" for number in range(300)) for step in (3, 7, 11)]
+    for number, text in enumerate(texts):
+        (tmp_path / "train" / f"{number}.txt").write_text(text)
+    (tmp_path / "eval" / "copy.txt").write_text(texts[0] + "\n")
+    (tmp_path / "eval" / "near.txt").write_text(texts[1].replace("value_99 ", "other "))
+    sweep = identified(tmp_path, data=str(tmp_path / "train"), eval_data=str(tmp_path / "eval"))
+    data, held_out, _, counts, copies, near = data_summary(prepare(sweep))
+    assert data == "data: 3 files of train read (3 .txt)"
+    assert held_out == "held-out data: 2 files of eval read (2 .txt)"
+    assert counts.startswith("data: 2 documents of ") and "held out: all of eval (--eval-data)" in counts
+    assert copies == "data: 1 copy of held-out documents dropped"
+    beginning = (
+        "data: 1 held-out document shares over half of its 52-token shingles with training documents: near.txt (9"
+    )
+    assert near.startswith(beginning)

@@ -65,9 +65,9 @@ scores = st.lists(st.floats(1, 100) | st.just(math.inf), min_size=1, max_size=12
 
 @settings(max_examples=60, deadline=None)
 @given(scores, st.sampled_from([2, 3, 4]), st.integers(2, 4))
-def test_asha_at_a_rung_is_the_best_share_of_those_that_have_come(arriving, factor, least):
+def test_asha_at_a_rung_is_the_best_share_of_those_that_have_come(tmp_path_factory, arriving, factor, least):
     rule = EarlyStopping(rule="asha", reduction_factor=factor, min_trials=least)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
         rungs = Rungs(Storage(Path(folder)), "s", rule)
         stopped = [rungs.judge(trial(i), 10, {10: score})["stop"] for i, score in enumerate(arriving)]
     for i, score in enumerate(arriving):
@@ -80,9 +80,9 @@ def test_asha_at_a_rung_is_the_best_share_of_those_that_have_come(arriving, fact
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.floats(1, 100), min_size=3, max_size=3), min_size=1, max_size=9), st.integers(2, 4))
-def test_the_median_rule_compares_bests_so_far(arriving, least):
+def test_the_median_rule_compares_bests_so_far(tmp_path_factory, arriving, least):
     rule = EarlyStopping(rule="median", min_trials=least)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
         rungs = Rungs(Storage(Path(folder)), "s", rule)
         curves = [dict(zip((10, 20, 30), values)) for values in arriving]
         stopped = [rungs.judge(trial(i), 30, curve)["stop"] for i, curve in enumerate(curves)]
@@ -94,14 +94,14 @@ def test_the_median_rule_compares_bests_so_far(arriving, least):
 
 
 def tell(judge, journal, step, perplexity):
-    """What a trial tells of a step with an evaluation, to its journal and its judge, as the worker does."""
+    """Records a step with an evaluation in the journal and shows it to the judge, as a worker does."""
     for event in (Step(**a_step(step)), Eval(**evaluation(step, perplexity))):
         journal.append(event)
         judge.on_event(event)
 
 
 def play(folder, rule, curves, order, restarts=()):
-    """Trials that come to their evaluations in an order; returns the journal's ``stopped`` of each that was.
+    """Runs trials whose evaluations come in a given order; returns the journal's ``stopped`` of each that was.
 
     ``order`` names the trial that evaluates next. At the places ``restarts`` every process dies and starts again, each
     trial from two evaluations before, where it then scores a little otherwise, as on another machine.
@@ -176,11 +176,11 @@ def games(draw):
 @given(games())
 # Scored worse after the restart than before it: what stands at the rung counts.
 @example(([[1.0] * 8, [1.0, 1.0, 2.0] + [1.0] * 5, [1.0] * 8], [0] * 6 + [2] * 3 + [1] * 8, {11}))
-def test_a_sweep_in_any_order_and_with_restarts_stops_whom_the_reference_stops(rule, game):
+def test_a_sweep_in_any_order_and_with_restarts_stops_whom_the_reference_stops(tmp_path_factory, rule, game):
     curves, order, restarts = game
     expected = brute_force(rule, curves, order)
     for killed in ((), restarts):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
             stopped = play(Path(folder), rule, curves, order, killed)
         assert {number: verdict.step for number, verdict in stopped.items()} == expected
         for verdict in stopped.values():
@@ -220,6 +220,17 @@ def test_within_a_method_a_better_other_method_stops_nobody(tmp_path):
         for number in (1, 2):
             rungs.judge(trial(number, method="full"), 10, {10: 2.0})
         assert rungs.judge(trial(0), 10, {10: 9.0})["stop"] == stopped
+
+
+def test_within_a_method_only_the_same_values_of_axes_are_compared(tmp_path):
+    settings = dataclasses.replace(ASHA, within_method=True, axes=("positions", "lora_rank"))
+    rungs = Rungs(Storage(tmp_path), "s", settings)
+    others = [trial(1, positions="yarn"), trial(2, lora_rank=32), trial(3), trial(4, learning_rate=2e-3)]
+    for other in others:
+        rungs.judge(other, 10, {10: 2.0})
+    verdict = rungs.judge(trial(0), 10, {10: 9.0})
+    assert set(verdict["compared_with"]) == {trial(3).fingerprint, trial(4, learning_rate=2e-3).fingerprint}
+    assert verdict["stop"]
 
 
 def test_trials_finished_by_an_earlier_sweep_count_at_every_rung(tmp_path):

@@ -1,4 +1,4 @@
-"""What a user is told at the head of a sweep, and what not."""
+"""Which notes a sweep prints before its plan, and which it leaves out."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_an_engine_that_has_an_effect_is_not_spoken_of():
 
 
 def test_short_examples_and_left_out_ones_are_told_with_their_share(tmp_path):
-    rows = [{"instruction": "a", "output": "b" * size} for size in [100] * 39 + [2000]]
+    rows = [{"instruction": f"{i:02}", "output": "b" * size} for i, size in enumerate([99] * 30 + [2000] * 10)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     examples = prepare_examples(
         Instructions.parse(str(tmp_path / "rows.json")), SOURCE.tokenizer, SOURCE.chat_identity, tmp_path / "data"

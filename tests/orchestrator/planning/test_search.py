@@ -1,5 +1,6 @@
 """Search: what is suggested, that a rebuilt search goes on as it would have, and a real one that is killed."""
 
+import itertools
 import json
 import math
 import os
@@ -50,7 +51,7 @@ def train(storage, trial, outcome="finished"):
 
 
 def run(folder, spec, killed_after=(), outcome=lambda trial: "finished"):
-    """A search to its end, one trial at a time; after so many trials everything is built anew from disk."""
+    """A search to its end, one trial at a time; after the given number of trials it is rebuilt from disk."""
     storage, search = open_search(folder, spec)
     while trial := search.next():
         train(storage, trial, outcome(trial))
@@ -116,6 +117,26 @@ def test_each_method_and_length_has_its_own_study_and_they_go_on_side_by_side(tm
     assert {t.group_size / t.context_length for t in trainings} <= {0.125, 0.25, 0.5}
 
 
+def test_each_combination_of_axes_has_its_own_study(tmp_path):
+    axes = dict(positions=["linear", "yarn"], train_layers=["all", "last 2"], attention=["s2", "full"])
+    asked = spec(search="random", search_trials=3).changed(**axes)
+    _, search = open_search(tmp_path, asked)
+    assert [study.to_come for study in search.studies] == [3] * 8
+    found = run(tmp_path, asked)
+    studies = [(t.positions, t.train_layers, t.attention) for t in found]
+    assert set(studies[:8]) == set(studies[8:16]) == set(studies[16:]) == set(itertools.product(*axes.values()))
+    labels = [trial.label for trial in open_search(tmp_path, asked)[1].trials]
+    assert len(set(labels)) == 24 and labels[0].startswith("lora 1024 linear layers all attention s2 lr ")
+
+
+def test_what_is_searched_cannot_be_an_axis():
+    for name, other in (("lora_rank", "search_rank"), ("group_size", "search_group_size")):
+        axis = {name: [256, 512]}
+        with pytest.raises(InputError, match=f"256 512 with --search optuna.*--{other.replace('_', '-')} without any"):
+            spec().changed(**axis)
+        assert spec().changed(**axis, **{other: []}).axes
+
+
 def test_the_methods_own_setting_comes_first_where_it_lies_in_the_ranges(tmp_path):
     own = spec(learning_rate_lora=3e-3)
     (base,) = own.trials(IDENTITIES, "float32")
@@ -167,7 +188,7 @@ def test_what_no_search_can_be_is_refused(fields, message):
 
 def test_ranges_can_be_told_on_the_command_line():
     flags = ["--search", "random", "--search-learning-rate", "1e-4", "1e-2", "--search-rank", "4", "8"]
-    _, told, _ = parse([*flags, "--search-group-size", "0.25", "512"])
+    _, told, _ = parse(["convergence", *flags, "--search-group-size", "0.25", "512"])
     assert (told.search_learning_rate, told.search_rank) == ((1e-4, 1e-2), (4, 8))
     (base,) = (trial for trial in told.trials(IDENTITIES, "float32") if trial.label == "lora 2048")
     space = Space.of(told, base)
@@ -185,7 +206,7 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
     command = SweepCommand(
         tmp_path / "runs", "--data", str(text_folder), "--context-lengths", "512", "--methods", "lora",
         "--references", "--steps", "3", "--batch", "2", "--eval-every", "3", "--eval-documents", "2",
-        "--warmup-steps", "1", "--search", "random", "--search-trials", "4", "--search-group-size", "0.25", "0.5",
+        "--warmup-steps", "1", "--search", "random", "--search-trials", "3", "--search-group-size", "0.25", "0.5",
         "--max-concurrent", "1", "--name", "searches",
     )  # fmt: skip
     process = command.start()
@@ -202,12 +223,12 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
 
     status, output = command.run()
     assert status == 0, output
-    assert "lora 512 lr" in output and "and 2 more, to be suggested by the search (random)" in output
+    assert "lora 512 lr" in output and "and 1 more, to be suggested by the search (random)" in output
     after = records(command.storage)
     assert {name: after[name].journal.path.read_bytes() for name in before} == before
-    assert [record.state for record in after.values()] == ["finished"] * 4
+    assert [record.state for record in after.values()] == ["finished"] * 3
     lines = Storage(command.storage).search_journal("searches").read().events
-    assert [line.number for line in lines] == [0, 1, 2, 3]
+    assert [line.number for line in lines] == [0, 1, 2]
     assert {line.fingerprint for line in lines} == set(after)
     listed = json.loads((command.storage / "sweeps" / "searches" / "sweep.json").read_text())["trials"]
     assert sorted(listed) == sorted(after)

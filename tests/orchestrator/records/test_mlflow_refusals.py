@@ -1,4 +1,4 @@
-"""What MLflow refuses, and what was deleted there: told from an outage, and mended where that is possible."""
+"""Refusals of MLflow and deletions in it: distinguished from outages, and repaired where possible."""
 
 import contextlib
 import http.server
@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 from orchestrator.records import mlflow_store
 from orchestrator.records.events import Finished, Step
 from orchestrator.records.mlflow_sync import TrackingThread
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
 from tests.support.events import a_step
 from tests.support.mlflow_server import start_mlflow_server
 from tests.support.mlflow_store import PROVENANCE, connect, history, runs, write_some_steps
@@ -164,10 +166,8 @@ def test_a_locked_database_is_one_error_at_the_start_and_an_outage_later(storage
     monkeypatch.setattr(mlflow_store, "LOCKED_S", 0.5)
     database = sqlite3.connect(storage.mlflow / "mlflow.db", isolation_level=None)
     database.execute("BEGIN EXCLUSIVE")
-    began = time.time()
     with pytest.raises(InputError, match=r"mlflow\.db is locked by another process; end that process or wait"):
         connect(storage)
-    assert time.time() - began < 20
     assert mlflow_store.is_outage(sqlite3.OperationalError("database is locked"))
     database.close()
     connect(storage)
@@ -183,10 +183,10 @@ def test_a_damaged_database_is_one_error_at_the_start(storage, damage):
     else:
         file.unlink()
         file.mkdir() if damage == "a folder" else file.write_bytes(b"neither tables nor rows " * 500)
-    began = time.time()
+    began = time.monotonic()
     with pytest.raises(InputError, match=r"cannot be used \(.*(not a database|malformed|unable to open).*(aside|make)"):
         connect(storage)
-    assert time.time() - began < 30  # MLflow itself would try for two minutes
+    assert time.monotonic() - began < 100  # MLflow itself tries for two minutes; here it takes a second
 
 
 def test_a_name_used_again_for_other_data_or_settings_gets_a_run_of_its_own(storage, trials, mirrored):
@@ -200,6 +200,18 @@ def test_a_name_used_again_for_other_data_or_settings_gets_a_run_of_its_own(stor
     assert by_name["sweep again (earlier 1)"].data.params["settings"] == "a"
     assert by_name["sweep again (earlier 2)"].data.params["data"] == "d"
     assert all(mirrored.run_id(trial) in by_name["sweep again"].data.tags.values() for trial in trials)
+
+
+def test_a_sweep_of_more_trials_than_mlflow_takes_tags_at_once_lists_all(mirrored):
+    layers = [",".join(map(str, range(last))) for last in range(2, 32)]
+    axes = dict(positions=["linear", "yarn"], train_layers=layers, lora_targets=[["q_proj"], ["q_proj", "v_proj"]])
+    spec = SweepSpec.of(dict(context_lengths=[1024], methods=["lora+"], references=[], batch=2) | axes)
+    trials = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    mirrored.log_sweep("wide", "settings", comparison(), trials, [])
+    assert mirrored.trouble is None and not mirrored.refused
+    _, found = runs(mirrored.uri)
+    (sweep,) = (run for run in found if run.data.tags["longspan.kind"] == "sweep")
+    assert sum(tag.startswith("trial.lora_plus 1024 ") for tag in sweep.data.tags) == len(trials) == 120
 
 
 @contextlib.contextmanager

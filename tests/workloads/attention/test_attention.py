@@ -7,45 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.attention_error import CASES, max_errors
+from tests.support.attention import GROUPED, Memory, by_definition, make_pattern, random_inputs
 from workloads.attention import backends
 from workloads.attention import group_operator as grouped
 from workloads.attention.backends import BACKENDS, attention, choose_backend, masked_attention, missing
 from workloads.attention.documents import document_ids
 from workloads.attention.group_kernels import shifted_sparse_attention
 from workloads.attention.masks import dense_mask
+from workloads.attention.options import Options
 from workloads.attention.patterns import PATTERNS, AttentionPattern
 from workloads.attention.varlen import varlen_attention
 from workloads.errors import InputError
-
-GROUPED = [name for name, pattern in PATTERNS.items() if pattern.is_grouped]
-
-
-def make_pattern(name, group_size):
-    return AttentionPattern(name=name, group_size=None if name == "full" else group_size)
-
-
-def by_definition(query, key, value, pattern, **where):
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    mask = dense_mask(pattern, query.shape[1], query.shape[2], **where)
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value
-
-
-def random_inputs(batch, heads, key_value_heads, tokens, transformers_layout=False, seed=0, head_dim=8):
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensor(num_heads):
-        shape = (batch, tokens, num_heads, head_dim) if transformers_layout else (batch, num_heads, tokens, head_dim)
-        x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        x = x.transpose(1, 2) if transformers_layout else x
-        return x.detach().requires_grad_()
-
-    return tensor(heads), tensor(key_value_heads), tensor(key_value_heads)
 
 
 def one_sequence_after_the_other(query, key, value, boundaries, longest, scale, dropout):
@@ -60,7 +34,7 @@ def one_sequence_after_the_other(query, key, value, boundaries, longest, scale, 
 
 
 def by_varlen(query, key, value, pattern, **where):
-    return varlen_attention(one_sequence_after_the_other, query, key, value, pattern, **where)
+    return varlen_attention(one_sequence_after_the_other, query, key, value, pattern, Options(**where))
 
 
 # The ways that run, and back-propagate, on a CPU.
@@ -218,29 +192,6 @@ def test_nothing_crosses_a_document_boundary(compute, name):
         assert 13 <= touched.min() and touched.max() < 26
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, those inside our own operators included."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        operators = (grouped.grouped_attention, grouped.grouped_attention_backward)
-        self.inside = {operator._opoverload: operator._init_fn for operator in operators}
-        self.storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in inputs}
-        self.largest = self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in self.inside:
-            with self:
-                return self.inside[function](*args, **(kwargs or {}))
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.storages:
-                storage = self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-                self.largest = max(self.largest, storage.nbytes())
-                self.total += storage.nbytes()
-        return made
-
-
 @pytest.mark.parametrize("name", GROUPED)
 def test_no_fast_path_makes_anything_of_the_size_of_tokens_squared(name):
     tokens = 4096
@@ -252,64 +203,6 @@ def test_no_fast_path_makes_anything_of_the_size_of_tokens_squared(name):
         with Memory() as memory:
             attention(*inputs, make_pattern(name, 64), layer=1, **where).sum().backward()
         assert memory.largest < tokens**2 / 4
-
-
-# ---- the operator: torch's rules for one, its memory, and torch.compile
-
-
-@pytest.mark.parametrize("transformers_layout", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "heads", "key_value_heads", "tokens", "group_size", "first_shifted"),
-    [(1, 4, 4, 32, 8, 2), (2, 9, 3, 29, 8, 4), (3, 4, 2, 13, 6, 0), (2, 2, 1, 9, 16, 1), (1, 4, 2, 9, 2, 2)],
-)
-def test_the_operator_keeps_torchs_rules(
-    batch, heads, key_value_heads, tokens, group_size, first_shifted, transformers_layout
-):
-    """Its schema, its shapes and strides before it runs, its registered backward pass, with dynamic shapes too."""
-    inputs = random_inputs(batch, heads, key_value_heads, tokens, transformers_layout)
-    torch.library.opcheck(grouped.grouped_attention, (*inputs, group_size, first_shifted, 0.3, "cpu"))
-
-
-@pytest.mark.parametrize("name", GROUPED)
-@pytest.mark.parametrize("heads", [(4, 4), (9, 3)])
-def test_every_result_is_written_once_and_laid_out_for_the_projections(name, heads):
-    """Twice an output and three gradients: as kernels return them, and where they belong.
-
-    Once where one call computes them whole. Nothing else is made, but for a key/value head whose query heads are cut in
-    two: it has a gradient from each half.
-    """
-    inputs = random_inputs(1, *heads, 96, transformers_layout=True, head_dim=64)
-    weights = torch.randn(1, 96, heads[0], 64, dtype=torch.float64).transpose(1, 2)
-    with Memory(*inputs, weights) as memory:
-        output = attention(*inputs, make_pattern(name, 16), layer=1)
-        gradients = torch.autograd.grad(output, inputs, weights)
-    results = [output, *gradients]
-    assert all(x.transpose(1, 2).is_contiguous() for x in results)
-    cut = 2 * 8 * 96 * 64 if name == "s2" and heads == (9, 3) else 0
-    statistics = 2 * 8 * (96 * heads[0] + 6 * grouped.ALIGNMENT)
-    copies = 1 if name in ("full", "short") else 2
-    assert memory.total <= copies * sum(x.nbytes for x in results) + cut + statistics
-
-
-@pytest.mark.parametrize("wanted", [0, 1, 2])
-def test_a_gradient_of_one_input_alone(wanted):
-    inputs = random_inputs(2, 4, 2, 20)
-    expected = torch.autograd.grad(by_definition(*inputs, make_pattern("s2", 8)).square().sum(), inputs)[wanted]
-    inputs = [x.detach().requires_grad_(position == wanted) for position, x in enumerate(inputs)]
-    attention(*inputs, make_pattern("s2", 8)).square().sum().backward()
-    torch.testing.assert_close(inputs[wanted].grad, expected)
-
-
-def test_inference_and_checkpointing_change_nothing():
-    inputs, pattern = random_inputs(2, 4, 2, 20), make_pattern("s2", 8)
-    expected = attention(*inputs, pattern)
-    for mode in (torch.inference_mode, torch.no_grad):
-        with mode():
-            assert torch.equal(attention(*inputs, pattern), expected)
-    recomputed = checkpoint(attention, *inputs, pattern, use_reentrant=False)
-    gradients = (torch.autograd.grad(output.square().sum(), inputs) for output in (expected, recomputed))
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
 
 
 # ---- documents, settings, and the choice of a backend
@@ -370,7 +263,7 @@ def test_a_query_whose_keys_are_all_masked_attends_to_itself():
     """Padding on the left: the dense path."""
     inputs = random_inputs(1, 2, 2, 12)
     allowed = torch.ones(12, 12, dtype=torch.bool).tril() & (torch.arange(12) >= 5)
-    output = masked_attention(*inputs, make_pattern("s2", 4), allowed=allowed[None, None])
+    output = masked_attention(*inputs, make_pattern("s2", 4), Options(), allowed=allowed[None, None])
     assert output.isfinite().all()
     torch.testing.assert_close(output[:, :, :5], inputs[2][:, :, :5])
 

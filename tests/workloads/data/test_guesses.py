@@ -142,11 +142,12 @@ def test_an_end_of_sequence_that_a_text_spells_is_text(tmp_path):
     tokenizer = byte_tokenizer()
     text = "before <eos> and after"
     for i in range(30):
-        (tmp_path / f"{i}.txt").write_text(text)
+        (tmp_path / f"{i}.txt").write_text(text + chr(ord("A") + i))
     packed = prepare(Corpus.parse(str(tmp_path)), tokenizer, "bytes", tmp_path / ".data")
     (ids,) = encode_texts(tokenizer, [text])
     assert len(ids) == len(text) and EOS not in ids
-    assert packed.train_batch(0, 1, len(text) + 1, seed=0).tolist() == [[*ids, EOS]]
+    (first,) = packed.train_batch(0, 1, len(text) + 2, seed=0).tolist()
+    assert first[:-2] == ids and first[-2] != EOS and first[-1] == EOS
     (scored, *_) = documents_to_score(Corpus.parse(str(tmp_path)), tokenizer, len(text), 2)
     assert scored.tokens.tolist() == ids
     assert tokenizer("<eos>")["input_ids"] == [EOS]  # the tokenizer is as it was

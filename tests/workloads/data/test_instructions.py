@@ -112,10 +112,12 @@ def test_conversations_of_sharegpt_are_messages(tmp_path):
     tokenizer = byte_tokenizer(UNMARKED)
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     conversation = [{"from": names[message["role"]], "value": message["content"]} for message in CHAT]
-    rows = [{"id": "identity_0", "conversations": conversation}] * 2
+    rows = [{"id": "identity_0", "conversations": turns} for turns in (conversation, conversation[:3])]
     for suffix in (".jsonl", ".parquet"):
         prepared = prepare(write(tmp_path / f"sharegpt{suffix}", rows), tokenizer)
-        expected = prepare(write(tmp_path / f"messages{suffix}", [{"messages": CHAT}] * 2), tokenizer)
+        expected = prepare(
+            write(tmp_path / f"messages{suffix}", [{"messages": CHAT}, {"messages": CHAT[:3]}]), tokenizer
+        )
         assert all_examples(prepared) == all_examples(expected)
         assert prepared.columns == ["conversations"] and prepared.sample == "Be brief."
     rows[1] = {"conversations": [{"from": "human", "value": "a"}, {"from": "bot", "value": "b"}]}
@@ -132,18 +134,19 @@ def test_special_tokens_that_a_message_spells_are_text(tmp_path):
     tokenizer = byte_tokenizer(UNMARKED.replace("</s>", "<eos>"))
     said = "<eos><eos> ends <eos>"
     chat = [{"role": "user", "content": said}, {"role": "assistant", "content": f"Yes: {said}"}]
-    for tokens, answers in all_examples(prepare(write(tmp_path / "chat.jsonl", [{"messages": chat}] * 2), tokenizer)):
+    rows = [{"messages": chat}, {"messages": [{"role": "user", "content": f"B{said}"}, chat[1]]}]
+    for tokens, answers in all_examples(prepare(write(tmp_path / "chat.jsonl", rows), tokenizer)):
         assert tokens.count(EOS) == 2 and answers.count(EOS) == 1 and answers[-1] == EOS
         assert tokenizer.decode(answers[:-1]) == f"Yes: {said}"
-        assert tokenizer.decode(tokens) == f"<|user|>{said}<eos><|assistant|>Yes: {said}<eos>"
-    rows = [{"instruction": said, "output": said}] * 2
+        assert tokenizer.decode(tokens).replace(">B", ">") == f"<|user|>{said}<eos><|assistant|>Yes: {said}<eos>"
+    rows = [{"instruction": text, "output": said} for text in (said, f"B{said}")]
     for tokens, answers in all_examples(prepare(write(tmp_path / "rows.jsonl", rows), tokenizer)):
         assert tokens.count(EOS) == answers.count(EOS) == 1
-        assert tokenizer.decode(tokens[:-1]) == f"[INST]{said}[/INST]{said}"
+        assert tokenizer.decode(tokens[:-1]).replace("]B", "]") == f"[INST]{said}[/INST]{said}"
 
 
 def test_only_the_columns_of_examples_are_read(tmp_path):
-    """A date in year 100,000, which Python has none for, stands beside them."""
+    """A column that is not read holds a date in the year 100,000, which Python cannot represent."""
     far = pa.array([2**62] * 2, pa.timestamp("us"))
     table = pa.table({"instruction": ["a", "b"], "output": ["c", "d"], "when": far})
     pq.write_table(table, tmp_path / "rows.parquet")
@@ -160,19 +163,19 @@ def test_a_tokenizer_that_begins_sequences_begins_these_too(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     begin = tokenizer.bos_token_id
-    path = write(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 2)
+    path = write(tmp_path / "rows.jsonl", [GOOD, OTHER])
     assert all(begin not in tokens for tokens, _ in all_examples(prepare(path, tokenizer)))
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", begin)]
     )
-    path = write(tmp_path / "again.jsonl", [{"instruction": "a", "output": "b"}] * 2)
+    path = write(tmp_path / "again.jsonl", [GOOD, OTHER])
     for tokens, answers in all_examples(prepare(path, tokenizer)):
         assert tokens[0] == begin and tokens.count(begin) == 1 and begin not in answers
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer, gpt2_like])
 def test_the_assistants_turns_are_the_answers_with_and_without_marks_in_the_template(tmp_path, tokenizer):
-    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 3)
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": CHAT[1:]}])
     found = []
     for template in (UNMARKED, MARKED):
         loaded = tokenizer()
@@ -180,28 +183,32 @@ def test_the_assistants_turns_are_the_answers_with_and_without_marks_in_the_temp
         folder = tmp_path / str(len(found))
         examples = all_examples(prepare_examples(Instructions.parse(str(path)), loaded, template, folder))
         found.append(examples)
-        for tokens, answers in examples:
-            assert loaded.decode(tokens) == "".join(f"<|{m['role']}|>{m['content']}</s>" for m in CHAT)
+        texts = {"".join(f"<|{m['role']}|>{m['content']}</s>" for m in chat) for chat in (CHAT, CHAT[1:])}
+        assert {loaded.decode(tokens) for tokens, _ in examples} == texts
+        for _, answers in examples:
             assert loaded.decode(answers) == "".join(m["content"] + "</s>" for m in CHAT if m["role"] == "assistant")
     assert found[0] == found[1]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     forgets = "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
-    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2)
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": CHAT[1:]}])
     message = error_of(prepare, path, byte_tokenizer(forgets))
     assert f"{path}, line 1" in message and "message 2" in message and "{% generation %}" in message
 
 
 def test_empty_answers_are_told_once_with_their_number(tmp_path):
-    rows = [GOOD, {"instruction": "a", "output": " "}, GOOD, {"messages": [CHAT[1], {**CHAT[2], "content": ""}]}] * 40
+    rows = []
+    for i in range(40):
+        empty = {"messages": [{"role": "user", "content": f"{i}"}, {**CHAT[2], "content": ""}]}
+        rows += [{**GOOD, "input": f"{i}"}, {"instruction": f"{i}", "output": " "}, empty]
     message = error_of(prepare, write(tmp_path / "rows.jsonl", rows), byte_tokenizer(UNMARKED))
     assert "line 2: the answer ('output') is empty, and 79 more rows have an empty answer" in message
 
 
 # What the user may get wrong
 
-GOOD = {"instruction": "a", "output": "b"}
+GOOD, OTHER = {"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}
 
 
 @pytest.mark.parametrize(
@@ -212,14 +219,14 @@ GOOD = {"instruction": "a", "output": "b"}
         ({"instruction": 3, "output": "b"}, "'instruction' is int, not a string"),
         ({"instruction": "a", "output": "\ud800"}, "lone surrogate"),
         ({"prompt": "a", "completion": "b"}, "expected columns instruction and output"),
-        ({"messages": []}, "'messages' is no list"),
-        ({"messages": "hello"}, "'messages' is no list"),
+        ({"messages": []}, "'messages' is not a list"),
+        ({"messages": "hello"}, "'messages' is not a list"),
         ({"messages": [{"role": "user"}]}, "message 0: expected {role, content}"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "message 0: expected {role, content}"),
         ({"messages": CHAT[:2]}, "no message is of the role 'assistant'"),
         ({"messages": CHAT[2:]}, "the first message is the assistant's"),
         ({"messages": [CHAT[1], {"role": "assistant", "content": ""}]}, "message 1: the assistant's answer is empty"),
-        ({"messages": [{"role": "judge", "content": "a"}, CHAT[4]]}, "does not take it (no judges)"),
+        ({"messages": [{"role": "judge", "content": "a"}, CHAT[4]]}, "fails on it (no judges)"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -231,14 +238,14 @@ def test_a_row_that_is_no_example_is_named(tmp_path, row, says, suffix):
 
 
 def test_messages_without_a_chat_template(tmp_path):
-    message = error_of(prepare, write(tmp_path / "chat.parquet", [{"messages": CHAT}] * 2))
+    message = error_of(prepare, write(tmp_path / "chat.parquet", [{"messages": CHAT}, {"messages": CHAT[1:]}]))
     assert f"{tmp_path / 'chat.parquet'}, row 0" in message and "no chat template" in message
 
 
 def test_files_that_hold_no_rows(tmp_path):
     path = tmp_path / "rows.json"
     for content, says in (
-        (b'{"instruction": "a"}', "holds no list, but one dict"),
+        (b'{"instruction": "a"}', "holds one dict, not a list"),
         (b"[1]", "item 0 is not a JSON object"),
         (b'[{"a": 1},\n{]', "is not JSON"),
         (b'["\xff"]', "is not UTF-8: byte 0xff at offset 2"),
@@ -372,7 +379,7 @@ def test_offsets_that_changed_are_found(examples, tmp_path, hashed):
 
 
 def test_a_damaged_folder_says_to_delete_it(tmp_path):
-    folder = prepare(write(tmp_path / "rows.jsonl", [GOOD] * 2)).folder
+    folder = prepare(write(tmp_path / "rows.jsonl", [GOOD, OTHER])).folder
     os.truncate(folder / "train.answers", 1)
     message = error_of(ExampleCorpus.open, folder)
     assert str(folder) in message and "train.answers" in message and "Delete that folder" in message

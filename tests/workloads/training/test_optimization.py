@@ -97,6 +97,8 @@ def test_groups_update_as_one_adamw_over_everything_does():
     [
         (dict(learning_rate_norms=0.0), "learning_rate_norms is 0.0; expected a positive number"),
         (dict(learning_rate_embeddings=float("inf")), "learning_rate_embeddings is inf"),
+        (dict(weight_decay=float("nan")), "weight_decay is nan; expected a finite number"),
+        (dict(max_grad_norm=float("inf")), "max_grad_norm is inf; expected a finite number"),
         (dict(method="lora", learning_rate_norms=1e-3), "no norms train with the method 'lora'"),
         (dict(method="lora+norm", learning_rate_embeddings=1e-3), "no embeddings train"),
         (dict(method="full", train_layers="last 1", learning_rate_embeddings=1e-3), "no embeddings train.*'last 1'"),

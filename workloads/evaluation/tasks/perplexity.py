@@ -36,9 +36,12 @@ class PerplexityOptions(CommonOptions):
     text_column: str | None = None
     """perplexity: column of .jsonl, .parquet and Hugging Face data that holds the text."""
     split: Literal["validation", "all"] = "validation"
-    """perplexity: documents that a sweep on this corpus holds out, or all (of a corpus not trained on)."""
+    """perplexity: documents that a sweep on this corpus holds out, or all (of a corpus not trained on, such as a
+    sweep's --eval-data)."""
+    holdout: float | None = None
+    """perplexity: the share of documents that the sweep held out, if it was given one."""
     documents: int = 100
-    """perplexity: the most documents to score."""
+    """perplexity: the most documents to score; where fewer are long enough, further spans of theirs follow."""
     span: int | None = None
     """perplexity: tokens scored of each document, from its start; by default the longest length (--stride: twice)."""
     stride: int | None = None
@@ -70,13 +73,14 @@ def _prepare(subject: Subject, options: PerplexityOptions, console: Console) -> 
     span = options.span or (2 * longest if options.stride else longest)
     if span < longest:
         raise InputError(f"--span {span:,}: expected at least the longest length, {longest:,}")
-    corpus = Corpus.parse(options.data, options.text_column)
+    corpus = Corpus.parse(options.data, options.text_column, holdout=options.holdout)
     documents = documents_to_score(
         corpus, subject.tokenizer, span, options.documents, held_out_only=options.split == "validation"
     )
     if len(documents) < options.documents:
         console.print(
-            f"note: only {len(documents)} of the {options.documents} requested documents have {span:,} tokens"
+            f"note: only {len(documents)} of the {options.documents} requested documents have {span:,} tokens; further "
+            "spans of them are scored where they are longer"
         )
     if len(documents) < FEWEST_DOCUMENTS:
         console.print(

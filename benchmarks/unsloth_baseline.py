@@ -33,7 +33,7 @@ def measure_in_process(context_length: int, warmup: int, steps: int, seconds: fl
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.unsloth_way", *arguments],
+                [sys.executable, "-m", "benchmarks.unsloth_baseline", *arguments],
                 cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -116,4 +116,4 @@ def measure(context_length: int, warmup: int, steps: int, folder: Path) -> dict[
 if __name__ == "__main__":
     length, warmup, steps, folder = sys.argv[1:]
     answer = measure(int(length), int(warmup), int(steps), Path(folder))
-    Path(folder, "answer.json").write_text(json.dumps(answer))
+    Path(folder, "answer.json").write_text(json.dumps(answer), encoding="utf-8")
