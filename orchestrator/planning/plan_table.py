@@ -54,6 +54,8 @@ def print_plan(sweep: Identified, plan: SweepPlan, console: Console) -> None:
             better := suggest_layout(plan.planned, plan.totals, plan.estimator, sweep.options.fit)
         ):
             console.print(_hanging("  ", Text(f"better: {better}")))
+    if plan.cluster.is_only_planned_for and any(p.estimate.execution.engine.startswith("zero") for p in plan.planned):
+        console.print("note: ZeRO needs DeepSpeed on the cluster's machines: pip install 'longspan[deepspeed]'")
     for damage in sweep.storage.damaged:
         console.print(f"damaged: {damage}", style="yellow", markup=False, soft_wrap=True)
 

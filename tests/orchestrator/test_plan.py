@@ -1,17 +1,18 @@
 """What a sweep would take, before it runs: for a cluster that is not there; refused, fitted, kept in budget."""
 
-import contextlib
 import io
 import json
 import re
 import shutil
 
 import pytest
+from rich.console import Console
 
 from orchestrator import plan as planning
 from orchestrator.cli import parse
 from orchestrator.planning.budget_watch import BudgetWatch, Spending
 from orchestrator.planning.cluster import Cluster, Node
+from orchestrator.planning.plan_table import print_plan
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.planning.sweep_plan import plan_sweep
 from orchestrator.records.events import Finished, Launched, ModelReady, Saved, Started, Step
@@ -255,28 +256,27 @@ def offline_plans(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
         patch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
-        for width in (60, 80, 120, 200):
-            patch.setenv("COLUMNS", str(width))
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                status = planning.main([*LLAMA, "--storage", str(storage), "--steps", "100"])
-            printed[width] = status, out.getvalue()
+        sweep, plan = planning.make_plan(*parse([*LLAMA, "--storage", str(storage), "--steps", "100"]))
+    for width in (60, 80, 120, 200):
+        console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+        print_plan(sweep, plan, console)
+        printed[width] = console.file.getvalue()
     return printed
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_7b_plan_needs_no_hub_and_is_cut_off_at_no_width(offline_plans, width):
-    status, printed = offline_plans[width]
-    assert status == 0
+    printed = offline_plans[width]
     lines = [line.rstrip() for line in printed.splitlines()]
     assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
-    whole, widest = (re.sub(r"\s+", " ", text) for text in (printed, offline_plans[200][1]))
+    whole, widest = (re.sub(r"\s+", " ", text) for text in (printed, offline_plans[200]))
     assert "note: the hub does not give meta-llama/Llama-2-7b-hf and emozilla/pg19" in whole
-    for row in re.findall(r"^((?:untuned|lora|full)\S* (?:\w+ )?\d+) +run +(.*?)$", offline_plans[200][1], re.M):
+    for row in re.findall(r"^((?:untuned|lora|full)\S* (?:\w+ )?\d+) +run +(.*?)$", offline_plans[200], re.M):
         label, cells = row
         assert f"{label} run" in re.sub(" +", " ", printed)
         for number in re.findall(r"[\d,.]+(?:[dhm]\d+[hms])?", cells):
             assert number in whole, (label, number)
-    assert whole[whole.index("[1] ") :].startswith("[1] runs with micro-batches of")
+    assert "[1] runs with micro-batches of 1, to fit into memory [2] runs with 8 workers, " in whole
     assert whole[whole.index("to do: ") :] == widest[widest.index("to do: ") :]
 
 
