@@ -40,7 +40,9 @@ from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
+from orchestrator.run_options import RunOptions
 from orchestrator.running.sweep_runner import SweepRunner
+from orchestrator.spec import SweepSpec
 from orchestrator.sweep_file import saved
 from orchestrator.terminal import shell_command, shown_path
 from workloads.command import EXIT_INTERRUPTED, exit_status
@@ -76,14 +78,21 @@ class Status:
 
 def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator.sweep") -> int:
     """Runs the command; returns its exit status."""
-    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments, prog, make_console()))
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: run_sweep(*parse(given, prog), make_console()))
 
 
-def _run(arguments: list[str], prog: str, console: Console) -> int:
+def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console) -> int:
+    """Plans, runs or resumes, and compares a sweep; returns the exit status of its command.
+
+    Raises:
+        InputError: it cannot run as asked.
+        KeyboardInterrupt: with notes on what each trial has kept.
+    """
     status, began = Status(), time.monotonic()
     try:
         stop_on_sigterm()
-        sweep = check_sweep(*parse(arguments, prog))
+        sweep = check_sweep(name, spec, options)
         try:
             namesake = _find_running_namesake(sweep)
             with Heartbeat(sweep.storage, sweep.name, status.describe, sweep.spec.digest()):

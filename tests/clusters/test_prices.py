@@ -1,4 +1,4 @@
-"""The table of machines and prices: what a plan of a sweep's cost stands on."""
+"""The table of machines and prices from which a plan computes a sweep's cost."""
 
 import datetime
 

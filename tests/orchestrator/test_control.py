@@ -1,4 +1,4 @@
-"""A sweep that is looked at, killed, begun anew and cancelled from another terminal, as a person does it."""
+"""A sweep that a user watches, kills, restarts and cancels from another terminal."""
 
 import os
 import signal

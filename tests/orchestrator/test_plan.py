@@ -23,13 +23,17 @@ from workloads.data import Corpus
 
 @pytest.fixture
 def plan(tmp_path, text_folder, capsys, monkeypatch):
-    """(exit status, everything printed) of ``python -m orchestrator.plan`` with a folder of texts and these flags."""
+    """(exit status, everything printed) of ``python -m orchestrator.plan RECIPE`` on a folder of texts.
+
+    Without a recipe it is convergence.
+    """
     monkeypatch.setenv("COLUMNS", "200")
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*flags):
-        status = planning.main([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
+        recipe = [] if flags and not flags[0].startswith("-") else ["convergence"]
+        status = planning.main([*recipe, *flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
         captured = capsys.readouterr()
         return status, " ".join((captured.out + captured.err).split())
 
@@ -165,7 +169,7 @@ def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothi
 
 def trials_of(tmp_path, text_folder, flags):
     """The trials of a sweep by their labels."""
-    sweep = parse([*flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
+    sweep = parse(["convergence", *flags, "--data", str(text_folder), "--storage", str(tmp_path / "runs")])
     return {trial.label: trial for trial in plan_sweep(identify(check_sweep(*sweep)), Cluster.this_machine()).trials}
 
 

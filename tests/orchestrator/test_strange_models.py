@@ -83,6 +83,12 @@ def legacy_rope(mpe=ORIGINAL, theta=10_000.0, **scaling):
     return lambda folder: folder.rope(rope_theta=theta, max_position_embeddings=mpe, rope_scaling=scaling or None)
 
 
+def current_rope(mpe=ORIGINAL, **parameters):
+    """Settings for rotary positions as transformers 5 writes them."""
+    rope = {"rope_theta": 10_000.0, **parameters}
+    return lambda folder: folder.config(max_position_embeddings=mpe, rope_parameters=rope)
+
+
 def cut(folder):
     folder.weights.write_bytes(folder.weights.read_bytes()[:-1000])
 
@@ -113,6 +119,10 @@ def not_finite(tensors):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
 
 
+def as_integers(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+
+
 def other_output_layer(tensors):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
 
@@ -124,6 +134,9 @@ def same_output_layer(tensors):
 FACTORS = dict(short_factor=[1.0, 1.0, 1.5, 2.0], long_factor=[1.0, 2.0, 3.0, 4.0])
 LLAMA3 = dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL)
 YARN = dict(type="yarn", factor=2.0, original_max_position_embeddings=ORIGINAL)
+
+FEW = {name: factors[:2] for name, factors in FACTORS.items()}
+NULL = FACTORS | {"long_factor": [1.0, 2.0, 3.0, 0]}
 
 REFUSED = {
     "LFS pointer for weights": (point("model.safetensors"), r"model\.safetensors is a pointer.*git lfs pull"),
@@ -164,6 +177,22 @@ REFUSED = {
     ),
     "heads that do not divide": (lambda folder: folder.config(num_attention_heads=5, head_dim=None), "config"),
     "no heads": (lambda folder: folder.config(num_attention_heads=0, head_dim=None), "config"),
+    "no layers": (lambda folder: folder.config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a billion layers": (lambda folder: folder.config(num_hidden_layers=10**9), "expected 1 to 9,999"),
+    "a context of 0": (lambda folder: folder.config(max_position_embeddings=0), "max_position_embeddings is 0"),
+    "two types": (legacy_rope(type="linear", rope_type="yarn", factor=2.0), "rope_type 'yarn' and type 'linear'"),
+    "a factor below 1": (legacy_rope(type="linear", factor=0.5), r"factor is 0\.5.*at least 1"),
+    "LongRoPE with few factors": (
+        legacy_rope(2 * ORIGINAL, type="longrope", original_max_position_embeddings=ORIGINAL, **FEW), "expected 4, half"
+    ),
+    "LongRoPE with a factor of 0": (
+        legacy_rope(2 * ORIGINAL, type="longrope", original_max_position_embeddings=ORIGINAL, **NULL),
+        r"long_factor\[3\] is 0.*a positive number",
+    ),
+    "more rotated than there is": (legacy_rope(rope_type="linear", factor=2.0, partial_rotary_factor=3), "rotates 24"),
+    "integers without scales": (
+        lambda folder: folder.tensors(as_integers), r"weight lm_head\.weight is stored as int8.*no quantization_config"
+    ),
     "vocabulary as a string": (lambda folder: folder.config(vocab_size="264"), r"config\.json cannot be read"),
     "tokenizer no JSON": (lambda folder: (folder.path / "tokenizer.json").write_text("{"), "its tokenizer cannot be"),
 }  # fmt: skip
@@ -191,6 +220,11 @@ TRAINED = {
         {}, legacy_rope(2 * ORIGINAL, type="linear", factor=2.0, original_max_position_embeddings=ORIGINAL), ""
     ),
     "dynamic": ({}, legacy_rope(type="dynamic", factor=2.0), ""),
+    "dynamic, in the current form": ({}, current_rope(rope_type="dynamic", factor=2.0), ""),
+    "YaRN, in the current form": ({}, current_rope(rope_type="yarn", factor=2.0), ""),
+    "LongRoPE, in the current form": (
+        {}, current_rope(2 * ORIGINAL, rope_type="longrope", original_max_position_embeddings=ORIGINAL, **FACTORS), ""
+    ),
     "LongRoPE by its first name": (
         {}, legacy_rope(2 * ORIGINAL, type="su", original_max_position_embeddings=ORIGINAL, **FACTORS), ""
     ),

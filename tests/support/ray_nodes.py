@@ -18,6 +18,8 @@ from orchestrator.records.trial_record import TrialRecord
 
 # Seconds between Ray Train's checks for a preemption notice; Ray's default is 5.
 PREEMPTION_POLL = "0.2"
+# Milliseconds between the head's checks of a node, five of which a killed one has to fail; Ray's default is 3,000.
+NODE_CHECK = "500"
 # Ray names its processes after the classes of their actors: the class that Tune makes of a trial's driver, a worker of
 # Ray Train, and its watcher for preemption notices.
 DRIVER_TITLE, WORKER_TITLE, WATCHER_TITLE = "ImplicitFunc", "RayTrainWorker", "PreemptionWatcher"
@@ -46,6 +48,7 @@ class RayNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL,
+            "RAY_health_check_period_ms": NODE_CHECK,
             "PATH": f"{Path(sys.executable).parent}:{self.environment['PATH']}",
         }
         self.processes: list[subprocess.Popen] = []

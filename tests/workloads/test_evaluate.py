@@ -1,4 +1,4 @@
-"""python -m workloads.evaluate: from a command to tables, JSON and pictures, and what it says to a mistake."""
+"""python -m workloads.evaluate: from a command to tables, JSON and pictures, and its errors."""
 
 import json
 import shutil

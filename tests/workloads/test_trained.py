@@ -1,4 +1,4 @@
-"""What a trained trial's folder is read as."""
+"""Reading a trained trial's folder."""
 
 import json
 

@@ -226,7 +226,7 @@ class ModelSource:
             checked = f"the weights of {self.name} are on the hub: their names and shapes were checked"
             return config, [f"{checked}, and each worker checks that they are finite when it loads them"]
         model = load_whole(what, str(folder), config=config, device_map={"": "meta"}, dtype="auto")
-        check_files(what, folder, self.identity)
+        check_files(what, folder, self.identity, {name for name, _ in model.named_parameters()})
         if not holds_another_output_layer(model, folder):
             return config, []
         config.tie_word_embeddings = False
@@ -310,14 +310,18 @@ def check_shapes(what: str, config: Any, tensors: dict[str, torch.Tensor]) -> No
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from workloads.models.weights import refuse_packed  # imports torch
+
     try:
-        _, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=tensors, device_map={"": "meta"}, dtype="auto",
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # whatever strange settings make transformers raise
         raise InputError(f"{what} could not be made from its config.json ({reason(error)})") from error
     _refuse_absent(what, loaded)
+    parameters = {name for name, _ in model.named_parameters()}
+    refuse_packed(what, ((name, tensor.dtype) for name, tensor in tensors.items()), parameters)
 
 
 def _refuse_absent(what: str, loaded: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def store(request, tmp_path):
 
 
 def a_lease(store, name, limit_s=NEVER, clock=time.monotonic, **changed):
-    """A lease for an owner elsewhere, of whom nothing is known but its heartbeat."""
+    """A lease of an owner on another machine, known only by its heartbeat."""
     elsewhere = owner(attempt=name, sweep=name) | {"machine": f"machine of {name}"} | changed
     return Lease(store, "lease", elsewhere, limit_s=limit_s, poll_s=0.02, clock=clock)
 
@@ -88,7 +88,7 @@ for line in sys.stdin:  # asked to write
 
 
 class Holder:
-    """A process that holds a lease and writes when it is told to."""
+    """A process that holds a lease and writes on request."""
 
     def __init__(self, store, limit_s, written: Path):
         self.process = subprocess.Popen(

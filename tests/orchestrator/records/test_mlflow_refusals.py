@@ -1,4 +1,4 @@
-"""What MLflow refuses, and what was deleted there: told from an outage, and mended where that is possible."""
+"""Refusals of MLflow and deletions in it: distinguished from outages, and repaired where possible."""
 
 import contextlib
 import http.server

@@ -34,7 +34,7 @@ ONE_TRIAL = (
 
 
 def only_record(bucket):
-    """What the storage says of the only trial there; None before it has begun."""
+    """The record of the only trial in the storage; None before it starts."""
     store = ObjectStore.at(bucket)
     folders = {name.rpartition("/")[0] for name in store.names("trials") if "/journal/" in name}
     return TrialRecord.of(SegmentedJournal(store, folders.pop())) if folders else None

@@ -1,4 +1,4 @@
-"""What kind of fault an error is, and how a trial continues after real ones: killed, stopped and starved processes."""
+"""How errors are classified, and how a trial continues after real faults: killed, stopped and starved processes."""
 
 import contextlib
 import errno
@@ -128,7 +128,7 @@ def assert_same(one, other):
 
 @pytest.mark.ray
 def test_a_killed_or_silent_process_costs_one_interval_and_changes_no_result(tmp_path, text_folder):
-    """SIGSTOP stands for a hang: the rank lives in silence, and the other must not wait for ever.
+    """SIGSTOP simulates a hang: the stopped rank is alive but silent, and the other must not wait for it forever.
 
     The driver is the trial's process under Tune. Ray's own files are truncated at the same time: nothing may depend on
     them.

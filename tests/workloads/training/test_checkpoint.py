@@ -132,7 +132,7 @@ def test_no_checkpoint_is_none(tmp_path):
 
 
 def save_on_a_full_disk(folder, refusal):
-    """Writes the error to ``refusal``. A file-size limit stands for the full disk: a write fails in the middle."""
+    """Writes the error to ``refusal``. A file-size limit simulates the full disk: a write fails in the middle."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     try:
