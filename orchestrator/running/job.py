@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.planning.early_stopping import EarlyStopping
-from orchestrator.trial_spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec, lists_to_tuples
 from workloads.config import ExecutionConfig
 from workloads.models.source import ModelSource
 
@@ -92,6 +92,6 @@ class TrialJob:
                 "execution": ExecutionConfig(**config["execution"]),
                 "resources": Resources(**config["resources"]),
                 "limits": FaultLimits(**config["limits"]),
-                "early_stopping": stopping and EarlyStopping(**stopping),
+                "early_stopping": stopping and EarlyStopping(**lists_to_tuples(stopping)),
             }
         )

@@ -134,7 +134,7 @@ def test_ctrl_c_ends_the_command_and_the_same_command_goes_on(tmp_path, text_fol
         process = command.start()
         wait_for(lambda step=at_step: running_trial(command.storage, step), process, f"step {at_step}")
         end(process.pid, stop)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 130
         assert not kept or f"from step {kept} of 12" in output
         kept = int(re.search(r"full 1024 +checkpoint at step (\d+) of 12", output)[1])
@@ -160,7 +160,7 @@ def test_two_sweeps_at_once_train_a_shared_trial_once(tmp_path, text_folder):
     flags = (*ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
     processes = [SweepCommand(tmp_path / "runs", *flags, "--name", name).start() for name in ("one", "other")]
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     (record,) = records(tmp_path / "runs").values()
     events = record.journal.read().events
