@@ -223,7 +223,7 @@ def main(json_file: Path = Path("memory.json")) -> None:
         results.append(result)
         print(table([result]).splitlines()[-1], flush=True)
     print(f"\n{torch.cuda.get_device_name(device)}, torch {torch.__version__}\n\n{table(results)}")
-    json_file.write_text(as_json(results, device))
+    json_file.write_text(as_json(results, device), encoding="utf-8")
 
 
 if __name__ == "__main__":

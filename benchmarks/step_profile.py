@@ -66,7 +66,7 @@ def step_profile(step: Callable[[], Any], vocab_size: int, steps: int = 2) -> St
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text("utf-8"))["traceEvents"]
     return of_trace(events, vocab_size, before.elapsed_time(after), steps)
 
 

@@ -199,7 +199,7 @@ class Results:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
     """Machine and rows of a JSON file. Rows of cases that no longer exist are left out."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     names = {each.name for each in dataclasses.fields(Row)}
     rows = {case: Row(**{name: row[name] for name in names & row.keys()}) for case, row in content["rows"].items()}
     return content["machine"], {case: row for case, row in rows.items() if case in CASES}

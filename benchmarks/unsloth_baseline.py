@@ -116,4 +116,4 @@ def measure(context_length: int, warmup: int, steps: int, folder: Path) -> dict[
 if __name__ == "__main__":
     length, warmup, steps, folder = sys.argv[1:]
     answer = measure(int(length), int(warmup), int(steps), Path(folder))
-    Path(folder, "answer.json").write_text(json.dumps(answer))
+    Path(folder, "answer.json").write_text(json.dumps(answer), encoding="utf-8")

@@ -275,7 +275,7 @@ def print_problems(file: Path, allow_placeholders: bool) -> int:
     """Prints the problems of a cluster file; returns the exit status: 1 if there are any, 2 if it cannot be read."""
     try:
         config = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of the file system, the encoding, or YAML
         print(f"{file}: {error}".encode("unicode_escape").decode(), file=sys.stderr)
         return 2
     problems = [each for each in check(config) if not (each.fill_in and allow_placeholders)]

@@ -101,6 +101,7 @@ def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
 
 
 def _store(storage: str) -> Path:
+    storage = storage.removeprefix("file://")
     if "://" in storage:
         raise ValueError(
             f"--storage {storage} is not a local folder, so its sweeps keep no MLflow store there. Open the UI of the "

@@ -14,6 +14,7 @@ from typing import Any
 
 from workloads.config import TrainingConfig, TrainingFields, labels
 from workloads.errors import InputError
+from workloads.wording import has_effect
 
 # These say what is learned and how it is scored: trials that differ in them cannot be compared.
 NOT_AXES = ("task", "original_length", "eval_every", "eval_documents")
@@ -63,7 +64,7 @@ def check_values(field: str, values: Sequence[Any]) -> None:
     """Raises InputError if a field that takes several values has none, or one of them twice."""
     if not values:
         raise InputError(f"{flag(field)} is empty; expected at least one value")
-    if len(set(values)) != len(values):
+    if any(value in values[:place] for place, value in enumerate(values)):  # not all can be hashed
         raise InputError(f"{flag(field)} {in_words(values)}: expected each value once")
 
 
@@ -95,13 +96,9 @@ def in_words(values: Iterable[Any]) -> str:
 
 
 def distinction(training: TrainingConfig, axes: Iterable[str]) -> str:
-    """What sets a trial apart from the others of its method and context length: ``yarn layers last 4 r 32``.
-
-    Args:
-        axes: those that have an effect on the trial.
-    """
+    """What sets a trial apart from the others of its method and context length: ``yarn layers last 4 r 32``."""
     words = []
-    for name in axes:
+    for name in (axis for axis in axes if has_effect(training, axis)):
         value = getattr(training, name)
         if name == "positions" and value != "none":
             words.append(value)
@@ -121,6 +118,5 @@ def _word(name: str, value: Any) -> str:
 def describe_left_out(settings: Sequence[Mapping[str, Any]], reason: str) -> str:
     """One sentence on combinations that cannot be, all for the same reason, by what they have in common."""
     common = {name: value for name, value in settings[0].items() if all(each[name] == value for each in settings)}
-    named = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
-    many = f"{len(settings)} combinations" if len(settings) > 1 else "the combination"
-    return f"{many} of {named} left out: {reason}" if named else f"{many} left out: {reason}"
+    named = " with ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
+    return f"{named or f'{len(settings)} combinations'} left out: {reason}"

@@ -33,7 +33,7 @@ def cancel(
         what: A fingerprint or the first digits of one, SWEEP/LABEL such as 'convergence/lora 2048', or a sweep's name.
         storage: The sweep's storage root.
     """
-    opened = Storage.at(storage)
+    opened = Storage.existing(storage)
     overview = Overview(opened)
     by = f"{getpass.getuser()} on {socket.gethostname()}"
     if what in opened.sweeps():

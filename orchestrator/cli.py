@@ -10,10 +10,17 @@ from pathlib import Path
 import tyro
 
 from orchestrator.flags import SweepFlags, flags_of
-from orchestrator.recipes import DEFAULT, find_recipe
+from orchestrator.recipes import DEFAULT
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
-from orchestrator.sweep_file import SweepFile, correct_learning_rates_chosen, is_file_name, read_sweep_file
+from orchestrator.sweep_file import (
+    SweepFile,
+    correct_learning_rates_chosen,
+    is_file_name,
+    name_of,
+    read_sweep_file,
+    recipe_as_file,
+)
 from orchestrator.sweep_help import print_help
 from workloads.errors import InputError
 
@@ -57,18 +64,7 @@ def parse(
     default = Command(flags_of(base.spec), dataclasses.replace(base.options, name=None))
     command = tyro.cli(Command, prog=prog, default=default, args=arguments)
     sweep = correct_learning_rates_chosen(base.spec, command.sweep.spec(), "as flags")
-    return command.run.name or _name(base, sweep), sweep, command.run
-
-
-def _name(base: SweepFile, sweep: SweepSpec) -> str:
-    """The recipe's or the file's name, with a hash if fields differ: the same command is always the same sweep."""
-    if base.name is None:
-        return _name(_recipe(DEFAULT), sweep)
-    return base.name if sweep == base.spec else f"{base.name}-{sweep.digest()}"
-
-
-def _recipe(name: str) -> SweepFile:
-    return SweepFile(spec=find_recipe(name)(), options=RunOptions(), name=name)
+    return command.run.name or name_of(base, sweep), sweep, command.run
 
 
 def _base(arguments: list[str]) -> tuple[SweepFile, list[str]]:
@@ -81,7 +77,7 @@ def _base(arguments: list[str]) -> tuple[SweepFile, list[str]]:
         raise InputError(f"both {first} and --spec {file} are given; expected one of them")
     if first is not None and is_file_name(first):
         file = Path(first)
-    return (_recipe(first or DEFAULT) if file is None else read_sweep_file(file)), flags
+    return (recipe_as_file(first or DEFAULT) if file is None else read_sweep_file(file)), flags
 
 
 def _take_spec_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:

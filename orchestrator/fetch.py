@@ -40,7 +40,7 @@ def fetch(location: str, fingerprint: str) -> Path:
     Raises:
         InputError: there is no such trial.
     """
-    folder = Storage.at(location).trial(fingerprint)
+    folder = Storage.existing(location).trial(fingerprint)
     if not folder.is_visible():
         raise InputError(f"{location} has no trial {fingerprint}; its trials are named by fingerprints, in trials/")
     if isinstance(folder.journal, SegmentedJournal):

@@ -13,10 +13,11 @@ from rich.console import Console
 from orchestrator.cli import parse
 from orchestrator.planning.cluster import Cluster, join_or_start
 from orchestrator.planning.plan_table import print_plan
-from orchestrator.planning.preparation import check_sweep, identify
-from orchestrator.planning.sweep_plan import plan_sweep, refuse_impossible
+from orchestrator.planning.preparation import Identified, check_sweep, identify
+from orchestrator.planning.sweep_plan import SweepPlan, plan_sweep, refuse_impossible
 from orchestrator.process import exit_without_gc
 from orchestrator.run_options import RunOptions
+from orchestrator.spec import SweepSpec
 from workloads.command import exit_status
 from workloads.terminal import make_console
 
@@ -27,12 +28,20 @@ def main(arguments: list[str] | None = None, prog: str = "python -m orchestrator
 
 
 def _plan(arguments: list[str], prog: str, console: Console) -> int:
-    name, spec, options = parse(arguments, prog, plan=True)
-    sweep = identify(check_sweep(name, spec, options))
-    plan = plan_sweep(sweep, _cluster(options))
+    sweep, plan = make_plan(*parse(arguments, prog, plan=True))
     print_plan(sweep, plan, console)
     refuse_impossible(sweep, plan)
     return 0
+
+
+def make_plan(name: str, spec: SweepSpec, options: RunOptions) -> tuple[Identified, SweepPlan]:
+    """A sweep with its model and data looked up, and its plan.
+
+    Raises:
+        InputError: settings, a model or data that cannot be.
+    """
+    sweep = identify(check_sweep(name, spec, options, plan_only=True))
+    return sweep, plan_sweep(sweep, _cluster(options))
 
 
 def _cluster(options: RunOptions) -> Cluster:

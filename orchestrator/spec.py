@@ -92,7 +92,8 @@ class Expansion:
 
     Args:
         trials: by context length, untuned ones first; each once.
-        left_out: one sentence for each reason for which combinations of the axes' values cannot be.
+        left_out: one sentence for each reason for which combinations of the axes' values cannot be, and for each rule
+            for learning rates that no trial matches.
     """
 
     trials: list[TrialSpec]
@@ -157,8 +158,8 @@ class SweepSpec(TrainingFields, Compared):
         for name, given in only_pretraining.items():
             if self.task == "sft" and given is not None:
                 raise InputError(f"{name} {given} has no effect with --task sft. Leave it out")
-        if any(steps < 1 for steps in self.values_of("steps")):
-            raise InputError(f"--steps {self.steps}: expected at least 1; the untuned models are always evaluated")
+        if min(steps := self.values_of("steps")) < 1:
+            raise InputError(f"--steps {in_words(steps)}: expected at least 1; the untuned models are always evaluated")
         self._check_search()
         refuse_not_finite(self)
         for text in self.learning_rate_for:
@@ -229,7 +230,7 @@ class SweepSpec(TrainingFields, Compared):
 
         Raises:
             InputError: a setting that no trial can have, such as a context that is not a multiple of the group size; or
-                an axis, or a rule for learning rates, without effect.
+                an axis without effect.
         """
         found: dict[str, TrialSpec] = {}
         made: list[tuple[dict[str, Any], str]] = []  # what each trial was made from
@@ -255,10 +256,11 @@ class SweepSpec(TrainingFields, Compared):
                         raise
                     impossible[str(error)].append(asked)
                 else:
-                    made += [(asked, add(config, self._distinction(setting, config))) for config in configs]
+                    made += [(asked, add(config, self._distinction(config))) for config in configs]
         self._refuse_without_trials(made, impossible)
         self._refuse_without_effect(made)
-        return Expansion(list(found.values()), [self._describe(settings, r) for r, settings in impossible.items()])
+        left_out = [self._describe(settings, reason) for reason, settings in impossible.items()]
+        return Expansion(list(found.values()), [*left_out, *self._unused_rules(made)])
 
     def _untuned(self, context_length: int, precision: Precision) -> list[TrainingConfig]:
         positions = dict.fromkeys((*self.references, *self.values_of("positions"))) if self.references else ()
@@ -311,8 +313,8 @@ class SweepSpec(TrainingFields, Compared):
     def _rules(self) -> list[Rule]:
         return [Rule.parse(text) for text in self.learning_rate_for]
 
-    def _distinction(self, setting: Mapping[str, Any], config: TrainingConfig) -> str:
-        named = distinction(config, [name for name in self.axes if name in setting])
+    def _distinction(self, config: TrainingConfig) -> str:
+        named = distinction(config, self.axes)
         rate = f"lr {config.learning_rate:g}" if self.learning_rate_sweep != (1.0,) else ""
         return f"{named} {rate}".strip()
 
@@ -333,7 +335,7 @@ class SweepSpec(TrainingFields, Compared):
                     raise InputError(f"nothing can be trained with {name.replace('_', ' ')} {as_text(value)}: {reason}")
 
     def _refuse_without_effect(self, made: list[tuple[dict[str, Any], str]]) -> None:
-        """Raises InputError if all values of an axis give the same trials, or a rule matches none."""
+        """Raises InputError if all values of an axis give the same trials."""
         for name, values in self.axes.items():
             trials = [{fingerprint for setting, fingerprint in made if setting[name] == value} for value in values]
             if all(each == trials[0] for each in trials):
@@ -341,14 +343,15 @@ class SweepSpec(TrainingFields, Compared):
                     f"{flag(name)} {in_words(values)} has no effect: every value gives the same trials. "
                     "Leave it out, or give one value"
                 )
+
+    def _unused_rules(self, made: list[tuple[dict[str, Any], str]]) -> Iterator[str]:
+        """One sentence for each rule for learning rates that no trial matches, as after ``--positions linear``."""
         settings = [self._setting(asked) for asked, _ in made]
         for rule in self._rules:
             if not any(rule.matches(setting) for setting in settings):
                 given = {name: dict.fromkeys(as_text(s[name]) for s in settings if name in s) for name in rule.values}
                 has = "; ".join(f"{name} {', '.join(values) or 'in none'}" for name, values in given.items())
-                raise InputError(
-                    f"{flag('learning_rate_for')} {rule.text}: no trial has these values. Trials have {has}"
-                )
+                yield f"{flag('learning_rate_for')} {rule.text} matches no trial; trials have {has}"
 
     def _describe(self, settings: list[dict[str, Any]], reason: str) -> str:
         varied = [*(n for n, v in (("context_length", self.context_lengths), ("method", self.methods)) if len(v) > 1)]

@@ -25,7 +25,6 @@ from orchestrator.reporting.overview import Overview, SweepOverview, TrialOvervi
 from orchestrator.reporting.progress import AT_WORK
 from orchestrator.terminal import device_hours, duration, file_size, first_of, usd
 from workloads.command import run_command
-from workloads.errors import InputError
 from workloads.files.json_text import json_text
 from workloads.terminal import make_console
 
@@ -62,9 +61,7 @@ def show(
         disk: Show the disk usage of each trial and of the rest of the storage root.
     """
     console = make_console(LOG_WIDTH)
-    opened = Storage.at(storage)
-    if opened.store is None and not opened.root.is_dir():
-        raise InputError(f"there is no storage root {opened.root}; give one with --storage")
+    opened = Storage.existing(storage)
     if disk:
         usage, overview = disk_usage(opened), Overview(opened)
         if json:

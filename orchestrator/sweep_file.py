@@ -25,7 +25,7 @@ from typing import Any, get_type_hints
 from orchestrator.axes import LISTS
 from orchestrator.fields import read_value
 from orchestrator.flags import TYPES
-from orchestrator.recipes import RECIPES, find_recipe
+from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import HASHED, SweepSpec
 from workloads.errors import InputError, first_line, near
@@ -40,12 +40,14 @@ NOT_SAVED = ("name", "force", "force_trials")
 class SweepFile:
     """What a file, or the arguments of the Python library, say.
 
-    ``name`` is the sweep's as long as no field changes; an earlier version's spec.json has none.
+    ``name`` is the sweep's as long as no field changes. Without one, as in an earlier version's spec.json, the sweep is
+    named after the recipe.
     """
 
     spec: SweepSpec
     options: RunOptions
     name: str | None
+    recipe: str = DEFAULT
 
 
 def is_file_name(text: str) -> bool:
@@ -81,29 +83,45 @@ def read_sweep(values: Mapping[str, Any], where: str, lines: Mapping[str, int] |
     Raises:
         InputError: it says what no sweep can have, or gives some fields without a recipe for the others.
     """
-    values, lines = dict(values), lines or {}
+    values = dict(values)
     recipe, run = values.pop("recipe", None), values.pop("run", None)
     if run is not None and not isinstance(run, Mapping):
         raise InputError(f"{where}: run is {run!r}; expected run options below it, such as storage: ./runs")
-    run = dict(run or {})
-    _refuse_unknown(values, run, where, lines)
-    for section, kinds, prefix in ((values, TYPES, ""), (run, get_type_hints(RunOptions), "run.")):
-        for name, value in section.items():
-            try:
-                section[name] = _read_field(name, value, kinds[name])
-            except InputError as error:
-                raise InputError(f"{_place(where, lines.get(prefix + name))}: {name} is {error}") from error
+    values, run = _read_fields(values, run or {}, where, lines or {})
     options = RunOptions(**run)
     base = None if recipe is None else find_recipe(str(recipe))()
     if set(HASHED) <= set(values):  # a saved sweep: what is not in it is newer, and was at its default
-        return SweepFile(spec=SweepSpec.of(values), options=options, name=options.name)
+        return SweepFile(spec=SweepSpec.of(values), options=options, name=options.name, recipe=recipe or DEFAULT)
     if base is None:
         raise InputError(
             f"{where} names no recipe, and not every field of a sweep. Add `recipe: NAME`, whose values hold for the "
             f"fields that it does not give; NAME is one of {', '.join(RECIPES)}"
         )
     spec = correct_learning_rates_chosen(base, base.changed(**values), f"in {Path(where).name}")
-    return SweepFile(spec=spec, options=options, name=options.name)
+    return SweepFile(spec=spec, options=options, name=options.name, recipe=recipe)
+
+
+def override(base: SweepFile, fields: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[SweepSpec, RunOptions]:
+    """A sweep with other fields and run options, as the Python library takes them.
+
+    Raises:
+        InputError: there is no such field, or no sweep can have these values.
+    """
+    fields, run = _read_fields(fields, run, "the sweep", {})
+    spec = correct_learning_rates_chosen(base.spec, base.spec.changed(**fields), "in Python")
+    return spec, dataclasses.replace(base.options, **{"name": None} | run)
+
+
+def recipe_as_file(name: str) -> SweepFile:
+    """A recipe as if it stood in a file, which changes nothing of it."""
+    return SweepFile(spec=find_recipe(name)(), options=RunOptions(), name=name)
+
+
+def name_of(base: SweepFile, spec: SweepSpec) -> str:
+    """The recipe's or the file's name, with a hash if fields differ: the same command is always the same sweep."""
+    if base.name is None:
+        return name_of(recipe_as_file(base.recipe), spec)
+    return base.name if spec == base.spec else f"{base.name}-{spec.digest()}"
 
 
 def saved(name: str, spec: SweepSpec, options: RunOptions) -> str:
@@ -132,6 +150,22 @@ def correct_learning_rates_chosen(default: SweepSpec, sweep: SweepSpec, how: str
     if not given or sweep.learning_rates_chosen != default.learning_rates_chosen:
         return sweep
     return dataclasses.replace(sweep, learning_rates_chosen=f"not stated of {', '.join(given)}, given {how}")
+
+
+def _read_fields(
+    fields: Mapping[str, Any], run: Mapping[str, Any], where: str, lines: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of a sweep's fields and run options, as their types have them."""
+    _refuse_unknown(fields, run, where, lines)
+    read: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    sections = ((fields, TYPES, ""), (run, get_type_hints(RunOptions), "run."))
+    for result, (section, kinds, prefix) in zip(read, sections):
+        for name, value in section.items():
+            try:
+                result[name] = _read_field(name, value, kinds[name])
+            except InputError as error:
+                raise InputError(f"{_place(where, lines.get(prefix + name))}: {name} is {error}") from error
+    return read
 
 
 def _read_field(name: str, value: Any, kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The rules of the repository layout that a test can hold: who imports whom, and what nobody does."""
+"""Rules of the repository layout: which package may import which, and what no file may do."""
 
 import ast
 import re

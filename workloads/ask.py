@@ -17,7 +17,7 @@ import tyro
 from transformers import TextStreamer
 
 from workloads.adaptation.methods import compute_dtype
-from workloads.command import quiet_transformers, run_command
+from workloads.command import argument_text, quiet_transformers, run_command
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.models.adapters import load_adapter
@@ -62,8 +62,8 @@ def load_model(
     Raises:
         InputError: there is no such model or device, or the tokenizer does not match.
     """
-    if (Path(name) / "trial.json").is_file():
-        return _load_trial(TrainedTrial.open(Path(name)), device, report, checkpoint)
+    if TrainedTrial.is_at(name):
+        return _load_trial(TrainedTrial.open(Path(name).expanduser()), device, report, checkpoint)
     if checkpoint != "last":
         raise InputError(f"--checkpoint {checkpoint}: {name} is no trial's folder and has only one; leave the flag out")
     source = ModelSource.parse(name)
@@ -269,6 +269,7 @@ def answer_question(
     def report(line: str) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
+    question = argument_text(question, "QUESTION")
     loaded, tokenizer = load_model(model, device, report, checkpoint)
     answer = ask(
         loaded,

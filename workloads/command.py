@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import tyro
 
-from workloads.errors import InputError
+from workloads.errors import InputError, one_error
 from workloads.terminal import make_console
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -58,6 +58,20 @@ def _print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def argument_text(text: str, name: str) -> str:
+    """An argument that is text, as UTF-8 also where this Python reads arguments in an encoding without its letters.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        with one_error(f"{name} {text!r} is not UTF-8", "Give it as UTF-8."):
+            return os.fsencode(text).decode("utf-8")
 
 
 def _stdout_is_gone() -> bool:

@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class HubUnreachable(InputError):
+    """The model hub cannot be reached, or does not give what it has without a token."""
+
+
 @contextmanager
 def one_error(problem: str, fix: str) -> Iterator[None]:
     """Turns whatever is raised inside into an InputError: the problem, its first line in brackets, and the fix.

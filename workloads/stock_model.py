@@ -157,7 +157,7 @@ def _add_older_forms(file: Path) -> None:
 
     Transformers 5 reads both forms. llama.cpp's converter reads ``rope_parameters``, and of GPT-NeoX the older names.
     """
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     if rope := values.get("rope_parameters"):
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
         values["rope_theta"] = rope["rope_theta"]
@@ -168,16 +168,16 @@ def _add_older_forms(file: Path) -> None:
             values |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rotated}
     if "dtype" in values:
         values["torch_dtype"] = values["dtype"]
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _make_tokenizer_portable(file: Path) -> None:
     """Names a tokenizer's class and special tokens as transformers 4 knows them too."""
-    values = json.loads(file.read_text())
+    values = json.loads(file.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only", "backend"):  # of this load; transformers 5 finds the last by itself
         values.pop(name, None)
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,7 +23,8 @@ from torch import nn
 from workloads.adaptation.methods import trainable_parameters
 from workloads.config import ExecutionConfig, Precision, TrainingConfig
 from workloads.engines.engine import Engine
-from workloads.errors import InputError
+from workloads.errors import InputError, reason
+from workloads.files.given import existing_path
 from workloads.files.journal_lines import parse_line
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import TENSORS, damage, newest_step, read_state, whole_steps
@@ -47,6 +48,11 @@ class TrainedTrial:
     label: str
     eval_data: str | None = None
     model_location: str | None = None
+
+    @staticmethod
+    def is_at(name: str) -> bool:
+        """Whether a user named a trial's folder."""
+        return (path := existing_path(name)) is not None and (path / "trial.json").is_file()
 
     @classmethod
     def open(cls, folder: Path) -> TrainedTrial:
@@ -73,11 +79,10 @@ class TrainedTrial:
             raise InputError(f"{folder} is no trial's folder (no trial.json in it); {_trials_near(folder)}") from error
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except Exception as error:  # whatever values of other types make the fields' checks raise
             raise InputError(
-                f"{file} is not what this version of longspan writes ({reason}); read it with the version that trained "
-                "it, or run its sweep again to rewrite it"
+                f"{file} is not what this version of longspan writes ({reason(error)}); read it with the version that "
+                "trained it, or run its sweep again to rewrite it"
             ) from error
 
     def base(self, location: str | None = None) -> ModelSource:
@@ -230,7 +235,7 @@ class TrainedTrial:
 
 def _trials_near(folder: Path) -> str:
     """Suggests the folder that the user may have meant."""
-    for trials in (folder / "trials", folder):
+    for trials in (folder / "trials", folder) if existing_path(str(folder)) else ():
         found = sorted(file.parent for file in trials.glob("*/trial.json"))
         if found:
             shown = ", ".join(str(path) for path in found[:5])

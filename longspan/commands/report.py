@@ -24,7 +24,7 @@ def write_report(
         storage: The storage root.
     """
     from dashboards.report import render
-    from orchestrator.reporting.result_table import result_table
+    from orchestrator.reporting.result_table import effect_table, result_table
 
     opened = Storage.at(storage)
     comparison = read_comparison(opened, sweep)
@@ -33,6 +33,8 @@ def write_report(
     render(comparison, folder)
     opened.push(folder)
     console.print(result_table(comparison))
+    if effects := effect_table(comparison):
+        console.print(effects)
     for sentence in comparison["sentences"] + [s for context in comparison["contexts"] for s in context["sentences"]]:
         console.print(sentence)
     console.print(f"report: {shown_path(folder / 'report.html')}", soft_wrap=True)

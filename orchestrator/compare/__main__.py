@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -57,7 +56,12 @@ def _find(options: Options) -> list[Any]:
     if len(options.runs) < 2:
         given = f"only {options.runs[0]!r} is given" if options.runs else "no run is given"
         raise InputError(f"{given}; expected at least two runs to compare")
-    storage = Storage(Path(options.storage).expanduser().resolve())
+    storage = Storage.at(options.storage)
+    if storage.store:
+        raise InputError(
+            f"--storage {options.storage}: runs are compared in a local folder; bring them here with python -m "
+            "orchestrator.fetch, and give the folders that it prints"
+        )
     runs = [find_run(text, storage) for text in options.runs]
     for place, run in enumerate(runs):
         for text, other in zip(options.runs, runs[:place]):

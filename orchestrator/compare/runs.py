@@ -18,6 +18,7 @@ from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
+from workloads.files.given import existing_path
 
 EXPECTED = (
     "expected a trial's folder, its fingerprint or the beginning of it (4 digits or more), SWEEP/LABEL such as "
@@ -73,11 +74,11 @@ def find_run(text: str, storage: Storage) -> Run:
     Raises:
         InputError: there is none, or there are several.
     """
-    folder = Path(text).expanduser()
-    if (folder / "trial.json").is_file():
+    folder = existing_path(text)
+    if folder and (folder / "trial.json").is_file():
         return _read(TrialFolder(folder.resolve()))
     trials = storage.root / "trials"
-    if not trials.is_dir():
+    if not existing_path(str(trials)):
         raise InputError(f"{storage.root} holds no trials; name a sweep's storage root with --storage FOLDER")
     found: list[TrialFolder] = []
     if re.fullmatch(r"[0-9a-f]{4,16}", text):

@@ -10,10 +10,9 @@ from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from workloads.config import LongExamples, Positions
 from workloads.data import ExampleCorpus, PackedCorpus
+from workloads.evaluation.intervals import FEWEST_DOCUMENTS
 from workloads.models.positions import POSITIONS, is_extended, reach
 
-# A bootstrap interval over fewer documents says little: it hardly knows their spread.
-FEW_DOCUMENTS = 8
 # Training examples that fill less of the context hardly train its far end.
 MIN_FILLED = 0.5
 
@@ -44,10 +43,10 @@ def notes(
             f"{spans}. For more documents hold out a larger share (--holdout), give your own (--eval-data)"
             f"{'' if spec.task == 'sft' else ', or score less of each (--eval-span)'}"
         )
-    if scored < FEW_DOCUMENTS:
+    if scored < FEWEST_DOCUMENTS:
         yield (
-            f"an interval over {scored} document{'s' if scored > 1 else ''} says little: give at least "
-            f"{FEW_DOCUMENTS}, by --eval-documents, --holdout or --eval-data"
+            f"{scored} document{'s are' if scored > 1 else ' is'} too few for an interval, and so for a winner: give "
+            f"at least {FEWEST_DOCUMENTS}, by --eval-documents, --holdout or --eval-data"
         )
     for warmup, steps in itertools.product(spec.values_of("warmup_steps"), spec.values_of("steps")):
         if warmup >= steps:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.recipes.convergence import convergence, convergence_llama2_7b
+from orchestrator.recipes.quickstart import quickstart
 from orchestrator.spec import SweepSpec
 from workloads.errors import InputError, unknown
 
 RECIPES: dict[str, Callable[[], SweepSpec]] = {
+    "quickstart": quickstart,
     "convergence": convergence,
     "convergence-llama2-7b": convergence_llama2_7b,
 }
-DEFAULT = "convergence"
+DEFAULT = "quickstart"
 
 
 def find_recipe(name: str) -> Callable[[], SweepSpec]:

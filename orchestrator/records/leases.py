@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ class Lease:
         owner: dict[str, Any],
         limit_s: float = LIMIT_S,
         poll_s: float = POLL_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store, self.folder, self.owner, self.limit_s, self.poll_s = store, folder, owner, limit_s, poll_s
+        self.clock = clock
         self.generation = 0
         self.lost: LeaseLost | None = None
         self._beat_at = 0.0
@@ -85,11 +88,11 @@ class Lease:
             StoreUnavailable: the store has not answered for minutes.
         """
         seen: bytes | None = None
-        since = looked = time.monotonic()
+        since = looked = self.clock()
         while True:
             newest = retry(self._newest)
             content = retry(partial(self.store.read, self._name(newest))) if newest else None
-            now = time.monotonic()
+            now = self.clock()
             # While the store was unreachable, its holder's heartbeats could not reach it either.
             if content != seen or now - looked > self.limit_s / 2:
                 seen, since = content, now
@@ -112,7 +115,7 @@ class Lease:
         """
         if self.lost:
             raise self.lost
-        if time.monotonic() - self._beat_at > self.limit_s / 2:
+        if self.clock() - self._beat_at > self.limit_s / 2:
             self._beat()
 
     def release(self) -> None:
@@ -137,7 +140,7 @@ class Lease:
 
     def _create(self, generation: int) -> bool:
         self._nonce = uuid.uuid4().hex
-        content, began = self._content(released=False), time.monotonic()
+        content, began = self._content(released=False), self.clock()
         name = self._name(generation)
         # If the answer to a creation is lost, the next try finds our own content.
         if not retry(lambda: self.store.create(name, content) or self.store.read(name) == content):
@@ -162,7 +165,7 @@ class Lease:
         with self._beating:
             if self.lost:
                 raise self.lost
-            began = time.monotonic()
+            began = self.clock()
             if self._newest() != self.generation:
                 self.lost = LeaseLost(
                     f"lease {self.folder} was taken over by another process, which did not see this one (pid "
@@ -218,7 +221,7 @@ def holder(store: ObjectStore | LocalStore, folder: str) -> dict[str, Any] | Non
 def _machine() -> str | None:
     """This machine since its boot, and the container: the scope of a process id. None if unknown."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
@@ -230,7 +233,7 @@ def process_start(pid: int) -> str | None:
     None if there is no such process, or only a zombie.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     state, start = fields[0], fields[19]

@@ -7,13 +7,14 @@ Credentials come from the environment or fsspec's configuration.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,10 @@ def retry(call: Callable[[], T], give_up: Callable[[float], bool] = lambda waite
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         retry_error_callback=unavailable,
     )(call)
+
+
+def _first_try(call: Callable[[], T]) -> T:
+    return retry(call, give_up=lambda waited: waited > FIRST_RETRY_LIMIT_S)
 
 
 class UnsafeName(InputError):
@@ -170,36 +175,46 @@ class ObjectStore:
                 the same object.
         """
         probe = f".writable-{uuid.uuid4().hex}"
-
-        def first(call: Callable[[], T]) -> T:
-            return retry(call, give_up=lambda waited: waited > FIRST_RETRY_LIMIT_S)
-
-        try:
-            first(lambda: self.write(probe, b"x"))
-            first(lambda: self.remove([probe]))
+        bucket = self.root.partition("/")[0]
+        with self._first_contact("written", "list, read, write and delete", f"there is no bucket {bucket}; create it"):
+            _first_try(lambda: self.write(probe, b"x"))
+            _first_try(lambda: self.remove([probe]))
             # Concurrently: a client that checks for the object and then writes gives no protection.
             with ThreadPoolExecutor(8) as writers:
-                created = list(writers.map(lambda n: first(partial(self.create, probe, b"%d" % n)), range(8)))
-            first(lambda: self.remove([probe]))
+                created = list(writers.map(lambda n: _first_try(partial(self.create, probe, b"%d" % n)), range(8)))
+            _first_try(lambda: self.remove([probe]))
+        if created.count(True) != 1:
+            raise InputError(
+                f"storage {self.url} overwrites an object that was to be created only if absent; two sweeps could "
+                "train the same trial there. Choose a store with conditional writes, such as Amazon S3"
+            )
+
+    def check_readable(self) -> None:
+        """Checks that objects can be listed.
+
+        Raises:
+            InputError: there is nothing at the location, access is denied, or nothing answers.
+        """
+        with self._first_contact("read", "list and read", "there is nothing yet; correct the location"):
+            _first_try(lambda: self.fs.ls(self.root))  # `find` would leave errors out
+
+    @contextlib.contextmanager
+    def _first_contact(self, verb: str, needs: str, absent: str) -> Iterator[None]:
+        """Turns what a store raises at first into an InputError: what cannot be done, and what it takes."""
+        try:
+            yield
         except StoreUnavailable as error:
             raise InputError(
                 f"storage {self.url}: {error}. Check the network, and the address (AWS_ENDPOINT_URL where it is not "
                 "Amazon's)"
             ) from error
         except FileNotFoundError as error:
-            raise InputError(
-                f"storage {self.url}: there is no bucket {self.root.partition('/')[0]}; create it, or choose another"
-            ) from error
+            raise InputError(f"storage {self.url}: {absent}, or choose another") from error
         except Exception as error:  # fsspec and the store's client raise many kinds for denied access
             raise InputError(
-                f"storage {self.url} cannot be written ({reason(error)}); check the credentials in the environment and "
-                "what they allow: list, read, write and delete"
+                f"storage {self.url} cannot be {verb} ({reason(error)}); check the credentials in the environment and "
+                f"what they allow: {needs}"
             ) from error
-        if created.count(True) != 1:
-            raise InputError(
-                f"storage {self.url} overwrites an object that was to be created only if absent; two sweeps could "
-                "train the same trial there. Choose a store with conditional writes, such as Amazon S3"
-            )
 
     def read(self, name: str) -> bytes | None:
         """An object's content, or None if there is none."""

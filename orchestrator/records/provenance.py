@@ -194,7 +194,7 @@ def describe_machine(device: torch.device, workers: int, prices: Mapping[str, fl
 def _price(described: dict[str, Any], prices: Mapping[str, float]) -> dict[str, Any]:
     if described["device"] == "gpu":
         price = price_per_gpu_hour(described["device_name"], prices)
-        usd, source = (price.usd_per_gpu_hour, price.source) if price else (None, None)
+        usd, source = (price.usd, price.source) if price else (None, None)
     else:
         usd = prices.get(ANY)
         source = "given by the user" if usd else None
@@ -228,7 +228,7 @@ def hardware(device: torch.device, workers: int) -> str:
 def cpu_name() -> str:
     """The CPU's model, such as AMD EPYC."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator.records.journal import Journal
 from orchestrator.records.json_files import DamagedFile, expect_fields, parse_json, read_json, write_json
@@ -40,7 +41,7 @@ from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError, one_error
 from workloads.files.cache import user_cache
-from workloads.files.given import check_encoding
+from workloads.files.given import check_encoding, existing_path
 from workloads.files.json_text import json_text
 from workloads.files.once import make_once
 from workloads.files.safe import is_plain_file, is_plain_name, replace_file
@@ -96,8 +97,28 @@ class Storage:
         return storage
 
     @classmethod
+    def existing(cls, location: str) -> Storage:
+        """The storage root at ``location``, for a command that reads it.
+
+        Raises:
+            InputError: there is none, or the object store cannot be reached or read.
+        """
+        storage = cls.at(location)
+        if storage.store:
+            storage.store.check_readable()
+        elif not existing_path(str(storage.root)):
+            raise InputError(f"there is no storage root {storage.root}; give one with --storage")
+        return storage
+
+    @classmethod
     def at(cls, location: str) -> Storage:
-        """The storage root at ``location`` as it is: what a worker on any node opens."""
+        """The storage root at ``location`` as it is: what a worker on any node opens.
+
+        Raises:
+            InputError: it is no path and no location that fsspec opens.
+        """
+        if location.startswith("file://"):
+            location = _path_of(location)
         if "://" not in location:
             check_encoding(location)
             with one_error(f"storage {location!r} is no path", "Give a folder with --storage."):
@@ -348,3 +369,15 @@ class Storage:
     def ray_train(self) -> Path:
         """Ray Train's and Tune's own files; no later run or other node needs them."""
         return self.root / ".ray"
+
+
+def _path_of(url: str) -> str:
+    """The path of a file:// URL.
+
+    Raises:
+        InputError: it names another machine, or could be read in two ways.
+    """
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path or any(sign in url for sign in "%?#"):
+        raise InputError(f"storage {url}: expected file:///folder, or better the folder's path as it is: /folder")
+    return parts.path

@@ -19,7 +19,7 @@ from orchestrator.records.object_store import MANIFEST, LocalStore, ObjectStore,
 from orchestrator.records.segments import SegmentedJournal
 from orchestrator.records.writer import CHECKPOINT_NAME, LocalWriter, Uploader, stored_checkpoints
 from orchestrator.trial_spec import TrialSpec
-from workloads.errors import InputError
+from workloads.errors import InputError, reason
 from workloads.files.safe import replace_file
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,8 @@ def parse_trial(values: Any, name: str) -> TrialSpec:
     """
     try:
         return TrialSpec.from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DamagedFile(f"{name} is no trial of this version of longspan ({reason})") from error
+    except Exception as error:  # whatever values of other types make the fields' checks raise
+        raise DamagedFile(f"{name} is no trial of this version of longspan ({reason(error)})") from error
 
 
 @dataclass(frozen=True)

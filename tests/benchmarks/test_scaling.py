@@ -1,4 +1,4 @@
-"""Two workers beside one, on a CPU with a tiny shape."""
+"""Two workers compared with one, on a CPU with a tiny shape."""
 
 import statistics
 

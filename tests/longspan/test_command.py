@@ -49,7 +49,7 @@ def test_every_command_describes_itself_by_its_own_name(name, capsys):
         (["swep"], "did you mean sweep?", None),
         (["convergence"], "longspan sweep convergence", "did you mean"),
         (["--steps", "3"], "Known: sweep, plan", "did you mean"),
-        (["plan", "plan"], "recipe 'plan' is unknown. Known: convergence,", "did you mean"),
+        (["plan", "plan"], "recipe 'plan' is unknown. Known: quickstart, convergence,", "did you mean"),
         (["sweep", "convergance"], "did you mean convergence?", None),
         (["--print-completion", "csh"], "expected one of bash", None),
         (["report", "none"], "sweep 'none' is unknown", None),

@@ -1,4 +1,4 @@
-"""A killed sweep of an earlier version (commit b1875aa) is trained anew, and nothing of it is lost."""
+"""A killed sweep of an earlier version (commit b1875aa) is trained again, and nothing of it is lost."""
 
 import json
 import shutil

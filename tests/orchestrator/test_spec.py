@@ -164,7 +164,7 @@ def test_every_recipe_is_a_sweep_that_survives_its_file(recipe):
 
 def test_the_command_line_overrides_any_field_and_names_the_sweep_after_it():
     name, spec, options = parse([])
-    assert (name, spec) == ("convergence", RECIPES["convergence"]())
+    assert (name, spec) == ("quickstart", RECIPES["quickstart"]())
     assert options.storage == "./runs"
     flags = ["convergence", "--context-lengths", "512", "1024", "--steps", "7", "--methods", "lora+", "full"]
     name, spec, _ = parse(flags)
@@ -175,8 +175,8 @@ def test_the_command_line_overrides_any_field_and_names_the_sweep_after_it():
 
 # Sweeps in storage have these names: another name makes the same command start a new sweep.
 def test_the_name_of_a_sweep_is_stable():
-    assert parse(["--steps", "7"])[0] == "convergence-2ae118"
-    assert parse(["--methods", "full", "--learning-rate-full", "1e-4"])[0] == "convergence-69f865"
+    assert parse(["convergence", "--steps", "7"])[0] == "convergence-2ae118"
+    assert parse(["convergence", "--methods", "full", "--learning-rate-full", "1e-4"])[0] == "convergence-69f865"
 
 
 def test_a_saved_sweep_is_rerun_exactly_and_can_be_overridden(tmp_path):
@@ -255,12 +255,12 @@ def test_a_sweep_over_the_learning_rate_multiplies_every_rate_of_a_method():
 
 
 def test_how_the_learning_rates_were_chosen_is_said_only_of_those_that_were():
-    recipe = parse([])[1]
+    recipe = parse(["convergence"])[1]
     assert "small grid" in recipe.learning_rates_chosen
-    assert parse(["--steps", "3", "--learning-rate-sweep", "0.3", "1"])[1].learning_rates_chosen == (
+    assert parse(["convergence", "--steps", "3", "--learning-rate-sweep", "0.3", "1"])[1].learning_rates_chosen == (
         recipe.learning_rates_chosen
     )
-    given = parse(["--learning-rate-lora", "1e-4"])[1].learning_rates_chosen
+    given = parse(["convergence", "--learning-rate-lora", "1e-4"])[1].learning_rates_chosen
     assert given == "not stated of --learning-rate-lora, given as flags"
     own = parse(["--learning-rate-lora", "1e-4", "--learning-rates-chosen", "by a coin"])[1]
     assert own.learning_rates_chosen == "by a coin"

@@ -1,4 +1,4 @@
-"""What other terminals are told of a sweep, from journals, leases and plans as a sweep leaves them."""
+"""``status`` in another terminal, from journals, leases and plans as a sweep leaves them."""
 
 import contextlib
 import json

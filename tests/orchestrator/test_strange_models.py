@@ -16,6 +16,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from tests.support.events import emit_to
+from tests.support.gguf_file import TOKENS, write_gguf
 from tests.support.models import small_llama, small_model
 from tests.support.texts import prepare_texts
 from tests.support.tokenizers import error_of
@@ -83,6 +84,12 @@ def legacy_rope(mpe=ORIGINAL, theta=10_000.0, **scaling):
     return lambda folder: folder.rope(rope_theta=theta, max_position_embeddings=mpe, rope_scaling=scaling or None)
 
 
+def current_rope(mpe=ORIGINAL, **parameters):
+    """Settings for rotary positions as transformers 5 writes them."""
+    rope = {"rope_theta": 10_000.0, **parameters}
+    return lambda folder: folder.config(max_position_embeddings=mpe, rope_parameters=rope)
+
+
 def cut(folder):
     folder.weights.write_bytes(folder.weights.read_bytes()[:-1000])
 
@@ -113,6 +120,10 @@ def not_finite(tensors):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
 
 
+def as_integers(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+
+
 def other_output_layer(tensors):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
 
@@ -124,6 +135,9 @@ def same_output_layer(tensors):
 FACTORS = dict(short_factor=[1.0, 1.0, 1.5, 2.0], long_factor=[1.0, 2.0, 3.0, 4.0])
 LLAMA3 = dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL)
 YARN = dict(type="yarn", factor=2.0, original_max_position_embeddings=ORIGINAL)
+
+FEW = {name: factors[:2] for name, factors in FACTORS.items()}
+NULL = FACTORS | {"long_factor": [1.0, 2.0, 3.0, 0]}
 
 REFUSED = {
     "LFS pointer for weights": (point("model.safetensors"), r"model\.safetensors is a pointer.*git lfs pull"),
@@ -164,6 +178,22 @@ REFUSED = {
     ),
     "heads that do not divide": (lambda folder: folder.config(num_attention_heads=5, head_dim=None), "config"),
     "no heads": (lambda folder: folder.config(num_attention_heads=0, head_dim=None), "config"),
+    "no layers": (lambda folder: folder.config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a billion layers": (lambda folder: folder.config(num_hidden_layers=10**9), "expected 1 to 9,999"),
+    "a context of 0": (lambda folder: folder.config(max_position_embeddings=0), "max_position_embeddings is 0"),
+    "two types": (legacy_rope(type="linear", rope_type="yarn", factor=2.0), "rope_type 'yarn' and type 'linear'"),
+    "a factor below 1": (legacy_rope(type="linear", factor=0.5), r"factor is 0\.5.*at least 1"),
+    "LongRoPE with few factors": (
+        legacy_rope(2 * ORIGINAL, type="longrope", original_max_position_embeddings=ORIGINAL, **FEW), "expected 4, half"
+    ),
+    "LongRoPE with a factor of 0": (
+        legacy_rope(2 * ORIGINAL, type="longrope", original_max_position_embeddings=ORIGINAL, **NULL),
+        r"long_factor\[3\] is 0.*a positive number",
+    ),
+    "more rotated than there is": (legacy_rope(rope_type="linear", factor=2.0, partial_rotary_factor=3), "rotates 24"),
+    "integers without scales": (
+        lambda folder: folder.tensors(as_integers), r"weight lm_head\.weight is stored as int8.*no quantization_config"
+    ),
     "vocabulary as a string": (lambda folder: folder.config(vocab_size="264"), r"config\.json cannot be read"),
     "tokenizer no JSON": (lambda folder: (folder.path / "tokenizer.json").write_text("{"), "its tokenizer cannot be"),
 }  # fmt: skip
@@ -177,7 +207,8 @@ TRAINED = {
         {"tie_word_embeddings": True}, lambda folder: folder.tensors(same_output_layer), ""
     ),
     "tied, with another output layer": (
-        {"tie_word_embeddings": True}, lambda folder: folder.tensors(other_output_layer), ""
+        {"tie_word_embeddings": True}, lambda folder: folder.tensors(other_output_layer),
+        "it is trained and exported as untied",
     ),
     "more embeddings than tokens": ({"vocab_size": 320}, lambda folder: None, ""),
     "Llama 3": ({}, legacy_rope(2 * ORIGINAL, rope_type="llama3", **LLAMA3), ""),
@@ -190,6 +221,11 @@ TRAINED = {
         {}, legacy_rope(2 * ORIGINAL, type="linear", factor=2.0, original_max_position_embeddings=ORIGINAL), ""
     ),
     "dynamic": ({}, legacy_rope(type="dynamic", factor=2.0), ""),
+    "dynamic, in the current form": ({}, current_rope(rope_type="dynamic", factor=2.0), ""),
+    "YaRN, in the current form": ({}, current_rope(rope_type="yarn", factor=2.0), ""),
+    "LongRoPE, in the current form": (
+        {}, current_rope(2 * ORIGINAL, rope_type="longrope", original_max_position_embeddings=ORIGINAL, **FACTORS), ""
+    ),
     "LongRoPE by its first name": (
         {}, legacy_rope(2 * ORIGINAL, type="su", original_max_position_embeddings=ORIGINAL, **FACTORS), ""
     ),
@@ -262,7 +298,18 @@ def test_what_can_be_trained_is_planned_trained_exported_and_reloaded(kind, corp
     change(folder)
     planned = plan(folder.path, tmp_path, **SWEEP)
     assert planned.original_length == ORIGINAL
-    assert [note] if note else [] == [text for text in planned.position_notes if note in text]
+    assert [note] if note else [] == [text for text in planned.model_notes if note in text]
+    trained, exported = train_and_export(planned, corpus, tmp_path)
+    torch.testing.assert_close(exported, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gguf_file_is_planned_trained_exported_and_reloaded(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = small_llama(
+        vocab_size=len(TOKENS), intermediate_size=64, num_key_value_heads=2, max_position_embeddings=ORIGINAL,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    planned = plan(write_gguf(tmp_path / "model.gguf", model), tmp_path, **SWEEP)
     trained, exported = train_and_export(planned, corpus, tmp_path)
     torch.testing.assert_close(exported, trained, atol=1e-5, rtol=1e-5)
 
@@ -270,7 +317,7 @@ def test_what_can_be_trained_is_planned_trained_exported_and_reloaded(kind, corp
 def test_own_positions_that_a_sweep_replaces_are_named(tmp_path):
     folder = Folder(tmp_path / "model")
     legacy_rope(type="yarn", factor=2.0, original_max_position_embeddings=16)(folder)
-    (note,) = plan(folder.path, tmp_path, **SWEEP).position_notes
+    (note,) = plan(folder.path, tmp_path, **SWEEP).model_notes
     assert "(yarn, from 16 to 32 tokens) are replaced by linear interpolation from 16 tokens at 64" in note
 
 
@@ -279,5 +326,5 @@ def test_an_original_length_that_the_configuration_leaves_open_can_be_given(tmp_
     legacy_rope(4 * ORIGINAL, type="linear", factor=4.0)(folder)
     assumed, given = (plan(folder.path, tmp_path, **SWEEP, **more) for more in ({}, {"original_length": ORIGINAL}))
     assert (assumed.original_length, given.original_length) == (4 * ORIGINAL, ORIGINAL)
-    assert "its original length is 32: then give --original-length" in assumed.position_notes[0]
-    assert not given.position_notes
+    assert "its original length is 32: then give --original-length" in assumed.model_notes[0]
+    assert not given.model_notes

@@ -42,6 +42,7 @@ run:
   keep_best: true
 """
 FLAGS = [
+    "convergence",
     *("--context-lengths", "512", "1024", "--methods", "lora", "--steps", "1000", "--learning-rate-lora", "1e-4"),
     *("--max-grad-norm", "None", "--quantization", "none", "--train-layers", "3", "last 2"),
     *("--positions", "linear", "yarn", "--learning-rate-for", "positions=yarn:0.001", "--group-size", "256"),
@@ -68,7 +69,7 @@ def test_a_file_says_what_the_same_flags_say(name, content, tmp_path):
 def test_lists_are_the_values_of_an_axis_also_where_a_value_is_a_list(tmp_path):
     one = "recipe: convergence\nlora_targets: [q_proj, v_proj]\n"
     two = "recipe: convergence\nlora_targets: [[q_proj], [q_proj, v_proj], null]\n"
-    assert parse([write(tmp_path, one)])[1] == parse(["--lora-targets", "q_proj", "v_proj"])[1]
+    assert parse([write(tmp_path, one)])[1] == parse(["convergence", "--lora-targets", "q_proj", "v_proj"])[1]
     spec = parse([write(tmp_path, two)])[1]
     assert spec.axes == {"lora_targets": (("q_proj",), ("q_proj", "v_proj"), None)}
     assert parse([write(tmp_path, saved("it", spec, RunOptions()), "spec.json")])[1] == spec

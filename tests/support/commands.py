@@ -19,10 +19,12 @@ ONE_TRIAL = (
 
 
 class SweepCommand:
-    """``python -m orchestrator.sweep`` as a user runs it, in a process of its own."""
+    """``python -m orchestrator.sweep`` as a user runs it, in a process of its own; without a recipe, convergence."""
 
     def __init__(self, storage: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.storage = storage
+        if flags[:1] == () or (flags[0].startswith("-") and "--spec" not in flags):
+            flags = ("convergence", *flags)
         self.arguments = [sys.executable, "-m", "orchestrator.sweep", *flags, "--storage", str(storage)]
         # A user's shell has nothing that tests set. RAY_TMPDIR stays: it keeps tests without the marker ray from
         # starting it.
@@ -43,7 +45,7 @@ class SweepCommand:
         return process.returncode, output
 
 
-def wait_for(condition, process: subprocess.Popen, what: str, seconds: float = 120):
+def wait_for(condition, process: subprocess.Popen, what: str, seconds: float = 400):
     """Returns the first true value of ``condition()`` while ``process`` lives."""
     deadline = time.time() + seconds
     while time.time() < deadline:

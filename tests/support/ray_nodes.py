@@ -18,6 +18,8 @@ from orchestrator.records.trial_record import TrialRecord
 
 # Seconds between Ray Train's checks for a preemption notice; Ray's default is 5.
 PREEMPTION_POLL = "0.2"
+# Milliseconds between the head's checks of a node, five of which a killed one has to fail; Ray's default is 3,000.
+NODE_CHECK = "500"
 # Ray names its processes after the classes of their actors: the class that Tune makes of a trial's driver, a worker of
 # Ray Train, and its watcher for preemption notices.
 DRIVER_TITLE, WORKER_TITLE, WATCHER_TITLE = "ImplicitFunc", "RayTrainWorker", "PreemptionWatcher"
@@ -46,6 +48,7 @@ class RayNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL,
+            "RAY_health_check_period_ms": NODE_CHECK,
             "PATH": f"{Path(sys.executable).parent}:{self.environment['PATH']}",
         }
         self.processes: list[subprocess.Popen] = []
@@ -65,7 +68,7 @@ class RayNodes:
                 env=self.environment, start_new_session=True, stdout=output, stderr=output,
             )  # fmt: skip
         self.processes.append(process)
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         host, _, port = self.address.partition(":")
         while process.poll() is None and time.time() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
@@ -78,10 +81,10 @@ class RayNodes:
         return process
 
     def alive(self, at_least: int = 1) -> list[str]:
-        """The ids of the nodes that are alive, the head first; waits up to 60 s for ``at_least`` of them."""
+        """The ids of the nodes that are alive, the head first; waits up to 300 s for ``at_least`` of them."""
         code = f"""
 import json, ray, time
-deadline, nodes = time.time() + 60, []
+deadline, nodes = time.time() + 300, []
 try:
     ray.init(address={self.address!r}, log_to_driver=False, logging_level="ERROR")
     while len(nodes) < {at_least} and time.time() < deadline:

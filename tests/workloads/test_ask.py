@@ -1,4 +1,4 @@
-"""Asking a model about a long document: what it answers, what it is given, and what does not fit."""
+"""Asking a model about a long document: its answer, its prompt, and documents that do not fit."""
 
 import io
 import sys

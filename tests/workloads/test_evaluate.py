@@ -1,4 +1,4 @@
-"""python -m workloads.evaluate: from a command to tables, JSON and pictures, and what it says to a mistake."""
+"""python -m workloads.evaluate: from a command to tables, JSON and pictures, and its errors."""
 
 import json
 import shutil
@@ -95,6 +95,21 @@ def test_positions_that_a_model_comes_with_are_replaced_with_a_note(texts, tmp_p
     evaluated(tmp_path / "out", *flags)
     said = " ".join(capsys.readouterr().out.split())
     assert "yarn replaces them by others, from 512 to 2,048, at every length that is scored" in said
+    assert "its original length is 256: then give --original-length" in said
+
+
+def test_the_original_length_that_a_sweep_takes_is_taken_here_too(extended, texts, tmp_path, capsys):
+    shutil.copytree(SOURCE.location, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    flags = ["--data", texts, "--documents", 1, "--lengths", 512, "--original-length"]
+    (result,) = evaluated(tmp_path / "out", tmp_path / "model", *flags, 256).values()
+    assert (result["model"]["original_context_length"], result["model"]["reach"]) == (256, 512)
+    assert [row["length"] for row in result["lengths"]] == [256, 512]
+    assert "max_position_embeddings" not in capsys.readouterr().out  # nothing was assumed
+    assert main([str(extended), *map(str, flags), "256"]) == 2
+    assert "records an original length of 512" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_cannot_work_is_found_before_the_first_task_runs(texts, tmp_path, capsys):
@@ -233,11 +248,17 @@ def test_a_broken_model_is_not_asked(kind, message, tmp_path):
         (["--text-column", "body"], "--text-column body has no effect"),
         (["topics", "--cases", "nowhere"], "--cases nowhere is neither"),
         (["passkey", "--lengths", "200"], "a passkey prompt needs 261 tokens"),
+        (["topics", "--cases", "/proc/self/mem"], "--cases /proc/self/mem cannot be read"),
     ],
 )
 def test_a_mistake_is_one_clear_error(flags, message, texts, tmp_path, capsys):
     assert main(["builtin:tiny", "--data", str(texts), *flags, "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_results_that_could_not_be_written_are_refused_before_they_are_computed(texts, capsys):
+    assert main(["builtin:tiny", "--data", str(texts), "--output", "/proc/results"]) == 2
+    assert "--output /proc/results cannot be made" in capsys.readouterr().err
 
 
 def test_beyond_the_reach_without_positions_is_said(texts, tmp_path, capsys):

@@ -168,7 +168,7 @@ def test_an_untuned_trial_exports_its_positions(train, tmp_path):
 
 
 def test_generation_settings_that_transformers_would_not_save_are_mended(tmp_path):
-    """Llama 2 was published with a temperature beside greedy decoding, and with the length of its old context."""
+    """Llama 2 was published with a temperature although it decodes greedily, and with its original context length."""
     model = llama()
     model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=False, max_length=ORIGINAL, use_cache=False)
     save_merged(model, TINY.tokenizer(), tmp_path)

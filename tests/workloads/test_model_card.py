@@ -1,4 +1,4 @@
-"""The card beside an export: what it says is true, and its code runs."""
+"""The model card of an export: its statements hold, and its code runs."""
 
 import json
 import shutil

@@ -1,9 +1,27 @@
-"""What a trained trial's folder is read as."""
+"""Reading a trained trial's folder."""
 
 import json
 
+import pytest
+
 from workloads.config import TrainingConfig
+from workloads.errors import InputError
 from workloads.trained import TrainedTrial
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name", "nowhere", ""])
+def test_what_is_no_trials_folder(name, tmp_path):
+    assert not TrainedTrial.is_at(name)
+    with pytest.raises(InputError, match="is no trial's folder"):
+        TrainedTrial.open(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 9**6, '{"model": 1}', '{"identities": 5}', "\x00"])
+def test_a_broken_trial_is_one_error_that_names_its_file(content, tmp_path):
+    (tmp_path / "trial.json").write_text(content)
+    with pytest.raises(InputError, match=r"trial\.json is not what this version of longspan writes") as refused:
+        TrainedTrial.open(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_damaged_lines_of_its_journal_are_passed_over(tmp_path):

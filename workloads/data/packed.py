@@ -252,7 +252,7 @@ def open_prepared(kind: Callable[..., T], folder: Path | str, what: str, format_
                 raise ValueError(
                     f"the content of {name} is not what was prepared: its SHA-256 differs from the index's"
                 )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except Exception as error:  # whatever an index with values of other types raises
         raise InputError(
             f"prepared {what} {folder} cannot be read ({error}). Delete that folder; the next run prepares it again."
         ) from error

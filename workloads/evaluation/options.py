@@ -28,6 +28,8 @@ class CommonOptions:
     """In tokens; by default the model's own. A shorter original context length is added, to show a loss there."""
     positions: Positions = "none"
     """How positions are extended to the longest length; none: as the model is. A trial has its own."""
+    original_length: int | None = None
+    """Tokens that the model was pretrained on, where its config.json leaves that open. A trial has its own."""
     checkpoint: str = "last"
     """Of a trial: last; best (the lowest perplexity at the trained length); or a step."""
 
@@ -44,6 +46,7 @@ class CommonOptions:
 
     def __post_init__(self) -> None:
         """Checks the values; a subclass checks its own and calls this."""
+        self._require_positive("original_length")
         if short := [length for length in self.lengths if length < 2]:
             raise InputError(f"--lengths {short[0]}: expected at least 2 tokens, since a window's first is not scored")
 

@@ -14,12 +14,15 @@ import torch
 from rich.console import Console
 
 from workloads.engines.engine import Engine
+from workloads.errors import one_error
 from workloads.evaluation.intervals import CONFIDENCE
 from workloads.evaluation.options import CommonOptions
 from workloads.evaluation.subject import load_subject
 from workloads.evaluation.task import EvaluationTask, Result
 from workloads.evaluation.tasks import TASKS
+from workloads.files.given import existing_path
 from workloads.files.json_text import json_text
+from workloads.trained import TrainedTrial
 
 
 def evaluate(options: CommonOptions, console: Console) -> list[Path]:
@@ -29,7 +32,10 @@ def evaluate(options: CommonOptions, console: Console) -> list[Path]:
         InputError: an option of any task cannot work; it is raised before the first task runs.
     """
     tasks = [TASKS[name] for name in dict.fromkeys(options.tasks)]
-    if len(tasks) == 1 and not options.lengths and not (Path(options.model) / "trial.json").is_file():
+    if not options.dry_run:
+        with one_error(f"--output {options.output} cannot be made", "Give a folder in a place that can be written."):
+            options.output.mkdir(parents=True, exist_ok=True)
+    if len(tasks) == 1 and not options.lengths and not TrainedTrial.is_at(options.model):
         options = replace(options, lengths=tasks[0].default_lengths(options))
     subject = load_subject(options, console)
     prepared = [(task, task.prepare(subject, options, console)) for task in tasks]
@@ -44,13 +50,12 @@ def evaluate(options: CommonOptions, console: Console) -> list[Path]:
 
 
 def _write(result: Result, task: EvaluationTask, options: CommonOptions) -> list[Path]:
-    path = Path(options.model)
-    name = re.sub(r"[^\w.-]+", "-", path.resolve().name if path.exists() else options.model).strip("-")
+    found = existing_path(options.model)
+    name = re.sub(r"[^\w.-]+", "-", found.resolve().name if found else options.model).strip("-")
     stretched = options.positions != "none" and result["model"]["positions"] != "none"
     suffix = f"-{options.positions}" if stretched else ""
-    options.output.mkdir(parents=True, exist_ok=True)
     path = _result_path(options.output, f"{task.name}-{name}{suffix}", result)
-    path.write_text(json_text(result, indent=1))
+    path.write_text(json_text(result, indent=1), "utf-8")
     return [path, task.picture(result, path.with_suffix(".png"))]
 
 
@@ -67,8 +72,8 @@ def _result_path(folder: Path, name: str, result: Result) -> Path:
             earlier = json.loads(path.read_text("utf-8"))
             if [earlier["model"], earlier["options"]] == ours:
                 break
-        except (ValueError, KeyError, TypeError):
-            pass  # another file with this name
+        except Exception:  # another file with this name, or a folder
+            pass
         number += 1
         path = folder / f"{name}-{number}.json"
     return path

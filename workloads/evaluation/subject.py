@@ -17,6 +17,7 @@ from workloads.engines.allocator import keep_freed_memory
 from workloads.engines.engine import Engine
 from workloads.errors import InputError
 from workloads.evaluation.options import CommonOptions
+from workloads.files.given import existing_path
 from workloads.models.adapters import load_adapter
 from workloads.models.positions import (
     Positions,
@@ -24,6 +25,7 @@ from workloads.models.positions import (
     is_extended,
     max_context_length,
     original_context_length,
+    reach,
 )
 from workloads.models.source import ModelSource, check_vocabulary, is_adapter
 from workloads.trained import TrainedTrial
@@ -59,12 +61,14 @@ def load_subject(options: CommonOptions, console: Console) -> Subject:
     engine = Engine(torch.device("cuda" if gpu else "cpu"), precision)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a model's problems are reported in one error
-    path = Path(options.model)
-    about: dict[str, Any] = {"name": options.model, "label": path.resolve().name if path.exists() else options.model}
-    if (path / "trial.json").is_file():
+    found = existing_path(options.model)
+    about: dict[str, Any] = {"name": options.model, "label": found.resolve().name if found else options.model}
+    if found and TrainedTrial.is_at(options.model):
         if options.positions != "none":
             raise InputError(f"--positions {options.positions}: a trial has its own positions; leave the flag out")
-        trial = TrainedTrial.open(path)
+        if options.original_length is not None:
+            raise InputError(f"--original-length {options.original_length}: a trial has its own; leave the flag out")
+        trial = TrainedTrial.open(found)
         step = trial.step(unfinished=True, checkpoint=options.checkpoint)
         source, training = trial.base(), trial.training
         model = trial.build(source, step, engine)
@@ -78,14 +82,19 @@ def load_subject(options: CommonOptions, console: Console) -> Subject:
         if options.checkpoint != "last":
             raise InputError(f"--checkpoint {options.checkpoint}: {options.model} is no trial's folder; leave it out")
         source = ModelSource.parse(options.model)
-        longest = max(options.lengths, default=max_context_length(source.config()))
-        positions = _positions(source.config(), longest, options, console)
+        config = source.config(options.original_length)
+        if assumption := reach(config).assumption:
+            console.print(f"note: {assumption}: then give --original-length")
+        longest = max(options.lengths, default=max_context_length(config))
+        positions = _positions(config, longest, options, console)
         if is_adapter(Path(source.location)):
             model = load_adapter(Path(source.location), dtype=engine.dtype)
             use_pattern(model.get_base_model(), AttentionPattern(name="full"))
             about["base"] = model.peft_config["default"].base_model_name_or_path
         else:
-            model = source.load(longest, positions, engine.dtype, device=engine.device)
+            model = source.load(
+                longest, positions, engine.dtype, device=engine.device, original_length=options.original_length
+            )
             use_pattern(model, AttentionPattern(name="full"))
         model = model.to(engine.device)
     original = original_context_length(model.config)

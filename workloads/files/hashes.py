@@ -50,7 +50,7 @@ def _stat(file: Path) -> dict[str, int]:
 
 def _read(entry: Path) -> dict | None:
     try:
-        found = json.loads(entry.read_text())
+        found = json.loads(entry.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -59,7 +59,7 @@ def _read(entry: Path) -> dict | None:
 def _write(entry: Path, content: dict) -> None:
     partial = entry.with_name(f".{uuid.uuid4().hex}")
     try:
-        partial.write_text(json.dumps(content))
+        partial.write_text(json.dumps(content), "utf-8")
         partial.replace(entry)
     except OSError:  # a full disk: the file is hashed again next time
         partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workloads.errors import InputError, reason
+from workloads.errors import InputError, one_error, reason
 from workloads.models.configuration import read_configuration
 from workloads.models.source import ModelSource, load_whole
 
@@ -23,7 +23,7 @@ BASE_FILE = "base.json"  # beside an exported adapter: the identity of its base,
 
 def note_base(folder: Path, identity: str) -> None:
     """Records beside an adapter which base it was trained from."""
-    (folder / BASE_FILE).write_text(json.dumps({"identity": identity}) + "\n")
+    (folder / BASE_FILE).write_text(json.dumps({"identity": identity}) + "\n", "utf-8")
 
 
 def refuse_another_base(folder: Path, base: str) -> None:
@@ -33,7 +33,9 @@ def refuse_another_base(folder: Path, base: str) -> None:
     """
     noted = folder / BASE_FILE
     if noted.is_file() and Path(base).is_dir():
-        expected, found = json.loads(noted.read_text())["identity"], ModelSource.parse(base).identity
+        with one_error(f"adapter {folder}: its {BASE_FILE} cannot be read", "Export the adapter again."):
+            expected = str(json.loads(noted.read_text("utf-8"))["identity"])
+        found = ModelSource.parse(base).identity
         if found != expected and not expected.startswith("gguf:"):
             raise InputError(
                 f"the adapter {folder} was trained from another base than {base}: from {expected}, and this is "

@@ -24,6 +24,11 @@ SCHEMES = {
     "fbgemm_fp8": "FP8",
     "mxfp4": "MXFP4",
 }
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+MOST_LAYERS = 10_000
 ROPE_NUMBERS = (
     "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor",
     "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
@@ -48,6 +53,7 @@ def read_configuration(what: str, pretrained: str, revision: str | None = None) 
         if kind not in CONFIG_MAPPING:
             raise InputError(f"{what}: {_unknown_kind(kind, values)}")
         _update_rope(what, values)
+        _refuse_sizes(what, values)
         config = CONFIG_MAPPING[kind].from_dict(values)
         _refuse_token_ids(what, config)
     except InputError:
@@ -84,6 +90,14 @@ def _unknown_kind(kind: Any, values: dict[str, Any]) -> str:
     )
 
 
+def _refuse_sizes(what: str, values: dict[str, Any]) -> None:
+    """Raises InputError for sizes that no model has: transformers makes layers of any number, one by one."""
+    for name in SIZES:
+        size, most = values.get(name), MOST_LAYERS if name == "num_hidden_layers" else 2**31
+        if isinstance(size, int) and not 0 < size < most:
+            raise InputError(f"{what}: {name} is {size} in its config.json; expected 1 to {most - 1:,}")
+
+
 def _refuse_token_ids(what: str, config: Any) -> None:
     """Raises InputError if the padding token has no embedding: torch would refuse to make the embeddings."""
     vocabulary, pad = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
@@ -102,17 +116,33 @@ def _update_rope(what: str, values: dict[str, Any]) -> None:
             raise InputError(f"{what}: {name} is {rope!r} in its config.json; expected settings by name, or null")
         if any(isinstance(value, dict) for value in rope.values()):
             continue  # different positions in different layers, which workloads/models/positions.py refuses
-        older = rope.pop("type", "default")
-        kind = str(rope.get("rope_type", older))
-        rope["rope_type"] = RENAMED.get(kind, kind)
+        older = rope.pop("type", None)
+        kinds = [RENAMED.get(str(kind), str(kind)) for kind in (rope.get("rope_type"), older) if kind is not None]
+        if len(set(kinds)) > 1:
+            raise InputError(
+                f"{what}: {name} has rope_type {kinds[0]!r} and type {kinds[1]!r} in its config.json; keep the one "
+                "that it was trained with"
+            )
+        rope["rope_type"] = kinds[0] if kinds else "default"
         for number in ROPE_NUMBERS:
             if rope.get(number) is not None:
                 rope[number] = _number(what, f"{name}.{number}", rope[number])
+        _refuse_shrinking(what, name, rope)
         if rope["rope_type"] == "longrope" and (original := values.get("original_max_position_embeddings")):
             rope.setdefault("original_max_position_embeddings", original)
     if values.get("rope_theta") is not None:
         values["rope_theta"] = _number(what, "rope_theta", values["rope_theta"])
     _refuse_two_answers(what, forms, values.get("rope_theta"))
+
+
+def _refuse_shrinking(what: str, name: str, rope: dict[str, Any]) -> None:
+    """Raises InputError for factors that would shorten the context, or stretch dimensions by nothing."""
+    if rope.get("factor") is not None and rope["factor"] < 1:
+        raise InputError(f"{what}: {name}.factor is {rope['factor']} in its config.json; expected at least 1")
+    for each in ("short_factor", "long_factor"):
+        if isinstance(factors := rope.get(each), list):
+            for place, factor in enumerate(factors):
+                _number(what, f"{name}.{each}[{place}]", factor)
 
 
 def _number(what: str, name: str, value: Any) -> int | float:

@@ -227,8 +227,11 @@ def extend(config: Any, context_length: int, positions: Positions) -> None:
 
 def _rotated_dimensions(config: Any) -> int:
     """How many dimensions of a head are rotated: GPT-NeoX and Phi rotate a part of them."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+    return int(_head_dimensions(config) * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+
+
+def _head_dimensions(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _refuse_unloadable(config: Any, positions: Positions) -> None:
@@ -269,4 +272,21 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
             f"a {config.model_type} model has different rotary positions in different layers ({', '.join(rope)}), "
             "which position interpolation does not cover yet; choose a model with one kind"
         )
+    _check_dimensions(config, rope)
     return rope
+
+
+def _check_dimensions(config: Any, rope: dict[str, Any]) -> None:
+    """Raises InputError unless a part of each head is rotated, with LongRoPE by a factor for each pair of it."""
+    rotated, head = _rotated_dimensions(config), _head_dimensions(config)
+    if not 2 <= rotated <= head:
+        raise InputError(
+            f"a {config.model_type} model that rotates {rotated} of a head's {head} dimensions (partial_rotary_factor "
+            "in its config.json); expected at least 2, and at most all"
+        )
+    for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+        if len(rope.get(name) or ()) != rotated // 2:
+            raise InputError(
+                f"a {config.model_type} model with {len(rope.get(name) or ())} values as {name} (rope_parameters or "
+                f"rope_scaling in its config.json); expected {rotated // 2}, half of the rotated dimensions of a head"
+            )

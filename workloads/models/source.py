@@ -162,12 +162,21 @@ class ModelSource:
         Raises:
             InputError: it cannot be read, its weights are quantised, or its layers attend in sliding windows.
         """
-        config = read_configuration(f"model {self.name}", self.pretrained, self.revision)
+        config = self._read_config()
         refuse_quantised(f"model {self.name}", config)
         refuse_sliding_windows(config)
         if original_length is not None:
+            recorded = getattr(config, ORIGINAL_LENGTH_FIELD, original_length)
+            if recorded != original_length:
+                raise InputError(
+                    f"--original-length {original_length}: model {self.name} was extended by longspan, and its "
+                    f"config.json records an original length of {recorded}; leave the flag out"
+                )
             setattr(config, ORIGINAL_LENGTH_FIELD, original_length)
         return config
+
+    def _read_config(self) -> Any:
+        return read_configuration(f"model {self.name}", self.pretrained, self.revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -187,34 +196,47 @@ class ModelSource:
         except Exception as error:  # whatever a missing or broken file makes the tokenizer's own code raise
             raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason(error)})") from error
 
-    def check_files(self, config: Any) -> Any:
-        """Checks a local model's files: that they are all there, of the right shapes, and finite.
+    def check_files(self, config: Any) -> tuple[Any, list[str]]:
+        """Checks a model's weights: that they are all there, of the right shapes, and finite.
 
-        Transformers loads them as in training, but onto the device "meta", so that only headers are read.
+        Transformers loads them as in training, but onto the device "meta", so that only headers are read. A model of
+        the hub is not downloaded for this: what is not in this machine's cache is checked by the headers there.
 
         Args:
             config: the model's configuration, as of :meth:`config`.
 
         Returns:
-            The configuration, with the ties that the weights have. A model of the hub is not downloaded for this.
+            The configuration, with the ties that the weights have, and notes on what a user may not expect.
 
         Raises:
             InputError: as :meth:`load`, or a weight is not finite.
         """
-        if self.revision:
-            return config
         from transformers.utils import logging
 
+        from workloads.models.hub_files import cached_folder, tensors_by_headers
         from workloads.models.weights import check_files, holds_another_output_layer  # imports torch
 
-        what, folder = f"model {self.name}", Path(self.pretrained)
+        what, config = f"model {self.name}", copy.deepcopy(config)
         logging.disable_progress_bar()
-        config = copy.deepcopy(config)
-        model = load_whole(what, self.pretrained, config=config, device_map={"": "meta"}, dtype="auto")
-        if holds_another_output_layer(model, folder):
-            config.tie_word_embeddings = False
-        check_files(what, folder, self.identity)
-        return config
+        folder = cached_folder(self.location, self.revision) if self.revision else Path(self.pretrained)
+        if folder is None:
+            try:
+                tensors = tensors_by_headers(self.location, self.revision or "")
+            except OSError as error:
+                unchecked = f"the weights of {self.name} are not in this machine's cache, and the hub does not answer"
+                return config, [f"{unchecked} ({error}): each worker checks them when it loads them"]
+            check_shapes(what, config, tensors)
+            checked = f"the weights of {self.name} are on the hub: their names and shapes were checked"
+            return config, [f"{checked}, and each worker checks that they are finite when it loads them"]
+        model = load_whole(what, str(folder), config=config, device_map={"": "meta"}, dtype="auto")
+        check_files(what, folder, self.identity, {name for name, _ in model.named_parameters()})
+        if not holds_another_output_layer(model, folder):
+            return config, []
+        config.tie_word_embeddings = False
+        return config, [
+            "the model's files hold an output layer of its own, although its config.json ties it to the embeddings "
+            "(tie_word_embeddings): it is trained and exported as untied"
+        ]
 
     def load(
         self,
@@ -276,16 +298,42 @@ def load_whole(what: str, pretrained: str, **options: Any) -> PreTrainedModel:
         )
     except Exception as error:  # whatever damaged files or strange settings make transformers raise
         raise InputError(f"{what} could not be loaded from its safetensors ({reason(error)})") from error
-    # What transformers would fill with random numbers.
+    _refuse_absent(what, loaded)
+    refuse_not_finite(what, model.named_parameters())
+    write_down_ties(model)
+    by_sequence(model)
+    return model
+
+
+def check_shapes(what: str, config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Checks that a model's weights, by name and on the device "meta", are those of its configuration.
+
+    Raises:
+        InputError: they are not, or transformers has no causal language model of this kind.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from workloads.models.weights import refuse_packed  # imports torch
+
+    try:
+        model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=tensors, device_map={"": "meta"}, dtype="auto",
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever strange settings make transformers raise
+        raise InputError(f"{what} could not be made from its config.json ({reason(error)})") from error
+    _refuse_absent(what, loaded)
+    parameters = {name for name, _ in model.named_parameters()}
+    refuse_packed(what, ((name, tensor.dtype) for name, tensor in tensors.items()), parameters)
+
+
+def _refuse_absent(what: str, loaded: dict[str, Any]) -> None:
+    """Raises InputError if weights were not found, which transformers fills with random numbers."""
     if absent := sorted(loaded["missing_keys"]) + [name for name, *_ in loaded["mismatched_keys"]]:
         raise InputError(
             f"{what}: {len(absent)} of its weights are not in its safetensors or have another shape, {absent[0]} among "
             "them; the folder is not complete, or its config.json is another model's"
         )
-    refuse_not_finite(what, model.named_parameters())
-    write_down_ties(model)
-    by_sequence(model)
-    return model
 
 
 def is_adapter(folder: Path) -> bool:

@@ -32,8 +32,22 @@ def refuse_not_finite(what: str, weights: Iterable[tuple[str, torch.Tensor]]) ->
             )
 
 
-def check_files(what: str, folder: Path, identity: str) -> None:
-    """Checks that the weights in a folder's safetensors are finite; those of a large model once per content.
+def refuse_packed(what: str, weights: Iterable[tuple[str, torch.dtype]], parameters: set[str]) -> None:
+    """Raises InputError, with its name, if a parameter is stored in a type that needs scales to be read."""
+    for name, dtype in weights:
+        if dtype not in PLAIN and name in parameters:
+            raise InputError(
+                f"{what}: its weight {name} is stored as {str(dtype).removeprefix('torch.')}, and its config.json has "
+                "no quantization_config; expected plain weights (float16, bfloat16, float32): give the model that it "
+                "was made from"
+            )
+
+
+def check_files(what: str, folder: Path, identity: str, parameters: set[str]) -> None:
+    """Checks that the weights in a folder's safetensors are plain and finite; those of a large model once per content.
+
+    Args:
+        parameters: the names of the model's own.
 
     Raises:
         InputError: they are not.
@@ -44,6 +58,7 @@ def check_files(what: str, folder: Path, identity: str) -> None:
         entry = cache / hashlib.sha256(identity.encode()).hexdigest()
         if entry.exists():
             return
+    refuse_packed(what, ((name, weight.dtype) for file in files for name, weight in _tensors(file)), parameters)
     refuse_not_finite(what, (each for file in files for each in _tensors(file)))
     if entry:
         entry.touch()

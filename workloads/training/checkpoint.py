@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from workloads.errors import reason
 from workloads.files.json_text import json_text
 from workloads.files.safe import flush
 
@@ -56,11 +57,11 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, partial / TENSORS)
-        (partial / STATE).write_text(json_text({"step": step, **state}))
+        (partial / STATE).write_text(json_text({"step": step, **state}), "utf-8")
         # safetensors ignores the umask and writes for the owner alone; a shared storage has other readers.
         (partial / TENSORS).chmod((partial / STATE).stat().st_mode)
         manifest = {name: _describe(partial / name) for name in (TENSORS, STATE)}
-        (partial / MANIFEST).write_text(json_text(manifest, indent=1))
+        (partial / MANIFEST).write_text(json_text(manifest, indent=1), "utf-8")
         for path in (*partial.iterdir(), partial):
             flush(path)
         if final.exists():
@@ -104,7 +105,7 @@ def load_checkpoint(root: Path, step: int) -> tuple[dict[str, torch.Tensor], dic
 
 def read_state(root: Path, step: int) -> dict[str, Any]:
     """The state alone of a checkpoint that :func:`newest_step` found whole."""
-    return json.loads((_folder(root, step) / STATE).read_text())
+    return json.loads((_folder(root, step) / STATE).read_text("utf-8"))
 
 
 def whole_steps(root: Path) -> list[int]:
@@ -125,8 +126,8 @@ def newest_step(root: Path) -> int | None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if its files match the manifest and its state has its step."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
     if not isinstance(manifest, dict):
         return f"{MANIFEST} is no JSON object"
@@ -139,8 +140,11 @@ def damage(folder: Path) -> str | None:
             return str(error)
         if found != manifest[name]:
             return f"{name} has {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…; expected {manifest[name]}"
-    step = json.loads((folder / STATE).read_text())["step"]
-    return None if folder.name == _folder(folder.parent, step).name else f"it is of step {step}"
+    try:
+        step = json.loads((folder / STATE).read_text("utf-8"))["step"]
+        return None if folder.name == _folder(folder.parent, step).name else f"it is of step {step}"
+    except Exception as error:  # whole, by its manifest, but not written by this program
+        return f"{STATE}: {reason(error)}"
 
 
 def _folder(root: Path, step: int) -> Path:

@@ -66,7 +66,7 @@ def _environment_hash() -> str:
 def _processor() -> str:
     """The processor's instruction set, as the kernel lists it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -94,14 +94,14 @@ def test_the_median_rule_compares_bests_so_far(tmp_path_factory, arriving, least
 
 
 def tell(judge, journal, step, perplexity):
-    """What a trial tells of a step with an evaluation, to its journal and its judge, as the worker does."""
+    """Records a step with an evaluation in the journal and shows it to the judge, as a worker does."""
     for event in (Step(**a_step(step)), Eval(**evaluation(step, perplexity))):
         journal.append(event)
         judge.on_event(event)
 
 
 def play(folder, rule, curves, order, restarts=()):
-    """Trials that come to their evaluations in an order; returns the journal's ``stopped`` of each that was.
+    """Runs trials whose evaluations come in a given order; returns the journal's ``stopped`` of each that was.
 
     ``order`` names the trial that evaluates next. At the places ``restarts`` every process dies and starts again, each
     trial from two evaluations before, where it then scores a little otherwise, as on another machine.
@@ -320,7 +320,7 @@ def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_ne
     _, runs, _ = mlflow_runs(stopping.storage)
     assert {run.info.status for run in runs} == {"FINISHED"}
 
-    output, _ = undisturbed.communicate(timeout=200)
+    output, _ = undisturbed.communicate(timeout=400)
     assert undisturbed.returncode == 0, output
     ((name, whole),) = records(tmp_path / "whole").items()
     assert name == bad.journal.path.parent.name

@@ -1,4 +1,4 @@
-"""What a user is told at the head of a sweep, and what not."""
+"""Which notes a sweep prints before its plan, and which it leaves out."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_there_is_nothing_to_say_of_a_usual_sweep():
     [
         ({"original_length": 1024}, "1,024 tokens are within the model's original context of 1,024"),
         ({"scored": 12}, "only 12 of the 20 requested held-out documents are long enough to score"),
-        ({"scored": 7, "eval_documents": 7}, "an interval over 7 documents says little"),
+        ({"scored": 4, "eval_documents": 4}, "4 documents are too few for an interval"),
         ({"steps": 10}, "the warm-up takes 20 steps of 10: the learning rate only rises, to 50% of its peak"),
         ({"engine": "zero2"}, "--engine zero2 with one worker has nothing to shard"),
     ],

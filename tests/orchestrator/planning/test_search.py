@@ -51,7 +51,7 @@ def train(storage, trial, outcome="finished"):
 
 
 def run(folder, spec, killed_after=(), outcome=lambda trial: "finished"):
-    """A search to its end, one trial at a time; after so many trials everything is built anew from disk."""
+    """A search to its end, one trial at a time; after the given number of trials it is rebuilt from disk."""
     storage, search = open_search(folder, spec)
     while trial := search.next():
         train(storage, trial, outcome(trial))
@@ -188,7 +188,7 @@ def test_what_no_search_can_be_is_refused(fields, message):
 
 def test_ranges_can_be_told_on_the_command_line():
     flags = ["--search", "random", "--search-learning-rate", "1e-4", "1e-2", "--search-rank", "4", "8"]
-    _, told, _ = parse([*flags, "--search-group-size", "0.25", "512"])
+    _, told, _ = parse(["convergence", *flags, "--search-group-size", "0.25", "512"])
     assert (told.search_learning_rate, told.search_rank) == ((1e-4, 1e-2), (4, 8))
     (base,) = (trial for trial in told.trials(IDENTITIES, "float32") if trial.label == "lora 2048")
     space = Space.of(told, base)
@@ -206,7 +206,7 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
     command = SweepCommand(
         tmp_path / "runs", "--data", str(text_folder), "--context-lengths", "512", "--methods", "lora",
         "--references", "--steps", "3", "--batch", "2", "--eval-every", "3", "--eval-documents", "2",
-        "--warmup-steps", "1", "--search", "random", "--search-trials", "4", "--search-group-size", "0.25", "0.5",
+        "--warmup-steps", "1", "--search", "random", "--search-trials", "3", "--search-group-size", "0.25", "0.5",
         "--max-concurrent", "1", "--name", "searches",
     )  # fmt: skip
     process = command.start()
@@ -223,12 +223,12 @@ def test_a_killed_search_ends_with_as_many_trials_as_asked_and_none_twice(tmp_pa
 
     status, output = command.run()
     assert status == 0, output
-    assert "lora 512 lr" in output and "and 2 more, to be suggested by the search (random)" in output
+    assert "lora 512 lr" in output and "and 1 more, to be suggested by the search (random)" in output
     after = records(command.storage)
     assert {name: after[name].journal.path.read_bytes() for name in before} == before
-    assert [record.state for record in after.values()] == ["finished"] * 4
+    assert [record.state for record in after.values()] == ["finished"] * 3
     lines = Storage(command.storage).search_journal("searches").read().events
-    assert [line.number for line in lines] == [0, 1, 2, 3]
+    assert [line.number for line in lines] == [0, 1, 2]
     assert {line.fingerprint for line in lines} == set(after)
     listed = json.loads((command.storage / "sweeps" / "searches" / "sweep.json").read_text())["trials"]
     assert sorted(listed) == sorted(after)

@@ -22,10 +22,43 @@ def store(request, tmp_path):
     return ObjectStore.at(request.getfixturevalue("bucket")) if request.param == "s3" else LocalStore(tmp_path)
 
 
-def a_lease(store, name, limit_s=NEVER, **changed):
-    """A lease for an owner elsewhere, of whom nothing is known but its heartbeat."""
+def a_lease(store, name, limit_s=NEVER, clock=time.monotonic, **changed):
+    """A lease of an owner on another machine, known only by its heartbeat."""
     elsewhere = owner(attempt=name, sweep=name) | {"machine": f"machine of {name}"} | changed
-    return Lease(store, "lease", elsewhere, limit_s=limit_s, poll_s=0.05)
+    return Lease(store, "lease", elsewhere, limit_s=limit_s, poll_s=0.02, clock=clock)
+
+
+class Contest:
+    """Several who want a lease, on a clock that moves only by ``tick``: no result depends on a quick machine."""
+
+    def __init__(self, store, names, limit_s=3.0):
+        self.now, self.looks, self.limit_s = 0.0, dict.fromkeys(names, 0), limit_s
+        self.leases = {name: a_lease(store, name, limit_s=limit_s, clock=self.clock_of(name)) for name in names}
+        self.ending = threading.Lock()
+
+    def clock_of(self, name):
+        def clock():
+            self.looks[name] += 1
+            return self.now
+
+        return clock
+
+    def tick(self):
+        """A quarter of the limit passes: holders beat before it, and those who wait look twice after it."""
+        with self.ending:
+            for lease in self.leases.values():
+                if lease.generation and not lease._stop.is_set():
+                    lease._beat()
+        self.now += self.limit_s / 4
+        seen, deadline = dict(self.looks), time.monotonic() + 300
+        for name, lease in self.leases.items():
+            while lease.generation == 0 and self.looks[name] < seen[name] + 2:
+                assert time.monotonic() < deadline, f"{name} no longer waits"
+                time.sleep(0.005)
+
+    def release(self, lease):
+        with self.ending:
+            lease.release()
 
 
 def newest(store):
@@ -55,7 +88,7 @@ for line in sys.stdin:  # asked to write
 
 
 class Holder:
-    """A process that holds a lease and writes when it is told to."""
+    """A process that holds a lease and writes on request."""
 
     def __init__(self, store, limit_s, written: Path):
         self.process = subprocess.Popen(
@@ -96,23 +129,25 @@ def test_of_several_who_take_over_from_a_dead_one_a_single_one_wins(store):
     dead = a_lease(store, "dead")
     dead.acquire()
     dead._stop.set()  # its heart stops; nothing else tells that it is dead
-    takers = [a_lease(store, f"{number}", limit_s=0.5) for number in range(4)]
-    held = []
+    contest = Contest(store, "abcd")
+    held, others = [], []
 
     def take(lease):
         lease.acquire()
         held.append(lease)
-        time.sleep(0.8)  # alive longer than the limit of those who still wait
+        until = contest.now + 2 * contest.limit_s  # alive longer than the limit of those who still wait
+        while contest.now < until:
+            time.sleep(0.005)
         held.remove(lease)
         others.append(len(held))
-        lease.release()
+        contest.release(lease)
 
-    others = []
+    takers = list(contest.leases.values())
     threads = [threading.Thread(target=take, args=(lease,)) for lease in takers]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    while any(thread.is_alive() for thread in threads):
+        contest.tick()
     assert others == [0, 0, 0, 0]
     assert [lease.lost for lease in takers] == [None] * 4
     assert sorted(lease.generation for lease in takers) == [2, 3, 4, 5]
@@ -161,18 +196,21 @@ def test_a_frozen_holder_loses_it_and_writes_nothing_more(store, tmp_path):
 
 def test_a_store_that_is_away_takes_the_lease_from_nobody(s3, bucket):
     store = ObjectStore.at(bucket)
-    limit = 2.5
-    holder, waiter = a_lease(store, "holder", limit_s=limit), a_lease(store, "waiter", limit_s=limit)
+    contest = Contest(store, ["holder", "waiter"])
+    holder, waiter = contest.leases.values()
     holder.acquire()
     waiting = threading.Thread(target=waiter.acquire)
     waiting.start()
+    contest.tick()
     s3.stop()
-    time.sleep(1.3 * limit)
+    contest.now += 2 * contest.limit_s
+    time.sleep(0.2)  # the waiter meets the outage
     s3.start()
-    time.sleep(1.3 * limit)
+    for _ in range(10):
+        contest.tick()
     assert waiter.generation == 0 and holder.lost is None
     holder.check()
-    holder.release()
+    contest.release(holder)
     waiting.join()
     assert waiter.generation == 2
     waiter.release()

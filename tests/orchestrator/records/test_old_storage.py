@@ -1,4 +1,4 @@
-"""A finished default sweep of an earlier version (commit b1875aa) is read as before; the same sweep trains anew."""
+"""A finished default sweep of an earlier version (commit b1875aa) is read as before; the same sweep trains again."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def assert_same_numbers(new, old, where=""):
 def test_the_same_sweep_trains_anew_and_says_what_it_does_not_use(storage, runs):
     identities = runs[0].trial.identities
     assert ModelSource.parse("builtin:tiny").identity == identities.model
-    _, default, _ = parse([])
+    _, default, _ = parse(["convergence"])
     saved = SweepSpec.from_json((SWEEP / "spec.json").read_text(), "spec.json")
     for spec in (default, saved):
         trials = spec.trials(identities, runs[0].trial.training.precision)

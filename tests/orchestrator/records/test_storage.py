@@ -1,4 +1,4 @@
-"""What lies in an object store, against a real S3-compatible server: whole, in order, and complete after an outage."""
+"""Objects in an S3-compatible server: whole, in order, and complete after an outage."""
 
 import errno
 import logging
@@ -168,7 +168,7 @@ def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(training, 
 
 
 def test_a_checkpoint_is_sent_after_all_that_came_before_it(training, monkeypatch):
-    """Who goes on from it does not tell that again: it would be missing for ever if the process died in between."""
+    """A resumed trial does not record it again, so it would be missing if the process died in between."""
     storage, folder, writer = training
     upload, stored_before = storage.store.upload_folder, []
 
@@ -283,6 +283,6 @@ def test_what_a_killed_process_has_sent_is_whole(training, bucket, tmp_path, mon
     told = events(storage.trial(TRIAL.fingerprint).journal)
     tensors, state = load_newest(fetch(bucket, TRIAL.fingerprint) / "checkpoints")
     assert state["step"] >= max(step for event, step in told if event == "saved")
-    # Who goes on from a checkpoint tells nothing again of what came before it.
+    # A trial that resumes from a checkpoint does not repeat earlier lines.
     assert {step for event, step in told if event == "step"} >= set(range(1, state["step"] + 1))
     assert torch.equal(tensors["weight"], torch.full((1000,), float(state["step"])))

@@ -1,4 +1,4 @@
-"""What a driver and its workers are sent."""
+"""The job that a driver and its workers receive."""
 
 import dataclasses
 import json

@@ -1,9 +1,6 @@
 """A cluster of two nodes loses one in the middle of a trial, with and without notice."""
 
-import contextlib
 import json
-import os
-import signal
 import time
 
 import pytest
@@ -12,10 +9,11 @@ from safetensors.torch import load_file
 
 from orchestrator.records.trial_record import TrialRecord
 from tests.support.commands import SweepCommand, wait_for
-from tests.support.ray_nodes import WATCHER_TITLE, RayNodes
+from tests.support.ray_nodes import WATCHER_TITLE, RayNodes, paused
 from tests.support.storage import records, running_trial
 
 pytestmark = pytest.mark.ray
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +32,20 @@ def results():
     return {}
 
 
-@contextlib.contextmanager
-def paused(pid):
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def flags(cluster, text_folder, *methods, checkpoint_every):
     return (
-        "--context-lengths", "1024", "--batch", "2", "--steps", "40", "--eval-every", "50", "--eval-documents", "2",
-        "--references", "--methods", *methods, "--checkpoint-every", str(checkpoint_every),
+        "--context-lengths", "1024", "--batch", "2", "--steps", str(STEPS), "--eval-every", "50",
+        "--eval-documents", "2", "--references", "--methods", *methods, "--checkpoint-every", str(checkpoint_every),
         "--data", str(text_folder), "--address", cluster.address,
     )  # fmt: skip
 
 
-def full(storage):
-    """The record of the trial with full fine-tuning."""
-    return next(r for path, r in records(storage).items() if method(storage / "trials" / path) == "full")
+def full(storage, at_step):
+    """The record of the trial with full fine-tuning, once it has come to this step."""
+    for name, record in records(storage).items():
+        if method(storage / "trials" / name) == "full" and record.last_step >= at_step:
+            return record
+    return None
 
 
 def method(trial):
@@ -69,8 +61,7 @@ def test_trials_continue_on_another_node_when_theirs_is_lost_without_notice(clus
     settings = flags(cluster, text_folder, "full", "lora+", "lora", checkpoint_every=2)
     command = SweepCommand(tmp_path / "runs", *settings, environment=cluster.environment)
     process = command.start()
-    wait_for(lambda: len([r for r in records(command.storage).values() if r.last_step > 3]) > 1, process, "two trials")
-    lost = full(command.storage)
+    lost = wait_for(lambda: full(command.storage, at_step=4), process, "step 4")
     cluster.kill(cluster.node_of(lost.started.pid))
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
@@ -95,12 +86,12 @@ def test_a_trial_continues_on_another_node_after_a_notice_and_repeats_no_step(cl
         cluster.drain(record.started.node, seconds=30)
         time.sleep(2)  # ten checks at PREEMPTION_POLL of ray_nodes
     lost_at = TrialRecord.of(record.journal).last_step
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
     assert record.state == "finished" and len(record.attempts) == 2
     events = [event.name for event in record.journal.read().events]
     assert "preempted" in events and record.resumed_at >= lost_at
-    assert events.count("step") == 40, "no step was trained twice"
+    assert events.count("step") == STEPS, "no step was trained twice"
     one, other = results["full"], weights(record)
     assert all(torch.equal(one[name], other[name]) for name in one)

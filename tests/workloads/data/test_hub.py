@@ -1,4 +1,4 @@
-"""Data sets from the hub: a server speaks as much of its protocol as loading takes, so that the real clients run."""
+"""Data sets from the hub, by the real client libraries, against a server that implements what loading needs."""
 
 import gzip
 import hashlib

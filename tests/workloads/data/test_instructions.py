@@ -146,7 +146,7 @@ def test_special_tokens_that_a_message_spells_are_text(tmp_path):
 
 
 def test_only_the_columns_of_examples_are_read(tmp_path):
-    """A date in year 100,000, which Python has none for, stands beside them."""
+    """A column that is not read holds a date in the year 100,000, which Python cannot represent."""
     far = pa.array([2**62] * 2, pa.timestamp("us"))
     table = pa.table({"instruction": ["a", "b"], "output": ["c", "d"], "when": far})
     pq.write_table(table, tmp_path / "rows.parquet")

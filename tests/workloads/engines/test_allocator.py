@@ -1,4 +1,4 @@
-"""Segments grow unless the user has said otherwise, and torch hears of it."""
+"""Segments grow unless the user's setting says otherwise, and torch reads the setting."""
 
 import os
 import platform
@@ -71,7 +71,7 @@ def test_on_wsl_torch_keeps_its_default(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no such settings")
 @pytest.mark.parametrize(("variables", "serves"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": str(2**17)}, False)])
 def test_what_is_freed_on_a_cpu_serves_the_next_tensor_unless_the_user_has_said_otherwise(variables, serves):
-    """In a thread of its own, as a worker of Ray Train has it: pages that the system gives anew."""
+    """In its own thread, as in a worker of Ray Train: counts pages that the system allocates again."""
     code = """
 import resource, threading, torch
 from workloads.engines.allocator import keep_freed_memory

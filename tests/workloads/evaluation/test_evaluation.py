@@ -87,7 +87,7 @@ def test_both_rules_are_what_a_loop_over_single_tokens_gives(random_model, strid
 
 
 def test_sliding_by_what_is_scored_scores_each_token_once(random_model):
-    """A document whose tokens are all different tells which of them the windows end with."""
+    """In a document of distinct tokens, the scored ones show where windows end."""
     windows, _ = cut_windows([np.arange(50)], 20, 5)
     assert np.concatenate([window[-5:] for window in windows]).tolist() == list(range(15, 50))
 

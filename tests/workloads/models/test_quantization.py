@@ -1,4 +1,4 @@
-"""A 4-bit base: who is refused, and on a GPU what it trains."""
+"""A 4-bit base: what is refused, and on a GPU what trains."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Positions that depend on a sequence's length: no loss depends on what was computed before, or beside it."""
+"""Positions that depend on a sequence's length: no loss depends on earlier computations or on the rest of the batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Base models: what a name stands for, and what cannot be one."""
+"""Base models: what each form of name loads, and what is refused."""
 
 import json
 import shutil

@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent: whatever is done to a file is noticed, and the one before is taken."""
 
+import hashlib
+import json
 import os
 import resource
 import shutil
@@ -31,6 +33,19 @@ def two_checkpoints(tmp_path):
     for step in (10, 20):
         save_checkpoint(tmp_path, step, tensors(step), {"note": f"at {step}"})
     return tmp_path
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", "[" * 9**6, '{"step": "two"}'])
+def test_a_checkpoint_whose_state_is_none_is_damaged_though_its_manifest_agrees(state, tmp_path):
+    save_checkpoint(tmp_path, 2, {"w": torch.zeros(2)}, {"seed": 0})
+    folder = tmp_path / "step-00000002"
+    (folder / "state.json").write_text(state)
+    described = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "state.json": described}))
+    assert "state.json" in damage(folder)
+    (folder / "manifest.json").write_text("[" * 9**6)
+    assert "manifest.json" in damage(folder)
 
 
 def test_the_newest_comes_back_as_it_was(two_checkpoints):
@@ -117,7 +132,7 @@ def test_no_checkpoint_is_none(tmp_path):
 
 
 def save_on_a_full_disk(folder, refusal):
-    """Writes the error to ``refusal``. A file-size limit stands for the full disk: a write fails in the middle."""
+    """Writes the error to ``refusal``. A file-size limit simulates the full disk: a write fails in the middle."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     try:

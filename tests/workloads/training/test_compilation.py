@@ -44,7 +44,7 @@ def fresh():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What the compiler has been given, each computed as it is, without kernels of its own."""
+    """The graphs given to the compiler, each computed without compiled kernels."""
     given = []
 
     def backend(graph, inputs):

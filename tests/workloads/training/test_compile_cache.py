@@ -1,4 +1,4 @@
-"""What one process has compiled the next one takes up, and only from where nobody else can write."""
+"""A process reuses what an earlier one compiled, but only from folders that no other user can write."""
 
 import json
 import os

@@ -254,7 +254,7 @@ def test_a_host_that_runs_ahead_of_its_device_tells_the_same_in_the_same_order(c
 
 @pytest.mark.parametrize("make_engine", [Engine, running_ahead])
 def test_a_loss_that_is_no_number_ends_the_run_and_updates_nothing(make_engine, corpus, tmp_path):
-    """The second step's. The third may have been begun by then."""
+    """The loss of the second step. The third may have started by then."""
     diverging = config("full", **SHORT, learning_rate=1e30, warmup_steps=0, max_grad_norm=None, eval_every=5, steps=5)
     engine = make_engine(torch.device("cpu"), "float32")
     model = build_model(SOURCE, diverging, engine, ExecutionConfig())

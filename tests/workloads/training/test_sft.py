@@ -127,7 +127,7 @@ def test_the_loss_is_the_mean_over_the_answers_of_the_batch(examples, tmp_path, 
 
 
 def shared_run(examples, folder):
-    """What a worker tells of a run."""
+    """The events that a worker records in a run."""
     events = train(config(steps=2), ExampleCorpus.open(examples), folder)
     return {"losses": losses(events), "perplexities": evaluations(events)}
 

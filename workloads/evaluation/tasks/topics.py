@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from rich.console import Console
 
-from workloads.errors import InputError
+from workloads.errors import InputError, one_error
 from workloads.evaluation import pictures
 from workloads.evaluation.retrieval import Prompter, RetrievalOptions, collect_tests, prepare_tests, retrieval_table
 from workloads.evaluation.retrieval_cases import RetrievalTest
@@ -231,7 +231,8 @@ def longchat_tests(prompter: Prompter, location: Path, tests: int) -> list[Retri
 
 
 def _read_cases(prompter: Prompter, file: Path) -> Iterator[RetrievalTest]:
-    with file.open(encoding="utf-8") as lines:
+    reading = one_error(f"--cases {file} cannot be read", "Give a .jsonl file of LongChat's cases.")
+    with reading, file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 case = json.loads(line)
@@ -241,7 +242,7 @@ def _read_cases(prompter: Prompter, file: Path) -> Iterator[RetrievalTest]:
                     group, expected = f"{case['num_lines']} lines", str(case["expected_number"])
                     depth = case["random_idx"][1] / case["num_lines"]
                 before, after = prompter.frame(case["prompt"].rstrip(), "", "" if prompter.chat else CUE)
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            except Exception as error:  # whatever values of other types raise
                 raise InputError(
                     f"{file}, line {number} is no case of LongChat ({type(error).__name__}: {error}); expected a JSON "
                     "object with prompt and topics, or with prompt, expected_number, num_lines and random_idx"
