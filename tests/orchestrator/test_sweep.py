@@ -156,7 +156,10 @@ def test_ctrl_c_ends_the_command_and_the_same_command_goes_on(tmp_path, text_fol
         assert process.returncode == 130
         assert not kept or f"from step {kept} of 12" in output
         kept = int(re.search(r"full 1024 +checkpoint at step (\d+) of 12", output)[1])
-        # The checkpoint of the step that has just ended may still be on its way.
+        assert "the running trial saves a checkpoint, within 10 s; Ctrl-C again ends at once" in output
+        (record,) = records(command.storage).values()
+        # On a busy machine a step and its checkpoint may take longer, and the last steps are lost.
+        assert (record.state, kept) == ("cancelled", record.last_step) or " lost" in output
         assert kept >= at_step - 2 and "The same command continues from there." in output
         assert "Traceback" not in output
         _, (run,), _ = mlflow_runs(command.storage)
