@@ -46,6 +46,9 @@ RATE_OF = {
     "lora": "learning_rate_lora", "lora+norm": "learning_rate_lora", "lora+embed": "learning_rate_lora_plus",
     "lora+": "learning_rate_lora_plus", "full": "learning_rate_full",
 }  # fmt: skip
+# A sweep trains each of these with each combination of its axes. More trials than this are a slip of the hand.
+COUNTED = ("context_lengths", "methods", "seeds", "learning_rate_sweep")
+MAX_TRIALS = 10_000
 # The name of a sweep holds a hash of these fields in this order, so sweeps in storage depend on it. A field that is not
 # among them enters the hash only if it is not at its default.
 HASHED = (
@@ -145,7 +148,7 @@ class SweepSpec(TrainingFields, Compared):
     """Group sizes that a search chooses from: shares of the context length (up to 1), or tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("context_lengths", "methods", "seeds", "learning_rate_sweep"):
+        for name in COUNTED:
             check_values(name, getattr(self, name))
         self._check_axes()
         for multiple in self.learning_rate_sweep:
@@ -232,6 +235,7 @@ class SweepSpec(TrainingFields, Compared):
             InputError: a setting that no trial can have, such as a context that is not a multiple of the group size; or
                 an axis without effect.
         """
+        self._refuse_too_many()
         found: dict[str, TrialSpec] = {}
         made: list[tuple[dict[str, Any], str]] = []  # what each trial was made from
         impossible: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -261,6 +265,12 @@ class SweepSpec(TrainingFields, Compared):
         self._refuse_without_effect(made)
         left_out = [self._describe(settings, reason) for reason, settings in impossible.items()]
         return Expansion(list(found.values()), [*left_out, *self._unused_rules(made)])
+
+    def _refuse_too_many(self) -> None:
+        counts = {name: len(getattr(self, name)) for name in COUNTED} | {n: len(v) for n, v in self.axes.items()}
+        if (number := math.prod(counts.values())) > MAX_TRIALS:
+            several = " x ".join(f"{count} {name}" for name, count in counts.items() if count > 1)
+            raise InputError(f"{several} make {number:,} trials; expected at most {MAX_TRIALS:,} in a sweep")
 
     def _untuned(self, context_length: int, precision: Precision) -> list[TrainingConfig]:
         positions = dict.fromkeys((*self.references, *self.values_of("positions"))) if self.references else ()

@@ -173,6 +173,17 @@ class TrainingConfig(TrainingFields):
         for field in ("steps", "warmup_steps", "seed"):
             if getattr(self, field) < 0:
                 raise InputError(f"{field} is {getattr(self, field)}; expected zero or a positive number")
+        if self.lora_alpha <= 0:
+            raise InputError(f"lora_alpha is {self.lora_alpha:g}; expected a positive number")
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field):g}; expected a number from 0 to less than 1")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay is {self.weight_decay:g}; expected zero or a positive number")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(
+                f"max_grad_norm is {self.max_grad_norm:g}; expected a positive number, or None, which does not clip"
+            )
         if self.original_length is not None and self.original_length <= 0:
             raise InputError(f"original_length is {self.original_length}; expected a positive number of tokens")
         if self.method != "untuned" and not 0 < self.learning_rate < math.inf:

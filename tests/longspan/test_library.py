@@ -4,7 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import longspan
@@ -84,6 +86,11 @@ def test_python_flags_and_files_mean_the_same_sweep():
     ) == (parse(flags))
     assert _resolve(find_recipe("convergence")(), overrides) == parse(flags)
     assert _resolve("convergence", {"name": "mine", "steps": 7})[0] == "mine"
+    plain = dict(seeds=[0, 1, 2], context_lengths=[512, 1024], learning_rate_full=1e-4, data="texts")
+    as_in_notebooks = dict(
+        seeds=range(3), context_lengths=np.array([512, 1024]), learning_rate_full=np.float64(1e-4), data=Path("texts")
+    )
+    assert _resolve("convergence", as_in_notebooks) == _resolve("convergence", plain)
 
 
 def test_a_plan_is_a_table(tmp_path):
