@@ -31,7 +31,7 @@ class InstanceType:
         gpu_memory_gib: of each GPU, as its driver reports it; PyTorch can use up to 1 GiB less.
         cpus: virtual CPUs.
         memory_gib: of the host.
-        usd_per_hour: for the whole machine; None if unknown.
+        usd_per_hour: for the whole machine, on demand; None if unknown.
         region, date, source: of the price (date: ISO 8601).
     """
 
@@ -54,35 +54,41 @@ class InstanceType:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """US dollars for an hour of one GPU, and where the figure comes from, in words."""
+    """US dollars for an hour of one GPU or of one machine, and where the figure comes from, in words."""
 
-    usd_per_gpu_hour: float
+    usd: float
     source: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Hired:
+    """A machine as a cluster file asks for it: its type, and whether on the spot market."""
+
+    instance: InstanceType
+    spot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NamedCluster:
-    """A cluster described by a file in this folder: at most ``nodes`` machines of one type with GPUs."""
+    """A cluster described by a file in this folder: at most ``nodes`` workers of one type with GPUs, and a head.
+
+    The head is None if its type is not in the table.
+    """
 
     name: str
     nodes: int
-    instance: InstanceType
+    worker: Hired
+    head: Hired | None
 
     @property
     def gpus(self) -> int:
         """The GPUs of all its workers."""
-        return self.nodes * self.instance.gpus
-
-    @property
-    def usd_per_hour(self) -> float | None:
-        """The on-demand price of all its workers, without the head and storage."""
-        price = self.instance.usd_per_hour
-        return None if price is None else self.nodes * price
+        return self.nodes * self.worker.instance.gpus
 
 
 THIS_MACHINE = "this machine"
-# In the user's prices: the price of any device that is not named.
-ANY = "any"
+# In the user's prices: the price of any device that is not named, and what follows an instance type's name.
+ANY, SPOT = "any", " spot"
 
 # By torch.cuda.get_device_name: GiB, from the MiB that nvidia-smi lists.
 GPU_MEMORY_GIB = {
@@ -101,9 +107,12 @@ GCP_A3 = ("us-central1", "2026-09-26", "Google's billing catalog: GPUs, vCPUs an
 AZURE = ("eastus", "2026-11-09", "Azure's retail price list, from a table that copies it")
 AZURE_UNKNOWN = ("eastus", None, "the price could not be confirmed")
 
+# Heads of clusters, which need no GPU.
+AWS_HEADS = ("us-east-1", "2026-11-29", "AWS's price list, from a table that copies it")
+
 # Name, GPUs, GPU, vCPUs, memory in GiB, USD an hour, source of the price. Sizes are from the clouds' pages on their
 # instance types.
-_TABLE = [
+_TABLE: list[tuple[str, int, str | None, int, int, float | None, tuple[str, str | None, str]]] = [
     ("p4d.24xlarge", 8, "NVIDIA A100-SXM4-40GB", 96, 1152, 21.957642, AWS),
     ("p4de.24xlarge", 8, "NVIDIA A100-SXM4-80GB", 96, 1152, 27.44705, AWS),
     ("p5.48xlarge", 8, "NVIDIA H100 80GB HBM3", 192, 2048, 55.04, AWS),
@@ -140,12 +149,14 @@ _TABLE = [
     ("ND96asr_v4", 8, "NVIDIA A100-SXM4-40GB", 96, 900, 27.197, AZURE),
     ("ND96amsr_A100_v4", 8, "NVIDIA A100-SXM4-80GB", 96, 1900, None, AZURE_UNKNOWN),
     ("ND96isr_H100_v5", 8, "NVIDIA H100 80GB HBM3", 96, 1900, 98.32, AZURE),
+    ("m6i.2xlarge", 0, None, 8, 32, 0.384, AWS_HEADS),
+    ("m6i.4xlarge", 0, None, 16, 64, 0.768, AWS_HEADS),
 ]
 
 INSTANCES: dict[str, InstanceType] = {
     name: InstanceType(
-        name=name, gpus=gpus, gpu=gpu, gpu_memory_gib=GPU_MEMORY_GIB[gpu], cpus=cpus, memory_gib=memory,
-        usd_per_hour=usd, region=region, date=date, source=source,
+        name=name, gpus=gpus, gpu=gpu, gpu_memory_gib=GPU_MEMORY_GIB[gpu] if gpu else None, cpus=cpus,
+        memory_gib=memory, usd_per_hour=usd, region=region, date=date, source=source,
     )
     for name, gpus, gpu, cpus, memory, usd, (region, date, source) in _TABLE
 }  # fmt: skip
@@ -175,39 +186,60 @@ def cheapest_for_gpu(gpu: str) -> InstanceType | None:
     return min(priced, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
-def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -> Price | None:
-    """The price of an hour of one GPU: the user's own, else the cheapest on demand in the table, else None.
+def price_per_machine_hour(hired: Hired, overrides: Mapping[str, float] | None = None) -> Price | None:
+    """The price of an hour of a whole machine: the user's own, else the table's on-demand price, else None.
+
+    A spot machine without a price of the user's gets the on-demand one, an upper bound, and the source says so.
 
     Args:
-        gpu: its name as ``torch.cuda.get_device_name`` gives it, or an instance type's name.
-        overrides: the user's prices in USD an hour: of one GPU by its name, of a machine by its instance type's name,
-            or of any GPU without a price there by ``any``. A GPU's name takes precedence over an instance type's.
+        overrides: the user's prices (:func:`read_prices`): that of the instance type counts before those of its GPU.
+    """
+    overrides, instance = overrides or {}, hired.instance
+    names = [instance.name + SPOT] * hired.spot + [instance.name]
+    if own := next((name for name in names if name in overrides), None):
+        return Price(usd=overrides[own], source=f"{own}, given by the user")
+    if instance.gpus and (gpu := next((name for name in (instance.gpu, ANY) if name in overrides), None)):
+        return Price(usd=instance.gpus * overrides[gpu], source=f"{instance.gpus} GPUs, given by the user")
+    if instance.usd_per_hour is None:
+        return None
+    source = f"{instance.name} on demand in {instance.region} on {instance.date} ({instance.source})"
+    if hired.spot:
+        source += "; spot usually costs less, and its price of the day can be given with --prices"
+    return Price(usd=instance.usd_per_hour, source=source)
+
+
+def price_per_gpu_hour(gpu: str, overrides: Mapping[str, float] | None = None) -> Price | None:
+    """The price of an hour of one GPU in a machine of unknown type: the user's own, else the cheapest on demand.
+
+    Args:
+        gpu: its name as ``torch.cuda.get_device_name`` gives it.
+        overrides: the user's prices (:func:`read_prices`): that of the GPU counts before those of instance types.
     """
     overrides = overrides or {}
     if gpu in overrides:
-        return Price(usd_per_gpu_hour=overrides[gpu], source="given by the user")
+        return Price(usd=overrides[gpu], source="given by the user")
     own = {
-        name: overrides[name] / INSTANCES[name].gpus
-        for name in overrides
-        if name in INSTANCES and INSTANCES[name].gpus and gpu in (name, INSTANCES[name].gpu)
+        name: price / instance.gpus
+        for name, price in overrides.items()
+        if (instance := INSTANCES.get(name.removesuffix(SPOT))) and instance.gpu == gpu
     }
     if own:
         name = min(own, key=lambda name: own[name])
-        return Price(usd_per_gpu_hour=own[name], source=f"{name}, given by the user")
+        return Price(usd=own[name], source=f"{name}, given by the user")
     if ANY in overrides:
-        return Price(usd_per_gpu_hour=overrides[ANY], source="given by the user")
-    instance = INSTANCES[gpu] if gpu in INSTANCES else cheapest_for_gpu(gpu)
+        return Price(usd=overrides[ANY], source="given by the user")
+    instance = cheapest_for_gpu(gpu)
     if instance is None or instance.usd_per_gpu_hour is None:
         return None
     where = f"{instance.name} on demand in {instance.region} on {instance.date}"
-    return Price(usd_per_gpu_hour=instance.usd_per_gpu_hour, source=f"{where} ({instance.source})")
+    return Price(usd=instance.usd_per_gpu_hour, source=f"{where} ({instance.source})")
 
 
 def read_prices(path: Path) -> dict[str, float]:
     """Reads the user's prices from a .toml or .json file, for ``overrides``.
 
-    ``"p4d.24xlarge" = 11.50`` is USD an hour of the machine, ``"NVIDIA H200" = 3.20`` of one GPU, and ``any = 2.00`` of
-    any GPU that is not named.
+    ``"p4d.24xlarge" = 21.96`` is USD an hour of the machine, ``"p4d.24xlarge spot" = 11.50`` of one on the spot market,
+    ``"NVIDIA H200" = 3.20`` of one GPU, and ``any = 2.00`` of any GPU that is not named.
 
     Raises:
         ValueError: it cannot be read, or contains anything but names with positive numbers.
@@ -224,14 +256,18 @@ def read_prices(path: Path) -> dict[str, float]:
         if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < float("inf"):
             raise ValueError(f"the price of {name!r} in {path} is {price!r}; {example}")
     for name in prices:
-        if name.removeprefix("Standard_") not in INSTANCES and name != ANY and not name.startswith("NVIDIA "):
+        if (
+            name.removeprefix("Standard_").removesuffix(SPOT) not in INSTANCES
+            and name != ANY
+            and not name.startswith("NVIDIA ")
+        ):
             raise ValueError(f"{path}: {_unknown('instance type', name, INSTANCES)}; GPUs are named NVIDIA ...")
     return {name.removeprefix("Standard_"): float(price) for name, price in prices.items()}
 
 
 def named_clusters() -> list[str]:
     """The names that :func:`find_cluster` knows: the cluster files in this folder with GPU workers."""
-    return sorted(path.stem for path in CLUSTER_FILES.glob("*.yaml") if _gpu_workers(path))
+    return sorted(path.stem for path in CLUSTER_FILES.glob("*.yaml") if _gpu_workers(_read_cluster(path)))
 
 
 def find_cluster(name: str) -> NamedCluster:
@@ -243,22 +279,41 @@ def find_cluster(name: str) -> NamedCluster:
     """
     if name not in named_clusters():
         raise ValueError(_unknown("cluster", name, named_clusters()))
-    (nodes, instance), *others = _gpu_workers(CLUSTER_FILES / f"{name}.yaml")
+    config = _read_cluster(CLUSTER_FILES / f"{name}.yaml")
+    (nodes, worker), *others = _gpu_workers(config)
     if others:
         raise ValueError(f"the cluster {name} has several types of GPU workers; only one type can be planned for")
-    return NamedCluster(name=name, nodes=nodes, instance=find_instance(instance))
+    head = config["available_node_types"][config["head_node_type"]]
+    known = _instance_of(head) in INSTANCES
+    return NamedCluster(name=name, nodes=nodes, worker=_hired(worker), head=_hired(head) if known else None)
 
 
-def _gpu_workers(path: Path) -> list[tuple[int, str]]:
-    """(most machines, instance type) of the workers with GPUs in a file of Ray's cluster launcher; none in others."""
+def _read_cluster(path: Path) -> dict[str, Any]:
+    """A file of Ray's cluster launcher; other files in the folder are empty here."""
     config = next(iter(yaml.safe_load_all(path.read_text("utf-8"))), None)
-    if not isinstance(config, dict):
-        return []
+    return config if isinstance(config, dict) and "available_node_types" in config else {}
+
+
+def _gpu_workers(config: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """(most machines, node type) of the workers with GPUs."""
     return [
-        (min(node["max_workers"], config["max_workers"]), instance)
+        (min(node["max_workers"], config["max_workers"]), node)
         for name, node in config.get("available_node_types", {}).items()
-        if name != config["head_node_type"] and node["resources"].get("GPU") and (instance := _instance_of(node))
+        if name != config["head_node_type"] and node["resources"].get("GPU") and _instance_of(node)
     ]
+
+
+def _hired(node: dict[str, Any]) -> Hired:
+    """The machine of a node type."""
+    return Hired(instance=find_instance(str(_instance_of(node))), spot=_is_spot(node["node_config"]))
+
+
+def _is_spot(fields: dict[str, Any]) -> bool:
+    """Whether a node type asks for the spot market: AWS, Azure and Google each say so in their own way."""
+    aws = fields.get("InstanceMarketOptions", {}).get("MarketType")
+    azure = fields.get("azure_arm_parameters", {}).get("priority")
+    google = [each for each in fields.get("scheduling") or () if isinstance(each, dict) and each.get("preemptible")]
+    return "spot" in (aws, str(azure).lower()) or bool(google)
 
 
 def _instance_of(node: dict[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from dashboards import numbers
 LineLabel = tuple[float | None, float, str, str]
 INK, MUTED, LINE = "#1b1f24", "#5c6670", "#dde2e7"
 LINE_HEIGHT = 11.3
+LABEL_CHARACTERS = 24  # in a line of a label beside a curve
 # The notes above a panel: font size and mean width of a character, in points.
 NOTE_SIZE, NOTE_CHARACTER = 8.6, 5.0
 
@@ -115,13 +116,18 @@ def scale(axes: Any, axis: str, low: float, high: float) -> None:
     line.set_major_formatter(lambda value, _: numbers.short_count(round(value, 6)))
 
 
+def plain_percent(value: float, _: Any = None) -> str:
+    """A tick of a scale whose heading has the unit: +5, −2.5, 0."""
+    return numbers.percent(value).removesuffix("%").removesuffix(".0") if value else "0"
+
+
 def scale_linear(axes: Any, low: float, high: float) -> None:
     """Set the range of a horizontal axis in percent, which zero may be part of; the other axis has no ticks."""
     axes.set_xlim(low, high)
     axes.grid(visible=True, axis="x")
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=5)
-    axes.xaxis.set_major_formatter(lambda value, _: numbers.percent(value).replace(".0%", "%") if value else "0")
+    axes.xaxis.set_major_formatter(plain_percent)
 
 
 def _logarithmic(low: float, high: float) -> bool:
@@ -154,7 +160,7 @@ def label_ends(axes: Any, labels: list[LineLabel]) -> None:
     to_axes, edge = axes.transScale + axes.transLimits, axes.get_xlim()[1]
     heights = {label: to_axes.transform((edge, label[1]))[1] * height for label in labels}
     labels = sorted(labels, key=lambda label: heights[label])
-    texts = [textwrap.fill(text, 24) for _, _, text, _ in labels]
+    texts = [textwrap.fill(text, LABEL_CHARACTERS) for _, _, text, _ in labels]
     sizes = [LINE_HEIGHT * (1 + text.count("\n")) for text in texts]
     places = spread([heights[label] for label in labels], sizes, height)
     for label, text, place in zip(labels, texts, places):

@@ -39,7 +39,8 @@ OTHERS = [
 MARKERS = "os^DvPX<>*hp"
 
 
-# Up to this many curves, each has a label and a band; beyond it, only each variant's best setting has.
+# Up to this many curves, each has a label and a band; beyond it there are no bands, and labels of each variant's best
+# setting alone.
 MOST_LABELLED = 6
 # On a log axis a descent of up to this factor is shown in full.
 TALLEST = 12
@@ -103,7 +104,8 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
         low, high = (
             [point["perplexity"] if point[end] is None else point[end] for point in points] for end in ("low", "high")
         )
-        axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
+        if not crowded:
+            axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(where, values, color=colour, linewidth=1.4, marker=marker, markersize=3.4, markeredgewidth=0)
         state = "" if trial["state"] == "finished" else f", {trial['state']}"
         if not crowded:
@@ -116,20 +118,14 @@ def curves(figure: Any, comparison: dict, context: dict, against: str) -> None:
 
 
 def finals(figure: Any, comparison: dict, context: dict) -> None:
-    """Final perplexity of each trial at one context length, with its interval, above the untuned references."""
+    """Final perplexity of each trial (with axes, setting) at one context length, above the untuned references."""
     looks = styles(comparison)
     ends = [trial["final"] for each in comparison["contexts"] for trial in each["trials"] if trial["final"]]
     references = [reference for each in comparison["contexts"] for reference in each["references"]]
     left, right = drawing.limits(ends, references, reach=1.6)
     rows = [
-        (
-            _in_margin(trial["name"]),
-            trial["final"],
-            looks[trial["variant"]][0],
-            looks[trial["variant"]][2],
-            trial["state"],
-        )
-        for trial in context["trials"]
+        (_in_margin(one["name"]), one["final"], *looks[one["variant"]][::2], one.get("state", ""))
+        for one in _final_rows(comparison, context)
     ]
     rows += [(_in_margin(reference["label"]), reference, MUTED, "d", "") for reference in context["references"]]
     axes = drawing.panel(figure, context, "final perplexity", (left, right), left=132, right=62)
@@ -174,7 +170,7 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
     axes.grid(visible=True, axis="y")
     axes.locator_params(axis="y", nbins=5)
     # The heading has the unit.
-    axes.yaxis.set_major_formatter(lambda v, _: numbers.percent(v).removesuffix("%").removesuffix(".0") if v else "0")
+    axes.yaxis.set_major_formatter(drawing.plain_percent)
     colour_of_zero = looks[baseline][0] if one_baseline else INK
     axes.axhline(0, color=colour_of_zero, linewidth=1.4)
     labels: list[drawing.LineLabel] = [(None, 0.0, zero, colour_of_zero)]
@@ -191,7 +187,8 @@ def gaps(figure: Any, comparison: dict, context: dict) -> None:
         low, high = (
             [point["percent"] if point[end] is None else point[end] for point in points] for end in ("low", "high")
         )
-        axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
+        if len(lines) <= MOST_LABELLED:
+            axes.fill_between(where, low, high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(where, values, color=colour, linewidth=1.4, marker=marker, markersize=3.4, markeredgewidth=0)
         labels.append((where[-1], values[-1], f"{called[line['method']]} {numbers.percent(values[-1])}", colour))
     axes.set_xlim(left=0)
@@ -252,7 +249,7 @@ def effects(figure: Any, comparison: dict, context: dict) -> None:
         known = one["low"] is not None and one["high"] is not None
         colour = INK if known and (one["low"] > 0 or one["high"] < 0) else MUTED
         beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "color": colour}
-        axes.annotate(_in_margin(f"{one['value']} against {one['against']}"), (0, row), (-8, 0), ha="right", **beside)
+        axes.annotate(_effect_name(one), (0, row), (-8, 0), ha="right", **beside)
         axes.annotate(numbers.percent(one["percent"]), (1, row), (8, 0), **beside)
         if known:
             axes.plot([one["low"], one["high"]], [row, row], color=colour, linewidth=3, alpha=0.3)
@@ -271,9 +268,18 @@ def baseline_gaps(context: dict) -> list[dict]:
     return [one for one in context["gaps"] if baselines.get(one["method"]) == one["baseline"]]
 
 
+def _final_rows(comparison: dict, context: dict) -> list[dict]:
+    """What has a final perplexity, or lacks it: each trial, or with axes each setting and unfinished trial."""
+    if not comparison["axes"]:
+        return context["trials"]
+    return context["settings"] + [trial for trial in context["trials"] if not trial["final"]]
+
+
 def _in_margin(name: str) -> str:
-    """A row's name, in lines that fit beside a panel."""
-    return textwrap.fill(name, 25)
+    """A row's name, in lines that fit beside a panel and break between the parts of a variant's name."""
+    parts = name.split(" · ")
+    whole = (part if len(part) > 22 else part.replace(" ", "\xa0") for part in parts)
+    return textwrap.fill(" · ".join(whole) if len(parts) > 1 else name, 25)
 
 
 def _row_height(names: Iterable[str]) -> int:
@@ -283,21 +289,30 @@ def _row_height(names: Iterable[str]) -> int:
 
 def _finals_height(comparison: dict) -> float:
     contexts = comparison["contexts"]
-    names = [one["name"] for each in contexts for one in each["trials"]]
+    rows = [_final_rows(comparison, each) for each in contexts]
+    names = [one["name"] for each in rows for one in each]
     names += [one["label"] for each in contexts for one in each["references"]]
     height = 18 if _row_height(names) < 20 else _row_height(names)
-    return 86 + height * max(len(one["trials"]) + len(one["references"]) for one in contexts)
+    return 86 + height * max(len(each) + len(one["references"]) for each, one in zip(rows, contexts))
+
+
+def _effect_name(effect: dict) -> str:
+    """Both values, each on its own lines."""
+    return "\n".join(textwrap.fill(text, 25) for text in (effect["value"], f"against {effect['against']}"))
 
 
 def _effects_height(comparison: dict) -> float:
     every = [one for each in comparison["contexts"] for one in each["effects"]]
-    height = _row_height(f"{one['value']} against {one['against']}" for one in every)
+    height = 9 + 10 * max((_effect_name(one).count("\n") + 1 for one in every), default=1)
     return 86 + height * max(len(each["effects"]) for each in comparison["contexts"])
 
 
 def _curves_height(comparison: dict) -> float:
-    """Room for the labels of many variants beside their lines."""
-    return 262 + 16 * max(0, len(comparison["variant_labels"]) - MOST_LABELLED)
+    """Room for the labels of all variants and references beside their lines."""
+    labels = [f"{name} 0.00" for name in comparison["variant_labels"].values()]
+    labels += [f"{one['label']} 0.00" for one in comparison["contexts"][0]["references"]]
+    lines = sum(len(textwrap.wrap(label, drawing.LABEL_CHARACTERS)) for label in labels)
+    return max(262, 100 + drawing.LINE_HEIGHT * lines)
 
 
 @dataclass(frozen=True)

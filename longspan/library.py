@@ -79,7 +79,7 @@ def plan(what: What = DEFAULT, **overrides: Any) -> DataFrame:
         }
         for planned in made.planned
     ]
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows).astype({"seconds": float, "hours": float, "usd": float})
 
 
 def _cost(planned: Planned, name: str) -> float | None:

@@ -110,7 +110,7 @@ class Sweep:
         for row in rows:
             row.update(varied.get(row.get("fingerprint", ""), {}))
         more = list(dict.fromkeys(name for fields in varied.values() for name in fields))
-        return pandas.DataFrame(rows, columns=[*COLUMNS, *more, "fingerprint"])
+        return _numbers(pandas.DataFrame(rows, columns=[*COLUMNS, *more, "fingerprint"]))
 
     @cached_property
     def curves(self) -> DataFrame:
@@ -156,7 +156,7 @@ class Sweep:
             for context in self.comparison["contexts"]
             for setting in context["settings"]
         ]  # fmt: skip
-        return pandas.DataFrame(rows, columns=list(SETTING_COLUMNS))
+        return _numbers(pandas.DataFrame(rows, columns=list(SETTING_COLUMNS)))
 
     @cached_property
     def effects(self) -> DataFrame:
@@ -168,9 +168,8 @@ class Sweep:
             for context in self.comparison["contexts"]
             for effect in context["effects"] or ()
         ]
-        return pandas.DataFrame(
-            rows, columns=["axis", "value", "against", "context_length", "percent", "low", "high", "seeds"]
-        )
+        columns = ["axis", "value", "against", "context_length", "percent", "low", "high", "seeds"]
+        return _numbers(pandas.DataFrame(rows, columns=columns))
 
     def best(self, context_length: int | None = None) -> Trial:
         """The trained trial with the lowest perplexity at a context length; of several seeds the best one.
@@ -208,3 +207,9 @@ class Sweep:
         names = [name for name in next(iter(fields.values()), {}) if name not in (*COLUMNS, "eval_span")]
         varied = [name for name in names if len({str(training[name]) for training in fields.values()}) > 1]
         return {fingerprint: {name: training[name] for name in varied} for fingerprint, training in fields.items()}
+
+
+def _numbers(frame: DataFrame) -> DataFrame:
+    """The table with NaN for numbers that are unknown, also where a whole column is."""
+    measured = ("perplexity", "low", "high", "percent", "tokens_per_second", "peak_memory_gib", "hours", "usd")
+    return frame.astype({name: float for name in measured if name in frame})

@@ -14,6 +14,7 @@ from typing import Any
 
 from workloads.config import TrainingConfig, TrainingFields, labels
 from workloads.errors import InputError
+from workloads.wording import has_effect
 
 # These say what is learned and how it is scored: trials that differ in them cannot be compared.
 NOT_AXES = ("task", "original_length", "eval_every", "eval_documents")
@@ -95,13 +96,9 @@ def in_words(values: Iterable[Any]) -> str:
 
 
 def distinction(training: TrainingConfig, axes: Iterable[str]) -> str:
-    """What sets a trial apart from the others of its method and context length: ``yarn layers last 4 r 32``.
-
-    Args:
-        axes: those that have an effect on the trial.
-    """
+    """What sets a trial apart from the others of its method and context length: ``yarn layers last 4 r 32``."""
     words = []
-    for name in axes:
+    for name in (axis for axis in axes if has_effect(training, axis)):
         value = getattr(training, name)
         if name == "positions" and value != "none":
             words.append(value)

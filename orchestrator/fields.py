@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_best", "keep_every", "max_failures",
         "max_preemptions", "hang_timeout", "force", "force_trials",
     ),
-    "money": ("budget_hours", "budget_usd", "price_per_hour", "prices"),
+    "money": ("budget_hours", "budget_usd", "budget_usd_per_hour", "price_per_hour", "prices"),
 }  # fmt: skip
 MOST_USED = {
     "model": "builtin:tiny, a folder, .gguf file, or Hugging Face id",

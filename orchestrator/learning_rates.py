@@ -10,13 +10,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from orchestrator.axes import AXES, as_text
+from workloads.config import TrainingConfig
 from workloads.errors import InputError
 
 # What a rule may name.
 CONDITIONS = ("method", "context_length", *AXES)
+TYPES = get_type_hints(TrainingConfig)
 FLAG = "--learning-rate-for"
 
 
@@ -33,7 +35,7 @@ class Rule:
         """A rule from its text.
 
         Raises:
-            InputError: it has another form, names an unknown field, or its rate is not a positive number.
+            InputError: it has another form, names an unknown field or value, or its rate is not a positive number.
         """
         conditions, _, rate = text.rpartition(":")
         values: dict[str, str] = {}
@@ -50,6 +52,9 @@ class Rule:
                     f"{FLAG} {text}: the field {field!r} is unknown; expected one of {', '.join(CONDITIONS)}"
                 )
             values[field] = value.strip()
+            choices = get_args(TYPES[field])
+            if get_origin(TYPES[field]) is Literal and values[field] not in choices:
+                raise InputError(f"{FLAG} {text}: {field} is {values[field]!r}; expected one of {', '.join(choices)}")
         try:
             number = float(rate)
         except ValueError:

@@ -40,7 +40,7 @@ def make_plan(name: str, spec: SweepSpec, options: RunOptions) -> tuple[Identifi
     Raises:
         InputError: settings, a model or data that cannot be.
     """
-    sweep = identify(check_sweep(name, spec, options))
+    sweep = identify(check_sweep(name, spec, options, plan_only=True))
     return sweep, plan_sweep(sweep, _cluster(options))
 
 

@@ -66,22 +66,28 @@ class RunOptions(ExecutionFields, Placement):
     """Seconds without a sign of life after which the others count a worker as lost."""
     price_per_hour: float | None = None
     """USD an hour of one GPU (an instance's price divided by its GPUs), or of one CPU thread if there are no GPUs;
-    by default that of the cheapest on-demand instance with this GPU (clusters/prices.py), else unknown."""
+    by default that of the cluster's machines, or of the cheapest on-demand instance with this GPU
+    (clusters/prices.py), else unknown."""
     prices: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Your prices as .toml or .json: USD an hour by instance type ("p4d.24xlarge") or of one GPU ("NVIDIA H200")."""
+    """Your prices as .toml or .json: USD an hour of a machine by its type ("p4d.24xlarge", "p4d.24xlarge spot"), or of
+    one GPU ("NVIDIA H200")."""
     force: bool = False
     """Train all of the sweep's trials from the beginning, even if they are finished; earlier results are kept in the
     trial's folder as earlier-1, earlier-2 and so on. Use it only if an earlier result cannot be trusted."""
     force_trials: tuple[str, ...] = ()
     """Train only these trials again: fingerprints, or their first digits (4 or more)."""
-    fit: bool = False
+    fit: bool = True
     """If a trial does not fit into memory, run it with the smallest change that makes it fit: smaller micro-batches,
-    ZeRO, more workers, gradient checkpointing, offload. None of them changes its result beyond rounding."""
+    ZeRO, more workers, gradient checkpointing, offload. None of them changes its result beyond rounding, and the plan
+    names them. With --no-fit such a trial is refused."""
     budget_hours: float | None = None
     """GPU hours (CPU hours if there are no GPUs) that this sweep may take, over all runs of its command: a plan that
     exceeds them is refused, and a run that reaches them stops with checkpoints."""
     budget_usd: float | None = None
-    """The same limit in US dollars."""
+    """The same limit in US dollars: what the machines cost, idle GPUs and the head included."""
+    budget_usd_per_hour: float | None = None
+    """US dollars an hour that the machines may cost together: of a cluster of clusters/, as many are used as that
+    allows."""
     target_perplexity: float | None = None
     """Perplexity whose cost is compared; by default the final perplexity of full fine-tuning."""
     as_good_within: float = 0.01
@@ -114,6 +120,7 @@ class RunOptions(ExecutionFields, Placement):
         for field in (
             *("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"),
             *("hang_timeout", "price_per_hour", "as_good_within", "budget_hours", "budget_usd"),
+            "budget_usd_per_hour",
         ):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:

@@ -256,7 +256,7 @@ class SweepSpec(TrainingFields, Compared):
                         raise
                     impossible[str(error)].append(asked)
                 else:
-                    made += [(asked, add(config, self._distinction(setting, config))) for config in configs]
+                    made += [(asked, add(config, self._distinction(config))) for config in configs]
         self._refuse_without_trials(made, impossible)
         self._refuse_without_effect(made)
         left_out = [self._describe(settings, reason) for reason, settings in impossible.items()]
@@ -313,8 +313,8 @@ class SweepSpec(TrainingFields, Compared):
     def _rules(self) -> list[Rule]:
         return [Rule.parse(text) for text in self.learning_rate_for]
 
-    def _distinction(self, setting: Mapping[str, Any], config: TrainingConfig) -> str:
-        named = distinction(config, [name for name in self.axes if name in setting])
+    def _distinction(self, config: TrainingConfig) -> str:
+        named = distinction(config, self.axes)
         rate = f"lr {config.learning_rate:g}" if self.learning_rate_sweep != (1.0,) else ""
         return f"{named} {rate}".strip()
 

@@ -36,11 +36,10 @@ from orchestrator.records.heartbeat import Heartbeat, is_alive, read_command
 from orchestrator.records.json_files import DamagedFile
 from orchestrator.records.mlflow_sync import Tracker, tracking_uri
 from orchestrator.records.provenance import Provenance
-from orchestrator.records.storage import Storage
-from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.conclusion import Conclusion, failures
 from orchestrator.reporting.overview import Overview
 from orchestrator.run_options import RunOptions
+from orchestrator.running.interruption import describe_kept
 from orchestrator.running.sweep_runner import SweepRunner
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep_file import saved
@@ -98,7 +97,8 @@ def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console)
             with Heartbeat(sweep.storage, sweep.name, status.describe, sweep.spec.digest()):
                 return _sweep(sweep, status, namesake, began, console)
         except KeyboardInterrupt as interruption:
-            interruption.add_note(_kept_so_far(sweep.storage, status.plan))
+            lines = describe_kept(sweep.storage, status.plan.trials if status.plan else ())
+            interruption.add_note("\n".join([*lines, "The same command continues from there."]))
             raise
     finally:
         if ray := sys.modules.get("ray"):
@@ -231,28 +231,6 @@ def _restore_damaged(sweep: Prepared, plan: SweepPlan, console: Console) -> None
         except DamagedFile as error:
             sweep.storage.add_trial(trial, sweep.source.location)
             console.print(f"note: {error}; it is written again", markup=False, soft_wrap=True)
-
-
-def _kept_so_far(storage: Storage, plan: SweepPlan | None) -> str:
-    """What an interruption leaves of each trial, and how to continue."""
-    lines = []
-    width = max((len(planned.trial.label) for planned in plan.planned), default=0) if plan else 0
-    for planned in plan.planned if plan else ():
-        record = TrialRecord.of(storage.trial(planned.trial.fingerprint).journal)
-        steps = planned.trial.training.steps
-        kept = "not started"
-        if record.state == "finished":
-            kept = "finished"
-        elif record.state == "stopped" and record.stopped:
-            kept = f"stopped early at step {record.stopped.step} of {steps}"
-        elif record.state == "cancelled" and record.cancelled:
-            kept = f"cancelled at step {record.cancelled.step} of {steps}"
-        elif record.saved_step:
-            kept = f"checkpoint at step {record.saved_step} of {steps}"
-        elif record.launched:
-            kept = "no checkpoint yet, starts over"
-        lines.append(f"  {planned.trial.label:<{width}}  {kept}")
-    return "\n".join([*lines, "The same command continues from there."])
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def test_a_clone_named_longspan_does_not_hide_the_package_from_its_parent_folder
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
     # An environment's folder of packages: its .pth files count. -S leaves out this environment's own installation.
     code = (
-        "import site, sys; site.addsitedir(sys.argv[1]); import longspan, orchestrator; "
-        "print(longspan.__file__, orchestrator.__file__)"
+        "import site, sys; site.addsitedir(sys.argv[1]); from importlib.util import find_spec; "
+        "print(find_spec('longspan').origin, find_spec('orchestrator').origin)"
     )
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, str(tmp_path / "site")],

@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class HubUnreachable(InputError):
+    """The model hub cannot be reached, or does not give what it has without a token."""
+
+
 @contextmanager
 def one_error(problem: str, fix: str) -> Iterator[None]:
     """Turns whatever is raised inside into an InputError: the problem, its first line in brackets, and the fix.
@@ -36,7 +40,9 @@ def near(name: str, known: Iterable[str]) -> str | None:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """``recipe 'convergance' is unknown; did you mean convergence? Known: ...``, the middle only if a name is near."""
     guess = near(name, names := list(known))
-    return f"{kind} {name!r} is unknown{f'; did you mean {guess}?' if guess else '.'} Known: {', '.join(names)}"
+    return (
+        f"{kind} {name!r} is unknown{f'; did you mean {guess}?' if guess else '.'} Known: {', '.join(names) or 'none'}"
+    )
 
 
 def first_line(error: BaseException) -> str:

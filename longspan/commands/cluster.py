@@ -32,7 +32,7 @@ def show_clusters(
         console = make_console()
         for name in named_clusters():
             cluster = find_cluster(name)
-            machine = cluster.instance
+            machine = cluster.worker.instance
             console.print(f"{name}: {cluster.nodes} x {machine.name}, each {machine.gpus} x {machine.gpu}")
         return 0
     path = Path(file) if Path(file).is_file() else CLUSTER_FILES / f"{file}.yaml"

@@ -28,8 +28,8 @@ REFERENCE_LABELS: dict[str, str] = {"none": UNCHANGED} | {
 REFERENCE_PHRASES = {
     REFERENCE_LABELS[name]: f"the untuned model with {kind.label}" for name, kind in POSITIONS.items()
 } | {UNCHANGED: "the unchanged model"}
-# With more variants than this, sentences tell of the best ones, and tables of all.
-MOST_TOLD = 6
+# Sentences tell of each variant up to this many; of more, they tell of the best few, and tables of all.
+MOST_TOLD, FEW = 6, 3
 
 
 def labels(variants: Iterable[Variant], axes: Iterable[str]) -> dict[str, Any]:
@@ -168,7 +168,8 @@ def of_context(
     """
     lowest, trials = context["lowest"], context["trials"]
     chosen = {setting["variant"]: setting for setting in context["settings"] if setting["chosen"]}
-    told = sorted(chosen, key=lambda variant: scores[variant].perplexity)[:MOST_TOLD]
+    ranked = sorted(chosen, key=lambda variant: scores[variant].perplexity)
+    told = ranked if len(ranked) <= MOST_TOLD else ranked[:FEW]
     told = [variant for variant in chosen if variant in told]  # in the order of the settings
     sentences = []
     if references and lowest is not None:
@@ -183,8 +184,11 @@ def of_context(
         sentences += _chosen_rates(context["settings"], chosen, names)
         sentences += [_spread(names[v], trials, v) for v in told if len(chosen[v]["seeds"]) > 1]
         sentences += _unequal_seeds(chosen, seeds)
-        for variant in sorted(set(told) - {lowest}, key=lambda variant: scores[variant].perplexity):
+        for variant in [variant for variant in ranked[1:] if variant in told]:
             sentences.append(_versus(names[variant], names[lowest], scores[variant], scores[lowest]))
+    if len(told) < len(chosen):
+        sentences.append(f"Tables have the other {len(chosen) - len(told)} of {len(chosen)} settings.")
+    sentences += [_effect(effect, context["scored_documents"]) for effect in context["effects"]]
     sentences += baselines.notes
     if baselines.explicit:
         sentences += [
@@ -194,9 +198,6 @@ def of_context(
         ]
     sentences += _costs(context, {variant: chosen[variant] for variant in told}, names, hardware)
     sentences += against
-    if len(told) < len(chosen):
-        sentences.append(f"Tables have the other {len(chosen) - len(told)} of {len(chosen)} settings.")
-    sentences += [_effect(effect, context["scored_documents"]) for effect in context["effects"]]
     sentences += _at_original_length([trial for trial in trials if trial["variant"] in told])
     return sentences + [text for trial in trials if (text := _unfinished(trial))]
 
@@ -411,8 +412,8 @@ def too_few(num_documents: int) -> str:
     """Why so few documents give no interval, and what to do."""
     scored = "1 document is" if num_documents == 1 else f"{num_documents} documents are"
     return (
-        f"only {scored} scored, and intervals need at least {FEWEST_DOCUMENTS}. Hold out more data, or raise "
-        "--eval-documents if more is held out."
+        f"only {scored} scored, and intervals need at least {FEWEST_DOCUMENTS}. Hold out more data (--holdout, "
+        "--eval-data), or raise --eval-documents if more is held out."
     )
 
 

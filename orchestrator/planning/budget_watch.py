@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.records.storage import Storage
-from orchestrator.records.trial_cost import held_cost
+from orchestrator.records.trial_cost import held_cost, machines_usd
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.run_options import RunOptions
 from orchestrator.trial_spec import TrialSpec
@@ -25,10 +25,9 @@ class Spending:
         self.records: dict[str, TrialRecord] = {}
 
     def so_far(self, trials: Sequence[TrialSpec]) -> tuple[float, float | None]:
-        """(hours, USD); USD is None where the price of an hour is unknown."""
+        """(device hours, USD of whole machines); USD is None where the price of an hour is unknown."""
         hours = 0.0
-        usd: float | None = 0.0
-        for trial in list(trials):
+        for trial in (trials := list(trials)):
             record = self.records.get(trial.fingerprint)
             if record is None:
                 record = self.records[trial.fingerprint] = TrialRecord(self.storage.trial(trial.fingerprint).journal)
@@ -36,10 +35,8 @@ class Spending:
                 record.follow()
             except Exception as error:  # an unreadable journal must not hide what the other trials spend
                 logger.warning("%s cannot be read now, its last known hours count: %r", record.journal.location, error)
-            trial_hours, trial_usd = held_cost(record, self.sweep)
-            hours += trial_hours
-            usd = None if usd is None or trial_usd is None else usd + trial_usd
-        return hours, usd
+            hours += held_cost(record, self.sweep)[0]
+        return hours, machines_usd([self.records[trial.fingerprint] for trial in trials], self.sweep)
 
 
 class BudgetWatch:

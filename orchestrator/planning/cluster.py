@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.prices import find_cluster
+from clusters.prices import Hired, find_cluster
 from orchestrator.gpus import visible_gpus
 from orchestrator.planning.ray_files import make_token_folder, restrict
 from orchestrator.planning.ray_head import RUN_HERE, check_head
@@ -79,12 +79,14 @@ class Cluster:
     """The machines that trials run on.
 
     Args:
-        instance: the type of its machines (clusters/prices.py), if known.
+        worker, head: the machines of its file; None without a file, or if the head's type is unknown. Its autoscaler
+            starts and ends workers as trials need them.
         own: whether this process started it, so that its workers inherit this environment.
     """
 
     nodes: tuple[Node, ...]
-    instance: str | None = None
+    worker: Hired | None = None
+    head: Hired | None = None
     own: bool = True
 
     @property
@@ -108,10 +110,10 @@ class Cluster:
             found = find_cluster(name)
         except ValueError as error:
             raise InputError(f"--cluster: {error}") from error
-        kind = found.instance
+        kind = found.worker.instance
         memory, gpu_memory = (kind.memory_gib or 0) * GIB, (kind.gpu_memory_gib or 0) * GIB
         node = Node(kind.cpus or 0, kind.gpus, memory, kind.gpu, gpu_memory)
-        return cls((node,) * found.nodes, kind.name)
+        return cls((node,) * found.nodes, found.worker, found.head)
 
     @classmethod
     def this_machine(cls) -> Cluster:
@@ -119,6 +121,15 @@ class Cluster:
         gpus = visible_gpus()
         name, memory = min(gpus, key=lambda gpu: gpu[1], default=(None, 0))
         return cls((Node(usable_cpus(), len(gpus), host_memory(), name, memory, multiplies_bfloat16()),))
+
+    @property
+    def is_only_planned_for(self) -> bool:
+        """Whether it is a cluster file's, and nothing here says what is installed there."""
+        return self.worker is not None and self.own
+
+    def with_machines(self, number: int) -> Cluster:
+        """The cluster with its first machines only."""
+        return dataclasses.replace(self, nodes=self.nodes[:number])
 
     @property
     def precision(self) -> Precision:

@@ -6,13 +6,14 @@ on the same hardware, scaled by FLOPs; without such trials they follow from the 
 
 from __future__ import annotations
 
-import heapq
+import copy
+import importlib.util
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from clusters.prices import Price, price_per_gpu_hour
 from orchestrator.planning.cluster import Cluster
+from orchestrator.planning.rates import Rates
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.run_options import RunOptions
 from orchestrator.terminal import and_list, gib
@@ -50,6 +51,7 @@ class Estimate:
         memory: what each worker needs.
         device_memory: bytes that each worker has.
         seconds: to its end, including start-up and evaluations.
+        usd: the share of its devices in the price of their machine; machines are billed whole (planning/cost.py).
         disk: bytes of its checkpoints.
         layers: layers with a backward pass, which could recompute their activations.
         changes: what --fit has changed.
@@ -115,13 +117,21 @@ class Estimator:
         self.shape, self.original_length = shape, original_length
         self.cluster, self.options = cluster, options
         self.device = cluster.device(options)
-        self.price: Price | None = price_per_gpu_hour(cluster.instance or self.device.name, prices)
+        self.rates = Rates.of(cluster, self.device.name, prices)
+        self.zero = cluster.is_only_planned_for or importlib.util.find_spec("deepspeed") is not None
         self.start_up = START_UP_SECONDS
         self.timed: list[Timed] = []
         self.untuned: set[str] = set()  # fingerprints: their scores are step 0 of the trials that start from them
         # Many trials of a sweep differ by their seed or learning rate alone, and share these.
         self._placed: dict[tuple[TrainingConfig, bool], Placed] = {}
         self._timed_devices: dict[TrainingConfig, Device] = {}
+
+    def with_options(self, options: RunOptions) -> Estimator:
+        """An estimator for the same trials and machines under other options, which has learned the same."""
+        other = copy.copy(self)
+        other.options, other.device = options, self.cluster.device(options)
+        other._placed, other._timed_devices = {}, {}
+        return other
 
     def learn(self, known: Iterable[tuple[TrialSpec, TrialRecord]]) -> None:
         """Learns from what trials of the same model measured on the same kind of device."""
@@ -166,14 +176,15 @@ class Estimator:
             return Placed(workers, execution, needs, refusal=refusal)
         if needs.total <= self.device.memory:
             return Placed(workers, execution, needs)
-        has = f"{gib(needs.total)} on each of {workers} x {gib(self.device.memory)}"
+        lacks = f"needs more than the {gib(self.device.memory)} of {self.device.name}"
         found = smallest_change_that_fits(
-            self.shape, training, asked, workers, self.device, self.cluster.most_workers(options)
+            self.shape, training, asked, workers, self.device, self.cluster.most_workers(options), zero=self.zero
         )
         if found is None:
-            refusal = f"needs {has} {self.device.name}; nothing that --fit may change makes it fit"
+            more = "" if self.zero else " (ZeRO needs DeepSpeed: pip install 'longspan[deepspeed]')"
+            refusal = f"{lacks}; nothing that leaves its result as it is makes it fit{more}"
         elif not fit:
-            refusal = f"needs {has} {self.device.name}; {and_list(found.changes)} would make it fit (--fit)"
+            refusal = f"{lacks}; {and_list(found.changes)} would make it fit (--fit)"
         else:
             return Placed(found.workers, found.execution, found.memory, found.changes)
         return Placed(workers, execution, needs, refusal=refusal)
@@ -200,8 +211,8 @@ class Estimator:
                     original_length=self.original_length, from_step=record.saved_step if record else 0,
                     step_0_known=self._step_0_known(trial),
                 )  # fmt: skip
-            if self.price:
-                usd = seconds * devices / 3600 * self.price.usd_per_gpu_hour
+            if self.rates.device is not None:
+                usd = seconds * devices / 3600 * self.rates.device
         return Estimate(
             workers=workers,
             devices=devices,
@@ -254,28 +265,3 @@ def checkpoints_on_disk(training: TrainingConfig, execution: ExecutionConfig) ->
         return 0
     every = training.steps // execution.keep_every if execution.keep_every else 0
     return execution.keep_last + execution.keep_best + every + 1
-
-
-def makespan(jobs: Iterable[tuple[int, float]], capacity: float, at_once: int | None = None) -> float:
-    """Seconds until all jobs are done: the largest first, each started as soon as it fits.
-
-    Args:
-        jobs: (devices, seconds) of each.
-        capacity: devices.
-        at_once: jobs that may run at the same time.
-    """
-    waiting = sorted(jobs, key=lambda job: job[0] * job[1], reverse=True)
-    running: list[tuple[float, int]] = []
-    now, free = 0.0, capacity
-    while waiting or running:
-        for job in list(waiting):
-            devices, seconds = job
-            if devices <= free and (at_once is None or len(running) < at_once):
-                waiting.remove(job)
-                free -= devices
-                heapq.heappush(running, (now + seconds, devices))
-        if not running:
-            return float("inf")  # a job needs more devices than there are
-        now, devices = heapq.heappop(running)
-        free += devices
-    return now

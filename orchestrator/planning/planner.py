@@ -11,10 +11,12 @@ from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.run_options import RunOptions
+from orchestrator.terminal import and_list
 from orchestrator.trial_spec import TrialSpec
 from workloads.errors import InputError
 
 Action = Literal["run", "resume", "known", "stopped", "infeasible"]
+NEW, NEW_UNTUNED = "not trained yet", "not evaluated yet"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Planned:
     estimate: Estimate
     forced: bool = False
     journal_offset: int = 0
+
+    @property
+    def footnote(self) -> str | None:
+        """The reason, unless it is the plain one of a trial that nothing is known of."""
+        return self.reason.removeprefix(NEW).removeprefix(NEW_UNTUNED).removeprefix("; ") or None
 
     @property
     def trains(self) -> bool:
@@ -93,7 +100,9 @@ def _plan(
         return planned("stopped", f"stopped early at step {record.stopped.step}: {record.reason}")
     if estimate.refusal:
         return planned("infeasible", estimate.refusal)
-    changed = f"; with {', '.join(estimate.changes)}, to make it fit" if estimate.changes else ""
+    # The table has a column for layers that recompute or are offloaded.
+    changes = [each for each in estimate.changes if not each.startswith(("gradient checkpointing", "activations of"))]
+    changed = f"; runs with {and_list(changes)}, to fit into memory" if changes else ""
     if record.saved_step:
         reason = f"from step {record.saved_step} of {trial.training.steps}"
         if record.state == "cancelled":
@@ -103,7 +112,7 @@ def _plan(
         return planned("run", f"failed before ({record.reason}); will be retried" + changed)
     if record.state == "cancelled":
         return planned("run", f"cancelled before {record.reason}" + changed)
-    return planned("run", ("not trained yet" if trial.training.steps else "not evaluated yet") + changed)
+    return planned("run", (NEW if trial.training.steps else NEW_UNTUNED) + changed)
 
 
 def superseded(planned: Sequence[Planned], storage: Storage) -> list[str]:
@@ -151,5 +160,8 @@ def summarise_actions(planned: Sequence[Planned]) -> str:
 def refuse_infeasible(planned: Sequence[Planned]) -> None:
     """Raises InputError if a trial does not fit into memory, with what would make it fit."""
     if infeasible := [p for p in planned if p.action == "infeasible"]:
-        each = "\n".join(f"  {p.trial.label}: {p.reason}" for p in infeasible)
+        reasons = dict.fromkeys(p.reason for p in infeasible)
+        each = "\n".join(
+            f"  {', '.join(p.trial.label for p in infeasible if p.reason == reason)}: {reason}" for reason in reasons
+        )
         raise InputError(f"{len(infeasible)} of {len(planned)} trials do not fit into memory:\n{each}")

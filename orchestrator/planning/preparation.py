@@ -39,11 +39,14 @@ from workloads.data import (
     prepare_examples,
 )
 from workloads.data import prepare as prepare_corpus
-from workloads.errors import InputError
+from workloads.errors import HubUnreachable, InputError
+from workloads.files.given import existing_path
+from workloads.models.known import KnownModel
 from workloads.models.positions import extend, original_context_length
 from workloads.models.source import ModelSource, check_vocabulary, refuse_no_end
 
 Report = Callable[[str], None]
+UNREAD = "unread"  # the identity of data that only a plan may go without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Checked:
         source, corpus: where the model and the data are.
         prices: the user's own, in USD an hour (see :func:`orchestrator.records.provenance.own_prices`).
         early_stopping: None: trials are not stopped early.
+        plan_only: nothing will be trained.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Checked:
     corpus: Corpus | Instructions
     prices: dict[str, float]
     early_stopping: EarlyStopping | None
+    plan_only: bool = False
 
     @property
     def folder(self) -> Path:
@@ -88,12 +93,14 @@ class Identified(Checked):
         original_length: the model's original context length, in tokens.
         model_notes: what was assumed about the model's own positions, where they are replaced, and what in its files
             differs from its configuration or could not be checked.
+        unread: model and data that the hub does not give, in a plan.
     """
 
     shape: ModelShape
     original_length: int
     model_notes: tuple[str, ...]
     identities: Identities
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +130,11 @@ class Prepared(Identified):
         return self.held_out(min((t.training for t in trials), key=lambda training: training.context_length))
 
 
-def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
+def check_sweep(name: str, spec: SweepSpec, options: RunOptions, *, plan_only: bool = False) -> Checked:
     """Checks everything that is known without reading the model and the data, and opens the storage root.
+
+    Args:
+        plan_only: nothing will be trained: a well-known model and a data set need not be there.
 
     Raises:
         InputError: settings that cannot be, or that contradict each other.
@@ -161,7 +171,7 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
             f"--keep-best and --keep-every with the storage {options.storage}: an object store keeps the last "
             "checkpoints only; leave them out, or give a shared folder"
         )
-    source = ModelSource.parse(spec.model)
+    source = _model_to_plan(spec.model) if plan_only else ModelSource.parse(spec.model)
     source.refuse_adapter()
     return Checked(
         name=name,
@@ -174,7 +184,21 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions) -> Checked:
         else Corpus.parse(spec.data, spec.text_column, spec.max_train_tokens, spec.holdout, spec.eval_data),
         prices=own_prices(options),
         early_stopping=early_stopping,
+        plan_only=plan_only,
     )
+
+
+def _model_to_plan(name: str) -> ModelSource:
+    """The model, or its known configuration if the hub does not give it: no network, or no token for a gated one."""
+    known = KnownModel.named(name)
+    if known is None or existing_path(name):
+        return ModelSource.parse(name)
+    try:
+        source = ModelSource.parse(name)
+        source.config()
+    except InputError:
+        return known
+    return source
 
 
 def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
@@ -190,9 +214,11 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     report(f"reading the model {spec.model}")
     config = source.config(spec.original_length)
     original_length = original_context_length(config)
-    shape, loaded = ModelShape.of(config), source.tokenizer()
-    check_vocabulary(loaded, shape.vocab_size, spec.model)
-    refuse_no_end(loaded, spec.model)
+    shape = ModelShape.of(config)
+    if not isinstance(source, KnownModel):
+        loaded = source.tokenizer()
+        check_vocabulary(loaded, shape.vocab_size, spec.model)
+        refuse_no_end(loaded, spec.model)
     _check_adaptation(spec, config, shape)
     used = dict.fromkeys((*spec.values_of("positions"), *spec.references))
     for length, positions in itertools.product(spec.context_lengths, used):
@@ -200,13 +226,26 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     config, file_notes = source.check_files(config)
     report(f"reading {spec.data}")
     tokenizer = source.chat_identity if spec.task == "sft" else source.tokenizer_identity
+    data = _data_identity(sweep)
+    unread = [spec.model] * isinstance(source, KnownModel) + [spec.data] * (data == UNREAD)
     return Identified(
         **vars(sweep),
         shape=ModelShape.of(config),
         original_length=original_length,
         model_notes=(*position_notes(config, spec.context_lengths, spec.values_of("positions")), *file_notes),
-        identities=Identities(model=source.identity, tokenizer=tokenizer, data=sweep.corpus.identity()),
+        identities=Identities(model=source.identity, tokenizer=tokenizer, data=data),
+        unread=tuple(unread),
     )
+
+
+def _data_identity(sweep: Checked) -> str:
+    """What the data is; for a plan alone the hub need not say it."""
+    try:
+        return sweep.corpus.identity()
+    except HubUnreachable:
+        if sweep.plan_only:
+            return UNREAD
+        raise
 
 
 def _check_adaptation(spec: SweepSpec, config: Any, shape: ModelShape) -> None:

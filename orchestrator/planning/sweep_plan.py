@@ -10,10 +10,11 @@ from typing import Any
 
 from orchestrator.planning.budget_watch import Spending
 from orchestrator.planning.cluster import Cluster
-from orchestrator.planning.cost import Totals, refuse_over_budget, sum_up
+from orchestrator.planning.cost import Totals, refuse_over_budget, sum_up, within_rate
 from orchestrator.planning.estimate import Estimate, Estimator
 from orchestrator.planning.planner import Planned, find_forced, plan_trials, refuse_infeasible
 from orchestrator.planning.preparation import Identified
+from orchestrator.planning.rates import Rates
 from orchestrator.planning.search import Search
 from orchestrator.records.json_files import write_json
 from orchestrator.trial_spec import TrialSpec
@@ -54,7 +55,7 @@ class SweepPlan:
     @property
     def has_work(self) -> bool:
         """Whether anything is left to train or to evaluate."""
-        return bool(self.upcoming) or any(p.trains for p in self.planned)
+        return self.totals.trials > 0
 
 
 def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
@@ -71,6 +72,8 @@ def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
         raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
     expansion = spec.expand(sweep.identities, precision)
     trials = expansion.trials
+    rates = Rates.of(cluster, cluster.device(options).name, sweep.prices)
+    cluster = within_rate(cluster, rates, options.budget_usd_per_hour)
     concurrency = cluster.concurrency(options)
     estimator = Estimator(sweep.shape, sweep.original_length, cluster, options, sweep.prices)
     if "fp8" in spec.values_of("quantization") and not estimator.device.multiplies_float8:
@@ -83,7 +86,7 @@ def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
     upcoming: list[Estimate] = []
     if spec.search != "none":
         bases = [trial for trial in trials if trial.training.steps]
-        upcoming = [estimator.estimate(base) for base in bases for _ in range(spec.search_trials - 1)]
+        upcoming = [estimator.estimate(base, fit=options.fit) for base in bases for _ in range(spec.search_trials - 1)]
     return SweepPlan(
         cluster=cluster,
         concurrency=concurrency,
@@ -91,7 +94,7 @@ def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
         planned=tuple(planned),
         upcoming=tuple(upcoming),
         upcoming_tokens=0,
-        totals=sum_up(planned, upcoming, cluster, options),
+        totals=sum_up(planned, upcoming, estimator),
         left_out=tuple(expansion.left_out),
     )
 
@@ -114,13 +117,17 @@ def next_suggestion(sweep: Identified, plan: SweepPlan, search: Search) -> tuple
 
 
 def _replan(sweep: Identified, plan: SweepPlan, planned: Sequence[Planned], search: Search) -> SweepPlan:
-    upcoming = tuple(plan.estimator.estimate(study.base) for study in search.studies for _ in range(study.to_come))
+    upcoming = tuple(
+        plan.estimator.estimate(study.base, fit=sweep.options.fit)
+        for study in search.studies
+        for _ in range(study.to_come)
+    )
     return dataclasses.replace(
         plan,
         planned=tuple(planned),
         upcoming=upcoming,
         upcoming_tokens=search.tokens_to_come,
-        totals=sum_up(planned, upcoming, plan.cluster, sweep.options),
+        totals=sum_up(planned, upcoming, plan.estimator),
     )
 
 

@@ -16,7 +16,8 @@ from orchestrator.records.trial_record import TrialRecord
 logger = logging.getLogger(__name__)
 
 
-POLL_S = 2.0
+# Between looks for a request. In an object store each is a call that is paid for.
+POLL_S, STORE_POLL_S = 0.5, 2.0
 
 
 def request(storage: Storage, what: str, by: str) -> None:
@@ -59,6 +60,7 @@ class Cancellation:
         self.storage, self.what = storage, f"trials/{fingerprint}"
         self.request: dict[str, Any] | None = None
         self.step = 0
+        self.poll_s = STORE_POLL_S if storage.store else POLL_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="cancellation", daemon=True)
 
@@ -79,7 +81,7 @@ class Cancellation:
         return "stop" if self.request else None
 
     def _look(self) -> None:
-        while not (self.request or self._stop.wait(POLL_S)):
+        while not (self.request or self._stop.wait(self.poll_s)):
             try:
                 self.request = pending_request(self.storage, self.what)
             except Exception as error:  # an unreachable storage, or a request being written

@@ -105,7 +105,9 @@ class Started(Event, name="started"):
 
     Args:
         devices: GPUs, or threads of CPUs, of all workers together.
+        machine_devices: all that worker 0's machine has for trials, in use or idle; None in older journals.
         usd_per_device_hour, price_source: None where the price is not known.
+        head_usd_per_hour: of a head that trains nothing; None without one.
         drive: id of the job that started it, the same across restarts of the driver's process.
         execution: settings of ExecutionConfig; gradient_checkpointing and offload_activations are numbers of layers.
     """
@@ -127,8 +129,10 @@ class Started(Event, name="started"):
     driver: str | None = _omitted_if_none()
     cuda: str | None = _omitted_if_none()
     allocator: str | None = _omitted_if_none()
+    machine_devices: float | None = _omitted_if_none()
     usd_per_device_hour: float | None = None
     price_source: str | None = None
+    head_usd_per_hour: float | None = _omitted_if_none()
     sweep: str | None = None
     drive: str | None = None
     node: str | None = None

@@ -194,7 +194,7 @@ def describe_machine(device: torch.device, workers: int, prices: Mapping[str, fl
 def _price(described: dict[str, Any], prices: Mapping[str, float]) -> dict[str, Any]:
     if described["device"] == "gpu":
         price = price_per_gpu_hour(described["device_name"], prices)
-        usd, source = (price.usd_per_gpu_hour, price.source) if price else (None, None)
+        usd, source = (price.usd, price.source) if price else (None, None)
     else:
         usd = prices.get(ANY)
         source = "given by the user" if usd else None

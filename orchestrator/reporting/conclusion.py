@@ -213,11 +213,9 @@ class Conclusion:
         """
         file, both = self.sweep.folder / FILE, {}
         if self.announced:
-            price, cluster = self.plan.estimator.price, self.plan.cluster
             both = compare_with_plan(
-                self.plan.planned, self.announced, self.sweep.storage, cluster, self._elapsed,
-                price.usd_per_gpu_hour if price else None,
-            )  # fmt: skip
+                self.plan.planned, self.announced, self.sweep.storage, self.plan.cluster, self._elapsed
+            )
             try:
                 write_json(file, both)
             except OSError as error:

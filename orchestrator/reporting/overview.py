@@ -14,7 +14,7 @@ from orchestrator.records.heartbeat import is_alive, read_command
 from orchestrator.records.json_files import DamagedFile, expect_fields
 from orchestrator.records.leases import is_here
 from orchestrator.records.storage import Storage
-from orchestrator.records.trial_cost import held_cost, unit_of
+from orchestrator.records.trial_cost import held_cost, machines_usd, unit_of
 from orchestrator.records.trial_folder import parse_trial
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.reporting.progress import Progress, Row, progress, seconds_a_token, tokens_left
@@ -41,6 +41,7 @@ class SweepOverview:
     """One sweep.
 
     Args:
+        usd: what its machines have cost so far, whole; the trials have their devices' shares of it.
         runs: its command runs now.
         state: preparing, running, finished, interrupted (its command was killed), unfinished.
         doing: what a command that prepares is doing.
@@ -102,8 +103,6 @@ class Overview:
         command = command or {}
         launches = [row.record.launched.time for row in rows.values() if row.record.launched]
         units = {trial.unit for trial in trials if trial.unit}
-        prices = [trial.usd for trial in trials if trial.hours]
-        paid = [price for price in prices if price is not None]
         return SweepOverview(
             name=name,
             state=_state(command, runs, trials),
@@ -115,7 +114,7 @@ class Overview:
             trials=trials,
             unit=units.pop() if len(units) == 1 else None,
             hours=sum(trial.hours for trial in trials),
-            usd=sum(paid) if paid and len(paid) == len(prices) else None,
+            usd=machines_usd([row.record for row in rows.values()], name) if any(t.hours for t in trials) else None,
             **_left(trials, rows, planned, command),
         )
 

@@ -29,6 +29,8 @@ from orchestrator.records.events import (
     seconds_between,
 )
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_cost import machines_usd
+from orchestrator.records.trial_record import TrialRecord
 from orchestrator.terminal import GIB, and_list, duration, usd
 
 FILE = "plan-and-truth.json"
@@ -86,7 +88,6 @@ def compare_with_plan(
     storage: Storage,
     cluster: Cluster,
     elapsed: float,
-    usd_per_hour: float | None = None,
 ) -> dict[str, Any]:
     """Planned and actual values of each trial that was to train, and of all together, as plain data.
 
@@ -97,7 +98,6 @@ def compare_with_plan(
     Args:
         announced: the totals that were printed at the start.
         elapsed: seconds since the sweep's command began, on its monotonic clock.
-        usd_per_hour: of one device.
     """
     trained = [p for p in planned if p.trains]
     actuals = [Actual.of(storage.trial(p.trial.fingerprint).journal.read(p.journal_offset).events) for p in trained]
@@ -107,6 +107,7 @@ def compare_with_plan(
     ends = [actual.ended.time for actual in actuals if actual.ended]
     ran = bool(begins and ends)
     longest = max((taken for taken in seconds if taken is not None), default=0.0)
+    paid = machines_usd([_since(p, storage) for p in trained])
     both = {
         "trials": [_trial(*each, cluster) for each in zip(trained, actuals, seconds)],
         "seconds": {
@@ -114,10 +115,17 @@ def compare_with_plan(
             "truth": min(max(max(ends) - min(begins), longest), elapsed) if ran else None,
         },
         "hours": {"plan": announced.hours, "truth": hours if ran else None},
-        "usd": {"plan": announced.usd, "truth": usd_per_hour * hours if ran and usd_per_hour else None},
+        "usd": {"plan": announced.usd, "truth": paid if ran else None},
         "unit": "GPU" if cluster.gpus else "CPU",
     }
     return both | {"summary": _summary(both)}
+
+
+def _since(planned: Planned, storage: Storage) -> TrialRecord:
+    """What the trial's journal tells of this run of the sweep alone."""
+    record = TrialRecord(storage.trial(planned.trial.fingerprint).journal, offset=planned.journal_offset)
+    record.follow()
+    return record
 
 
 def _seconds(trained: list[tuple[Planned, Actual]]) -> list[float | None]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 
 def result_table(comparison: dict[str, Any]) -> Table:
-    """One row a trial, and one for the mean of a setting's seeds; a dash where there is no value."""
+    """One row a trial, and one for the mean of a setting's seeds; a dash where there is no value.
+
+    With axes, a setting with several seeds has the row of its mean alone; the report has the others.
+    """
     several = any(len(setting["seeds"]) > 1 for context in comparison["contexts"] for setting in context["settings"])
     table = Table(
         title=f"\nPerplexity on held-out text, {comparison['confidence']:.0%} intervals over documents"
@@ -29,21 +33,22 @@ def result_table(comparison: dict[str, Any]) -> Table:
         for trial in context["trials"]:
             setting = of_seeds.get(trial["fingerprint"])
             won = trial["variant"] == context["winner"] and trial["chosen"]
-            table.add_row(
-                length,
-                _name(trial, context["trials"], comparison),
-                *(_interval(trial["final"]) if trial["final"] else (_state(trial), "-")),
-                *_against(trial["gap_to_full"]),
-                f"{trial['tokens_per_second']:,.0f}" if trial["tokens_per_second"] else "-",
-                style="bold" if won and setting is None else None,
-            )
-            if setting and trial is _trials_of(setting, context)[-1]:
+            if setting is None or not comparison["axes"]:
                 table.add_row(
                     length,
-                    f"{setting['name']}, mean of {len(setting['seeds'])} seeds",
+                    _name(trial, context["trials"], comparison),
+                    *(_interval(trial["final"]) if trial["final"] else (_state(trial), "-")),
+                    *_against(trial["gap_to_full"]),
+                    _speed([trial]),
+                    style="bold" if won and setting is None else None,
+                )
+            if setting and trial is (seeds := _trials_of(setting, context))[-1]:
+                table.add_row(
+                    length,
+                    f"{setting['name']}, mean of {len(seeds)} seeds",
                     *_interval(setting["final"]),
                     *_against(setting["gap"]),
-                    "-",
+                    _speed(seeds),
                     style="bold" if won else None,
                 )
     return table
@@ -101,6 +106,12 @@ def _name(trial: dict[str, Any], trials: list[dict[str, Any]], comparison: dict[
 def _state(trial: dict[str, Any]) -> str:
     state = trial["state"]
     return f"{state} at {trial['last_step']}" if state in ("stopped", "cancelled") else state
+
+
+def _speed(trials: list[dict[str, Any]]) -> str:
+    """The mean of their tokens per second."""
+    known = [trial["tokens_per_second"] for trial in trials if trial["tokens_per_second"]]
+    return f"{fmean(known):,.0f}" if known else "-"
 
 
 def _against(gap: dict[str, Any] | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.planning.early_stopping import EarlyStopping
-from orchestrator.trial_spec import TrialSpec
+from orchestrator.trial_spec import TrialSpec, lists_to_tuples
 from workloads.config import ExecutionConfig
 from workloads.models.source import ModelSource
 
@@ -55,7 +55,7 @@ class TrialJob:
         layers: decoder layers that have a backward pass.
         own_cluster: whether the sweep started the Ray cluster that it runs on.
         early_stopping: the sweep's rule; None: no early stopping.
-        provenance: fields of ``started`` that only the sweep's process knows, such as the git commit.
+        provenance: fields of ``started`` that only the sweep's process knows: the git commit, a hired machine's price.
         prices: the user's own, in USD an hour (:func:`orchestrator.records.provenance.own_prices`).
         attempt: names one run of Ray Train, so that its errors are told from earlier ones.
     """
@@ -92,6 +92,6 @@ class TrialJob:
                 "execution": ExecutionConfig(**config["execution"]),
                 "resources": Resources(**config["resources"]),
                 "limits": FaultLimits(**config["limits"]),
-                "early_stopping": stopping and EarlyStopping(**stopping),
+                "early_stopping": stopping and EarlyStopping(**lists_to_tuples(stopping)),
             }
         )

@@ -13,6 +13,7 @@ from orchestrator.planning.budget_watch import BudgetWatch, Spending
 from orchestrator.planning.cluster import DRIVER_RESOURCES
 from orchestrator.planning.planner import Planned
 from orchestrator.planning.preparation import Prepared
+from orchestrator.planning.scheduling import Job, JobQueue
 from orchestrator.planning.search import Search
 from orchestrator.planning.sweep_plan import SweepPlan, next_suggestion, write_plan
 from orchestrator.ray_internals import silent_progress
@@ -22,8 +23,8 @@ from orchestrator.records.provenance import Provenance
 from orchestrator.reporting.live_view import LiveView
 from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
+from orchestrator.running.interruption import save_checkpoints
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
-from orchestrator.running.scheduling import Job, JobQueue
 from orchestrator.running.trial_driver import drive_trial
 from orchestrator.trial_spec import TrialSpec
 
@@ -48,6 +49,7 @@ class SweepRunner:
     ) -> None:
         self.sweep, self.plan, self.search = sweep, plan, search
         self.tracker, self.provenance, self.console, self.on_plan = tracker, provenance, console, on_plan
+        self.job_ids: set[str] = set()
         self.trials = list(plan.trials)  # a search adds to it, and the threads of MLflow and of the budget see it
 
     def train(self) -> SweepPlan:
@@ -147,8 +149,10 @@ class SweepRunner:
         """What a driver and its workers need to train these trials, one after the other."""
         sweep, options = self.sweep, self.sweep.options
         estimate = self.plan.estimates[trials[0].fingerprint]
+        job_id = uuid.uuid4().hex
+        self.job_ids.add(job_id)
         return TrialJob(
-            id=uuid.uuid4().hex,
+            id=job_id,
             sweep=sweep.name,
             storage=sweep.storage.location,
             trials=tuple(trials),
@@ -164,7 +168,7 @@ class SweepRunner:
             ),
             own_cluster=self.plan.cluster.own,
             early_stopping=sweep.early_stopping,
-            provenance=self.provenance.of_attempt(),
+            provenance=self.provenance.of_attempt() | self.plan.estimator.rates.of_attempt(),
             prices=sweep.prices,
         )
 
@@ -196,6 +200,9 @@ class SweepRunner:
         keeper = None if self.plan.cluster.own else share_token()
         try:
             tuner.fit()
+        except KeyboardInterrupt:
+            save_checkpoints(sweep.storage, self.trials, self.job_ids, self.console)
+            raise
         finally:
             del keeper
             shutil.rmtree(sweep.storage.ray_train / name, ignore_errors=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from orchestrator.running.scheduling import JobQueue
+from orchestrator.planning.scheduling import JobQueue
 
 
 class TuneQueue(Searcher):
-    """Hands Tune one job of a :class:`orchestrator.running.scheduling.JobQueue` after the other, each when it fits.
+    """Hands Tune one job of a :class:`orchestrator.planning.scheduling.JobQueue` after the other, each when it fits.
 
     Tune pickles its search algorithm and would save its state. There is none to save: the journals have it.
     """

@@ -154,15 +154,21 @@ class Observer:
 
 
 def _started(job: TrialJob, device: torch.device, workers: int) -> Started:
+    node = ray.get_runtime_context().get_node_id()
     return Started(
-        **describe_machine(device, workers, job.prices),
-        **job.provenance,
+        **describe_machine(device, workers, job.prices) | job.provenance,
+        machine_devices=_devices_of(node, "GPU" if device.type == "cuda" else "CPU"),
         sweep=job.sweep,
         drive=job.id,
-        node=ray.get_runtime_context().get_node_id(),
+        node=node,
         placement_group=get_current_placement_group().id.hex(),
         execution=dataclasses.asdict(job.execution),
     )
+
+
+def _devices_of(node: str, kind: str) -> float | None:
+    """The GPUs or CPUs that a node of the cluster has."""
+    return next((each["Resources"].get(kind) for each in ray.nodes() if each["NodeID"] == node), None)
 
 
 def _run(

@@ -56,7 +56,7 @@ def served(storage: Path) -> Iterator[tuple[subprocess.Popen, str, int]]:
         yield process, said, port
     finally:
         process.terminate()
-        process.communicate(timeout=120)
+        process.communicate(timeout=400)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def fetch(port: int, path: str, body: dict | None = None, **headers: str) -> str
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json", **headers}
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=400) as answer:
         return answer.read().decode()
 
 
@@ -120,8 +120,8 @@ def test_ctrl_c_ends_every_process(served: tuple[subprocess.Popen, str, int]) ->
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert len(family) <= 3  # this command, MLflow's, and its one worker
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 0
-    _, alive = psutil.wait_procs(family, timeout=60)
+    assert process.wait(timeout=400) == 0
+    _, alive = psutil.wait_procs(family, timeout=300)
     assert alive == []
     assert ui._problem("127.0.0.1", port) is None
     assert "Traceback" not in process.stderr.read()

@@ -76,7 +76,7 @@ def test_a_mistake_is_one_error(call, message):
 def test_python_flags_and_files_mean_the_same_sweep():
     from longspan.library import _resolve
 
-    flags = ["--steps", "7", "--positions", "linear", "yarn", "--workers", "2"]
+    flags = ["convergence", "--steps", "7", "--positions", "linear", "yarn", "--workers", "2"]
     overrides = dict(steps=7, positions=["linear", "yarn"], workers=2)
     assert _resolve("convergence", overrides) == parse(flags)
     assert _resolve(
@@ -87,7 +87,7 @@ def test_python_flags_and_files_mean_the_same_sweep():
 
 
 def test_a_plan_is_a_table(tmp_path):
-    plan = longspan.plan(context_lengths=[512], steps=4, methods=["lora", "full"], storage=str(tmp_path))
+    plan = longspan.plan("convergence", context_lengths=[512], steps=4, methods=["lora", "full"], storage=str(tmp_path))
     assert list(plan.label) == [t for t in plan.label if t.endswith("512")] and set(plan.action) == {"run"}
     assert (plan.seconds > 0).all() and (plan.memory_gib > 0).all()
 

@@ -75,6 +75,7 @@ def test_combinations_that_cannot_be_are_left_out_with_one_note_a_reason():
         ({"eval_evry": [1, 2]}, "unknown fields eval_evry"),
         ({"learning_rate_for": ["positions=yarn"]}, "expected FIELD=VALUE:RATE"),
         ({"learning_rate_for": ["position=yarn:1e-3"]}, "'position' is unknown"),
+        ({"learning_rate_for": ["positions=yran:1e-3"]}, "positions is 'yran'; expected one of linear, ntk"),
         ({"learning_rate_for": ["positions=linear:fast"]}, "'fast'; expected a positive number"),
     ],
 )

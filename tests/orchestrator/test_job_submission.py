@@ -71,7 +71,7 @@ def test_a_job_without_the_token_is_refused(cluster):
     )
     assert done.returncode != 0
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{address}/api/jobs/", timeout=120)
+        urllib.request.urlopen(f"{address}/api/jobs/", timeout=400)
     assert refused.value.code == 401
 
 

@@ -1,15 +1,18 @@
 """What a sweep would take, before it runs: for a cluster that is not there; refused, fitted, kept in budget."""
 
+import io
 import json
 import re
 import shutil
 
 import pytest
+from rich.console import Console
 
 from orchestrator import plan as planning
 from orchestrator.cli import parse
 from orchestrator.planning.budget_watch import BudgetWatch, Spending
 from orchestrator.planning.cluster import Cluster, Node
+from orchestrator.planning.plan_table import print_plan
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.planning.sweep_plan import plan_sweep
 from orchestrator.records.events import Finished, Launched, ModelReady, Saved, Started, Step
@@ -45,7 +48,7 @@ def test_a_cluster_that_is_not_there_is_planned_for_with_its_price(plan, tmp_pat
     assert status == 0
     assert "6 trials: 6 to run" in told
     assert "of 39 GiB" in told and "on 16 x NVIDIA A100-SXM4-40GB" in told
-    assert "USD per GPU hour: p4d.24xlarge on demand" in told
+    assert "21.96 USD an hour of a machine, p4d.24xlarge on demand" in told
     assert not list((tmp_path / "runs").glob("data/*")) and not list((tmp_path / "runs").glob("sweeps/*"))
 
 
@@ -55,15 +58,16 @@ def test_nothing_but_the_plan_is_made(plan, monkeypatch):
     assert plan()[0] == 0
 
 
-def test_what_does_not_fit_is_refused_with_what_would_and_fitted_on_request(plan):
+def test_what_does_not_fit_is_fitted_and_refused_on_request_with_what_would(plan):
     # 64 sequences of 64k tokens at once: hundreds of GiB of activations.
     too_large = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--batch", "64", "--methods", "lora+")
-    status, told = plan(*too_large, "--references")
+    status, told = plan(*too_large, "--references", "--no-fit")
     assert status == 2
-    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs" in told
+    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs more than the 39.4 GiB of" in told
     assert "micro-batches of" in told and "would make it fit (--fit)" in told
-    status, told = plan(*too_large, "--references", "--fit")
-    assert status == 0 and "to make it fit" in told and "error" not in told
+    assert "to do" not in told and " USD" not in told.replace("h USD", ""), "nothing can run, so nothing costs"
+    status, told = plan(*too_large, "--references")
+    assert status == 0 and "[1] runs with micro-batches of" in told and "error" not in told
 
 
 def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan):
@@ -71,7 +75,7 @@ def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan)
     flags = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--methods", "lora+", "--references")
 
     def recomputed(batch, *more):
-        status, told = plan(*flags, "--batch", str(batch), *more)
+        status, told = plan(*flags, *(() if "--fit" in more else ("--no-fit",)), "--batch", str(batch), *more)
         return re.search(r"GiB (none|\d of 4) ", told)[1] if status == 0 else "refused"
 
     chosen = {batch: recomputed(batch) for batch in (1, 16, 24, 32, 64)}
@@ -240,3 +244,90 @@ def test_names_of_others_are_not_taken_for_markup(tmp_path, text_folder, capsys)
     assert planning.main(["--cluster", "aws-p4d", "--data", str(data), "--storage", str(tmp_path / "ru[/]ns")]) == 0
     printed = "".join(capsys.readouterr().out.split())
     assert r"da[/b]\x1b[2J" in printed and "ru[/]ns" in printed and "\x1b" not in printed
+
+
+LLAMA = ("convergence-llama2-7b", "--cluster", "aws-p4d", "--methods", "lora", "full", "--context-lengths", "8192")
+
+
+@pytest.fixture(scope="module")
+def offline_plans(tmp_path_factory):
+    """What the plan of the README prints without the hub, by width of the terminal."""
+    storage, printed = tmp_path_factory.mktemp("offline"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+        sweep, plan = planning.make_plan(*parse([*LLAMA, "--storage", str(storage), "--steps", "100"]))
+    for width in (60, 80, 120, 200):
+        console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+        print_plan(sweep, plan, console)
+        printed[width] = console.file.getvalue()
+    return printed
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_7b_plan_needs_no_hub_and_is_cut_off_at_no_width(offline_plans, width):
+    printed = offline_plans[width]
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    whole, widest = (re.sub(r"\s+", " ", text) for text in (printed, offline_plans[200]))
+    assert "note: the hub does not give meta-llama/Llama-2-7b-hf and emozilla/pg19" in whole
+    for row in re.findall(r"^((?:untuned|lora|full)\S* (?:\w+ )?\d+) +run +(.*?)$", offline_plans[200], re.M):
+        label, cells = row
+        assert f"{label} run" in re.sub(" +", " ", printed)
+        for number in re.findall(r"[\d,.]+(?:[dhm]\d+[hms])?", cells):
+            assert number in whole, (label, number)
+    assert "[1] runs with micro-batches of 1, to fit into memory [2] runs with 8 workers, " in whole
+    assert whole[whole.index("to do: ") :] == widest[widest.index("to do: ") :]
+
+
+def test_the_total_is_of_whole_machines_and_the_head_by_hand(plan):
+    """One trial on one GPU: a machine of 8 at 21.957642 USD an hour and the head at 0.768, as long as it runs."""
+    flags = ("--cluster", "aws-p4d", "--context-lengths", "4096", "--methods", "lora", "--references")
+    _, told = plan(*flags, "--steps", "100000")
+    hours = float(re.search(r"billed: ([\d.,]+) hours of 1 machine,", told)[1].replace(",", ""))
+    total, gpu_hours = re.search(r"([\d.,]+) GPU hours, ([\d.,]+) USD", told).group(2, 1)
+    assert float(gpu_hours) == pytest.approx(hours, abs=0.01)
+    assert float(total) == pytest.approx(hours * (21.957642 + 0.768), rel=0.01)
+    assert "at most 22.73 USD an hour" in told
+    assert "spot usually costs less" in told and "0.77 USD an hour of the head, m6i.4xlarge" in told
+
+
+def test_a_machines_own_price_and_a_cap_an_hour(plan, tmp_path):
+    prices = tmp_path / "prices.toml"
+    prices.write_text('"p4d.24xlarge" = 20.0\n"p4d.24xlarge spot" = 8.0\n"m6i.4xlarge" = 1.0\n')
+    flags = ("--cluster", "aws-p4d", "--context-lengths", "4096", "--methods", "lora", "full", "--references")
+    flags += ("--workers", "8", "--batch", "8", "--prices", str(prices))
+    _, told = plan(*flags)
+    assert "of 2 machines, idle GPUs included, at most 17.00 USD an hour" in told
+    status, told = plan(*flags, "--budget-usd-per-hour", "16.99")
+    assert status == 0 and "of 1 machine, idle GPUs included, at most 9.00 USD an hour" in told
+    assert "on 8 x NVIDIA A100" in told
+    status, told = plan(*flags, "--budget-usd-per-hour", "8.99")
+    assert status == 2 and "one machine and the head cost 9 US dollars an hour" in told
+
+
+def test_a_partial_total_says_how_many_trials_it_covers(plan):
+    flags = ("--cluster", "aws-p4d", "--context-lengths", "4096", "524288", "--batch", "64", "--methods", "lora")
+    status, told = plan(*flags, "--references", "--no-fit")
+    assert status == 2 and "to do for 1 of 2 trials: about" in told
+
+
+def test_a_better_number_of_workers_is_what_a_plan_with_it_says(tmp_path, monkeypatch, capsys):
+    flags = ("--cluster", "aws-p4d", "--context-lengths", "16384", "--methods", "lora", "--references", "--batch", "8")
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("model_info", "dataset_info"):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+
+    def told(*more):
+        assert planning.main(["convergence-llama2-7b", *flags, "--storage", str(tmp_path / "runs"), *more]) == 0
+        return capsys.readouterr().out
+
+    before = told()
+    total = r"to do: about (\S+), .* hours, ([\d,.]+ USD),"
+    workers, time, was, paid, had = re.search(
+        r"better: (\d) workers a trial \(--workers \d\): (\S+) instead of (\S+), (.* USD) instead of (.* USD)", before
+    ).groups()
+    assert re.search(total, before).groups() == (was, had)
+    after = told("--workers", workers)
+    assert re.search(total, after).groups() == (time, paid)
+    assert "better:" not in after

@@ -16,6 +16,7 @@ from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from tests.support.events import emit_to
+from tests.support.gguf_file import TOKENS, write_gguf
 from tests.support.models import small_llama, small_model
 from tests.support.texts import prepare_texts
 from tests.support.tokenizers import error_of
@@ -298,6 +299,17 @@ def test_what_can_be_trained_is_planned_trained_exported_and_reloaded(kind, corp
     planned = plan(folder.path, tmp_path, **SWEEP)
     assert planned.original_length == ORIGINAL
     assert [note] if note else [] == [text for text in planned.model_notes if note in text]
+    trained, exported = train_and_export(planned, corpus, tmp_path)
+    torch.testing.assert_close(exported, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gguf_file_is_planned_trained_exported_and_reloaded(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = small_llama(
+        vocab_size=len(TOKENS), intermediate_size=64, num_key_value_heads=2, max_position_embeddings=ORIGINAL,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    planned = plan(write_gguf(tmp_path / "model.gguf", model), tmp_path, **SWEEP)
     trained, exported = train_and_export(planned, corpus, tmp_path)
     torch.testing.assert_close(exported, trained, atol=1e-5, rtol=1e-5)
 

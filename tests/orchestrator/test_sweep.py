@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -86,6 +87,23 @@ def test_the_second_time_nothing_is_trained_and_it_says_why(finished):
     assert (len(trials), len(sweeps)) == (6, 1)
 
 
+def test_damaged_files_are_named_and_stop_no_sweep(finished):
+    command, _ = finished
+    trial = sorted((command.storage / "trials").iterdir())[0]
+    journal, whole = (trial / "journal.jsonl").read_bytes(), (trial / "trial.json").read_bytes()
+    other = command.storage / "sweeps" / "other"
+    other.mkdir()
+    (other / "sweep.json").touch()
+    (trial / "trial.json").write_text("12")
+    (trial / "journal.jsonl").write_bytes(journal + b"12\n")
+    status, output = command.run()
+    (trial / "journal.jsonl").write_bytes(journal)
+    shutil.rmtree(other)
+    assert status == 0 and "Nothing is left to train" in output and "Traceback" not in output
+    assert f"{trial.name}/journal.jsonl: 1 line is damaged and passed over" in output
+    assert "it is written again" in output and (trial / "trial.json").read_bytes() == whole
+
+
 def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
     command, _ = finished
     read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
@@ -107,7 +125,7 @@ def test_a_saved_sweep_with_an_axis_shares_the_trials(finished, text_folder):
     _, trials, sweeps = mlflow_runs(command.storage)
     assert (len(trials), len(sweeps)) == (7, 2)
     assert {"lora 1024", "lora 1024 yarn"} <= {run.info.run_name for run in trials}
-    shared = [run for run in trials if run.data.tags["longspan.sweeps"].endswith(", shared")]
+    shared = [run for run in trials if "shared" in run.data.tags["longspan.sweeps"].split(", ")]
     assert len(shared) == 5
 
 
@@ -134,11 +152,14 @@ def test_ctrl_c_ends_the_command_and_the_same_command_goes_on(tmp_path, text_fol
         process = command.start()
         wait_for(lambda step=at_step: running_trial(command.storage, step), process, f"step {at_step}")
         end(process.pid, stop)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 130
         assert not kept or f"from step {kept} of 12" in output
         kept = int(re.search(r"full 1024 +checkpoint at step (\d+) of 12", output)[1])
-        # The checkpoint of the step that has just ended may still be on its way.
+        assert "the running trial saves a checkpoint, within 10 s; Ctrl-C again ends at once" in output
+        (record,) = records(command.storage).values()
+        # On a busy machine a step and its checkpoint may take longer, and the last steps are lost.
+        assert (record.state, kept) == ("cancelled", record.last_step) or " lost" in output
         assert kept >= at_step - 2 and "The same command continues from there." in output
         assert "Traceback" not in output
         _, (run,), _ = mlflow_runs(command.storage)
@@ -157,7 +178,7 @@ def test_two_sweeps_at_once_train_a_shared_trial_once(tmp_path, text_folder):
     flags = (*ONE_TRIAL, "--steps", "6", "--data", str(text_folder))
     processes = [SweepCommand(tmp_path / "runs", *flags, "--name", name).start() for name in ("one", "other")]
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     (record,) = records(tmp_path / "runs").values()
     events = record.journal.read().events

@@ -45,7 +45,7 @@ class SweepCommand:
         return process.returncode, output
 
 
-def wait_for(condition, process: subprocess.Popen, what: str, seconds: float = 120):
+def wait_for(condition, process: subprocess.Popen, what: str, seconds: float = 400):
     """Returns the first true value of ``condition()`` while ``process`` lives."""
     deadline = time.time() + seconds
     while time.time() < deadline:

@@ -68,7 +68,7 @@ class RayNodes:
                 env=self.environment, start_new_session=True, stdout=output, stderr=output,
             )  # fmt: skip
         self.processes.append(process)
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         host, _, port = self.address.partition(":")
         while process.poll() is None and time.time() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
@@ -81,10 +81,10 @@ class RayNodes:
         return process
 
     def alive(self, at_least: int = 1) -> list[str]:
-        """The ids of the nodes that are alive, the head first; waits up to 60 s for ``at_least`` of them."""
+        """The ids of the nodes that are alive, the head first; waits up to 300 s for ``at_least`` of them."""
         code = f"""
 import json, ray, time
-deadline, nodes = time.time() + 60, []
+deadline, nodes = time.time() + 300, []
 try:
     ray.init(address={self.address!r}, log_to_driver=False, logging_level="ERROR")
     while len(nodes) < {at_least} and time.time() < deadline:

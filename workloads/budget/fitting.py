@@ -174,6 +174,7 @@ def smallest_change_that_fits(
     workers: int,
     device: Device,
     max_workers: int = 1,
+    zero: bool = True,
 ) -> Fit | None:
     """Returns the execution that fits and costs the fewest predicted device-seconds a step; None if none fits.
 
@@ -188,6 +189,9 @@ def smallest_change_that_fits(
         offload                 over the much slower link to the host, and the update there
 
     Changes of the result (quantisation, a shorter context) are never made.
+
+    Args:
+        zero: whether ZeRO may be chosen, which needs DeepSpeed.
     """
     requested = resolve_auto(shape, training, execution)
 
@@ -197,7 +201,7 @@ def smallest_change_that_fits(
     best, best_cost = None, (math.inf,)
     # Sorted by a lower bound of the cost (no extra recompute): once it reaches the best cost, stop.
     for lower_bound, candidate, number in sorted(
-        ((cost(*each), *each) for each in _candidates(training, requested, workers, max_workers)),
+        ((cost(*each), *each) for each in _candidates(training, requested, workers, max_workers, zero)),
         key=lambda each: each[0],
     ):
         if lower_bound >= best_cost:
@@ -212,10 +216,10 @@ def smallest_change_that_fits(
 
 
 def _candidates(
-    training: TrainingConfig, execution: ExecutionConfig, workers: int, max_workers: int
+    training: TrainingConfig, execution: ExecutionConfig, workers: int, max_workers: int, zero: bool
 ) -> Iterator[tuple[ExecutionConfig, int]]:
     numbers = [n for n in range(workers, max(workers, max_workers) + 1) if n == workers or training.batch % n == 0]
-    stages: list[EngineName] = ["zero2", "zero3"]
+    stages: list[EngineName] = ["zero2", "zero3"] if zero else []
     engines = [*stages[stages.index(execution.engine) :]] if execution.engine in stages else [execution.engine, *stages]
     if execution.layers_offloaded:
         engines = [engine for engine in engines if not engine.startswith("zero")]

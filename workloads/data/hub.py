@@ -18,7 +18,7 @@ from typing import ClassVar
 from workloads.data.columns import record_texts
 from workloads.data.documents import Row, Split
 from workloads.data.split import Part
-from workloads.errors import InputError, first_line, reason
+from workloads.errors import HubUnreachable, InputError, first_line, reason
 
 ALTERNATIVES = "Take a local folder (.txt, .md, .tex, .jsonl, .parquet) or a data set such as emozilla/pg19 instead."
 
@@ -78,16 +78,18 @@ class HubSource:
         try:
             info = HfApi().dataset_info(self.repo, revision=self.revision)
         except GatedRepoError as error:
-            raise self._error("is gated: request access on its page, then `hf auth login`") from error
+            message = "is gated: request access on its page, then `hf auth login`"
+            raise HubUnreachable(str(self._error(message))) from error
         except RevisionNotFoundError as error:
             raise self._error(f"has no revision {self.revision!r}") from error
         except RepositoryNotFoundError as error:
             raise self._error("is neither a local path nor on the Hugging Face hub (or it is private)") from error
         except Exception as error:  # for a dead network, versions of the hub's client raise different exceptions
-            raise self._error(
+            message = (
                 f"is not a local path, and the Hugging Face hub cannot be reached ({type(error).__name__}: {error}). "
                 "A full commit, org/name@<40 hexadecimal digits>, needs no look-up"
-            ) from error
+            )
+            raise HubUnreachable(str(self._error(message))) from error
         if not self._files and any(file.rfilename == f"{self.repo.split('/')[1]}.py" for file in info.siblings or ()):
             raise self._error(_NEEDS_SCRIPT)
         return str(info.sha)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ def _convert(file: Path, folder: Path) -> None:
     _take_tokens(file, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _remove_added_tokens(folder, model.get_input_embeddings().num_embeddings)
 
 
 def _weights_dtype(file: Path) -> torch.dtype:
@@ -89,3 +91,11 @@ def _take_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() != sample:
         raise InputError(f"model {file}: its tokenizer does not give a text back that it took. Take another format")
+
+
+def _remove_added_tokens(folder: Path, embeddings: int) -> None:
+    """Removes tokens without an embedding: transformers adds ``<|endoftext|>`` to a file that has none (Llama 3's)."""
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text("utf-8"))
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < embeddings]
+    file.write_text(json.dumps(values, ensure_ascii=False), "utf-8")

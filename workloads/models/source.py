@@ -162,7 +162,7 @@ class ModelSource:
         Raises:
             InputError: it cannot be read, its weights are quantised, or its layers attend in sliding windows.
         """
-        config = read_configuration(f"model {self.name}", self.pretrained, self.revision)
+        config = self._read_config()
         refuse_quantised(f"model {self.name}", config)
         refuse_sliding_windows(config)
         if original_length is not None:
@@ -174,6 +174,9 @@ class ModelSource:
                 )
             setattr(config, ORIGINAL_LENGTH_FIELD, original_length)
         return config
+
+    def _read_config(self) -> Any:
+        return read_configuration(f"model {self.name}", self.pretrained, self.revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.

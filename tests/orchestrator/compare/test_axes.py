@@ -162,7 +162,7 @@ def test_where_full_fine_tuning_did_not_finish_with_the_same_axes_the_answer_say
 def test_of_many_variants_sentences_tell_of_the_best(sweep):
     made, _ = sweep
     (context,) = compare(made, 512, axes=AXES[:2])
-    assert "Tables have the other 6 of 12 settings." in context["sentences"]
+    assert "Tables have the other 9 of 12 settings." in context["sentences"]
     assert len(context["gaps"]) <= 2 * 12
 
 

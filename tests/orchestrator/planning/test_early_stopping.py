@@ -320,7 +320,7 @@ def test_a_bad_learning_rate_is_stopped_stays_so_and_can_be_finished_as_if_it_ne
     _, runs, _ = mlflow_runs(stopping.storage)
     assert {run.info.status for run in runs} == {"FINISHED"}
 
-    output, _ = undisturbed.communicate(timeout=200)
+    output, _ = undisturbed.communicate(timeout=400)
     assert undisturbed.returncode == 0, output
     ((name, whole),) = records(tmp_path / "whole").items()
     assert name == bad.journal.path.parent.name

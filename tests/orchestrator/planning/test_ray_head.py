@@ -81,7 +81,7 @@ def test_a_signal_ends_the_wait_for_a_head(number, tmp_path, text_folder):
         process = SweepCommand(tmp_path, "--address", address, "--data", str(text_folder)).start()
         listener.accept()  # the command has found it, and waits for its answer
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130 and "interrupted." in printed
 
 
@@ -103,5 +103,5 @@ with end_on_signal(seconds=1):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"waits\n"
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and b"interrupted." in errors

@@ -9,7 +9,7 @@ from orchestrator.planning.budget_watch import BudgetWatch
 from orchestrator.records import events
 from orchestrator.records.events import MAX_GAP_S, Cancelled, Failed, Launched, Saved, Started, make_event, stamp
 from orchestrator.records.journal import Journal
-from orchestrator.records.trial_cost import held_cost, hours_by_step
+from orchestrator.records.trial_cost import held_cost, hours_by_step, machines_usd
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.run_options import RunOptions
 from tests.support.events import a_step
@@ -106,3 +106,26 @@ def test_an_error_does_not_end_the_watching(monkeypatch):
     with BudgetWatch(Spending(), [], RunOptions(budget_hours=1.0), stop) as watch:
         assert stopped.wait(60)
     assert calls == ["read", "read", "stop", "read", "stop"] and watch.exhausted == "--budget-hours 1: 5 spent"
+
+
+def attempt(tmp_path, name, seconds, end, devices=2, **changed):
+    """A trial's record: one attempt on a machine of 8 GPUs at 3 USD an hour each, from ``seconds`` to ``end``."""
+    journal = Journal(tmp_path / f"{name}.jsonl")
+    fields = {"workers": devices, "devices": devices, "machine_devices": 8, "usd_per_device_hour": 3.0, **changed}
+    journal.append(worker_line(Started(**fields), seconds, boot="b"))
+    journal.append(worker_line(Saved(step=1), end, boot="b"))
+    return TrialRecord.of(journal)
+
+
+def test_a_machine_is_paid_for_whole_and_once(tmp_path):
+    one, beside = attempt(tmp_path, "one", 0, HOUR), attempt(tmp_path, "beside", HOUR / 2, 2 * HOUR)
+    assert machines_usd([one]) == pytest.approx(8 * 3.0)
+    assert machines_usd([one, beside]) == pytest.approx(2 * 8 * 3.0)
+    assert held_cost(one)[1] == pytest.approx(2 * 3.0), "a trial's own share"
+    later = attempt(tmp_path, "later", 5 * HOUR, 6 * HOUR)
+    assert machines_usd([one, later]) == pytest.approx(2 * 8 * 3.0), "not while no trial runs"
+    over_two = attempt(tmp_path, "two", 0, HOUR, devices=16, head_usd_per_hour=0.5)
+    assert machines_usd([over_two]) == pytest.approx(16 * 3.0 + 0.5)
+    assert machines_usd([one, attempt(tmp_path, "free", 0, HOUR, usd_per_device_hour=None)]) is None
+    old = [attempt(tmp_path, f"old{n}", 0, HOUR, machine_devices=None) for n in range(2)]
+    assert machines_usd(old) == pytest.approx(2 * 2 * 3.0), "an older journal does not say what its machine has"

@@ -66,7 +66,7 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     os.killpg(process.pid, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)  # Ray would end it too, but so late that it might finish the trial before
     process.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not is_gone(worker):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -76,11 +76,11 @@ def test_killed_and_continued_on_another_machine_it_ends_as_an_undisturbed_local
     wait_for(lambda: only_record(bucket).started.pid != worker, process, "the second worker")
     s3.stop()
     threading.Timer(3, s3.start).start()
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert "an object store cannot hold" in output
 
-    printed, _ = undisturbed.communicate(timeout=200)
+    printed, _ = undisturbed.communicate(timeout=400)
     assert undisturbed.returncode == 0, printed
     (expected,) = (TrialRecord.of(Journal(path)) for path in (tmp_path / "runs").glob("trials/*/journal.jsonl"))
     found = only_record(bucket)
@@ -115,7 +115,7 @@ def test_two_sweeps_at_once_on_two_machines_train_a_shared_trial_once(bucket, tm
         for name in ("one", "other")
     ]
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     record = only_record(bucket)
     assert record.state == "finished"

@@ -19,9 +19,9 @@ from workloads.models.source import ModelSource
 HOUR = 3_600.0
 
 
-def write(journal, launched, started, ended, end="finished", speeds=(), peak=None):
+def write(journal, launched, started, ended, end="finished", speeds=(), peak=None, price=None):
     journal.append(Launched(time=launched))
-    journal.append(Started(time=started, hardware="as planned", workers=1))
+    journal.append(Started(time=started, hardware="as planned", workers=1, usd_per_device_hour=price))
     for number, speed in enumerate(speeds, start=1):
         measured = {"tokens_per_second": speed, "peak_memory_gib": peak}
         journal.append(Step(time=started + number, **a_step(number) | measured))
@@ -51,13 +51,12 @@ def plan_a_sweep(tmp_path):
             for label in failed_before:
                 write(self.journals[label], 100, 110, 200, "failed", speeds=(1.0,), peak=9.0)
             self.cluster = cluster or Cluster((Node(cpus=2, memory=2**35),))
-            options, self.price = RunOptions(), price
-            self.estimator = Estimator(shape, 512, self.cluster, options, {"CPU": price} if price else {})
+            self.estimator = Estimator(shape, 512, self.cluster, RunOptions(), {"any": price} if price else {})
             self.planned = plan_trials(list(trials.values()), storage, self.estimator)
-            self.total = sum_up(self.planned, [], self.cluster, options)
+            self.total = sum_up(self.planned, [], self.estimator)
 
         def both(self, elapsed=10 * HOUR):
-            both = compare_with_plan(self.planned, self.total, storage, self.cluster, elapsed, self.price)
+            both = compare_with_plan(self.planned, self.total, storage, self.cluster, elapsed)
             return both, {trial["label"]: trial for trial in both["trials"]}
 
     return PlannedSweep
@@ -91,8 +90,7 @@ def test_each_trials_seconds_and_speed_stand_beside_the_plans(plan_a_sweep):
 def test_memory_is_compared_on_gpus_and_money_where_a_price_is_known(plan_a_sweep):
     gpu = Node(cpus=8, gpus=1, memory=2**37, gpu="NVIDIA L4", gpu_memory=22 * 2**30)
     sweep = plan_a_sweep(Cluster((gpu,)), price=1.5)
-    sweep.total = sum_up(sweep.planned, [], sweep.cluster, RunOptions())
-    write(sweep.journals["lora 1024"], 1_000, 1_010, 1_000 + 7_200, speeds=(5.0,), peak=3.0)
+    write(sweep.journals["lora 1024"], 1_000, 1_010, 1_010 + 7_200, speeds=(5.0,), peak=3.0, price=1.5)
     both, trials = sweep.both()
     planned = next(p for p in sweep.planned if p.trial.label == "lora 1024")
     assert trials["lora 1024"]["peak_memory_bytes"] == {"plan": planned.estimate.memory.allocated, "truth": 3 * 2**30}

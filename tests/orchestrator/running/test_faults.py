@@ -147,7 +147,7 @@ def test_a_killed_or_silent_process_costs_one_interval_and_changes_no_result(tmp
         ranks, (driver,) = worker_processes(record), processes_beside(record.started.pid, DRIVER_TITLE)
         os.kill(driver if who == "driver" else ranks[int(who[-1])], how)
         struck_at = TrialRecord.of(record.journal).last_step
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
     assert record.state == "finished" and len(record.attempts) == len(faults) + 1
@@ -204,7 +204,7 @@ def test_out_of_memory_is_retried_once_with_less_memory_and_recorded(tmp_path, t
     record = wait_for(lambda: running_trial(command.storage, 2), process, "step 2")
     pid = record.started.pid
     resource.prlimit(pid, resource.RLIMIT_DATA, (2**20, resource.RLIM_INFINITY))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     record = TrialRecord.of(record.journal)
     assert process.returncode == 0, output
     assert record.state == "finished"
@@ -232,7 +232,7 @@ def test_a_full_disk_is_reported_and_training_resumes_from_the_checkpoint_before
     with paused(record.started.pid), contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(2**16))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 1 and "Traceback" not in output, output
     assert "No space left on device" in " ".join(output.split())
     folder = record.journal.path.parent

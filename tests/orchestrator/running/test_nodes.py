@@ -86,7 +86,7 @@ def test_a_trial_continues_on_another_node_after_a_notice_and_repeats_no_step(cl
         cluster.drain(record.started.node, seconds=30)
         time.sleep(2)  # ten checks at PREEMPTION_POLL of ray_nodes
     lost_at = TrialRecord.of(record.journal).last_step
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     record = TrialRecord.of(record.journal)
     assert record.state == "finished" and len(record.attempts) == 2

@@ -2,29 +2,13 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
-from tokenizers import pre_tokenizers
 
+from tests.support.gguf_file import TEMPLATE, TOKENS, write_gguf
 from tests.support.models import small_llama
 from workloads.errors import InputError
 from workloads.models.source import ModelSource
-
-TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|begin|>", "<|end|>"]
-TEMPLATE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
-IN_GGUF = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,50 +23,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "longspan" / "models"
 
 
-def write(path, model, quantised=False):
-    """The model as llama.cpp's converter writes it: its names, and queries' and keys' rows in the order of its RoPE."""
-    config = model.config
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([TokenType.NORMAL] * (len(TOKENS) - 2) + [TokenType.CONTROL] * 2)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(len(TOKENS) - 2)
-    writer.add_eos_token_id(len(TOKENS) - 1)
-    writer.add_chat_template(TEMPLATE)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-    for layer in range(config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{name}": f"blk.{layer}.{there}" for name, there in IN_GGUF.items()}
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, there in names.items():
-        weight = model.state_dict()[f"{name}.weight"].numpy()
-        if count := heads.get(there.rpartition(".")[2]):
-            weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        weight = np.ascontiguousarray(weight)
-        if quantised and weight.ndim == 2:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{there}.weight", quants.quantize(weight, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(f"{there}.weight", weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_the_model_of_a_gguf_file_is_the_one_that_was_written(model, tmp_path, cache):
-    source = ModelSource.parse(str(write(tmp_path / "model.gguf", model)))
+    source = ModelSource.parse(str(write_gguf(tmp_path / "model.gguf", model)))
     assert not cache.exists()  # naming it converts nothing
     loaded = source.load(128, "none", torch.float32).eval()
     assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in model.state_dict().items())
@@ -97,7 +39,7 @@ def test_the_model_of_a_gguf_file_is_the_one_that_was_written(model, tmp_path, c
 
 
 def test_a_quantised_file_is_near_and_kept_in_bfloat16(model, tmp_path):
-    source = ModelSource.parse(str(write(tmp_path / "model.gguf", model, quantised=True)))
+    source = ModelSource.parse(str(write_gguf(tmp_path / "model.gguf", model, quantised=True)))
     tokens = torch.arange(100)[None] % len(TOKENS)
     loaded = source.load(128, "none", torch.float32).eval()
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0.05, atol=0.02)
@@ -107,7 +49,7 @@ def test_a_quantised_file_is_near_and_kept_in_bfloat16(model, tmp_path):
 
 
 def test_it_is_converted_once_and_known_by_its_content(model, tmp_path, cache):
-    first = ModelSource.parse(str(write(tmp_path / "model.gguf", model)))
+    first = ModelSource.parse(str(write_gguf(tmp_path / "model.gguf", model)))
     folder = first.pretrained
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}
     shutil.copy(tmp_path / "model.gguf", tmp_path / "copy.GGUF")
@@ -115,12 +57,12 @@ def test_it_is_converted_once_and_known_by_its_content(model, tmp_path, cache):
     assert again.pretrained == folder and again.identity == first.identity
     assert again.tokenizer_identity == first.tokenizer_identity
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")} == written
-    other = ModelSource.parse(str(write(tmp_path / "other.gguf", model, quantised=True)))
+    other = ModelSource.parse(str(write_gguf(tmp_path / "other.gguf", model, quantised=True)))
     assert other.identity != first.identity
 
 
 def test_a_file_that_cannot_be_converted_is_named_once_and_leaves_nothing(model, tmp_path, cache):
-    whole = write(tmp_path / "model.gguf", model).read_bytes()
+    whole = write_gguf(tmp_path / "model.gguf", model).read_bytes()
     path = tmp_path / "broken.gguf"
     for content, says in ((b"not a model", "is no GGUF file"), (whole[: len(whole) // 2], "cannot be read from GGUF")):
         path.write_bytes(content)

@@ -6,8 +6,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.planning.estimate import makespan
-from orchestrator.running.scheduling import Job, JobQueue, Machines, place
+from orchestrator.planning.scheduling import Job, JobQueue, Machines, Schedule, place
 
 
 class Simulation:
@@ -114,7 +113,16 @@ def test_a_search_suggests_only_when_there_is_room():
 @given(shapes)
 def test_the_planned_makespan_is_between_ideal_and_sequential(shapes):
     """Never better than the ideal, never worse than one job after the other."""
-    jobs = [(workers, float(seconds)) for workers, seconds in shapes]
-    found = makespan(jobs, 8)
-    assert found >= max(max(s for _, s in jobs), sum(w * s for w, s in jobs) / 8)
-    assert found <= sum(seconds for _, seconds in jobs)
+    found = Schedule.of(jobs_of(shapes), (8,))
+    assert found.seconds >= max(max(s for _, s in shapes), sum(w * s for w, s in shapes) / 8)
+    assert found.seconds <= sum(seconds for _, seconds in shapes)
+    assert found.machines == (found.seconds,)
+
+
+def test_a_schedule_by_hand():
+    """Two machines of 8: 8 workers for 10 s, 4 for 6 s, 4 for 4 s and 2 for 5 s, which starts at 4 s."""
+    jobs = [Job({}, 8, 10.0), Job({}, 4, 6.0), Job({}, 4, 4.0), Job({}, 2, 5.0)]
+    assert Schedule.of(jobs, (8, 8)) == Schedule(10.0, (10.0, 9.0))
+    assert Schedule.of(jobs, (8, 8), at_once=1) == Schedule(25.0, (25.0, 0.0))
+    assert Schedule.of(jobs, (8, 0)) == Schedule(19.0, (19.0, 0.0))
+    assert Schedule.of(jobs, (4, 0)).seconds == math.inf

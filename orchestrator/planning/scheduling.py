@@ -8,9 +8,10 @@ schedulers: Lifka, "The ANL/IBM SP scheduling system", 1995).
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,3 +145,45 @@ class JobQueue:
             if job is None:
                 return
             self.waiting.append(job)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When jobs run, if each takes as long as expected.
+
+    Args:
+        seconds: until the last one ends; infinity if one needs more workers than there is room for.
+        machines: seconds of each machine from the start of its first job to the end of its last; 0: it has none.
+    """
+
+    seconds: float
+    machines: tuple[float, ...]
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], slots: Placement, at_once: int | None = None) -> Schedule:
+        """Runs a queue on a simulated clock.
+
+        Args:
+            jobs: the largest first.
+            slots: how many workers fit on each machine.
+            at_once: jobs that may run at the same time.
+        """
+        now, ends = 0.0, list[tuple[float, str]]()
+        queue = JobQueue(iter(jobs), slots, clock=lambda: now)
+        first, last = [math.inf] * len(slots), [0.0] * len(slots)
+        started = 0
+        while not queue.all_started or ends:
+            while (at_once is None or len(ends) < at_once) and not queue.all_started:
+                if queue.next(name := str(started)) is None:
+                    break
+                started += 1
+                placement, until = queue.machines.running[name]
+                heapq.heappush(ends, (until, name))
+                for machine, workers in enumerate(placement):
+                    if workers:
+                        first[machine], last[machine] = min(first[machine], now), max(last[machine], until)
+            if not ends:
+                return cls(math.inf, (math.inf,) * len(slots))
+            now, name = heapq.heappop(ends)
+            queue.end(name)
+        return cls(now, tuple(max(0.0, end - begin) for begin, end in zip(first, last)))
