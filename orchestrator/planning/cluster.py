@@ -232,7 +232,7 @@ def join_or_start(options: RunOptions) -> Cluster:
     """
     if is_connected():
         raise InputError(
-            "this process is connected to Ray already, and a sweep makes a connection with settings that it needs: call "
+            "this process is connected to Ray already, and a sweep makes a connection with its own settings: call "
             "ray.shutdown() first; address='host:port' then joins the same cluster"
         )
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
