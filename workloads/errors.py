@@ -40,7 +40,9 @@ def near(name: str, known: Iterable[str]) -> str | None:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """``recipe 'convergance' is unknown; did you mean convergence? Known: ...``, the middle only if a name is near."""
     guess = near(name, names := list(known))
-    return f"{kind} {name!r} is unknown{f'; did you mean {guess}?' if guess else '.'} Known: {', '.join(names)}"
+    return (
+        f"{kind} {name!r} is unknown{f'; did you mean {guess}?' if guess else '.'} Known: {', '.join(names) or 'none'}"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -84,6 +85,23 @@ def test_the_second_time_nothing_is_trained_and_it_says_why(finished):
     assert {name: record.journal.path.read_bytes() for name, record in records(command.storage).items()} == before
     _, trials, sweeps = mlflow_runs(command.storage)
     assert (len(trials), len(sweeps)) == (6, 1)
+
+
+def test_damaged_files_are_named_and_stop_no_sweep(finished):
+    command, _ = finished
+    trial = sorted((command.storage / "trials").iterdir())[0]
+    journal, whole = (trial / "journal.jsonl").read_bytes(), (trial / "trial.json").read_bytes()
+    other = command.storage / "sweeps" / "other"
+    other.mkdir()
+    (other / "sweep.json").touch()
+    (trial / "trial.json").write_text("12")
+    (trial / "journal.jsonl").write_bytes(journal + b"12\n")
+    status, output = command.run()
+    (trial / "journal.jsonl").write_bytes(journal)
+    shutil.rmtree(other)
+    assert status == 0 and "Nothing is left to train" in output and "Traceback" not in output
+    assert f"{trial.name}/journal.jsonl: 1 line is damaged and passed over" in output
+    assert "it is written again" in output and (trial / "trial.json").read_bytes() == whole
 
 
 def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):

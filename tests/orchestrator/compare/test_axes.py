@@ -1,17 +1,23 @@
 """A sweep over axes: variants, baselines and the effect of each axis, against loops over the numbers."""
 
+import io
 import itertools
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
-from orchestrator.compare import Outcome, compare, summarise
+from dashboards import report
+from dashboards.comparison import check
+from orchestrator.compare import Outcome, cautions, compare, labels, summarise
 from orchestrator.records.events import Eval, Finished, Started
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
+from orchestrator.reporting.result_table import effect_table, result_table
 from orchestrator.trial_spec import Identities, TrialSpec
 from orchestrator.variants import Variant, variants_of
+from tests.support.comparison import comparison
 from tests.support.events import HARDNESS, TOKENS
 from workloads.config import TrainingConfig
 from workloads.errors import InputError
@@ -164,6 +170,27 @@ def test_of_many_variants_sentences_tell_of_the_best(sweep):
     (context,) = compare(made, 512, axes=AXES[:2])
     assert "Tables have the other 9 of 12 settings." in context["sentences"]
     assert len(context["gaps"]) <= 2 * 12
+
+
+def test_the_report_and_the_terminal_show_effects_means_over_seeds_and_what_few_documents_mean(sweep):
+    made, _ = sweep
+    axes = ("positions",)
+    made = [outcome for outcome in made if outcome.trial.training.train_layers == "all"]
+    contexts = compare(made, 512, axes=axes)
+    variants = variants_of([outcome.trial.training for outcome in made], axes)
+    names = {variant.id: variant.name for variant in variants}
+    written = comparison() | {
+        "contexts": contexts, "seeds": [0, 1, 2], "sentences": summarise(contexts, [0, 1, 2], names),
+        "cautions": cautions(contexts), **labels(variants, axes),
+    }  # fmt: skip
+    page = report.html(check(written))
+    for text in ("Effect of each axis with the others held", "LoRA+ · YaRN, mean", "over seeds 0, 1, 2"):
+        assert text in page
+    assert '<p class="notice">At 1,024 tokens 6 documents are scored, fewer than 20' in page
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table(written), effect_table(written))
+    printed = console.export_text()
+    assert "LoRA+ · YaRN, mean of 3 seeds" in printed and "Positions" in printed
 
 
 def test_without_axes_a_variant_is_its_method():

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.cli import parse
 from orchestrator.compare import Outcome, compare
 from orchestrator.compare.runs import find_run
+from orchestrator.expansion import expand
 from orchestrator.planning.planner import plan_trials, superseded
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.overview import Overview
@@ -70,7 +71,7 @@ def test_the_same_sweep_trains_anew_and_says_what_it_does_not_use(storage, runs)
     _, default, _ = parse(["convergence"])
     saved = SweepSpec.from_json((SWEEP / "spec.json").read_text(), "spec.json")
     for spec in (default, saved):
-        trials = spec.trials(identities, runs[0].trial.training.precision)
+        trials = expand(spec, identities, runs[0].trial.training.precision).trials
         assert [trial.of_earlier_versions()[-1] for trial in trials] == [run.trial for run in runs]
         planned = plan_trials(trials, storage, an_estimator())
         assert {(each.action, each.reason) for each in planned} == {
