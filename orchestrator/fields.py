@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
+import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def read_value(value: Any, kind: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             continue
     expected = "true or false" if bool in alternatives(kind) else in_words(kind)
-    given = _SHORT.repr(value)
+    given = textwrap.shorten(_SHORT.repr(value), 300)
     raise InputError(f"{given}; expected {expected}{' or none' * (type(None) in alternatives(kind))}")
 
 

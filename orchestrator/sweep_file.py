@@ -26,7 +26,7 @@ from typing import Any, get_type_hints
 from orchestrator.axes import LISTS
 from orchestrator.fields import read_value
 from orchestrator.flags import TYPES
-from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
+from orchestrator.recipes import RECIPES, find_recipe
 from orchestrator.run_options import RunOptions, check_name
 from orchestrator.spec import HASHED, SweepSpec
 from workloads.errors import InputError, first_line, near
@@ -42,14 +42,13 @@ NOT_SAVED = ("name", "force", "force_trials")
 class SweepFile:
     """What a file, or the arguments of the Python library, say.
 
-    ``name`` is the sweep's as long as no field changes. Without one, as in an earlier version's spec.json, the sweep is
-    named after the recipe.
+    ``name`` is the sweep's as long as no field changes. Without one the sweep is named after its recipe, if it has one.
     """
 
     spec: SweepSpec
     options: RunOptions
     name: str | None
-    recipe: str = DEFAULT
+    recipe: str | None = None
 
 
 def is_file_name(text: str) -> bool:
@@ -66,8 +65,10 @@ def read_sweep_file(path: Path) -> SweepFile:
     text = _read_text(path)
     values, lines = _parse_json(text, path) if path.suffix.lower() == ".json" else _parse_yaml(text, path)
     found = read_sweep(values, str(path), lines)
-    if found.name is not None or "recipe" not in values:
+    if found.name is not None:
         return found
+    if "recipe" not in values:  # an earlier version's spec.json
+        return dataclasses.replace(found, name=path.parent.name if path.parent.parent.name == "sweeps" else None)
     stem = re.sub(r"[^\w.+-]+", "-", path.stem)
     check_name(stem, f"{path} gives its sweep the name")
     return dataclasses.replace(found, name=stem)
@@ -105,7 +106,9 @@ def read_sweep(values: Mapping[str, Any], where: str, lines: Mapping[str, int] |
     options = RunOptions(**run)
     base = None if recipe is None else find_recipe(str(recipe))()
     if set(HASHED) <= set(values):  # a saved sweep: what is not in it is newer, and was at its default
-        return SweepFile(spec=SweepSpec.of(values), options=options, name=options.name, recipe=recipe or DEFAULT)
+        spec = SweepSpec.of(values)
+        recipe = recipe or next((name for name, make in RECIPES.items() if make() == spec), None)
+        return SweepFile(spec=spec, options=options, name=options.name, recipe=recipe)
     if base is None:
         raise InputError(
             f"{where} names no recipe, and not every field of a sweep. Add `recipe: NAME`, whose values hold for the "
@@ -134,7 +137,7 @@ def recipe_as_file(name: str) -> SweepFile:
 def name_of(base: SweepFile, spec: SweepSpec) -> str:
     """The recipe's or the file's name, with a hash if fields differ: the same command is always the same sweep."""
     if base.name is None:
-        return name_of(recipe_as_file(base.recipe), spec)
+        return f"sweep-{spec.digest()}" if base.recipe is None else name_of(recipe_as_file(base.recipe), spec)
     return base.name if spec == base.spec else f"{base.name}-{spec.digest()}"
 
 

@@ -81,7 +81,11 @@ class Conclusion:
         self.console.print(f"\n{self._elapsed:.0f} s in total.")
         if report:
             self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
+        links = self.tracker.links(sweep.name) if not self.tracker.outage else []
+        for name, address in links:
+            self.console.print(f"MLflow, {name}: {address}", soft_wrap=True)
+        if not links:
+            self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
         for trial in best_trials(comparison):
             command = self._export_command(trial["fingerprint"])

@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +70,23 @@ def test_settings_trials_and_the_best_one(finished):
         (lambda: longspan.sweep({"steps": 3}), "names no recipe"),
         (lambda: longspan.sweep(workers=0), "workers is 0"),
         (lambda: longspan.plan("nowhere.yaml"), "cannot be read"),
+        (lambda: longspan.plan(None), "the sweep is None; expected a recipe's name"),
+        (lambda: longspan.plan(data="\ud800"), "in which this is none"),
+        (lambda: longspan.open(STORAGE, 3), "sweep '3' is unknown"),
     ],
 )
 def test_a_mistake_is_one_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_sweep_in_another_thread_is_refused_and_signal_handlers_are_left_alone():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="expected the main thread"):
+        pool.submit(longspan.sweep).result()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InputError, match="is no folder here"):
+        longspan.sweep(model="./nowhere/at/all")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_python_flags_and_files_mean_the_same_sweep():

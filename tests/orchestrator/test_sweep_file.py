@@ -161,6 +161,13 @@ def test_aliases_that_multiply_are_one_short_error(tmp_path):
     assert len(str(error.value)) < 1000
 
 
+def test_a_saved_sweep_of_an_earlier_version_keeps_the_name_of_its_folder(tmp_path):
+    (tmp_path / "sweeps" / "mine").mkdir(parents=True)
+    text = find_recipe("convergence")().changed(steps=7).to_json()
+    assert parse([write(tmp_path / "sweeps" / "mine", text, "spec.json")])[0] == "mine"
+    assert parse([write(tmp_path, text, "spec.json")])[0].startswith("sweep-")
+
+
 @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
 def test_a_byte_order_mark_is_no_part_of_a_file(name, tmp_path):
     assert parse([write(tmp_path, '\ufeff{"recipe": "convergence"}', name)])[0] == "a"
