@@ -23,6 +23,7 @@ from workloads.config import (
     Positions,
     TrainingFields,
     refuse_not_finite,
+    refuse_number,
     trains_embeddings,
     trains_norms,
 )
@@ -162,6 +163,8 @@ class SweepSpec(TrainingFields, Compared):
             if name not in AXES:
                 raise InputError(f"{name!r} cannot be an axis; expected one of {', '.join(AXES)}")
             check_values(name, values)
+            for value in values:
+                refuse_number(name, value)
             if values[0] != getattr(self, name):
                 raise InputError(
                     f"{name} is {getattr(self, name)!r}, and an axis of {in_words(values)}: change both "

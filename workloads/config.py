@@ -61,12 +61,19 @@ def labels(fields: type) -> dict[str, Label]:
 
 
 def refuse_not_finite(settings: Any) -> None:
-    """Raises InputError if a field of a dataclass is NaN or infinite: no setting is, and JSON has neither."""
+    """Raises InputError if a field of a dataclass has a number that JSON or other programs cannot hold."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, float) and not math.isfinite(each):
-                raise InputError(f"{field.name} is {each}; expected a finite number")
+            refuse_number(field.name, each)
+
+
+def refuse_number(field: str, value: Any) -> None:
+    """Raises InputError if a value is NaN, infinite or an integer of 64 bits and more."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{field} is {value}; expected a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{field} has 64 bits or more; expected a smaller number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

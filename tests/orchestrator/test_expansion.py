@@ -151,6 +151,7 @@ def test_combinations_that_cannot_be_are_left_out_with_one_note_a_reason():
         ({"learning_rate_for": ["positions=linear,positions=yarn:1e-3"]}, "positions is given twice"),
         ({"seeds": list(range(4000))}, "3 methods x 4000 seeds make 12,000 trials"),
         ({"lora_targets": [[], ["q_proj"]], "methods": ["lora"]}, "with lora targets ,: lora_targets is empty"),
+        ({"steps": [3, 10**5000]}, "steps has 64 bits or more"),
         ({"lora_alpha": 0}, "lora_alpha is 0; expected a positive number"),
         ({"beta1": [0.9, 1.5]}, "beta1 is 1.5; expected a number from 0 to less than 1"),
         ({"weight_decay": -1}, "weight_decay is -1; expected zero"),
