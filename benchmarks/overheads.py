@@ -31,6 +31,7 @@ import torch
 import tyro
 
 from orchestrator.cli import parse
+from orchestrator.expansion import expand
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.planner import plan_trials
 from orchestrator.planning.preparation import check_sweep, identify
@@ -136,7 +137,7 @@ def tiny_trial(source: ModelSource) -> TrialSpec:
         steps=LOOP_STEPS, eval_every=LOOP_STEPS, eval_documents=1,
     )  # fmt: skip
     known = Identities(model=source.identity, tokenizer=source.tokenizer_identity, data="benchmark")
-    return spec.trials(known, "float32")[0]
+    return expand(spec, known, "float32").trials[0]
 
 
 def planning(folder: Path) -> dict[str, float]:

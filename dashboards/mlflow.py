@@ -13,14 +13,19 @@ import re
 import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+
+from dashboards.mlflow_views import TAG, links, supports_views
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 EVERY = ("0.0.0.0", "::")
@@ -88,7 +93,8 @@ def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
         print(f"Starting MLflow on {store} ...", flush=True)
         with no_stray_folders(sqlite_url(store / "mlflow.db")):
             if _wait_until_up(server, host, port):
-                print(f"Open {_url(_names(host)[0], port)} (Ctrl-C to stop)", flush=True)
+                page = _url(_names(host)[0], port)
+                print("\n".join([f"Open {page} (Ctrl-C to stop)", *_views(store, page)]), flush=True)
             status = server.wait()
         errors.seek(0)
         logged = re.sub(r"[^\t\n -~\xa0-\U0010ffff]", "?", errors.read().decode(errors="replace"))
@@ -114,6 +120,22 @@ def _store(storage: str) -> Path:
             f"`python -m orchestrator.sweep --storage {shlex.quote(storage)}` creates one."
         )
     return store
+
+
+def _views(store: Path, page: str) -> list[str]:
+    """A line for each saved view of each experiment's newest sweep, or a note where MLflow has none."""
+    database = f"{(store / 'mlflow.db').as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(database, uri=True)) as connection:
+        query = "SELECT experiment_id, key, value FROM experiment_tags WHERE key LIKE ?"
+        rows = connection.execute(query, (f"{TAG}%",)).fetchall()
+    tags: dict[str, dict[str, str]] = defaultdict(dict)
+    for experiment, key, value in rows:
+        tags[str(experiment)][key] = value
+    if rows and not supports_views(version := metadata.version("mlflow")):
+        return [f"note: MLflow {version} has no saved views; from 3.15 on, links to arranged charts are printed here"]
+    found = [view for experiment, saved in tags.items() for view in links(page, experiment, saved)]
+    width = max((len(name) for name, _ in found), default=0)
+    return [f"  {name:<{width}}  {address}" for name, address in found]
 
 
 def _check_address(host: str, port: int) -> None:

@@ -113,10 +113,3 @@ def _word(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(value)
     return OF_NONE[name] if value is None else as_text(value)
-
-
-def describe_left_out(settings: Sequence[Mapping[str, Any]], reason: str) -> str:
-    """One sentence on combinations that cannot be, all for the same reason, by what they have in common."""
-    common = {name: value for name, value in settings[0].items() if all(each[name] == value for each in settings)}
-    named = " with ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in common.items())
-    return f"{named or f'{len(settings)} combinations'} left out: {reason}"

@@ -1,9 +1,8 @@
 """A sweep as data: frozen, typed, checked where it is made.
 
-A recipe makes a :class:`SweepSpec`; with the identities of its model and data it becomes
-:class:`~orchestrator.trial_spec.TrialSpec` s. The fields that it hands to each trial unchanged are defined in
-:mod:`workloads.config`; the fields here choose what is compared, or are resolved for each trial. A field with several
-values is an axis: see :mod:`orchestrator.axes`.
+A recipe makes a :class:`SweepSpec`, and :func:`~orchestrator.expansion.expand` its trials. The fields that each trial
+takes unchanged are defined in :mod:`workloads.config`; the fields here choose what is compared, or are resolved for
+each trial. A field with several values is an axis: see :mod:`orchestrator.axes`.
 """
 
 from __future__ import annotations
@@ -13,23 +12,16 @@ import hashlib
 import itertools
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.axes import AXES, as_text, check_values, describe_left_out, distinction, flag, in_words, join, split
+from orchestrator.axes import AXES, check_values, flag, in_words, join, split
 from orchestrator.learning_rates import Rule
-from orchestrator.trial_spec import Identities, TrialSpec
-from workloads.attention.patterns import PATTERNS
 from workloads.config import (
-    OF_LORA,
     Method,
     Positions,
-    Precision,
-    TrainingConfig,
     TrainingFields,
-    group_size_in_tokens,
     refuse_not_finite,
     trains_embeddings,
     trains_norms,
@@ -38,14 +30,8 @@ from workloads.errors import InputError
 
 TrainedMethod = Literal["lora", "lora+norm", "lora+embed", "lora+", "full"]
 
-# Shared fields that not every trial has: references have these alone, and learning rates are those of what a method
-# trains.
-OF_UNTUNED = ("eval_documents", "task")
-RATES = ("learning_rate_embeddings", "learning_rate_norms")
-RATE_OF = {
-    "lora": "learning_rate_lora", "lora+norm": "learning_rate_lora", "lora+embed": "learning_rate_lora_plus",
-    "lora+": "learning_rate_lora_plus", "full": "learning_rate_full",
-}  # fmt: skip
+# Learning rates besides a method's own, which a trial has if it trains what they are for.
+EXTRA_RATES = ("learning_rate_embeddings", "learning_rate_norms")
 # The name of a sweep holds a hash of these fields in this order, so sweeps in storage depend on it. A field that is not
 # among them enters the hash only if it is not at its default.
 HASHED = (
@@ -84,20 +70,6 @@ class Compared:
     automatically."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each is a separate trial."""
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """The trials of a sweep, and the combinations that it leaves out.
-
-    Args:
-        trials: by context length, untuned ones first; each once.
-        left_out: one sentence for each reason for which combinations of the axes' values cannot be, and for each rule
-            for learning rates that no trial matches.
-    """
-
-    trials: list[TrialSpec]
-    left_out: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +138,8 @@ class SweepSpec(TrainingFields, Compared):
             Rule.parse(text)
         trained = set[str]()
         for method, layers in itertools.product(self.methods, self.values_of("train_layers")):
-            trained |= _trained_apart(method, layers)
-        for name in RATES:
+            trained |= extra_rates(method, layers)
+        for name in EXTRA_RATES:
             if name not in trained and any(rate is not None for rate in self.values_of(name)):
                 raise InputError(
                     f"{flag(name)} {getattr(self, name)}: none of the methods {' '.join(self.methods)} "
@@ -213,149 +185,6 @@ class SweepSpec(TrainingFields, Compared):
     def values_of(self, name: str) -> tuple[Any, ...]:
         """All values of a field: those of its axis, else the one that it has."""
         return self.axes.get(name, (getattr(self, name),))
-
-    def points(self) -> list[dict[str, Any]]:
-        """Every combination of the axes' values, by field; a single one without fields if there are no axes."""
-        return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
-
-    def trials(self, identities: Identities, precision: Precision) -> list[TrialSpec]:
-        """The trials of this sweep: see :meth:`expand`."""
-        return self.expand(identities, precision).trials
-
-    def expand(self, identities: Identities, precision: Precision) -> Expansion:
-        """The trials of this sweep, each once, and the combinations of axes that cannot be.
-
-        If there are references, the untuned models that the tuned ones start from are always among them: they take
-        seconds, and their score is step 0 of every tuned trial.
-
-        Raises:
-            InputError: a setting that no trial can have, such as a context that is not a multiple of the group size; or
-                an axis without effect.
-        """
-        found: dict[str, TrialSpec] = {}
-        made: list[tuple[dict[str, Any], str]] = []  # what each trial was made from
-        impossible: dict[str, list[dict[str, Any]]] = defaultdict(list)
-
-        def add(config: TrainingConfig, named: str = "") -> str:
-            trial = TrialSpec(
-                model=self.model, data=self.data, text_column=self.text_column, eval_data=self.eval_data,
-                identities=identities, training=config, distinction=named,
-            )  # fmt: skip
-            return found.setdefault(trial.fingerprint, trial).fingerprint
-
-        for context_length in self.context_lengths:
-            for config in self._untuned(context_length, precision):
-                add(config)
-            for method, point in itertools.product(self.methods, self.points()):
-                asked = {"context_length": context_length, "method": method, **point}
-                setting = self._setting(asked)
-                try:
-                    configs = list(self._tuned(setting, precision))
-                except InputError as error:
-                    if not self.axes:
-                        raise
-                    impossible[str(error)].append(asked)
-                else:
-                    made += [(asked, add(config, self._distinction(config))) for config in configs]
-        self._refuse_without_trials(made, impossible)
-        self._refuse_without_effect(made)
-        left_out = [self._describe(settings, reason) for reason, settings in impossible.items()]
-        return Expansion(list(found.values()), [*left_out, *self._unused_rules(made)])
-
-    def _untuned(self, context_length: int, precision: Precision) -> list[TrainingConfig]:
-        positions = dict.fromkeys((*self.references, *self.values_of("positions"))) if self.references else ()
-        return [
-            TrainingConfig(
-                method="untuned",
-                context_length=context_length,
-                attention="full",
-                positions=each,
-                precision=precision,
-                eval_span=self._eval_span(context_length),
-                **{name: getattr(self, name) for name in OF_UNTUNED},
-            )
-            for each in positions
-        ]
-
-    def _setting(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """A combination of method, context length and axes with all other fields that have an effect on it."""
-        names = [each.name for each in dataclasses.fields(TrainingFields) if each.name not in RATES]
-        setting = {name: getattr(self, name) for name in (*names, "group_size", "steps", *RATES)} | asked
-        unused: tuple[str, ...] = OF_LORA if setting["method"] == "full" else ()
-        if not PATTERNS[setting["attention"]].has_group_size:
-            unused += ("group_size",)
-        unused += tuple(set(RATES) - _trained_apart(setting["method"], setting["train_layers"]))
-        return {name: value for name, value in setting.items() if name not in unused}
-
-    def _tuned(self, setting: dict[str, Any], precision: Precision) -> Iterator[TrainingConfig]:
-        """The trials of a setting: one for each multiple of its learning rates and each seed."""
-        context_length, group_size = setting["context_length"], setting.get("group_size")
-        in_tokens = {} if group_size is None else {"group_size": group_size_in_tokens(group_size, context_length)}
-        for multiple, seed in itertools.product(self.learning_rate_sweep, self.seeds):
-            rates = self._learning_rates(setting, multiple)
-            eval_span = self._eval_span(context_length)
-            yield TrainingConfig(**setting | in_tokens | rates, seed=seed, precision=precision, eval_span=eval_span)
-
-    def _learning_rates(self, setting: Mapping[str, Any], multiple: float) -> dict[str, float | None]:
-        """The learning rates of what a setting trains, by TrainingConfig's fields.
-
-        All are scaled by ``multiple``, one of ``learning_rate_sweep``, so that their ratio stays.
-        """
-        matching = [rule.rate for rule in self._rules if rule.matches(setting)]
-        rates = {"learning_rate": matching[-1] if matching else getattr(self, RATE_OF[setting["method"]])}
-        rates |= {name: setting[name] for name in RATES if name in setting}
-        if multiple != 1:
-            # Rounded, so that 0.3 x 2e-5 is the same trial as 6e-6.
-            rates = {name: rate and float(f"{rate * multiple:.12g}") for name, rate in rates.items()}
-        return rates
-
-    @property
-    def _rules(self) -> list[Rule]:
-        return [Rule.parse(text) for text in self.learning_rate_for]
-
-    def _distinction(self, config: TrainingConfig) -> str:
-        named = distinction(config, self.axes)
-        rate = f"lr {config.learning_rate:g}" if self.learning_rate_sweep != (1.0,) else ""
-        return f"{named} {rate}".strip()
-
-    def _eval_span(self, context_length: int) -> int:
-        if self.task == "sft":  # examples are scored whole
-            return context_length
-        return self.eval_span or max(self.context_lengths)
-
-    def _refuse_without_trials(
-        self, made: list[tuple[dict[str, Any], str]], impossible: dict[str, list[dict[str, Any]]]
-    ) -> None:
-        """Raises InputError if no combination with one of the given values can be."""
-        for reason, settings in impossible.items():
-            if not made:
-                raise InputError(reason)
-            for name, value in ((name, value) for setting in settings for name, value in setting.items()):
-                if not any(setting[name] == value for setting, _ in made):
-                    raise InputError(f"nothing can be trained with {name.replace('_', ' ')} {as_text(value)}: {reason}")
-
-    def _refuse_without_effect(self, made: list[tuple[dict[str, Any], str]]) -> None:
-        """Raises InputError if all values of an axis give the same trials."""
-        for name, values in self.axes.items():
-            trials = [{fingerprint for setting, fingerprint in made if setting[name] == value} for value in values]
-            if all(each == trials[0] for each in trials):
-                raise InputError(
-                    f"{flag(name)} {in_words(values)} has no effect: every value gives the same trials. "
-                    "Leave it out, or give one value"
-                )
-
-    def _unused_rules(self, made: list[tuple[dict[str, Any], str]]) -> Iterator[str]:
-        """One sentence for each rule for learning rates that no trial matches, as after ``--positions linear``."""
-        settings = [self._setting(asked) for asked, _ in made]
-        for rule in self._rules:
-            if not any(rule.matches(setting) for setting in settings):
-                given = {name: dict.fromkeys(as_text(s[name]) for s in settings if name in s) for name in rule.values}
-                has = "; ".join(f"{name} {', '.join(values) or 'in none'}" for name, values in given.items())
-                yield f"{flag('learning_rate_for')} {rule.text} matches no trial; trials have {has}"
-
-    def _describe(self, settings: list[dict[str, Any]], reason: str) -> str:
-        varied = [*(n for n, v in (("context_length", self.context_lengths), ("method", self.methods)) if len(v) > 1)]
-        return describe_left_out([{name: each[name] for name in (*varied, *self.axes)} for each in settings], reason)
 
     def values(self) -> dict[str, Any]:
         """All fields as plain data, an axis as the list of its values; ``of`` is the inverse."""
@@ -416,8 +245,8 @@ class SweepSpec(TrainingFields, Compared):
         return cls.of(values, where)
 
 
-def _trained_apart(method: Method, train_layers: str) -> set[str]:
-    """The learning rates besides its own that a method has: those of embeddings and norms, where they train."""
+def extra_rates(method: Method, train_layers: str) -> set[str]:
+    """The learning rates that a method has besides its own: those of embeddings and norms, where they train."""
     trains = {
         "learning_rate_embeddings": trains_embeddings(method, train_layers),
         "learning_rate_norms": trains_norms(method),

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cli import EXIT_FAILED_TRIALS, EXIT_MLFLOW_REFUSED, parse
-from orchestrator.planning.cluster import Cluster, join_or_start
+from orchestrator.planning.cluster import Cluster, is_connected, join_or_start
 from orchestrator.planning.plan_table import print_notes, print_plan
 from orchestrator.planning.preparation import Checked, Prepared, check_sweep, identify, prepare
 from orchestrator.planning.sweep_plan import (
@@ -88,7 +88,7 @@ def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console)
         InputError: it cannot run as asked.
         KeyboardInterrupt: with notes on what each trial has kept.
     """
-    status, began = Status(), time.monotonic()
+    status, began, connected = Status(), time.monotonic(), is_connected()
     try:
         stop_on_sigterm()
         sweep = check_sweep(name, spec, options)
@@ -102,7 +102,7 @@ def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console)
             interruption.add_note("\n".join([*lines, "The same command continues from there."]))
             raise
     finally:
-        if ray := sys.modules.get("ray"):
+        if not connected and (ray := sys.modules.get("ray")):
             ray.shutdown()
 
 

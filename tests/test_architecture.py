@@ -21,7 +21,18 @@ FORBIDDEN = {
 # The levels of orchestrator: none imports from one further down this list. What stands in no level is a command.
 LEVELS = (
     {
-        *("terminal", "process", "gpus", "run_options", "spec", "axes", "learning_rates", "trial_spec", "variants"),
+        *(
+            "terminal",
+            "process",
+            "gpus",
+            "run_options",
+            "spec",
+            "expansion",
+            "axes",
+            "learning_rates",
+            "trial_spec",
+            "variants",
+        ),
         *("recipes", "fields", "flags", "sweep_help", "sweep_file", "sweep_schema", "yaml_loader", "cli"),
         "ray_internals",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,12 +218,23 @@ def multiplies_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def is_connected() -> bool:
+    """Whether this process has started or joined a Ray cluster."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def join_or_start(options: RunOptions) -> Cluster:
     """Connects this process to Ray: a given address, a submitted job's cluster (RAY_ADDRESS), or a new local one.
 
     Raises:
-        InputError: the cluster cannot be joined, or Ray cannot be started here.
+        InputError: the cluster cannot be joined, Ray cannot be started here, or this process has joined one already.
     """
+    if is_connected():
+        raise InputError(
+            "this process is connected to Ray already, and a sweep makes a connection with its own settings: call "
+            "ray.shutdown() first; address='host:port' then joins the same cluster"
+        )
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     local = address == "local"
     # These values count on a cluster that is joined, not those of its nodes.
@@ -241,7 +253,7 @@ def join_or_start(options: RunOptions) -> Cluster:
     if local:
         raise InputError(
             f"--cluster {options.cluster}: this sweep would run on this machine; join that cluster with --address, or "
-            "plan for it with python -m orchestrator.plan"
+            "plan for it with longspan plan"
         )
     return dataclasses.replace(Cluster.named(options.cluster), own=False)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.expansion import expand
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
 from orchestrator.planning.notes import position_notes
@@ -140,7 +141,7 @@ def check_sweep(name: str, spec: SweepSpec, options: RunOptions, *, plan_only: b
         InputError: settings that cannot be, or that contradict each other.
     """
     precision: Precision = "bfloat16" if spec.precision == "auto" else spec.precision  # either passes the same checks
-    trials = spec.trials(Identities(model="", tokenizer="", data=""), precision)
+    trials = expand(spec, Identities(model="", tokenizer="", data=""), precision).trials
     if options.baseline is not None:
         find_variant(options.baseline, variants_of([trial.training for trial in trials], spec.axes))
     for trial in trials:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orchestrator.expansion import expand
 from orchestrator.planning.budget_watch import Spending
 from orchestrator.planning.cluster import Cluster
 from orchestrator.planning.cost import Totals, refuse_over_budget, sum_up, within_rate
@@ -70,7 +71,7 @@ def plan_sweep(sweep: Identified, cluster: Cluster) -> SweepPlan:
     precision: Precision = cluster.precision if spec.precision == "auto" else spec.precision
     if "nf4" in spec.values_of("quantization") and not cluster.gpus:
         raise InputError("--quantization nf4 needs CUDA GPUs, and the cluster has none; leave it out")
-    expansion = spec.expand(sweep.identities, precision)
+    expansion = expand(spec, sweep.identities, precision)
     trials = expansion.trials
     rates = Rates.of(cluster, cluster.device(options).name, sweep.prices)
     cluster = within_rate(cluster, rates, options.budget_usd_per_hour)

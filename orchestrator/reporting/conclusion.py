@@ -79,7 +79,11 @@ class Conclusion:
         self.console.print()
         if report:
             self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
+        links = self.tracker.links(sweep.name) if not self.tracker.outage else []
+        for name, address in links:
+            self.console.print(f"MLflow, {name}: {address}", soft_wrap=True)
+        if not links:
+            self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
         for step in comparison["next_steps"]:
             self.console.print(f"{step['purpose']}: {step['command']}", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from orchestrator import cancel, status
+from orchestrator.expansion import expand
 from orchestrator.planning.planner import plan_trials
 from orchestrator.records import cancellation, leases
 from orchestrator.records.events import make_event
@@ -39,7 +40,7 @@ def storage(tmp_path):
 def trials(storage):
     """The trials of the sweep ``mine``, as it lists them when it begins, by their method."""
     spec = SweepSpec(context_lengths=(1024,), steps=100, batch=4, references=(), eval_every=50)
-    made = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    made = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
     listed(storage, "mine", made)
     return {trial.training.method: trial for trial in made}
 

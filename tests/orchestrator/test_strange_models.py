@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from orchestrator.expansion import expand
 from orchestrator.planning.preparation import check_sweep, identify
 from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
@@ -258,7 +259,7 @@ def corpus(tmp_path_factory):
 def train_and_export(planned, corpus, tmp_path):
     """Trains one step of the sweep's first LoRA trial; returns the logits of the model in memory and of its export."""
     spec = planned.spec
-    (trial,) = [each for each in spec.trials(planned.identities, "float32") if each.training.method == "lora"]
+    (trial,) = [each for each in expand(spec, planned.identities, "float32").trials if each.training.method == "lora"]
     folder = Storage(tmp_path / "runs").add_trial(trial, planned.source.location)
     engine, execution = Engine(torch.device("cpu"), "float32"), ExecutionConfig()
     model = build_model(planned.source, trial.training, engine, execution)

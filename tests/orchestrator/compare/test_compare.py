@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from orchestrator.compare import Outcome, compare, headline, quality_and_cost, summarise
+from orchestrator.expansion import expand
 from orchestrator.records.events import Cancelled, Eval, Finished, Started, Step
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
@@ -26,7 +27,7 @@ def outcomes(folder, curves, finished=True, context_length=1024, seeds=(0,), mac
     methods = tuple(m for m in curves if m in METHODS)
     spec = SweepSpec(context_lengths=(context_length,), seeds=seeds, methods=methods, **fields)
     made = []
-    for trial in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32"):
+    for trial in expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials:
         training: TrainingConfig = trial.training
         name = training.positions if training.method == "untuned" else training.method
         journal = Journal(folder / trial.fingerprint)

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.compare import __main__ as command
 from orchestrator.compare.runs import find_run
+from orchestrator.expansion import expand
 from orchestrator.records.events import Eval, Finished, Started, Step
 from orchestrator.records.json_files import write_json
 from orchestrator.records.storage import Storage
@@ -29,7 +30,7 @@ MACHINE = {
 def add(storage, perplexities, data="d", finished=True, machine=MACHINE, **fields):
     """A trial with its journal: ``perplexities`` by step; ``fields`` of the sweep."""
     spec = SweepSpec(**{"context_lengths": (1024,), "methods": ("lora",), "references": (), **fields})
-    (trial,) = spec.trials(Identities(model="m", tokenizer="t", data=data), "float32")
+    (trial,) = expand(spec, Identities(model="m", tokenizer="t", data=data), "float32").trials
     folder = storage.add_trial(trial)
     folder.journal.append(Started(**machine))
     for step, perplexity in perplexities.items():

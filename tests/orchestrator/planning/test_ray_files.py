@@ -1,4 +1,4 @@
-"""Other users of a machine can neither read Ray's token nor write into its sessions."""
+"""Other users of a machine can neither read Ray's token nor write into its sessions; one process, one connection."""
 
 import os
 import secrets
@@ -22,6 +22,10 @@ from orchestrator.ray_internals import ray_folder
 join_or_start(RunOptions(address="local"))
 token, (session,) = Path.home() / ".ray/auth_token", [p for p in ray_folder().glob("session_*") if not p.is_symlink()]
 print(*(f"{path.stat().st_mode & 0o7777:o}" for path in (token, session, ray_folder())), open_to_others())
+try:
+    join_or_start(RunOptions())
+except ValueError as error:
+    print(error)
 """
 
 
@@ -35,7 +39,9 @@ def test_what_a_sweep_starts_is_closed_to_others(tmp_path):
         done = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, env=environment, capture_output=True, text=True)
     finally:
         shutil.rmtree(folder)
-    assert done.stdout.split("\n")[-2] == "600 700 1777 []", done.stdout + done.stderr
+    modes, again = done.stdout.splitlines()[-2:]
+    assert modes == "600 700 1777 []", done.stdout + done.stderr
+    assert "connected to Ray already" in again and "ray.shutdown()" in again
 
 
 def test_open_files_are_found_with_their_remedy(tmp_path, monkeypatch):

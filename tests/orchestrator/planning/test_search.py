@@ -10,6 +10,7 @@ from statistics import median
 import pytest
 
 from orchestrator.cli import parse
+from orchestrator.expansion import expand
 from orchestrator.planning.search import Search, Space
 from orchestrator.records.events import Eval, Failed, Finished, Stopped
 from orchestrator.records.storage import Storage
@@ -31,7 +32,7 @@ def spec(**fields):
 def open_search(folder, spec):
     storage = Storage.open(str(folder))
     storage.sweep("s").mkdir(parents=True, exist_ok=True)
-    bases = spec.trials(IDENTITIES, "float32")
+    bases = expand(spec, IDENTITIES, "float32").trials
     return storage, Search(spec, bases, storage, storage.search_journal("s"))
 
 
@@ -101,7 +102,7 @@ def test_what_another_sweep_has_finished_is_learned_from_at_once(tmp_path):
     first = run(tmp_path, spec())
     storage = Storage.open(str(tmp_path))
     storage.sweep("other").mkdir()
-    second = Search(spec(), spec().trials(IDENTITIES, "float32"), storage, storage.search_journal("other"))
+    second = Search(spec(), expand(spec(), IDENTITIES, "float32").trials, storage, storage.search_journal("other"))
     assert [second.next().training for _ in first] == first
     nothing_known = open_search(tmp_path / "elsewhere", spec())[1]
     assert [nothing_known.next().training for _ in first] != first
@@ -139,7 +140,7 @@ def test_what_is_searched_cannot_be_an_axis():
 
 def test_the_methods_own_setting_comes_first_where_it_lies_in_the_ranges(tmp_path):
     own = spec(learning_rate_lora=3e-3)
-    (base,) = own.trials(IDENTITIES, "float32")
+    (base,) = expand(own, IDENTITIES, "float32").trials
     _, search = open_search(tmp_path / "in", own)
     assert search.next().fingerprint == base.fingerprint
     outside = spec(learning_rate_lora=3e-3, search_learning_rate=(1e-5, 1e-4))
@@ -190,13 +191,13 @@ def test_ranges_can_be_told_on_the_command_line():
     flags = ["--search", "random", "--search-learning-rate", "1e-4", "1e-2", "--search-rank", "4", "8"]
     _, told, _ = parse(["convergence", *flags, "--search-group-size", "0.25", "512"])
     assert (told.search_learning_rate, told.search_rank) == ((1e-4, 1e-2), (4, 8))
-    (base,) = (trial for trial in told.trials(IDENTITIES, "float32") if trial.label == "lora 2048")
+    (base,) = (trial for trial in expand(told, IDENTITIES, "float32").trials if trial.label == "lora 2048")
     space = Space.of(told, base)
     assert space.choices == {"lora_rank": (4, 8), "group_size": (512.0,)}
 
 
 def test_a_group_size_that_a_context_length_cannot_have_is_refused():
-    (base,) = spec().trials(IDENTITIES, "float32")
+    (base,) = expand(spec(), IDENTITIES, "float32").trials
     with pytest.raises(InputError, match="group size 300 at context length 1024"):
         Space.of(spec(search_group_size=(0.25, 300)), base)
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from orchestrator.expansion import expand
 from orchestrator.records.mlflow_store import MlflowStore
 from orchestrator.records.storage import Storage
 from orchestrator.spec import SweepSpec
@@ -29,7 +30,7 @@ def storage(tmp_path, empty_database):
 @pytest.fixture
 def trials(storage):
     spec = SweepSpec(context_lengths=(1024,), methods=("lora+", "full"), references=())
-    found = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    found = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
     for trial in found:
         storage.add_trial(trial)
     return found

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from orchestrator.compare.runs import find_run
+from orchestrator.expansion import expand
 from orchestrator.planning.early_stopping import EarlyStopping, Rungs
 from orchestrator.planning.planner import plan_trials
 from orchestrator.records import cancellation
@@ -24,7 +25,7 @@ from tests.support.events import a_step
 from tests.support.plans import an_estimator
 
 SPEC = SweepSpec(context_lengths=(1024,), methods=("lora", "lora+"), references=(), steps=9, eval_every=3)
-MINE, OTHER = SPEC.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+MINE, OTHER = expand(SPEC, Identities(model="m", tokenizer="t", data="d"), "float32").trials
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import time
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.expansion import expand
 from orchestrator.records import mlflow_store
 from orchestrator.records.events import Finished, Step
 from orchestrator.records.mlflow_sync import TrackingThread
@@ -206,7 +207,7 @@ def test_a_sweep_of_more_trials_than_mlflow_takes_tags_at_once_lists_all(mirrore
     layers = [",".join(map(str, range(last))) for last in range(2, 32)]
     axes = dict(positions=["linear", "yarn"], train_layers=layers, lora_targets=[["q_proj"], ["q_proj", "v_proj"]])
     spec = SweepSpec.of(dict(context_lengths=[1024], methods=["lora+"], references=[], batch=2) | axes)
-    trials = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    trials = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
     mirrored.log_sweep("wide", "settings", comparison(), trials, [])
     assert mirrored.trouble is None and not mirrored.refused
     _, found = runs(mirrored.uri)

@@ -12,6 +12,7 @@ import pytest
 from dashboards.mlflow import sqlite_url
 from orchestrator import sweep
 from orchestrator.cli import parse
+from orchestrator.expansion import expand
 from orchestrator.planning.preparation import check_sweep
 from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.storage import Storage
@@ -81,9 +82,8 @@ def test_the_name_of_a_running_sweep_is_refused_for_another_one(tmp_path, monkey
 
 def test_a_trials_folder_removed_while_it_trains_is_the_reason_of_its_failure(tmp_path):
     storage = Storage.open(str(tmp_path / "runs"))
-    (trial,) = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=()).trials(
-        Identities(model="m", tokenizer="t", data="d"), "float32"
-    )
+    spec = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=())
+    (trial,) = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
     folder = storage.add_trial(trial)
     shutil.rmtree(folder.path)
     _record_failure(SimpleNamespace(attempt="a"), [folder], "FileNotFoundError: journal.jsonl")

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.cli import parse
 from orchestrator.compare import Outcome, compare
 from orchestrator.compare.runs import find_run
+from orchestrator.expansion import expand
 from orchestrator.planning.planner import plan_trials, superseded
 from orchestrator.records.storage import Storage
 from orchestrator.reporting.overview import Overview
@@ -70,7 +71,7 @@ def test_the_same_sweep_trains_anew_and_says_what_it_does_not_use(storage, runs)
     _, default, _ = parse(["convergence"])
     saved = SweepSpec.from_json((SWEEP / "spec.json").read_text(), "spec.json")
     for spec in (default, saved):
-        trials = spec.trials(identities, runs[0].trial.training.precision)
+        trials = expand(spec, identities, runs[0].trial.training.precision).trials
         assert [trial.of_earlier_versions()[-1] for trial in trials] == [run.trial for run in runs]
         planned = plan_trials(trials, storage, an_estimator())
         assert {(each.action, each.reason) for each in planned} == {
@@ -94,7 +95,7 @@ def test_it_is_mirrored_into_mlflow_by_its_own_fingerprints(storage, runs):
     tracker.follow([lora], "convergence", PROVENANCE)
     client, (run,) = mlflow_runs(tracker.uri)
     assert not tracker.refused and run.data.tags["longspan.fingerprint"] == "16415f28a88f689c"
-    assert history(client, run, "eval/perplexity")[-1] == (48, pytest.approx(2.5689, abs=5e-5))
+    assert history(client, run, "eval/perplexity_1024")[-1] == (48, pytest.approx(2.5689, abs=5e-5))
 
 
 def test_every_trial_is_finished_with_the_perplexity_it_had(storage, runs):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.expansion import expand
 from orchestrator.fetch import fetch
 from orchestrator.records import object_store
 from orchestrator.records.events import Cancelled, Eval, Finished, Saved, Started, Step
@@ -30,9 +31,8 @@ from workloads.errors import InputError
 from workloads.models.source import ModelSource
 from workloads.training.checkpoint import load_newest, save_checkpoint
 
-(TRIAL,) = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=()).trials(
-    Identities(model="m", tokenizer="t", data="d"), "float32"
-)
+SPEC = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=())
+(TRIAL,) = expand(SPEC, Identities(model="m", tokenizer="t", data="d"), "float32").trials
 
 
 def on_node(name, bucket, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 
+from orchestrator.expansion import expand
 from orchestrator.records.cancellation import request
 from orchestrator.records.events import Finished
 from orchestrator.records.object_store import ObjectStore
@@ -17,9 +18,8 @@ from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
 from workloads.errors import InputError
 
-(TRIAL,) = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=()).trials(
-    Identities(model="m", tokenizer="t", data="d"), "float32"
-)
+SPEC = SweepSpec(context_lengths=(1024,), methods=("lora+",), references=())
+(TRIAL,) = expand(SPEC, Identities(model="m", tokenizer="t", data="d"), "float32").trials
 CHANGED = Provenance("0123456789ab-dirty", diff="a changed line")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.expansion import expand
 from orchestrator.planning.cluster import Cluster, Node
 from orchestrator.planning.cost import sum_up
 from orchestrator.planning.estimate import Estimator
@@ -43,7 +44,7 @@ def plan_a_sweep(tmp_path):
         references=("none",), positions="linear", steps=3, batch=2,
     )  # fmt: skip
     storage = Storage.open(str(tmp_path / "runs"))
-    trials = {t.label: t for t in spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")}
+    trials = {t.label: t for t in expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials}
 
     class PlannedSweep:
         def __init__(self, cluster=None, price=None, failed_before=()):

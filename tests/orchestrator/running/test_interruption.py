@@ -6,6 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
+from orchestrator.expansion import expand
 from orchestrator.records import leases
 from orchestrator.records.cancellation import Cancellation, pending_request
 from orchestrator.records.events import Cancelled, Launched, Saved, Started, Step
@@ -22,7 +23,7 @@ def trials(tmp_path):
     """(storage, trials by label): four that train."""
     spec = SweepSpec(context_lengths=(1024, 2048), methods=("lora", "full"), references=(), steps=30, batch=2)
     storage = Storage.open(str(tmp_path / "runs"))
-    found = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    found = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
     return storage, {trial.label: trial for trial in found}
 
 
