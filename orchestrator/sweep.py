@@ -92,6 +92,7 @@ def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console)
     try:
         stop_on_sigterm()
         sweep = check_sweep(name, spec, options)
+        console.print(f"sweep {name}: {status.doing} ...", highlight=False, soft_wrap=True)
         try:
             namesake = _find_running_namesake(sweep)
             with Heartbeat(sweep.storage, sweep.name, status.describe, sweep.spec.digest()):
