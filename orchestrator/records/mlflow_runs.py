@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from dashboards.mlflow_views import in_sweep_tag
-from orchestrator.records.events import Eval, Started, Step
+from orchestrator.records.events import Eval, Failed, Started, Step
 from orchestrator.records.json_files import write_json
 from orchestrator.records.mlflow_colours import TAG as COLOUR_TAG
 from orchestrator.records.mlflow_colours import Colours
-from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of, trial_tag
+from orchestrator.records.mlflow_metrics import STATUS, metrics_of, perplexity_metric, sweep_metrics, tags_of, trial_tag
 from orchestrator.records.mlflow_store import MlflowStore, without_password
-from orchestrator.records.provenance import Provenance
+from orchestrator.records.provenance import Provenance, without_secrets
 from orchestrator.records.trial_cost import hours_by_step
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 METRICS_A_CALL, TAGS_A_CALL = 1000, 100  # MLflow's own limits on a batch
+MOST_NAME_CHARACTERS, MOST_DIGEST_CHARACTERS = 500, 36  # and on a dataset
+PARENT_TAG = "mlflow.parentRunId"  # the page nests a run under it
+LOG_LINES, LOG_BYTES = 200, 2**17  # of a failed trial's log
 LOCK_S = 60.0  # another sweep that shares the trial looks for its run in this time
 
 
@@ -63,6 +67,7 @@ class TrialRun:
             self.kept: list[str] = state.get("artifacts", [])
             self._save()
             self._log_missing_params(run)
+            self._log_dataset(run)
             self._tag(run, sweep, colours)
 
     @property
@@ -110,6 +115,17 @@ class TrialRun:
         if missing:
             self.store.client.log_batch(self.run_id, params=missing)
 
+    def _log_dataset(self, run: Run) -> None:
+        """Logs the corpus as the run's dataset, once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if run.inputs and run.inputs.dataset_inputs:
+            return
+        data, digest = self.trial.data, re.split("[:@]", self.trial.identities.data)[-1][:MOST_DIGEST_CHARACTERS]
+        dataset = Dataset(data[:MOST_NAME_CHARACTERS], digest, "local", json.dumps({"uri": data}))
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        self.store.client.log_inputs(self.run_id, inputs)
+
     def _tag(self, run: Run, sweep: str, colours: Colours) -> None:
         """Tags the run with its sweep and its colour, as far as it is not."""
         from mlflow.entities import RunTag
@@ -139,6 +155,8 @@ class TrialRun:
             self.store.client.log_batch(self.run_id, tags=tags)
         if any(isinstance(event, Started) for event in events):
             self._log_artifacts()
+        if any(isinstance(event, Failed) for event in events):
+            self._log_end_of_log()
         self.set_status(STATUS.get(self.record.state))
 
     def _log_points(self, points: list[tuple[Step | Eval, int, float | None]]) -> None:
@@ -160,17 +178,13 @@ class TrialRun:
     def draw_beside(self, trained: TrialRun) -> None:
         """Repeats a reference's perplexity at each evaluation of a trained trial: charts then show it as a line."""
         length = self.trial.training.context_length
-        own = self.record.curve(length)
-        if not own:
+        own, drawn = self.record.curve(length), self.logged.get(perplexity_metric(length), 0)
+        along = [each for each in trained.record.curve(length) if each.step > drawn]
+        if not own or not along:
             return
-        hours = {0: 0.0} | hours_by_step(trained.record)
-        along = trained.record.curve(length)
-        self._log_points(
-            [
-                (dataclasses.replace(own[-1], step=each.step, tokens=each.tokens), 1, hours.get(each.step))
-                for each in along
-            ]
-        )
+        hours = hours_by_step(trained.record)
+        moved = [dataclasses.replace(own[-1], step=each.step, tokens=each.tokens) for each in along]
+        self._log_points([(each, 1, hours.get(each.step)) for each in moved])
 
     def _log_artifacts(self) -> None:
         """Logs the resolved trial and its code's diff, each once."""
@@ -179,6 +193,16 @@ class TrialRun:
                 self.store.client.log_artifact(self.run_id, str(path))
                 self.kept.append(path.name)
                 self._save()
+
+    def _log_end_of_log(self) -> None:
+        """Logs the last lines of the trial's log; where workers write it to an object store, there is none here."""
+        if not self.folder.log.exists():
+            return
+        with open(self.folder.log, "rb") as log:
+            log.seek(max(0, self.folder.log.stat().st_size - LOG_BYTES))
+            end = log.read().decode(errors="replace")
+        lines = without_secrets("\n".join(end.splitlines()[-LOG_LINES:]))
+        self.store.client.log_text(self.run_id, lines, "end_of_log.txt")
 
     def rewind(self) -> None:
         """Makes the next ``follow`` read the journal from its start; what is logged is not repeated."""
@@ -212,6 +236,8 @@ def log_sweep(
     artifacts: list[Path],
 ) -> str:
     """Logs a comparison, its report and its trials to the sweep's own run, and returns its id.
+
+    Runs of trials are nested under the first sweep that logs them.
 
     The run is found by the sweep's name, or created. If it is of another model, other data, settings or results of an
     earlier version, under a name that is used again, it is kept as ``sweep <name> (earlier <n>)``.
@@ -252,6 +278,9 @@ def log_sweep(
     missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
     run_id = run.info.run_id
     store.client.log_batch(run_id, params=missing)
+    for trial_run in store.client.search_runs([store.experiment_id], f"tags.`{in_sweep_tag(name)}` = 'yes'"):
+        if trial_run.info.run_id in run_ids.values() and PARENT_TAG not in trial_run.data.tags:
+            store.client.set_tag(trial_run.info.run_id, PARENT_TAG, run_id)
     for start in range(0, len(metrics), METRICS_A_CALL):
         store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
     for start in range(0, len(run_tags), TAGS_A_CALL):

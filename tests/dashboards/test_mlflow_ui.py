@@ -155,6 +155,14 @@ def test_a_remote_storage_root_and_a_foreign_address_are_refused(storage: Path, 
     assert "cannot listen on 192.0.2.1" in capsys.readouterr().err
 
 
+def test_basic_auth_names_all_that_it_lacks_before_anything_starts(storage: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("MLFLOW_FLASK_SERVER_SECRET_KEY", raising=False)
+    monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "too short")
+    assert ui.main(["--storage", str(storage), "--port", str(free_port()), "--basic-auth"]) == 2
+    said = capsys.readouterr().err
+    assert "MLFLOW_FLASK_SERVER_SECRET_KEY" in said and "12 characters or more" in said and "too short" not in said
+
+
 def test_what_mlflow_says_is_shown_where_it_cannot_start(storage: Path, monkeypatch, signals, capsys) -> None:
     broken = [sys.executable, "-c", "import sys; print('file is not a database', file=sys.stderr); sys.exit(3)"]
     monkeypatch.setattr(ui, "_command", lambda *_: broken)

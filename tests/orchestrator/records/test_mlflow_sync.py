@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from orchestrator.expansion import expand
 from orchestrator.records.events import Cancelled, Eval, Failed, Finished, ModelReady, Started, Step, Stopped
 from orchestrator.records.mlflow_sync import TrackingThread
 from orchestrator.records.provenance import Provenance
@@ -42,11 +43,14 @@ def test_a_journal_becomes_one_run_with_curves_by_step(storage, trial):
     assert (tags["execution.engine"], tags["execution.offload"]) == ("zero2", "True")
     assert tags["attention_backend"] == "cudnn"
     assert run.data.params["lora_rank"] == "8"
+    assert (tags["mlflow.source.name"], tags["mlflow.source.git.commit"]) == ("longspan", "abc123")
+    (dataset,) = (each.dataset for each in run.inputs.dataset_inputs)
+    assert (dataset.name, dataset.digest) == (trial.data, "d")
 
 
 def test_references_are_lines_and_each_variant_has_its_colour(storage):
     spec = SweepSpec(context_lengths=(1024,), methods=("lora+", "full"), references=("none",), seeds=(0, 1))
-    trials = spec.trials(Identities(model="m", tokenizer="t", data="d"), "float32")
+    trials = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
     for trial in trials:
         storage.add_trial(trial)
         journal = storage.trial(trial.fingerprint).journal
@@ -135,9 +139,15 @@ def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(stor
     assert runs(tracker.uri)[1][0].info.status == "RUNNING"
     tracker.interrupted()
     assert runs(tracker.uri)[1][0].info.status == "KILLED"
+    storage.trial(trial.fingerprint).log.write_text(
+        "".join(f"line {number}\n" for number in range(1000)) + "HF_TOKEN=hf_abcdefghijklmnop1\nloss is nan\n"
+    )
     journal.append(Failed(reason="NonFiniteLoss: step 4", attempt="a"))
     tracker.follow([trial], "first", PROVENANCE)
-    (run,) = runs(tracker.uri)[1]
+    client, (run,) = runs(tracker.uri)
+    with open(client.download_artifacts(run.info.run_id, "end_of_log.txt")) as file:
+        log = file.read()
+    assert log.endswith("loss is nan") and "line 999" in log and "line 500" not in log and "abcdefgh" not in log
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "NonFiniteLoss: step 4")
 
 
