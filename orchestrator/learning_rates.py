@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from orchestrator.axes import AXES, LISTS, as_text
-from orchestrator.fields import read_value
+from orchestrator.field_help import read_value
 from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
 
