@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from longspan.commands import COMMANDS
@@ -60,12 +61,21 @@ def overview() -> str:
 
 def print_completion(shell: str) -> None:
     """Prints a completion script of every command and flag, made by tyro."""
+    import tempfile
+    from pathlib import Path
+
     import tyro
 
     parameters = {name: command.load_parameters() for name, command in COMMANDS.items()}
-    tyro.extras.subcommand_cli_from_dict(
-        parameters, prog="longspan", args=["--tyro-write-completion", shell, "/dev/stdout"]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "script"
+        with contextlib.suppress(SystemExit):  # tyro's, once it has written the file
+            tyro.extras.subcommand_cli_from_dict(
+                parameters, prog="longspan", args=["--tyro-write-completion", shell, str(file)]
+            )
+        for line in file.read_text("utf-8").splitlines():
+            # bash would offer the further lines of a description as words
+            print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def test_completion_knows_the_commands_and_their_flags():
 
     assert completed("swe") == ["sweep"]
     assert completed("sweep", "--context-l") == ["--context-lengths"]
+    assert all(word.startswith("--s") for word in completed("sweep", "--s"))
     assert completed("sweep", "--engine", "ze") == ["zero2", "zero3"]
 
 
