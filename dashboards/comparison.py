@@ -80,14 +80,19 @@ class Reached(TypedDict):
     usd: float | None
 
 
-class AgainstUntuned(TypedDict):
-    """The best trained variant against the best untuned model, in percent, paired over documents."""
+class Difference(TypedDict):
+    """A perplexity above another, in percent, paired over documents, and seeds if both have several."""
+
+    percent: float
+    low: float | None
+    high: float | None
+
+
+class AgainstUntuned(Difference):
+    """The best trained variant against the best untuned model; negative: the trained one is better."""
 
     variant: str
     reference: str  # its label
-    percent: float  # negative: the trained one is better
-    low: float | None
-    high: float | None
 
 
 class Effect(TypedDict):
@@ -122,9 +127,12 @@ class Setting(TypedDict):
     hours: float | None  # of training steps, in the context's unit; the mean over seeds
     usd: float | None
     dominated: bool | None  # another setting is at least as good for no more hours
+    dominated_by: str | None  # the name of the best such setting
     reached: Reached | None
     as_good_from_step: int | None
     gap: Gap | None  # to the baseline, over the seeds that both finished
+    above_lowest: Difference | None  # of a variant's best setting, to that of the variant with the lowest perplexity
+    against_untuned: Difference | None  # of a variant's best setting, to the best untuned model
 
 
 class Trial(TypedDict):
@@ -173,7 +181,7 @@ class Context(TypedDict):
     winner: str | None  # the lowest, if every other is distinguishable from it and enough documents are scored
     against_untuned: AgainstUntuned | None
     effects: list[Effect] | None
-    sentences: list[str]
+    sentences: list[str]  # what neither the headline nor a table tells
 
 
 class Model(TypedDict):
@@ -194,6 +202,13 @@ class Data(TypedDict):
     scored_tokens: int
 
 
+class NextStep(TypedDict):
+    """A command that goes on from the answer."""
+
+    purpose: str  # export LoRA+ of 2,048 tokens
+    command: str
+
+
 class Comparison(TypedDict):
     """All of it."""
 
@@ -201,7 +216,9 @@ class Comparison(TypedDict):
     created: str
     longspan_version: str
     question: str
+    headline: list[str] | None  # the first of the sentences: the best setting at each length, by how much, how surely
     sentences: list[str]
+    next_steps: list[NextStep] | None
     rule: str
     model: Model
     data: Data

@@ -8,24 +8,31 @@ answers, prints its address, and ends them.
 import argparse
 import contextlib
 import errno
+import importlib.util
 import os
 import re
 import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+
+from dashboards.mlflow_views import TAG, links, supports_views
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 EVERY = ("0.0.0.0", "::")
 SECONDS_TO_START = 180
 SECONDS_TO_END = 10
+FEWEST_PASSWORD_CHARACTERS = 12  # MLflow's own limit
 
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # no job runners: four more processes of about 230 MB
@@ -57,28 +64,33 @@ def no_stray_folders(url: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
+def serve(storage: str, host: str, port: int, more_hosts: list[str], basic_auth: bool = False) -> int:
     """Serves until Ctrl-C, SIGTERM or SIGHUP, then returns 0; if MLflow exits on its own, its exit status.
 
+    Args:
+        basic_auth: ask for users and passwords.
+
     Raises:
-        ValueError: there is no store, or the address cannot be used.
+        ValueError: there is no store, the address cannot be used, or basic auth lacks something.
     """
     store = _store(storage)
     _check_address(host, port)
+    environment = os.environ | ENVIRONMENT | (_basic_auth(store) if basic_auth else {})
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if name is not signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:  # respects nohup
             signal.signal(name, signal.default_int_handler)
     if host not in LOCAL:
-        print(
-            f"Warning: MLflow's UI has no passwords. Anyone who can reach port {port} of this machine can read, change "
-            "and delete every run. Prefer --host 127.0.0.1 with an SSH tunnel.",
-            file=sys.stderr,
+        risk = (
+            f"MLflow's UI has no passwords. Anyone who can reach port {port} of this machine can read, change and "
+            "delete every run. Prefer --host 127.0.0.1 with an SSH tunnel, or ask for passwords with --basic-auth."
         )
+        clear = "passwords cross the network unencrypted. Put a proxy with TLS in front, or use an SSH tunnel."
+        print(f"Warning: {clear if basic_auth else risk}", file=sys.stderr)
     errors = tempfile.TemporaryFile()  # printed only if MLflow exits on its own
     # In a new session: Ctrl-C reaches only this process, which then ends the group once, in order.
     server = subprocess.Popen(
-        _command(store, host, port, more_hosts),
-        env=os.environ | ENVIRONMENT,
+        [*_command(store, host, port, more_hosts), *(["--app-name", "basic-auth"] if basic_auth else [])],
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=errors,
@@ -88,7 +100,8 @@ def serve(storage: str, host: str, port: int, more_hosts: list[str]) -> int:
         print(f"Starting MLflow on {store} ...", flush=True)
         with no_stray_folders(sqlite_url(store / "mlflow.db")):
             if _wait_until_up(server, host, port):
-                print(f"Open {_url(_names(host)[0], port)} (Ctrl-C to stop)", flush=True)
+                page = _url(_names(host)[0], port)
+                print("\n".join([f"Open {page} (Ctrl-C to stop)", *_views(store, page)]), flush=True)
             status = server.wait()
         errors.seek(0)
         logged = re.sub(r"[^\t\n -~\xa0-\U0010ffff]", "?", errors.read().decode(errors="replace"))
@@ -114,6 +127,50 @@ def _store(storage: str) -> Path:
             f"`python -m orchestrator.sweep --storage {shlex.quote(storage)}` creates one."
         )
     return store
+
+
+def _basic_auth(store: Path) -> dict[str, str]:
+    """The environment of a server that asks for users and passwords; they are kept beside the runs, in users.db.
+
+    Raises:
+        ValueError: something is missing that it needs; all of it is named.
+    """
+    missing, users = [], store / "users.db"
+    if importlib.util.find_spec("flask_wtf") is None:
+        missing.append("the package Flask-WTF (pip install 'mlflow[auth]')")
+    if not os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY"):
+        missing.append("MLFLOW_FLASK_SERVER_SECRET_KEY in the environment (a long random text, the same at each start)")
+    first_start = not users.exists() or users.stat().st_size == 0
+    if first_start and len(os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD", "")) < FEWEST_PASSWORD_CHARACTERS:
+        missing.append(
+            "MLFLOW_AUTH_ADMIN_PASSWORD in the environment, at the first start (of the user admin, "
+            f"{FEWEST_PASSWORD_CHARACTERS} characters or more)"
+        )
+    if missing:
+        raise ValueError(f"--basic-auth needs {', and '.join(missing)}.")
+    users.touch(mode=0o600)
+    database = sqlite_url(users).replace("%", "%%")  # % begins a reference in such a file
+    settings = store / "basic_auth.ini"
+    settings.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\nadmin_username = admin\n", encoding="utf-8"
+    )
+    return {"MLFLOW_AUTH_CONFIG_PATH": str(settings)}
+
+
+def _views(store: Path, page: str) -> list[str]:
+    """A line for each saved view of each experiment's newest sweep, or a note where MLflow has none."""
+    database = f"{(store / 'mlflow.db').as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(database, uri=True)) as connection:
+        query = "SELECT experiment_id, key, value FROM experiment_tags WHERE key LIKE ?"
+        rows = connection.execute(query, (f"{TAG}%",)).fetchall()
+    tags: dict[str, dict[str, str]] = defaultdict(dict)
+    for experiment, key, value in rows:
+        tags[str(experiment)][key] = value
+    if rows and not supports_views(version := metadata.version("mlflow")):
+        return [f"note: MLflow {version} has no saved views; from 3.15 on, links to arranged charts are printed here"]
+    found = [view for experiment, saved in tags.items() for view in links(page, experiment, saved)]
+    width = max((len(name) for name, _ in found), default=0)
+    return [f"  {name:<{width}}  {address}" for name, address in found]
 
 
 def _check_address(host: str, port: int) -> None:
@@ -233,10 +290,11 @@ def main(arguments: list[str] | None = None, prog: str = "python -m dashboards.m
         metavar="NAME,NAME",
         help="more names by which browsers reach the server, such as a proxy's",
     )
+    parser.add_argument("--basic-auth", action="store_true", help="ask for users and passwords")
     options = parser.parse_args(arguments)
     more_hosts = [name.strip() for name in options.allowed_hosts.split(",") if name.strip()]
     try:
-        return serve(options.storage, options.host, options.port, more_hosts)
+        return serve(options.storage, options.host, options.port, more_hosts, options.basic_auth)
     except ValueError as error:
         print(f"dashboards.mlflow: {error}", file=sys.stderr)
         return 2

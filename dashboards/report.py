@@ -1,7 +1,7 @@
 """A comparison as one page and its pictures: `python -m dashboards.report COMPARISON.json [--out FOLDER]`.
 
 The page is one self-contained file: it opens from disk, offline, in light and dark, on a phone and on paper. The answer
-comes first, in sentences; then figures, tables, and how it was measured.
+is the headline; then the picture that shows it, what to do next, further figures, tables, and how it was measured.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def html(comparison: dict) -> str:
     trials = [(context, trial) for context in comparison["contexts"] for trial in context["trials"]]
     looks = figures.styles(comparison)
     return environment.get_template("report.html").render(
-        comparison,
+        comparison | {"headline": comparison["headline"] or comparison["sentences"]},
         figures={
             name: (figures.title(comparison, name), figures.svg_panels(comparison, name))
             for name in figures.of(comparison)

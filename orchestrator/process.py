@@ -47,7 +47,7 @@ def gc_paused() -> Iterator[None]:
         enable_gc()
 
 
-def stop_on_sigterm() -> None:
+def stop_on_signals() -> None:
     """Makes SIGTERM (a stopped job) act as Ctrl-C, and Ctrl-C work where a shell has a background command ignore it."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)

@@ -29,7 +29,7 @@ from orchestrator.process import (
     enable_gc,
     exit_without_gc,
     log_libraries_to,
-    stop_on_sigterm,
+    stop_on_signals,
 )
 from orchestrator.records import cancellation
 from orchestrator.records.heartbeat import Heartbeat, is_alive, read_command
@@ -90,8 +90,9 @@ def run_sweep(name: str, spec: SweepSpec, options: RunOptions, console: Console)
     """
     status, began, connected = Status(), time.monotonic(), is_connected()
     try:
-        stop_on_sigterm()
+        stop_on_signals()
         sweep = check_sweep(name, spec, options)
+        console.print(f"sweep {name}: {status.doing} ...", highlight=False, soft_wrap=True)
         try:
             namesake = _find_running_namesake(sweep)
             with Heartbeat(sweep.storage, sweep.name, status.describe, sweep.spec.digest()):
@@ -186,7 +187,7 @@ def _prepare(checked: Checked, tracker: Tracker, status: Status, console: Consol
     preparing = BackgroundCall(lambda: prepare(identify(checked, status.report), status.report))
     connecting = BackgroundCall(tracker.connect)
     cluster = join_or_start(checked.options)  # Ray needs the main thread for its signals
-    stop_on_sigterm()  # Ray has set its own handler of SIGTERM
+    stop_on_signals()  # Ray has set its own handler of SIGTERM
 
     def print_status() -> None:
         console.print(f"{status.doing} ...")

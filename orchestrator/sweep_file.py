@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from orchestrator.axes import LISTS
-from orchestrator.fields import read_value
+from orchestrator.field_help import read_value
 from orchestrator.flags import TYPES
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.run_options import RunOptions

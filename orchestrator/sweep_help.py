@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from orchestrator.fields import GROUPS, MOST_USED, Field, fields_of, in_words
+from orchestrator.field_help import GROUPS, MOST_USED, Field, fields_of, in_words
 from orchestrator.recipes import DEFAULT, RECIPES
 
 WIDTH = 80

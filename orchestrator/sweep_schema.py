@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args, get_origin
 
 from orchestrator.axes import LISTS
-from orchestrator.fields import alternatives, fields_of
+from orchestrator.field_help import alternatives, fields_of
 from orchestrator.flags import flags_of
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from orchestrator.run_options import RunOptions

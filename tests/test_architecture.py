@@ -33,7 +33,7 @@ LEVELS = (
             "trial_spec",
             "variants",
         ),
-        *("recipes", "fields", "flags", "sweep_help", "sweep_file", "sweep_schema", "yaml_loader", "cli"),
+        *("recipes", "field_help", "flags", "sweep_help", "sweep_file", "sweep_schema", "yaml_loader", "cli"),
         "ray_internals",
     },
     {"records"},

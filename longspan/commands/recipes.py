@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from orchestrator.fields import GROUPS
+from orchestrator.field_help import GROUPS
 from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
 from workloads.command import run_command
 from workloads.terminal import make_console

@@ -17,14 +17,14 @@ def write_report(
     sweep: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SWEEP")],
     storage: Annotated[str, tyro.conf.arg(metavar="FOLDER|URL")] = "./runs",
 ) -> None:
-    """Write a finished sweep's report again, and print its table and answer. Trains and measures nothing.
+    """Write a finished sweep's report again, and print its answer and tables. Trains and measures nothing.
 
     Args:
         sweep: The sweep's name, as status lists it.
         storage: The storage root.
     """
     from dashboards.report import render
-    from orchestrator.reporting.result_table import effect_table, result_table
+    from orchestrator.reporting.result_table import print_comparison
 
     opened = Storage.at(storage)
     comparison = read_comparison(opened, sweep)
@@ -32,11 +32,7 @@ def write_report(
     folder = opened.sweep(sweep) / "report"
     render(comparison, folder)
     opened.push(folder)
-    console.print(result_table(comparison))
-    if effects := effect_table(comparison):
-        console.print(effects)
-    for sentence in comparison["sentences"] + [s for context in comparison["contexts"] for s in context["sentences"]]:
-        console.print(sentence)
+    print_comparison(comparison, console)
     console.print(f"report: {shown_path(folder / 'report.html')}", soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ def show_ui(
     port: int = 5000,
     host: str = "127.0.0.1",
     allowed_hosts: tuple[str, ...] = (),
+    basic_auth: bool = False,
 ) -> int:
     """Serve MLflow's UI on a storage root, until Ctrl-C.
 
@@ -24,9 +25,10 @@ def show_ui(
         port: The port to listen on.
         host: The address to listen on; by default this machine only.
         allowed_hosts: More names by which browsers reach the server, such as a proxy's.
+        basic_auth: Ask for users and passwords; what it needs is checked first.
     """
     try:
-        return serve(storage, host, port, list(allowed_hosts))
+        return serve(storage, host, port, list(allowed_hosts), basic_auth)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -6,6 +6,6 @@ orchestrator.compare RUN RUN`` compares single runs (``__main__``).
 
 from orchestrator.compare.answer import compare
 from orchestrator.compare.outcomes import Outcome
-from orchestrator.compare.words import cautions, labels, summarise
+from orchestrator.compare.words import cautions, headline, labels, summarise
 
-__all__ = ["Outcome", "cautions", "compare", "labels", "summarise"]
+__all__ = ["Outcome", "cautions", "compare", "headline", "labels", "summarise"]

@@ -86,6 +86,8 @@ def _compare_length(
     unit = trial_cost.unit_of([o.record for o in trained if o.record.steps])
     described = _describe_settings(settings, best, baselines, target, unit, as_good, names)
     references = _references(outcomes, trained)
+    untuned = min(references, key=lambda positions: references[positions].perplexity, default=None)
+    _add_differences(described, scores, scores[ranked[0]] if ranked else None, references[untuned] if untuned else None)
     before = _unchanged_at(original_length, outcomes)
     context = {
         "context_length": length,
@@ -103,12 +105,11 @@ def _compare_length(
         "scored_documents": next((each.num_documents for each in [*scores.values(), *references.values()]), None),
         "baselines": baselines.of,
         **_ranking(ranked, scores),
-        "against_untuned": _against_untuned(ranked, scores, references),
+        "against_untuned": _against_untuned(ranked, described, untuned),
         "effects": effects(best, axes),
     }
     hardware = sorted({trial_cost.device_of(o.record) for o in trained if o.record.steps})
-    sentences = words.of_context(context, names, scores, references, baselines, as_good, seeds, hardware)
-    return context | {"sentences": sentences}
+    return context | {"sentences": words.of_context(context, names, baselines.notes, seeds, hardware)}
 
 
 def _ranking(ranked: list[str], scores: dict[str, DocumentScores]) -> dict[str, Any]:
@@ -121,15 +122,25 @@ def _ranking(ranked: list[str], scores: dict[str, DocumentScores]) -> dict[str, 
     return {"lowest": lowest, "not_distinguishable": alike, "winner": lowest if wins else None}
 
 
-def _against_untuned(
-    ranked: list[str], scores: dict[str, DocumentScores], references: dict[str, DocumentScores]
-) -> dict[str, Any] | None:
+def _add_differences(
+    described: list[dict[str, Any]],
+    scores: dict[str, DocumentScores],
+    lowest: DocumentScores | None,
+    untuned: DocumentScores | None,
+) -> None:
+    """Adds to the setting that represents each variant its gaps to the lowest one and to the best untuned model."""
+    for setting in described:
+        own = scores[setting["variant"]] if setting["chosen"] else None
+        for key, other in (("above_lowest", lowest), ("against_untuned", untuned)):
+            setting[key] = as_percent(gap_interval(own, other)) if own and other else None
+
+
+def _against_untuned(ranked: list[str], described: list[dict[str, Any]], untuned: str | None) -> dict[str, Any] | None:
     """The best trained variant against the best untuned model."""
-    if not ranked or not references:
+    if not ranked or untuned is None:
         return None
-    best = min(references, key=lambda positions: references[positions].perplexity)
-    gap = gap_interval(scores[ranked[0]], references[best])
-    return {"variant": ranked[0], "reference": words.REFERENCE_LABELS[best], **as_percent(gap)}
+    gap = next(one["against_untuned"] for one in described if one["variant"] == ranked[0] and one["chosen"])
+    return {"variant": ranked[0], "reference": words.REFERENCE_LABELS[untuned], **gap}
 
 
 def _target(baselines: Baselines, best: dict[str, Setting], given: float | None) -> dict[str, Any] | None:
@@ -200,7 +211,21 @@ def _describe_settings(
         points = [(one["hours"], one["final"]["perplexity"]) for one in described]
         for one, dominated in zip(described, cost.dominated(points)):
             one["dominated"] = dominated
-    return _named(described, names)
+    described = _named(described, names)
+    for one in described:
+        one["dominated_by"] = _dominator(one, described) if one.get("dominated") else None
+    return described
+
+
+def _dominator(beaten: dict[str, Any], settings: list[dict[str, Any]]) -> str:
+    """The name of the best setting that is at least as good for no more hours."""
+
+    def costs(setting: dict[str, Any]) -> tuple[float, float]:
+        return setting["final"]["perplexity"], setting["hours"]
+
+    limits = costs(beaten)
+    better = [one for one in settings if costs(one) != limits and all(a <= b for a, b in zip(costs(one), limits))]
+    return min(better, key=costs)["name"]
 
 
 def _named(described: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:

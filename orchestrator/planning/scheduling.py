@@ -21,7 +21,7 @@ class Job:
     """What one driver trains, on how many workers, and for how long.
 
     Args:
-        config: plain data for :func:`orchestrator.running.trial_driver.drive_trial`.
+        config: plain data for :func:`orchestrator.running.trial_launcher.drive_trial`.
         seconds: expected; infinity if unknown.
         suggested: by a search, whose suggestions improve with each result it knows.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.records.events import Cancelled, Eval, Event, Failed, Finished, ModelReady, Started, Step, Stopped
 from orchestrator.records.trial_record import TrialRecord
+from workloads.evaluation.intervals import perplexity_interval
 
 # MLflow's status for a trial's state; a trial that has not begun has no run. One stopped early counts as killed: its
 # last perplexity is of fewer tokens, and a filter on FINISHED leaves it out. Its tag stopped_early has the reason.
@@ -16,10 +17,12 @@ STATUS = {
     "cancelled": "KILLED", "failed": "FAILED",
 }  # fmt: skip
 
-# MLflow's names of a step's fields. Every curve is also logged by tokens seen, under by_tokens/.
+# What a chart's horizontal axis can be, besides the step: logged with every step and every evaluation.
+TOKENS, HOURS = "train/tokens", "train/device_hours"
+
+# MLflow's names of a step's fields.
 STEP_METRICS = {
     "loss": "train/loss",
-    "tokens": "train/tokens",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "perf/tokens_per_second",
@@ -28,17 +31,28 @@ STEP_METRICS = {
 }
 
 
-def metrics_of(event: Step | Eval, context_length: int, workers: int) -> dict[str, float]:
-    """The metrics of a step or an evaluation of a trial trained at ``context_length``."""
+def metrics_of(event: Step | Eval, workers: int, hours: float | None) -> dict[str, float]:
+    """The metrics of a step or an evaluation, to which a trial has trained for ``hours`` of all its devices."""
+    metrics = {TOKENS: float(event.tokens)}
+    if hours is not None:
+        metrics[HOURS] = hours
     match event:
         case Step():
             values = {name: getattr(event, field) for field, name in STEP_METRICS.items()}
-            metrics = {name: value for name, value in values.items() if value is not None}
-            return metrics | {"perf/tokens_per_second_per_gpu": event.tokens_per_second / workers}
-        case Eval(context_length=length) if length == context_length:
-            return {"eval/perplexity": event.perplexity}
+            metrics |= {name: value for name, value in values.items() if value is not None}
+            metrics["perf/tokens_per_second_per_gpu"] = event.tokens_per_second / workers
         case Eval():
-            return {f"eval/perplexity_{event.context_length}": event.perplexity}
+            name = perplexity_metric(event.context_length)
+            metrics[name] = event.perplexity
+            interval = perplexity_interval(event.scores)
+            if interval.low is not None and interval.high is not None:
+                metrics |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return metrics
+
+
+def perplexity_metric(context_length: int) -> str:
+    """The metric of the perplexity at a context length; the ends of its interval are named so with _low and _high."""
+    return f"eval/perplexity_{context_length}"
 
 
 def tags_of(event: Event, record: TrialRecord) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from orchestrator.records.events import Eval, Started, Step
+from dashboards.mlflow_views import in_sweep_tag
+from orchestrator.records.events import Eval, Failed, Started, Step
 from orchestrator.records.json_files import write_json
+from orchestrator.records.mlflow_colours import TAG as COLOUR_TAG
+from orchestrator.records.mlflow_colours import Colours
 from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of, trial_tag
 from orchestrator.records.mlflow_store import MlflowStore, without_password
-from orchestrator.records.provenance import Provenance
+from orchestrator.records.provenance import Provenance, without_secrets
+from orchestrator.records.trial_cost import hours_by_step
 from orchestrator.records.trial_folder import TrialFolder
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.trial_spec import FIRST_RESULT_VERSION, TrialSpec
@@ -24,6 +29,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 METRICS_A_CALL, TAGS_A_CALL = 1000, 100  # MLflow's own limits on a batch
+MOST_NAME_CHARACTERS, MOST_DIGEST_CHARACTERS = 500, 36  # and on a dataset
+PARENT_TAG = "mlflow.parentRunId"  # the page nests a run under it
+LOG_LINES, LOG_BYTES = 200, 2**17  # of a failed trial's log
 LOCK_S = 60.0  # another sweep that shares the trial looks for its run in this time
 
 
@@ -34,7 +42,15 @@ class TrialRun:
     been deleted, alone or with its store, is made again with all points.
     """
 
-    def __init__(self, store: MlflowStore, trial: TrialSpec, folder: TrialFolder, sweep: str, provenance: Provenance):
+    def __init__(
+        self,
+        store: MlflowStore,
+        trial: TrialSpec,
+        folder: TrialFolder,
+        sweep: str,
+        provenance: Provenance,
+        colours: Colours,
+    ) -> None:
         self.store, self.trial, self.folder = store, trial, folder
         self.provenance = provenance
         self.record = TrialRecord(folder.journal)
@@ -51,7 +67,8 @@ class TrialRun:
             self.kept: list[str] = state.get("artifacts", [])
             self._save()
             self._log_missing_params(run)
-            self._tag_with_sweep(run, sweep)
+            self._log_dataset(run)
+            self._tag(run, sweep, colours)
 
     @property
     def _store_key(self) -> str:
@@ -98,39 +115,80 @@ class TrialRun:
         if missing:
             self.store.client.log_batch(self.run_id, params=missing)
 
-    def _tag_with_sweep(self, run: Run, sweep: str) -> None:
-        sweeps = [name for name in run.data.tags.get("longspan.sweeps", "").split(", ") if name]
-        if sweep not in sweeps:
-            self.store.client.set_tag(self.run_id, "longspan.sweeps", ", ".join([*sweeps, sweep]))
+    def _log_dataset(self, run: Run) -> None:
+        """Logs the corpus as the run's dataset, once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if run.inputs and run.inputs.dataset_inputs:
+            return
+        data, digest = self.trial.data, re.split("[:@]", self.trial.identities.data)[-1][:MOST_DIGEST_CHARACTERS]
+        dataset = Dataset(data[:MOST_NAME_CHARACTERS], digest, "local", json.dumps({"uri": data}))
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        self.store.client.log_inputs(self.run_id, inputs)
+
+    def _tag(self, run: Run, sweep: str, colours: Colours) -> None:
+        """Tags the run with its sweep and its colour, as far as it is not."""
+        from mlflow.entities import RunTag
+
+        tags = run.data.tags
+        sweeps = [name for name in tags.get("longspan.sweeps", "").split(", ") if name]
+        wanted = {
+            "longspan.sweeps": ", ".join(sweeps if sweep in sweeps else [*sweeps, sweep]),
+            in_sweep_tag(sweep): "yes",
+            COLOUR_TAG: colours.of(self.trial, tags.get(COLOUR_TAG)),
+        }
+        missing = [RunTag(key, value) for key, value in wanted.items() if tags.get(key) != value]
+        if missing:
+            self.store.client.log_batch(self.run_id, tags=missing)
 
     def follow(self) -> None:
         """Logs what was added to the journal."""
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
         events = self.record.follow()
         workers = self.record.started.workers if self.record.started else 1
-        metrics, logged = [], dict(self.logged)
-        for event in events:
-            if not isinstance(event, Step | Eval):
-                continue
-            timestamp = int(event.time * 1000)
-            for name, value in metrics_of(event, self.trial.training.context_length, workers).items():
-                if event.step <= logged.get(name, -1):
-                    continue  # repeated after a restart
-                logged[name] = event.step
-                metrics.append(Metric(name, value, timestamp, event.step))
-                metrics.append(Metric(f"by_tokens/{name}", value, timestamp, event.tokens))
+        hours = {0: 0.0} | hours_by_step(self.record) if events else {}
+        points = [(event, workers, hours.get(event.step)) for event in events if isinstance(event, Step | Eval)]
+        self._log_points(points)
         tags = [RunTag(name, value) for event in events for name, value in tags_of(event, self.record).items()]
-        for start in range(0, len(metrics), METRICS_A_CALL):
-            self.store.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_CALL])
         if tags:
             self.store.client.log_batch(self.run_id, tags=tags)
         if any(isinstance(event, Started) for event in events):
             self._log_artifacts()
+        if any(isinstance(event, Failed) for event in events):
+            self._log_end_of_log()
+        self.set_status(STATUS.get(self.record.state))
+
+    def _log_points(self, points: list[tuple[Step | Eval, int, float | None]]) -> None:
+        """Logs the metrics of (event, workers, device hours until then); a step that is logged is not repeated."""
+        from mlflow.entities import Metric
+
+        metrics, logged = [], dict(self.logged)
+        for event, workers, hours in points:
+            for name, value in metrics_of(event, workers, hours).items():
+                if event.step > logged.get(name, -1):
+                    logged[name] = event.step
+                    metrics.append(Metric(name, value, int(event.time * 1000), event.step))
+        for start in range(0, len(metrics), METRICS_A_CALL):
+            self.store.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_A_CALL])
         if metrics:
             self.logged = logged
             self._save()
-        self.set_status(STATUS.get(self.record.state))
+
+    def draw_beside(self, trained: TrialRun) -> None:
+        """Repeats a reference's perplexity at each evaluation of a trained trial: charts then show it as a line."""
+        length = self.trial.training.context_length
+        own = self.record.curve(length)
+        if not own:
+            return
+        hours = {0: 0.0} | hours_by_step(trained.record)
+        along = trained.record.curve(length)
+        self._log_points(
+            [
+                (dataclasses.replace(own[-1], step=each.step, tokens=each.tokens), 1, hours.get(each.step))
+                for each in along
+            ]
+        )
 
     def _log_artifacts(self) -> None:
         """Logs the resolved trial and its code's diff, each once."""
@@ -139,6 +197,16 @@ class TrialRun:
                 self.store.client.log_artifact(self.run_id, str(path))
                 self.kept.append(path.name)
                 self._save()
+
+    def _log_end_of_log(self) -> None:
+        """Logs the last lines of the trial's log; where workers write it to an object store, there is none here."""
+        if not self.folder.log.exists():
+            return
+        with open(self.folder.log, "rb") as log:
+            log.seek(max(0, self.folder.log.stat().st_size - LOG_BYTES))
+            end = log.read().decode(errors="replace")
+        lines = without_secrets("\n".join(end.splitlines()[-LOG_LINES:]))
+        self.store.client.log_text(self.run_id, lines, "end_of_log.txt")
 
     def rewind(self) -> None:
         """Makes the next ``follow`` read the journal from its start; what is logged is not repeated."""
@@ -172,6 +240,8 @@ def log_sweep(
     artifacts: list[Path],
 ) -> str:
     """Logs a comparison, its report and its trials to the sweep's own run, and returns its id.
+
+    Runs of trials are nested under the first sweep that logs them.
 
     The run is found by the sweep's name, or created. If it is of another model, other data, settings or results of an
     earlier version, under a name that is used again, it is kept as ``sweep <name> (earlier <n>)``.
@@ -212,6 +282,9 @@ def log_sweep(
     missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
     run_id = run.info.run_id
     store.client.log_batch(run_id, params=missing)
+    for trial_run in store.client.search_runs([store.experiment_id], f"tags.`{in_sweep_tag(name)}` = 'yes'"):
+        if trial_run.info.run_id in run_ids.values() and PARENT_TAG not in trial_run.data.tags:
+            store.client.set_tag(trial_run.info.run_id, PARENT_TAG, run_id)
     for start in range(0, len(metrics), METRICS_A_CALL):
         store.client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_CALL])
     for start in range(0, len(run_tags), TAGS_A_CALL):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from dashboards.mlflow import no_stray_folders
+from dashboards.mlflow_views import KIND, KIND_TAG, View, links, supports_views
 from workloads.errors import InputError
 
 if TYPE_CHECKING:
@@ -155,11 +156,39 @@ class MlflowStore:
             found = self.client.get_experiment_by_name(self.experiment)
             if found is None:
                 self.experiment_id = self._create_experiment()
+                self.client.set_experiment_tag(self.experiment_id, KIND_TAG, KIND)
                 return
             if found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
                 self.notes = [f"MLflow's experiment {self.experiment} had been deleted; it is restored with its runs"]
             self.experiment_id = found.experiment_id
+            if KIND_TAG not in found.tags:
+                self.client.set_experiment_tag(self.experiment_id, KIND_TAG, KIND)
+
+    def save_views(self, views: list[View]) -> None:
+        """Saves views of the page as tags of the experiment; those that are saved already stay."""
+        tags = self.client.get_experiment(self.experiment_id).tags
+        for view in views:
+            if (value := view.value(tags.get(view.key))) is not None:
+                self.client.set_experiment_tag(self.experiment_id, view.key, value)
+
+    def links(self, sweep: str) -> list[tuple[str, str]]:
+        """(name, address) of the pages that show a sweep; none where the store is a database without a server."""
+        if not self.uri.startswith("http"):
+            return []
+        page = without_password(self.uri).rstrip("/")
+        version = self._server_version()
+        if not supports_views(version):
+            self.notes.append(f"MLflow {version} at {page} has no saved views; from 3.15 on, it opens arranged charts")
+            return [("runs", f"{page}/#/experiments/{self.experiment_id}")]
+        return links(page, self.experiment_id, self.client.get_experiment(self.experiment_id).tags, sweep)
+
+    def _server_version(self) -> str:
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        answer = http_request(get_default_host_creds(self.uri), "/version", "GET")
+        return str(answer.text) if answer.status_code == 200 else "of an unknown version"
 
     @property
     def _is_sqlite(self) -> bool:

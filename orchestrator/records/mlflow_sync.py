@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dashboards.mlflow import sqlite_url
+from dashboards.mlflow_views import views
+from orchestrator.records.mlflow_colours import Colours
 from orchestrator.records.mlflow_runs import TrialRun, log_sweep
 from orchestrator.records.mlflow_store import MlflowStore, cause, is_outage, remedy
 from orchestrator.records.provenance import Provenance
 from orchestrator.records.storage import Storage
+from orchestrator.records.trial_cost import UNITS
 from orchestrator.trial_spec import TrialSpec
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, storage: Storage) -> None:
         self.store, self.storage = MlflowStore(uri, experiment, storage.mlflow), storage
         self.runs: dict[str, TrialRun] = {}
+        self.colours = Colours()
+        self._arranged: tuple[object, ...] = ()  # what the saved views were made for
         self.outage: str | None = None
         self.refused: dict[str, Refusal] = {}
 
@@ -82,6 +87,33 @@ class Tracker:
             self._attempt(trial.label, partial(self._follow_trial, trial, sweep, provenance, check_runs))
             if self.outage:
                 return  # each further call would wait for seconds
+        self._attempt(f"the charts of sweep {sweep}", partial(self._arrange, list(trials), sweep))
+
+    def _arrange(self, trials: list[TrialSpec], sweep: str) -> None:
+        """Draws references beside the trained trials and saves the views of the sweep's charts."""
+        runs = [self.runs[trial.fingerprint] for trial in trials if trial.fingerprint in self.runs]
+        trained: dict[int, TrialRun] = {}  # by context length, the one that has come furthest
+        for run in sorted(runs, key=lambda run: run.record.last_step):
+            if run.trial.training.method != "untuned":
+                trained[run.trial.training.context_length] = run
+        for run in runs:
+            beside = trained.get(run.trial.training.context_length)
+            if beside and run.trial.training.method == "untuned":
+                run.draw_beside(beside)
+        lengths = {length for run in runs for length, _ in run.record.evals}
+        devices = {attempt.device for run in trained.values() for attempt in run.record.attempts}
+        unit = UNITS[devices.pop()] if len(devices) == 1 else "device hours"
+        contexts = {trial.training.context_length for trial in trials}
+        arranged = (sweep, contexts, lengths, unit)
+        if runs and arranged != self._arranged:
+            self.store.save_views(views(sweep, contexts, lengths, unit))
+            self._arranged = arranged
+
+    def links(self, sweep: str) -> list[tuple[str, str]]:
+        """(name, address) of the pages of an MLflow server that show a sweep."""
+        found: list[tuple[str, str]] = []
+        self._attempt(f"the views of sweep {sweep}", lambda: found.extend(self.store.links(sweep)))
+        return found
 
     def _follow_trial(self, trial: TrialSpec, sweep: str, provenance: Provenance, check_run: bool) -> None:
         run = self.runs.get(trial.fingerprint)
@@ -89,7 +121,7 @@ class Tracker:
             folder = self.storage.trial(trial.fingerprint)
             if not folder.journal.exists():
                 return
-            run = self.runs[trial.fingerprint] = TrialRun(self.store, trial, folder, sweep, provenance)
+            run = self.runs[trial.fingerprint] = TrialRun(self.store, trial, folder, sweep, provenance, self.colours)
         try:
             run.follow()
         except Exception as error:

@@ -71,8 +71,12 @@ class Provenance:
         return cls(commit, package_versions(), git_diff() if dirty else None)
 
     def tags(self) -> dict[str, str]:
-        """The tags of an MLflow run."""
-        return {"git_commit": self.git_commit} if self.git_commit else {}
+        """The tags of an MLflow run; its page shows those of MLflow's own names as source and version."""
+        source = {"mlflow.source.name": "longspan", "mlflow.source.type": "LOCAL"}
+        if self.git_commit is None:
+            return source
+        commit = self.git_commit.removesuffix("-dirty")
+        return source | {"mlflow.source.git.commit": commit, "git_commit": self.git_commit}
 
     @property
     def diff_name(self) -> str | None:
@@ -117,6 +121,13 @@ def git_commit(source: Path = SOURCE) -> str | None:
     return commit.strip() + ("-dirty" if _git(source, "diff", "--quiet", "HEAD", "--", ".") is None else "")
 
 
+def without_secrets(text: str) -> str:
+    """The text with values replaced that look like credentials."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 def git_diff(source: Path = SOURCE) -> str:
     """The changes of tracked files in longspan's folder since the commit, under a heading that says what is left out.
 
@@ -126,8 +137,7 @@ def git_diff(source: Path = SOURCE) -> str:
     left_out = [f":(exclude,glob,icase)**/{pattern}" for pattern in _SECRET_FILES]
     plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--relative")
     diff = _git(source, "diff", *plain, "HEAD", "--", ".", *left_out) or ""
-    for pattern, replacement in _SECRETS:
-        diff = pattern.sub(replacement, diff)
+    diff = without_secrets(diff)
     content, cut = diff.encode(), ""
     if len(content) > MOST_DIFF_BYTES:
         diff = content[:MOST_DIFF_BYTES].decode(errors="ignore")

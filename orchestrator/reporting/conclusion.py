@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.compare import Outcome, cautions, compare, labels, summarise
+from orchestrator.compare import Outcome, cautions, compare, headline, labels, summarise
 from orchestrator.planning.cost import Totals
 from orchestrator.planning.preparation import Prepared
 from orchestrator.planning.sweep_plan import SweepPlan
@@ -30,6 +30,7 @@ from workloads.evaluation.intervals import ANSWERS_RULE, CONFIDENCE, RULE
 from workloads.models.positions import POSITIONS
 from workloads.wording import axis_label, shared_settings
 
+FEWEST_SEEDS = 3  # intervals of two are wide (docs/comparison.md)
 MOST_REFUSALS = 3  # of MLflow's, that are printed: they are mostly alike
 
 
@@ -53,7 +54,7 @@ class Conclusion:
     def conclude(self) -> list[Outcome]:
         """Compares the trials, writes and logs the report, and prints the answer; returns each trial's outcome."""
         from dashboards.report import render
-        from orchestrator.reporting.result_table import best_trials, effect_table, result_table
+        from orchestrator.reporting.result_table import print_comparison
 
         sweep = self.sweep
         outcomes = self._outcomes()
@@ -73,19 +74,19 @@ class Conclusion:
         except OSError as error:
             self.console.print(f"note: the report could not be written: {error}")
 
-        self.console.print(result_table(comparison))
-        if effects := effect_table(comparison):
-            self.console.print(effects)
-        for sentence in comparison["sentences"] + [s for c in comparison["contexts"] for s in c["sentences"]]:
-            self.console.print(sentence)
-        self.console.print(f"\n{self._elapsed:.0f} s in total.")
+        self.console.print()
+        print_comparison(comparison, self.console)
+        self.console.print()
         if report:
             self.console.print(f"report: {shown_path(sweep.folder / 'report' / 'report.html')}", soft_wrap=True)
-        self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
+        links = self.tracker.links(sweep.name) if not self.tracker.outage else []
+        for name, address in links:
+            self.console.print(f"MLflow, {name}: {address}", soft_wrap=True)
+        if not links:
+            self.console.print(f"MLflow: {self._mlflow_command(shown_path(sweep.storage.root))}", soft_wrap=True)
         self._print_mlflow()
-        for trial in best_trials(comparison):
-            command = self._export_command(trial["fingerprint"])
-            self.console.print(f"export {trial['label']}: {command}", soft_wrap=True)
+        for step in comparison["next_steps"]:
+            self.console.print(f"{step['purpose']}: {step['command']}", markup=False, soft_wrap=True)
         self._print_unfinished(outcomes)
         return outcomes
 
@@ -157,13 +158,14 @@ class Conclusion:
         parameters = next((o.record.model.parameters for o in outcomes if o.record.model), None)
         documents = sweep.scored_documents(trials)
         peaks = [o.record.peak_memory_gib for o in outcomes if o.record.peak_memory_gib]
-        return {
+        described = {
             "sweep": sweep.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "longspan_version": self.provenance.packages.get("longspan", "unknown"),
             "question": "Which setting is best at each context length, and what does each axis change?"
             if axes
             else "Which method is best at each context length, and how close are the others?",
+            "headline": headline(contexts, names),
             "sentences": summarise(contexts, list(spec.seeds), names) + self._compare_with_plan(),
             "cautions": cautions(contexts),
             "rule": ANSWERS_RULE if spec.task == "sft" else RULE,
@@ -194,12 +196,32 @@ class Conclusion:
             "packages": {name: v for name, v in self.provenance.packages.items() if name != "longspan"},
             "git_commit": self.provenance.git_commit,
             "git_diff": self.provenance.diff_name,
-            "wall_seconds": self._elapsed,
+            "wall_seconds": self._elapsed if self.announced else None,  # of a command that trained
             "peak_memory_gib": max(peaks, default=None),
             "storage": sweep.storage.location,
             "mlflow_command": self._mlflow_command(str(sweep.storage.root)),
             "contexts": contexts,
         }
+        return described | {"next_steps": self._next_steps(described)}
+
+    def _next_steps(self, comparison: dict[str, Any]) -> list[dict[str, str]]:
+        """Commands that go on from the answer: export the best trials, train them longer, with more seeds."""
+        from orchestrator.reporting.result_table import best_trials
+
+        sweep, spec = self.sweep, self.sweep.spec
+        steps = [
+            {"purpose": f"export {trial['label']}", "command": self._export_command(trial["fingerprint"])}
+            for trial in best_trials(comparison)
+        ]
+        if sweep.storage.store or not steps:
+            return steps
+        again = (shown_path(Path(sys.executable)), "-m", "orchestrator.sweep", shown_path(sweep.folder / "spec.json"))
+        longer = ("--steps", str(2 * spec.steps), "--name", f"{sweep.name}-{2 * spec.steps}-steps")
+        seeds = [str(seed) for seed in range(max(spec.seeds) + 3)] if len(spec.seeds) < FEWEST_SEEDS else []
+        steps.append({"purpose": "train longer", "command": shell_command(*again, *longer)})
+        if seeds:
+            steps.append({"purpose": "more seeds", "command": shell_command(*again, "--seeds", *seeds)})
+        return steps
 
     @property
     def _axes(self) -> tuple[str, ...]:

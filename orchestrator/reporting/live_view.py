@@ -1,4 +1,4 @@
-"""The table of all trials while a sweep runs: live in a terminal, every 30 s in a job log."""
+"""The table of all trials while a sweep runs: live in a terminal, one line a minute in a job log."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from orchestrator.reporting.progress import AT_WORK, Progress, Row, progress, seconds_left
+from orchestrator.reporting.progress import AT_WORK, Progress, Row, progress, progress_line, seconds_left
 from orchestrator.terminal import duration, number_or_dash
 
 REFRESH_S = 1.0
-# A job log has no screen to redraw: the table is printed this often.
-LOG_INTERVAL_S = 30.0
+# A job log has no screen to redraw: it gets one line this often.
+LOG_INTERVAL_S = 60.0
 # Lines of the screen that are not trials: title, header, caption.
 OTHER_LINES = 5
 
@@ -54,17 +54,26 @@ class LiveView:
             self._follow()
             if time.monotonic() - printed >= LOG_INTERVAL_S:
                 printed = time.monotonic()
-                self.console.print(self.table())
+                self._log()
                 sys.stdout.flush()
 
     def _follow(self) -> None:
         for row in self.rows:
             row.record.follow()
 
+    def _log(self) -> None:
+        trials = [progress(row, self.sweep) for row in self.rows]
+        for line in filter(None, [progress_line(trials, *self._times()), self.note()]):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _times(self) -> tuple[float, float | None]:
+        """Seconds since the view began, and about how many are left."""
+        left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
+        return time.monotonic() - self.began, left
+
     def table(self) -> Table:
         """The table as of now."""
-        elapsed = time.monotonic() - self.began
-        left = seconds_left(self.rows, self.concurrency, self.tokens_to_come())
+        elapsed, left = self._times()
         title = f"{duration(elapsed)} elapsed" + (f", about {duration(left)} left" if left else "")
         table = trials_table(title)
         trials = [progress(row, self.sweep) for row in self.rows]

@@ -1,11 +1,26 @@
-"""The comparison as a table for the terminal, and its best trials."""
+"""The comparison in the terminal: the answer, tables, and what they do not tell; and its best trials."""
 
 from __future__ import annotations
 
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+
+
+def print_comparison(comparison: dict[str, Any], console: Console) -> None:
+    """Prints the answer, the tables, what neither tells of each context length, and what limits the answer."""
+    headline = comparison.get("headline") or []
+    for sentence in headline:
+        console.print(sentence, style="bold", highlight=False)
+    console.print(result_table(comparison))
+    if effects := effect_table(comparison):
+        console.print(effects)
+    console.print()
+    of_lengths = [sentence for context in comparison["contexts"] for sentence in context["sentences"]]
+    for sentence in of_lengths + [sentence for sentence in comparison["sentences"] if sentence not in headline]:
+        console.print(sentence)
 
 
 def result_table(comparison: dict[str, Any]) -> Table:

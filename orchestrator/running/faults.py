@@ -12,8 +12,8 @@
     preempted           a node that is about to be taken away            retried at once, ``max_preemptions`` times
 
 Ray Train replaces a lost worker or node, and Ray Tune a lost driver. The trial's driver
-(:mod:`orchestrator.running.trial_driver`) decides the rest, from what the worker wrote into the journal. "Final" holds
-for this run of the command: the next run tries again, since the user may have removed the cause.
+(:mod:`orchestrator.running.trial_launcher`) decides the rest, from what the worker wrote into the journal. "Final"
+holds for this run of the command: the next run tries again, since the user may have removed the cause.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ BY = "Ctrl-C or SIGTERM"  # who cancelled, in the trial's journal
 AT_WORK = ("starting", "running")
 
 
-def save_checkpoints(storage: Storage, trials: Iterable[TrialSpec], jobs: Collection[str], console: Console) -> None:
+def ask_for_checkpoints(storage: Storage, trials: Iterable[TrialSpec], jobs: Collection[str], console: Console) -> None:
     """Asks the running trials to stop with a checkpoint; returns once they have, after LIMIT_S, or on another Ctrl-C.
 
     Args:

@@ -23,9 +23,9 @@ from orchestrator.records.provenance import Provenance
 from orchestrator.reporting.live_view import LiveView
 from orchestrator.reporting.progress import Row
 from orchestrator.running.credentials import share_token
-from orchestrator.running.interruption import save_checkpoints
+from orchestrator.running.interruption import ask_for_checkpoints
 from orchestrator.running.job import FaultLimits, Resources, TrialJob
-from orchestrator.running.trial_driver import drive_trial
+from orchestrator.running.trial_launcher import drive_trial
 from orchestrator.trial_spec import TrialSpec
 
 
@@ -176,7 +176,7 @@ class SweepRunner:
         """Runs jobs with Tune, as many at a time as there is room for."""
         from ray import tune
 
-        from orchestrator.running.tune_queue import TuneQueue
+        from orchestrator.running.tune_searcher import TuneQueue
 
         sweep, options = self.sweep, self.sweep.options
         name = f"{sweep.name}-{uuid.uuid4().hex[:8]}"
@@ -201,7 +201,7 @@ class SweepRunner:
         try:
             tuner.fit()
         except KeyboardInterrupt:
-            save_checkpoints(sweep.storage, self.trials, self.job_ids, self.console)
+            ask_for_checkpoints(sweep.storage, self.trials, self.job_ids, self.console)
             raise
         finally:
             del keeper

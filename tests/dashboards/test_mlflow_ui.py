@@ -1,7 +1,7 @@
 """MLflow's UI as a user starts and stops it: one address, a real store behind it, and nothing left running."""
 
 import json
-import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +15,12 @@ import psutil
 import pytest
 
 from dashboards import mlflow as ui
+from orchestrator.records.storage import Storage
+from tests.support.mlflow_store import PROVENANCE, connect
 
 ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium")
+VIEWS = ("step", "tokens", "CPU hours", "speed and memory", "failed")
 COMMAND = [sys.executable, "-m", "dashboards.mlflow"]
 
 
@@ -28,21 +32,12 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage root as a sweep leaves it."""
-    storage = tmp_path_factory.mktemp("my runs")
-    store = storage / "mlflow"
-    (store / "artifacts").mkdir(parents=True)
-    code = """
-import sys, mlflow
-client = mlflow.MlflowClient(f"sqlite:///{sys.argv[1]}/mlflow.db")
-experiment = client.create_experiment("longspan", artifact_location=f"{sys.argv[1]}/artifacts")
-run = client.create_run(experiment, run_name="lora 1024").info.run_id
-client.log_metric(run, "eval/perplexity", 2.861, step=40)
-client.log_text(run, "all is well", "log.txt")
-client.set_terminated(run)
-"""
-    quiet = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    subprocess.run([sys.executable, "-c", code, str(store)], check=True, env=quiet, capture_output=True)
-    return storage
+    folder = tmp_path_factory.mktemp("my runs")
+    shutil.copytree(ROOT / "tests" / "data" / "b1875aa", folder, dirs_exist_ok=True)
+    storage = Storage.open(str(folder))
+    trials = [storage.trial(path.name).read_trial() for path in sorted((folder / "trials").iterdir())]
+    connect(storage).follow(trials, "convergence", PROVENANCE)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,7 @@ def served(storage: Path) -> Iterator[tuple[subprocess.Popen, str, int]]:
     command = [*COMMAND, "--storage", str(storage), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said = process.stdout.readline() + process.stdout.readline()
+        said = "".join(process.stdout.readline() for _ in range(2 + len(VIEWS)))
         yield process, said, port
     finally:
         process.terminate()
@@ -83,17 +78,36 @@ def search(port: int, **headers: str) -> dict:
 
 def test_says_the_one_address_to_open(served: tuple[subprocess.Popen, str, int]) -> None:
     _, said, port = served
-    assert [line for line in said.splitlines() if "http" in line] == [f"Open http://127.0.0.1:{port} (Ctrl-C to stop)"]
+    assert f"Open http://127.0.0.1:{port} (Ctrl-C to stop)" in said.splitlines()
     assert "<title>MLflow</title>" in fetch(port, "/")
 
 
 def test_shows_the_runs_and_files_of_the_store(served: tuple[subprocess.Popen, str, int]) -> None:
     _, _, port = served
-    (run,) = search(port, Origin=f"http://localhost:{port}")["runs"]
-    assert run["info"]["run_name"] == "lora 1024"
-    (metric,) = run["data"]["metrics"]
-    assert (metric["key"], metric["value"], int(metric["step"])) == ("eval/perplexity", 2.861, 40)
-    assert fetch(port, f"/get-artifact?run_uuid={run['info']['run_id']}&path=log.txt") == "all is well"
+    found = search(port, Origin=f"http://localhost:{port}")["runs"]
+    runs = {run["info"]["run_name"]: run for run in found}
+    (metric,) = (each for each in runs["lora 1024"]["data"]["metrics"] if each["key"] == "eval/perplexity_1024")
+    assert (int(metric["step"]), metric["value"]) == (48, pytest.approx(2.5689, abs=5e-5))
+    kept = fetch(port, f"/get-artifact?run_uuid={runs['lora 1024']['info']['run_id']}&path=trial.json")
+    assert json.loads(kept)["training"]["method"] == "lora"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_a_printed_link_opens_the_curves_of_each_context_length(
+    served: tuple[subprocess.Popen, str, int], tmp_path: Path
+) -> None:
+    _, said, _ = served
+    (link,) = (line.split()[-1] for line in said.splitlines() if "perplexity by CPU hours" in line)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    for budget_ms in (60_000, 240_000, 960_000):  # of the page's own clock, which waits for requests
+        shown = [*command, "--window-size=1400,2000", f"--virtual-time-budget={budget_ms}", link]
+        page = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        if "device_hours" in page and ">3.62<" in page:
+            break
+    assert all(section in page for section in ("Context 1,024", "Context 2,048", "Training loss"))
+    # The bars: the last perplexity of full fine-tuning and of the reference at either context length.
+    assert all(f">{perplexity}<" in page for perplexity in ("2.79", "2.21", "3.62", "2.34"))
+    assert "Error loading shared view" not in page
 
 
 @pytest.mark.parametrize("headers", [{"Host": "10.evil.example"}, {"Origin": "http://evil.example"}])
@@ -139,6 +153,14 @@ def test_a_remote_storage_root_and_a_foreign_address_are_refused(storage: Path, 
     assert "not a local folder" in capsys.readouterr().err
     assert ui.main(["--storage", str(storage), "--host", "192.0.2.1"]) == 2
     assert "cannot listen on 192.0.2.1" in capsys.readouterr().err
+
+
+def test_basic_auth_names_all_that_it_lacks_before_anything_starts(storage: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("MLFLOW_FLASK_SERVER_SECRET_KEY", raising=False)
+    monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "too short")
+    assert ui.main(["--storage", str(storage), "--port", str(free_port()), "--basic-auth"]) == 2
+    said = capsys.readouterr().err
+    assert "MLFLOW_FLASK_SERVER_SECRET_KEY" in said and "12 characters or more" in said and "too short" not in said
 
 
 def test_what_mlflow_says_is_shown_where_it_cannot_start(storage: Path, monkeypatch, signals, capsys) -> None:

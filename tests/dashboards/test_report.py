@@ -74,8 +74,12 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
     example = comparison()
     places = [
         reader.text.index(text)
-        for text in (example["question"], *example["sentences"], "Final perplexity of each method")
-    ]
+        for text in (
+            example["question"], *example["sentences"], "Final perplexity of each method", "What to do next",
+            "Train longer python -m orchestrator.sweep --steps 80 --name 'a & b'", "Perplexity by optimiser step",
+            "Results",
+        )
+    ]  # fmt: skip
     assert places == sorted(places)
     for context in example["contexts"]:
         for sentence in context["sentences"]:
@@ -110,9 +114,9 @@ def test_the_answer_in_words_stands_before_figures_and_tables(reader: Reader) ->
         "LoRA rank 8, alpha 16, on the attention projections",
         "20 81,920",  # an evaluation: step and tokens
         "LoRA+ above Full fine-tuning Step Tokens Gap Interval 5 20,480",
-        "Cost Setting CPU hours USD Tokens to 2.749 CPU hours to 2.749 Dominated",
-        "LoRA+ 0.0197 $0.04 129,024 0.0148 no",
-        "LoRA 0.0181 $0.04 not reached not reached no",
+        "Cost Setting CPU hours USD Tokens to 2.749 CPU hours to 2.749 Dominated by",
+        "LoRA+ 0.0197 $0.04 129,024 0.0148 none",
+        "LoRA 0.0181 $0.04 not reached not reached none",
         "Learning rates each method's by its final perplexity from a small grid",
         "Price given by the user",
     ],
@@ -187,6 +191,17 @@ def test_an_interval_that_is_cut_at_the_edge_of_the_scale_has_an_arrow_there() -
         each["contexts"] = each["contexts"][:1]
         each["contexts"][0]["references"] = [{"label": "untuned", "perplexity": 3.0, "low": None, "high": high}]
     assert [figures.svg_panels(check(each), "final_perplexity")[0][1].count("→") for each in (cut, whole)] == [1, 0]
+
+
+def test_what_is_reached_before_training_and_who_dominates_is_said_so() -> None:
+    early = comparison()
+    early["contexts"][0]["settings"][0] |= {
+        "reached": {"step": 0, "tokens": 0, "hours": 0, "usd": 0}, "dominated": True, "dominated_by": "LoRA+",
+        "above_lowest": {"percent": 11.1, "low": 10.2, "high": 12.0}, "against_untuned": None,
+    }  # fmt: skip
+    text = read(early).text
+    assert "LoRA 0.0181 $0.04 before training 0 LoRA+" in text
+    assert "Against the best and against no training Method Above Full fine-tuning LoRA +11.1% +10.2% to +12.0%" in text
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:

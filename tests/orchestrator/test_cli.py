@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.cli import parse
 from orchestrator.expansion import expand
-from orchestrator.fields import GROUPS, MOST_USED
+from orchestrator.field_help import GROUPS, MOST_USED
 from orchestrator.recipes import RECIPES
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
@@ -17,7 +17,7 @@ IDENTITIES = Identities(model="sha256:m", tokenizer="sha256:t", data="stdlib:d")
 
 
 def test_help_lists_every_field_in_one_group():
-    """A new field needs its place in orchestrator/fields.py."""
+    """A new field needs its place in orchestrator/field_help.py."""
     listed = sorted(name for names in GROUPS.values() for name in names)
     fields = [field.name for kind in (SweepSpec, RunOptions) for field in dataclasses.fields(kind)]
     assert listed == sorted(set(fields) - {"axes"})

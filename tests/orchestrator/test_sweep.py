@@ -67,7 +67,7 @@ def test_mlflow_has_one_run_a_trial_and_one_of_the_sweep_with_its_report(finishe
     ]  # fmt: skip
     assert {run.info.status for run in trials + sweeps} == {"FINISHED"}
     full = next(run for run in trials if run.info.run_name == "full 1024")
-    curve = client.get_metric_history(full.info.run_id, "eval/perplexity")
+    curve = client.get_metric_history(full.info.run_id, "eval/perplexity_1024")
     assert sorted(point.step for point in curve) == [0, 2, 4]
     (sweep,) = sweeps
     artifacts = {file.path for file in client.list_artifacts(sweep.info.run_id)}

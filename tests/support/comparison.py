@@ -29,6 +29,9 @@ def setting(trial: dict[str, Any]) -> dict[str, Any]:
         "seeds": [0],
         "usd": 0.043,
         "dominated": False,
+        "dominated_by": None,
+        "above_lowest": None,
+        "against_untuned": None,
         "reached": None if slow else {"step": 31.5, "tokens": 129024, "hours": 0.75 * trial["hours"], "usd": 0.03},
         "as_good_from_step": None,
         "variant": trial["method"],
@@ -170,6 +173,10 @@ def comparison() -> dict[str, Any]:
         "created": "2026-11-23T10:00:00+00:00",
         "longspan_version": "0.1.0",
         "question": "Which way to adapt wins at each context length?",
+        "headline": ["Full fine-tuning reaches the lowest perplexity at 1,024 and 2,048 tokens."],
+        "next_steps": [
+            {"purpose": "train longer", "command": "python -m orchestrator.sweep --steps 80 --name 'a & b'"}
+        ],
         "sentences": [
             "Full fine-tuning reaches the lowest perplexity at 1,024 and 2,048 tokens.",
             "LoRA+ comes close, within 1% of it at 2,048 tokens from step 30 on; LoRA alone stays about 11% behind.",

@@ -8,6 +8,6 @@
 ``retrieval``  common to passkey and topics: prompts of an exact length, which answers are correct; ``greedy`` answers
 ``answers``    perplexity over the answers of instruction data
 ``time_estimate``  the cost of an evaluation before it runs
-``bootstrap``  intervals (NumPy only)
+``intervals``  over documents and seeds: bootstrap, and Student's t where there are few
 ``pictures``   what the pictures share
 """

@@ -10,11 +10,11 @@ from scipy import stats
 
 from dashboards import report
 from dashboards.comparison import check
-from orchestrator.compare import Outcome, cautions, compare, labels, summarise
+from orchestrator.compare import Outcome, cautions, compare, headline, labels, summarise
 from orchestrator.records.events import Eval, Finished, Started
 from orchestrator.records.journal import Journal
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.reporting.result_table import effect_table, result_table
+from orchestrator.reporting.result_table import print_comparison
 from orchestrator.trial_spec import Identities, TrialSpec
 from orchestrator.variants import Variant, variants_of
 from tests.support.comparison import comparison
@@ -103,7 +103,6 @@ def test_the_effect_of_an_axis_is_the_mean_over_matched_variants_paired_by_docum
         of_seeds = stats.t.ppf(0.975, 2) * stats.sem(by_seed @ share)
         half = np.hypot(of_documents, of_seeds)
         assert (one["low"], one["high"]) == pytest.approx(tuple(100 * np.expm1([mean - half, mean + half])))
-    assert "YaRN is 18" in " ".join(context["sentences"])
 
 
 def test_variants_are_named_by_what_differs_and_held_against_full_fine_tuning_of_the_same_axes(sweep):
@@ -118,8 +117,9 @@ def test_variants_are_named_by_what_differs_and_held_against_full_fine_tuning_of
     assert context["against_untuned"]["variant"] == "full YaRN all layers"
     assert context["against_untuned"]["high"] < 0
     names = {variant.id: variant.name for variant in variants_of([o.trial.training for o in made], AXES[:2])}
-    summary = summarise([context], [0, 1, 2], names)
-    assert summary[0] == "At 1,024 tokens the best trained model beats every untuned one."
+    (answer,) = headline([context], names)
+    assert answer.startswith("At 1,024 tokens full fine-tuning · YaRN · all layers ")
+    assert "below the untuned model with" in answer
 
 
 def test_an_axis_without_effect_on_a_method_makes_no_variants_of_it(tmp_path):
@@ -168,7 +168,8 @@ def test_where_full_fine_tuning_did_not_finish_with_the_same_axes_the_answer_say
 def test_of_many_variants_sentences_tell_of_the_best(sweep):
     made, _ = sweep
     (context,) = compare(made, 512, axes=AXES[:2])
-    assert "Tables have the other 9 of 12 settings." in context["sentences"]
+    assert len(context["settings"]) == 12
+    assert len(context["sentences"]) <= 5 and sum(map(len, context["sentences"])) < 1000
     assert len(context["gaps"]) <= 2 * 12
 
 
@@ -181,15 +182,16 @@ def test_the_report_and_the_terminal_show_effects_means_over_seeds_and_what_few_
     names = {variant.id: variant.name for variant in variants}
     written = comparison() | {
         "contexts": contexts, "seeds": [0, 1, 2], "sentences": summarise(contexts, [0, 1, 2], names),
-        "cautions": cautions(contexts), **labels(variants, axes),
+        "headline": headline(contexts, names), "cautions": cautions(contexts), **labels(variants, axes),
     }  # fmt: skip
     page = report.html(check(written))
     for text in ("Effect of each axis with the others held", "LoRA+ · YaRN, mean", "over seeds 0, 1, 2"):
         assert text in page
     assert '<p class="notice">At 1,024 tokens 6 documents are scored, fewer than 20' in page
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(result_table(written), effect_table(written))
+    print_comparison(written, console)
     printed = console.export_text()
+    assert printed.startswith(written["headline"][0]) and all(printed.count(s) == 1 for s in written["sentences"])
     assert "LoRA+ · YaRN, mean of 3 seeds" in printed and "Positions" in printed
 
 

@@ -89,8 +89,8 @@ def test_a_signal_ends_a_call_that_python_cannot_interrupt():
     """``ray.init`` waits like this, should the head go while it joins."""
     code = """
 import ctypes
-from orchestrator.process import end_on_signal, stop_on_sigterm
-stop_on_sigterm()
+from orchestrator.process import end_on_signal, stop_on_signals
+stop_on_signals()
 with end_on_signal(seconds=1):
     lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
     lock(mutex)

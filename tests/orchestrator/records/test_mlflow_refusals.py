@@ -190,6 +190,18 @@ def test_a_damaged_database_is_one_error_at_the_start(storage, damage):
     assert time.monotonic() - began < 100  # MLflow itself tries for two minutes; here it takes a second
 
 
+def test_trials_are_nested_under_the_first_sweep_that_logs_them(storage, trials, mirrored):
+    mirrored.log_sweep("first", "settings", comparison(), trials, [])
+    later = connect(storage)
+    later.follow(trials, "second", PROVENANCE)
+    later.log_sweep("second", "settings", comparison(), trials, [])
+    _, found = runs(later.uri)
+    by_name = {run.info.run_name: run for run in found}
+    parents = {by_name[trial.label].data.tags["mlflow.parentRunId"] for trial in trials}
+    assert parents == {by_name["sweep first"].info.run_id}
+    assert all({"in_sweep.first", "in_sweep.second"} <= set(by_name[trial.label].data.tags) for trial in trials)
+
+
 def test_a_name_used_again_for_other_data_or_settings_gets_a_run_of_its_own(storage, trials, mirrored):
     for settings, data, identity in (("a", "d", "1"), ("a", "d", "1"), ("b", "d", "1"), ("b", "e", "3")):
         mirrored.log_sweep("again", settings, comparison(data, identity), trials, [])

@@ -7,16 +7,19 @@ import time
 
 import pytest
 
-from orchestrator.records.events import Cancelled, Failed, Finished, ModelReady, Started, Step, Stopped
+from orchestrator.expansion import expand
+from orchestrator.records.events import Cancelled, Eval, Failed, Finished, ModelReady, Started, Step, Stopped
 from orchestrator.records.mlflow_sync import TrackingThread
 from orchestrator.records.provenance import Provenance
-from tests.support.events import a_step
+from orchestrator.spec import SweepSpec
+from orchestrator.trial_spec import Identities
+from tests.support.events import a_step, document_evaluation
 from tests.support.mlflow_server import start_mlflow_server
 from tests.support.mlflow_store import PROVENANCE, STARTED, connect, history, runs, write_some_steps
 from workloads.errors import InputError
 
 
-def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, trial):
+def test_a_journal_becomes_one_run_with_curves_by_step(storage, trial):
     journal = storage.trial(trial.fingerprint).journal
     write_some_steps(journal)
     journal.append(ModelReady(parameters=1, trainable_parameters=1, attention_backend="cudnn"))
@@ -27,8 +30,10 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     client, (run,) = runs(tracker.uri)
     assert run.info.status == "FINISHED"
     assert history(client, run, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0)]
-    assert history(client, run, "by_tokens/train/loss") == [(10, 9.0), (20, 8.0), (30, 7.0)]
-    assert history(client, run, "eval/perplexity") == [(0, 20.0)]
+    # What a chart's axis can be, at each step and evaluation: steps of 2 s each on one worker.
+    assert history(client, run, "train/tokens") == [(0, 0), (1, 10), (2, 20), (3, 30)]
+    assert history(client, run, "train/device_hours") == [(n, pytest.approx(2 * n / 3600)) for n in range(4)]
+    assert history(client, run, "eval/perplexity_1024") == [(0, 20.0)]
     assert history(client, run, "eval/perplexity_512") == [(0, 2.0)]
     tags = run.data.tags
     assert (tags["method"], tags["context_length"], tags["attention"]) == ("lora+", "1024", "s2")
@@ -38,6 +43,36 @@ def test_a_journal_becomes_one_run_with_curves_by_step_and_by_tokens(storage, tr
     assert (tags["execution.engine"], tags["execution.offload"]) == ("zero2", "True")
     assert tags["attention_backend"] == "cudnn"
     assert run.data.params["lora_rank"] == "8"
+    assert (tags["mlflow.source.name"], tags["mlflow.source.git.commit"]) == ("longspan", "abc123")
+    (dataset,) = (each.dataset for each in run.inputs.dataset_inputs)
+    assert (dataset.name, dataset.digest) == (trial.data, "d")
+
+
+def test_references_are_lines_and_each_variant_has_its_colour(storage):
+    spec = SweepSpec(context_lengths=(1024,), methods=("lora+", "full"), references=("none",), seeds=(0, 1))
+    trials = expand(spec, Identities(model="m", tokenizer="t", data="d"), "float32").trials
+    for trial in trials:
+        storage.add_trial(trial)
+        journal = storage.trial(trial.fingerprint).journal
+        journal.append(Started(**STARTED))
+        journal.append(Eval(**document_evaluation(0, 9.0, 1024)))
+        for step in range(1, 5 if trial.training.method != "untuned" else 0):
+            journal.append(Step(**a_step(step)))
+            if step % 2 == 0:
+                journal.append(Eval(**document_evaluation(step, 9.0 - step, 1024)))
+    tracker = connect(storage)
+    for _ in range(2):
+        tracker.follow(trials, "first", PROVENANCE)
+    client, found = runs(tracker.uri)
+    by_name = {run.info.run_name: run for run in found}
+    reference, full = by_name["untuned none 1024"], by_name["full 1024"]
+    assert history(client, full, "eval/perplexity_1024") == [(0, 9.0), (2, 7.0), (4, 5.0)]
+    assert history(client, reference, "eval/perplexity_1024") == [(0, 9.0), (2, 9.0), (4, 9.0)]
+    assert history(client, reference, "train/tokens")[-1] == (4, 4 * 4096)
+    low, high = (history(client, full, f"eval/perplexity_1024_{end}")[-1][1] for end in ("low", "high"))
+    assert low < 5.0 < high
+    colours = {name: run.data.tags["mlflow.runColor"] for name, run in by_name.items()}
+    assert colours["full 1024"] == colours["full 1024 seed 1"] and len(set(colours.values())) == 4
 
 
 def test_utilisation_is_logged_where_a_step_tells_it(storage, trial):
@@ -104,9 +139,15 @@ def test_a_failed_trial_says_why_and_an_interrupted_one_is_not_left_running(stor
     assert runs(tracker.uri)[1][0].info.status == "RUNNING"
     tracker.interrupted()
     assert runs(tracker.uri)[1][0].info.status == "KILLED"
+    storage.trial(trial.fingerprint).log.write_text(
+        "".join(f"line {number}\n" for number in range(1000)) + "HF_TOKEN=hf_abcdefghijklmnop1\nloss is nan\n"
+    )
     journal.append(Failed(reason="NonFiniteLoss: step 4", attempt="a"))
     tracker.follow([trial], "first", PROVENANCE)
-    (run,) = runs(tracker.uri)[1]
+    client, (run,) = runs(tracker.uri)
+    with open(client.download_artifacts(run.info.run_id, "end_of_log.txt")) as file:
+        log = file.read()
+    assert log.endswith("loss is nan") and "line 999" in log and "line 500" not in log and "abcdefgh" not in log
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "NonFiniteLoss: step 4")
 
 

@@ -17,7 +17,7 @@ from orchestrator.planning.preparation import check_sweep
 from orchestrator.records.heartbeat import Heartbeat
 from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
-from orchestrator.running.trial_driver import _record_failure
+from orchestrator.running.trial_launcher import _record_failure
 from orchestrator.spec import SweepSpec
 from orchestrator.terminal import shell_command
 from orchestrator.trial_spec import Identities

@@ -95,7 +95,7 @@ def test_it_is_mirrored_into_mlflow_by_its_own_fingerprints(storage, runs):
     tracker.follow([lora], "convergence", PROVENANCE)
     client, (run,) = mlflow_runs(tracker.uri)
     assert not tracker.refused and run.data.tags["longspan.fingerprint"] == "16415f28a88f689c"
-    assert history(client, run, "eval/perplexity")[-1] == (48, pytest.approx(2.5689, abs=5e-5))
+    assert history(client, run, "eval/perplexity_1024")[-1] == (48, pytest.approx(2.5689, abs=5e-5))
 
 
 def test_every_trial_is_finished_with_the_perplexity_it_had(storage, runs):

@@ -12,7 +12,7 @@ from orchestrator.records.cancellation import Cancellation, pending_request
 from orchestrator.records.events import Cancelled, Launched, Saved, Started, Step
 from orchestrator.records.storage import Storage
 from orchestrator.running import interruption
-from orchestrator.running.interruption import describe_kept, save_checkpoints
+from orchestrator.running.interruption import ask_for_checkpoints, describe_kept
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import Identities
 from tests.support.events import a_step
@@ -60,7 +60,7 @@ def test_own_running_trials_save_and_the_lines_say_what_is_kept_and_lost(trials,
         storage.trial(others.fingerprint).lease(leases.owner("three", "another")),
     ):
         worker.start()
-        save_checkpoints(storage, by_label.values(), {"one", "two"}, console)
+        ask_for_checkpoints(storage, by_label.values(), {"one", "two"}, console)
         worker.join(60)
     assert "2 running trials save a checkpoint, within 3 s" in console.export_text()
     assert not any(pending_request(storage, f"trials/{trial.fingerprint}") for trial in by_label.values())
@@ -81,5 +81,5 @@ def test_a_second_ctrl_c_ends_the_wait(trials, monkeypatch):
     again = threading.Timer(0.5, _thread.interrupt_main)
     with storage.trial(trial.fingerprint).lease(leases.owner("one", "mine")):
         again.start()
-        save_checkpoints(storage, [trial], {"one"}, Console(quiet=True))
+        ask_for_checkpoints(storage, [trial], {"one"}, Console(quiet=True))
     assert pending_request(storage, f"trials/{trial.fingerprint}") is None
