@@ -151,6 +151,8 @@ def _state(
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(columns),
+        "columnOrder": [column for column in columns if "tags" in column],
+        "columnWidths": {column: 400 for column in columns if column not in COLUMNS and "tags" in column},
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts,
         "compareRunSections": shown,

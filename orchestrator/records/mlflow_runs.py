@@ -16,7 +16,7 @@ from orchestrator.records.events import Eval, Failed, Started, Step
 from orchestrator.records.json_files import write_json
 from orchestrator.records.mlflow_colours import TAG as COLOUR_TAG
 from orchestrator.records.mlflow_colours import Colours
-from orchestrator.records.mlflow_metrics import STATUS, metrics_of, sweep_metrics, tags_of, trial_tag
+from orchestrator.records.mlflow_metrics import STATUS, metrics_of, perplexity_metric, sweep_metrics, tags_of, trial_tag
 from orchestrator.records.mlflow_store import MlflowStore, without_password
 from orchestrator.records.provenance import Provenance, without_secrets
 from orchestrator.records.trial_cost import hours_by_step
@@ -178,17 +178,13 @@ class TrialRun:
     def draw_beside(self, trained: TrialRun) -> None:
         """Repeats a reference's perplexity at each evaluation of a trained trial: charts then show it as a line."""
         length = self.trial.training.context_length
-        own = self.record.curve(length)
-        if not own:
+        own, drawn = self.record.curve(length), self.logged.get(perplexity_metric(length), 0)
+        along = [each for each in trained.record.curve(length) if each.step > drawn]
+        if not own or not along:
             return
-        hours = {0: 0.0} | hours_by_step(trained.record)
-        along = trained.record.curve(length)
-        self._log_points(
-            [
-                (dataclasses.replace(own[-1], step=each.step, tokens=each.tokens), 1, hours.get(each.step))
-                for each in along
-            ]
-        )
+        hours = hours_by_step(trained.record)
+        moved = [dataclasses.replace(own[-1], step=each.step, tokens=each.tokens) for each in along]
+        self._log_points([(each, 1, hours.get(each.step)) for each in moved])
 
     def _log_artifacts(self) -> None:
         """Logs the resolved trial and its code's diff, each once."""

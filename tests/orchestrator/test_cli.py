@@ -84,6 +84,7 @@ def test_a_file_that_is_no_sweep(tmp_path):
         (["--name", "../elsewhere"], "names a folder"),
         (["--workers", "0"], "workers is 0"),
         (["--offload"], "choose zero2 or zero3"),
+        (["--steps", "3", "convergence"], "comes before all flags: python -m orchestrator.sweep convergence --steps 3"),
     ],
 )
 def test_a_flag_or_value_that_cannot_be_names_what_was_expected(arguments, hint, capsys):
