@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -246,14 +247,14 @@ def read_prices(path: Path) -> dict[str, float]:
     """
     try:
         text = path.read_text("utf-8")
-        prices: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        prices: Any = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
     except Exception as error:  # of the file system, the encoding, TOML or JSON
         raise ValueError(f"the prices in {path} cannot be read ({error}); expected a .toml or .json file") from error
     example = 'expected names with USD an hour, such as "p4d.24xlarge" = 11.50 or "NVIDIA H200" = 3.20'
     if not isinstance(prices, dict):
         raise ValueError(f"the prices in {path} are not a table; {example}")
     for name, price in prices.items():
-        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < float("inf"):
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price <= sys.float_info.max:
             raise ValueError(f"the price of {name!r} in {path} is {price!r}; {example}")
     for name in prices:
         if (
@@ -309,7 +310,7 @@ def _hired(node: dict[str, Any]) -> Hired:
 
 
 def _is_spot(fields: dict[str, Any]) -> bool:
-    """Whether a node type asks for the spot market: AWS, Azure and Google each say so in their own way."""
+    """Whether a node type asks for the spot market, by the field of AWS, Azure or Google."""
     aws = fields.get("InstanceMarketOptions", {}).get("MarketType")
     azure = fields.get("azure_arm_parameters", {}).get("priority")
     google = [each for each in fields.get("scheduling") or () if isinstance(each, dict) and each.get("preemptible")]

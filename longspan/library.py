@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from longspan.results import Sweep
+from orchestrator.process import restored_signal_handlers
 from orchestrator.recipes import DEFAULT
 from orchestrator.records.storage import Storage
 from orchestrator.run_options import RunOptions
@@ -44,10 +46,16 @@ def sweep(what: What = DEFAULT, *, progress: bool = True, **overrides: Any) -> S
     """
     from orchestrator.sweep import run_sweep
 
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError(
+            f"longspan.sweep was called in the thread {threading.current_thread().name!r}; expected the main thread, "
+            "the only one in which Python handles Ctrl-C and SIGTERM. Call it there, or run the command in a subprocess"
+        )
     name, spec, options = _resolve(what, overrides)
     console = make_console()
     console.quiet = not progress
-    run_sweep(name, spec, options, console)
+    with restored_signal_handlers():
+        run_sweep(name, spec, options, console)
     return open_sweep(options.storage, name)
 
 
@@ -104,7 +112,11 @@ def open_sweep(storage: str | Path = "./runs", name: str | None = None) -> Sweep
     if name is None and len(names) == 1:
         (name,) = names
     if name is None or name not in names:
-        found = unknown("sweep", name, names) if name else f"expected the name of a sweep: {', '.join(names) or 'none'}"
+        found = (
+            unknown("sweep", str(name), names)
+            if name
+            else f"expected the name of a sweep: {', '.join(names) or 'none'}"
+        )
         raise InputError(f"{found} in {opened.location}")
     return Sweep(opened, name)
 
@@ -115,10 +127,12 @@ def _resolve(what: What, overrides: Mapping[str, Any]) -> tuple[str, SweepSpec, 
         base = read_sweep(what.values(), "the sweep")
     elif isinstance(what, Mapping):
         base = read_sweep(what, "the sweep")
-    elif isinstance(what, Path) or is_file_name(what):
+    elif isinstance(what, Path) or (isinstance(what, str) and is_file_name(what)):
         base = read_sweep_file(Path(what))
-    else:
+    elif isinstance(what, str):
         base = recipe_as_file(what)
+    else:
+        raise InputError(f"the sweep is {what!r}; expected a recipe's name, a file, a SweepSpec or a mapping")
     of_run = {field.name for field in dataclasses.fields(RunOptions)}
     run = {name: value for name, value in overrides.items() if name in of_run}
     fields = {name: value for name, value in overrides.items() if name not in of_run}

@@ -86,7 +86,7 @@ def _names(value: Any) -> tuple[str, ...] | None:
 def as_text(value: Any) -> str:
     """A field's value as it is given on a command line: ``yarn``, ``last 4``, ``0.25``, ``q_proj,v_proj``."""
     if isinstance(value, tuple):
-        return ",".join(value) if len(value) > 1 else f"{value[0]},"
+        return ",".join(value) + "," * (len(value) < 2)
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 

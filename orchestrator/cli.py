@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from orchestrator.flags import SweepFlags, flags_of
-from orchestrator.recipes import DEFAULT
+from orchestrator.recipes import DEFAULT, RECIPES
 from orchestrator.run_options import RunOptions
 from orchestrator.spec import SweepSpec
 from orchestrator.sweep_file import (
@@ -62,9 +64,22 @@ def parse(
         raise SystemExit(0)
     # Without the file's name: it holds for the file's own fields, one that is given as a flag for any.
     default = Command(flags_of(base.spec), dataclasses.replace(base.options, name=None))
-    command = tyro.cli(Command, prog=prog, default=default, args=arguments)
+    try:
+        command = tyro.cli(Command, prog=prog, default=default, args=arguments)
+    except SystemExit:
+        _hint_at_order(arguments, prog)
+        raise
     sweep = correct_learning_rates_chosen(base.spec, command.sweep.spec(), "as flags")
     return command.run.name or name_of(base, sweep), sweep, command.run
+
+
+def _hint_at_order(arguments: list[str], prog: str) -> None:
+    """Flags that take several values also take a recipe or file behind them, and refuse it."""
+    for place, word in enumerate(arguments):
+        if word in RECIPES or is_file_name(word):
+            others = shlex.join(arguments[:place] + arguments[place + 1 :])
+            print(f"A recipe or file comes before all flags: {prog} {word} {others}", file=sys.stderr)
+            return
 
 
 def _base(arguments: list[str]) -> tuple[SweepFile, list[str]]:
@@ -77,7 +92,7 @@ def _base(arguments: list[str]) -> tuple[SweepFile, list[str]]:
         raise InputError(f"both {first} and --spec {file} are given; expected one of them")
     if first is not None and is_file_name(first):
         file = Path(first)
-    return (recipe_as_file(first or DEFAULT) if file is None else read_sweep_file(file)), flags
+    return (recipe_as_file(DEFAULT if first is None else first) if file is None else read_sweep_file(file)), flags
 
 
 def _take_spec_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import reprlib
+import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +56,10 @@ MOST_USED = {
     "storage": "folder or object store of all results",
     "cluster": "machines to plan for and to ask for, such as aws-p4d",
 }
+
+# How errors show a value, which in YAML may hold others a billion times.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 
 BOTH = "{True,False}"  # of a boolean that is an axis; one that is not is a flag without a value
 
@@ -122,19 +129,31 @@ def _member_in_words(kind: Any) -> str:
 def read_value(value: Any, kind: Any) -> Any:
     """A value of a file, or of Python, as a field's type has it.
 
-    A list is a tuple, and so is one value where several are expected. ``1e3`` is an integer where one is expected, text
-    such as JSON's ``"1e-3"`` a number where one is expected, and null the choice ``none`` where there is one.
+    A list, a range or an array is a tuple, and so is one value where several are expected. ``1e3`` is an integer where
+    one is expected, text such as JSON's ``"1e-3"`` a number, a path text, and null the choice ``none`` where there is
+    one.
 
     Raises:
         InputError: the type does not take it; the message says what was expected.
     """
+    value = _plain(value)
     for member in alternatives(kind):
         try:
             return _read_member(value, member)
         except (TypeError, ValueError, OverflowError):
             continue
     expected = "true or false" if bool in alternatives(kind) else in_words(kind)
-    raise InputError(f"{value!r}; expected {expected}{' or none' * (type(None) in alternatives(kind))}")
+    given = textwrap.shorten(_SHORT.repr(value), 300)
+    raise InputError(f"{given}; expected {expected}{' or none' * (type(None) in alternatives(kind))}")
+
+
+def _plain(value: Any) -> Any:
+    """A path as text; a range, or numbers of numpy, pandas and torch, as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, range):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _read_member(value: Any, kind: Any) -> Any:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from orchestrator.axes import AXES, as_text
-from workloads.config import TrainingConfig
+from orchestrator.axes import AXES, LISTS, as_text
+from orchestrator.field_help import read_value
+from workloads.config import TrainingConfig, trained_layers
 from workloads.errors import InputError
 
 # What a rule may name.
 CONDITIONS = ("method", "context_length", *AXES)
-TYPES = get_type_hints(TrainingConfig)
+TYPES = get_type_hints(TrainingConfig) | {"group_size": float}  # a share in a sweep, tokens in a trial
 FLAG = "--learning-rate-for"
 
 
@@ -51,10 +53,10 @@ class Rule:
                 raise InputError(
                     f"{FLAG} {text}: the field {field!r} is unknown; expected one of {', '.join(CONDITIONS)}"
                 )
+            if field in values:
+                raise InputError(f"{FLAG} {text}: {field} is given twice; expected each field once")
             values[field] = value.strip()
-            choices = get_args(TYPES[field])
-            if get_origin(TYPES[field]) is Literal and values[field] not in choices:
-                raise InputError(f"{FLAG} {text}: {field} is {values[field]!r}; expected one of {', '.join(choices)}")
+            _check_value(text, field, values[field])
         try:
             number = float(rate)
         except ValueError:
@@ -66,6 +68,20 @@ class Rule:
     def matches(self, setting: Mapping[str, Any]) -> bool:
         """Whether a trial has all of the rule's values; ``setting`` has them by field, as the sweep gives them."""
         return all(field in setting and _is(setting[field], value) for field, value in self.values.items())
+
+
+def _check_value(rule: str, field: str, text: str) -> None:
+    """Raises InputError if the field can never have this value; values are spelled as in flags."""
+    try:
+        if field == "train_layers":
+            trained_layers(text, sys.maxsize)
+        elif TYPES[field] is bool:
+            read_value({"true": True, "false": False}.get(text.lower(), text), bool)
+        elif field not in LISTS:
+            read_value(text, TYPES[field])
+    except InputError as error:
+        problem = str(error).removeprefix(f"{field} is ")
+        raise InputError(f"{FLAG} {rule}: {field} is {problem}") from error
 
 
 def _is(value: Any, text: str) -> bool:

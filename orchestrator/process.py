@@ -54,6 +54,18 @@ def stop_on_signals() -> None:
 
 
 @contextlib.contextmanager
+def restored_signal_handlers() -> Iterator[None]:
+    """What a program does on Ctrl-C and SIGTERM is afterwards as it was before."""
+    before = {stop: signal.getsignal(stop) for stop in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            if handler is not None:  # None: set from outside Python
+                signal.signal(stop, handler)
+
+
+@contextlib.contextmanager
 def end_on_signal(seconds: float = 4.0) -> Iterator[None]:
     """Ctrl-C or SIGTERM inside ends the process, at the latest after ``seconds``.
 

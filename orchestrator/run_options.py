@@ -109,14 +109,8 @@ class RunOptions(ExecutionFields, Placement):
     of axes. auto: its method's in a search, which looks for the best of each; else all."""
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
-            raise InputError(
-                f"--name {self.name!r}: expected letters, digits and any of . _ + -, since it names a folder"
-            )
-        if self.name is not None and len(os.fsencode(self.name)) > MAX_NAME_BYTES:
-            raise InputError(
-                f"--name of {len(os.fsencode(self.name))} bytes: it names a folder; expected at most {MAX_NAME_BYTES}"
-            )
+        if self.name is not None:
+            check_name(self.name, "--name")
         for field in (
             *("workers", "cpus_per_worker", "max_concurrent", "micro_batch", "checkpoint_every"),
             *("hang_timeout", "price_per_hour", "as_good_within", "budget_hours", "budget_usd"),
@@ -145,3 +139,11 @@ class RunOptions(ExecutionFields, Placement):
             offload_activations=offloaded,
             **shared,
         )
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises InputError if no sweep can have this name; ``where`` begins the error, such as ``--name``."""
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+        raise InputError(f"{where} {name!r}: expected letters, digits and any of . _ + -, since it names a folder")
+    if (size := len(os.fsencode(name))) > MAX_NAME_BYTES:
+        raise InputError(f"{where} of {size} bytes: it names a folder; expected at most {MAX_NAME_BYTES}")

@@ -23,6 +23,7 @@ from workloads.config import (
     Positions,
     TrainingFields,
     refuse_not_finite,
+    refuse_number,
     trains_embeddings,
     trains_norms,
 )
@@ -32,6 +33,9 @@ TrainedMethod = Literal["lora", "lora+norm", "lora+embed", "lora+", "full"]
 
 # Learning rates besides a method's own, which a trial has if it trains what they are for.
 EXTRA_RATES = ("learning_rate_embeddings", "learning_rate_norms")
+# A sweep trains each of these with each combination of its axes. More trials than this are a slip of the hand.
+COUNTED = ("context_lengths", "methods", "seeds", "learning_rate_sweep")
+MAX_TRIALS = 10_000
 # The name of a sweep holds a hash of these fields in this order, so sweeps in storage depend on it. A field that is not
 # among them enters the hash only if it is not at its default.
 HASHED = (
@@ -117,9 +121,10 @@ class SweepSpec(TrainingFields, Compared):
     """Group sizes that a search chooses from: shares of the context length (up to 1), or tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("context_lengths", "methods", "seeds", "learning_rate_sweep"):
+        for name in COUNTED:
             check_values(name, getattr(self, name))
         self._check_axes()
+        self._check_number()
         for multiple in self.learning_rate_sweep:
             if not 0 < multiple < math.inf:
                 raise InputError(f"--learning-rate-sweep {multiple:g}: expected positive multiples, such as 0.3 1 3")
@@ -146,12 +151,20 @@ class SweepSpec(TrainingFields, Compared):
                     "trains them; leave it out, or add a method that does, such as lora+"
                 )
 
+    def _check_number(self) -> None:
+        counts = {name: len(getattr(self, name)) for name in COUNTED} | {n: len(v) for n, v in self.axes.items()}
+        if (number := math.prod(counts.values())) > MAX_TRIALS:
+            several = " x ".join(f"{count} {name}" for name, count in counts.items() if count > 1)
+            raise InputError(f"{several} make {number:,} trials; expected at most {MAX_TRIALS:,} in a sweep")
+
     def _check_axes(self) -> None:
         """Puts the axes in the order of ``AXES``, and checks what ``dataclasses.replace`` may have broken."""
         for name, values in self.axes.items():
             if name not in AXES:
                 raise InputError(f"{name!r} cannot be an axis; expected one of {', '.join(AXES)}")
             check_values(name, values)
+            for value in values:
+                refuse_number(name, value)
             if values[0] != getattr(self, name):
                 raise InputError(
                     f"{name} is {getattr(self, name)!r}, and an axis of {in_words(values)}: change both "
@@ -221,7 +234,7 @@ class SweepSpec(TrainingFields, Compared):
         return json.dumps(self.values(), indent=1)
 
     def digest(self) -> str:
-        """6 hexadecimal digits that tell this sweep from others of its recipe, for its name."""
+        """6 hexadecimal digits that distinguish this sweep from others of its recipe, for its name."""
         hashed = {name: getattr(self, name) for name in HASHED}
         for each in dataclasses.fields(self):
             default = {} if each.name == "axes" else each.default

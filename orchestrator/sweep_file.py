@@ -15,6 +15,7 @@ A sweep's own spec.json is such a file with every field, so that it reruns the s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -25,13 +26,14 @@ from typing import Any, get_type_hints
 from orchestrator.axes import LISTS
 from orchestrator.field_help import read_value
 from orchestrator.flags import TYPES
-from orchestrator.recipes import DEFAULT, RECIPES, find_recipe
-from orchestrator.run_options import RunOptions
+from orchestrator.recipes import RECIPES, find_recipe
+from orchestrator.run_options import RunOptions, check_name
 from orchestrator.spec import HASHED, SweepSpec
 from workloads.errors import InputError, first_line, near
 
 SUFFIXES = (".yaml", ".yml", ".json")
 LARGEST = 2**20  # bytes; no sweep needs more
+MAX_PROBLEMS = 10  # unknown fields of a section that an error lists
 # Options of one run only: a saved sweep that is rerun must not train everything again.
 NOT_SAVED = ("name", "force", "force_trials")
 
@@ -40,14 +42,13 @@ NOT_SAVED = ("name", "force", "force_trials")
 class SweepFile:
     """What a file, or the arguments of the Python library, say.
 
-    ``name`` is the sweep's as long as no field changes. Without one, as in an earlier version's spec.json, the sweep is
-    named after the recipe.
+    ``name`` is the sweep's as long as no field changes. Without one the sweep is named after its recipe, if it has one.
     """
 
     spec: SweepSpec
     options: RunOptions
     name: str | None
-    recipe: str = DEFAULT
+    recipe: str | None = None
 
 
 def is_file_name(text: str) -> bool:
@@ -61,16 +62,30 @@ def read_sweep_file(path: Path) -> SweepFile:
     Raises:
         InputError: it cannot be read, or says what no sweep can have; the message names the field and its line.
     """
-    try:
-        text = path.read_bytes()[: LARGEST + 1].decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
-    if len(text) > LARGEST:
-        raise InputError(f"{path} is larger than {LARGEST:,} bytes; expected a sweep's fields")
+    text = _read_text(path)
     values, lines = _parse_json(text, path) if path.suffix.lower() == ".json" else _parse_yaml(text, path)
     found = read_sweep(values, str(path), lines)
+    if found.name is not None:
+        return found
+    if "recipe" not in values:  # an earlier version's spec.json
+        return dataclasses.replace(found, name=path.parent.name if path.parent.parent.name == "sweeps" else None)
     stem = re.sub(r"[^\w.+-]+", "-", path.stem)
-    return dataclasses.replace(found, name=found.name or (stem if "recipe" in values else None))
+    check_name(stem, f"{path} gives its sweep the name")
+    return dataclasses.replace(found, name=stem)
+
+
+def _read_text(path: Path) -> str:
+    """The content of a file; without the byte order mark that some editors write."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InputError(f"{path} is larger than {LARGEST:,} bytes; expected a sweep's fields")
+        return content.decode("utf-8-sig")
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_sweep(values: Mapping[str, Any], where: str, lines: Mapping[str, int] | None = None) -> SweepFile:
@@ -91,7 +106,9 @@ def read_sweep(values: Mapping[str, Any], where: str, lines: Mapping[str, int] |
     options = RunOptions(**run)
     base = None if recipe is None else find_recipe(str(recipe))()
     if set(HASHED) <= set(values):  # a saved sweep: what is not in it is newer, and was at its default
-        return SweepFile(spec=SweepSpec.of(values), options=options, name=options.name, recipe=recipe or DEFAULT)
+        spec = SweepSpec.of(values)
+        recipe = recipe or next((name for name, make in RECIPES.items() if make() == spec), None)
+        return SweepFile(spec=spec, options=options, name=options.name, recipe=recipe)
     if base is None:
         raise InputError(
             f"{where} names no recipe, and not every field of a sweep. Add `recipe: NAME`, whose values hold for the "
@@ -120,7 +137,7 @@ def recipe_as_file(name: str) -> SweepFile:
 def name_of(base: SweepFile, spec: SweepSpec) -> str:
     """The recipe's or the file's name, with a hash if fields differ: the same command is always the same sweep."""
     if base.name is None:
-        return name_of(recipe_as_file(base.recipe), spec)
+        return f"sweep-{spec.digest()}" if base.recipe is None else name_of(recipe_as_file(base.recipe), spec)
     return base.name if spec == base.spec else f"{base.name}-{spec.digest()}"
 
 
@@ -184,11 +201,10 @@ def _refuse_unknown(values: Mapping[str, Any], run: Mapping[str, Any], where: st
         (values, of_sweep, of_run, "it belongs below run:", ""),
         (run, of_run, of_sweep, "it belongs outside run:", "run."),
     ):
-        for name in section:
-            if name not in own:
-                guess = near(str(name), [*own, *other])
-                hint = belongs if name in other else f"did you mean {guess}?" if guess else "no field has a near name"
-                problems.append(f"{_place(where, lines.get(prefix + str(name)))}: field {name!r} is unknown; {hint}")
+        for name in itertools.islice((name for name in section if name not in own), MAX_PROBLEMS):
+            guess = near(str(name), [*own, *other])
+            hint = belongs if name in other else f"did you mean {guess}?" if guess else "no field has a near name"
+            problems.append(f"{_place(where, lines.get(prefix + str(name)))}: field {name!r} is unknown; {hint}")
     if problems:
         raise InputError("\n".join(problems) + "\nlongspan sweep --help-all describes all fields")
 
@@ -199,11 +215,12 @@ def _place(where: str, line: int | None) -> str:
 
 def _parse_json(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
                 raise InputError(f"{path}: {name} is given twice; expected each field once")
-        return dict(pairs)
+            fields[name] = value
+        return fields
 
     try:
         values = json.loads(text, object_pairs_hook=unique)

@@ -30,13 +30,23 @@ class Loader(yaml.SafeLoader):
         """A mapping, each of whose keys is given once."""
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} is given twice; expected each field once", problem_mark=key.start_mark
-                )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            if not isinstance(key, yaml.ScalarNode):
+                raise _error("a list or a mapping is no name; expected FIELD: VALUE", key)
+            if key.value in seen:
+                raise _error(f"{key.value} is given twice; expected each field once", key)
+            seen.add(key.value)
         return super().construct_mapping(node, deep=True)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value, or an error with its line: PyYAML raises whatever Python does of ``!!int abc``."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _error(f"{str(node.value)[:80]!r} is no {node.tag.rpartition(':')[2]}", node) from error
+
+
+def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
 
 
 def _decimal(loader: Loader, node: yaml.ScalarNode) -> int:

@@ -20,9 +20,8 @@ from workloads.attention.patterns import PATTERNS, Attention
 from workloads.errors import InputError
 from workloads.models.positions import Positions
 
-# Raise RESULT_VERSION by hand when this package is meant to give other numbers for the same configuration: it is part
-# of every trial's identity. Golden losses in tests/workloads/training/test_loop.py show when numbers change, and
-# docs/log.md says why.
+# Part of every trial's identity: raise it when results are meant to change for the same configuration (docs/log.md says
+# why). Golden losses in tests/workloads/training/test_loop.py show when they change.
 RESULT_VERSION = 3
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]
@@ -61,12 +60,19 @@ def labels(fields: type) -> dict[str, Label]:
 
 
 def refuse_not_finite(settings: Any) -> None:
-    """Raises InputError if a field of a dataclass is NaN or infinite: no setting is, and JSON has neither."""
+    """Raises InputError if a field of a dataclass has a number that JSON or other programs cannot hold."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, float) and not math.isfinite(each):
-                raise InputError(f"{field.name} is {each}; expected a finite number")
+            refuse_number(field.name, each)
+
+
+def refuse_number(field: str, value: Any) -> None:
+    """Raises InputError if a value is NaN, infinite or an integer of 64 bits and more."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{field} is {value}; expected a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{field} has 64 bits or more; expected a smaller number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +179,17 @@ class TrainingConfig(TrainingFields):
         for field in ("steps", "warmup_steps", "seed"):
             if getattr(self, field) < 0:
                 raise InputError(f"{field} is {getattr(self, field)}; expected zero or a positive number")
+        if self.lora_alpha <= 0:
+            raise InputError(f"lora_alpha is {self.lora_alpha:g}; expected a positive number")
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field):g}; expected a number from 0 to less than 1")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay is {self.weight_decay:g}; expected zero or a positive number")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(
+                f"max_grad_norm is {self.max_grad_norm:g}; expected a positive number, or None, which does not clip"
+            )
         if self.original_length is not None and self.original_length <= 0:
             raise InputError(f"original_length is {self.original_length}; expected a positive number of tokens")
         if self.method != "untuned" and not 0 < self.learning_rate < math.inf:

@@ -95,6 +95,7 @@ def test_prices_from_a_file(tmp_path):
         ('{"p4d.24xlarge": "cheap"}', r"the price of 'p4d.24xlarge' .* is 'cheap'; expected names with USD an hour"),
         ('{"p4d.24xlarge": -1}', "is -1"),
         ('{"p4.24xlarge": 1}', "did you mean p4d.24xlarge"),
+        ('{"any": 1' + "0" * 400 + "}", "the price of 'any'"),
         ("[]", "are not a table"),
         ("{", "cannot be read"),
     ],

@@ -2,9 +2,13 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import longspan
@@ -66,11 +70,23 @@ def test_settings_trials_and_the_best_one(finished):
         (lambda: longspan.sweep({"steps": 3}), "names no recipe"),
         (lambda: longspan.sweep(workers=0), "workers is 0"),
         (lambda: longspan.plan("nowhere.yaml"), "cannot be read"),
+        (lambda: longspan.plan(None), "the sweep is None; expected a recipe's name"),
+        (lambda: longspan.plan(data="\ud800"), "in which this is none"),
+        (lambda: longspan.open(STORAGE, 3), "sweep '3' is unknown"),
     ],
 )
 def test_a_mistake_is_one_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_sweep_in_another_thread_is_refused_and_signal_handlers_are_left_alone():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="expected the main thread"):
+        pool.submit(longspan.sweep).result()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InputError, match="is no folder here"):
+        longspan.sweep(model="./nowhere/at/all")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_python_flags_and_files_mean_the_same_sweep():
@@ -84,6 +100,11 @@ def test_python_flags_and_files_mean_the_same_sweep():
     ) == (parse(flags))
     assert _resolve(find_recipe("convergence")(), overrides) == parse(flags)
     assert _resolve("convergence", {"name": "mine", "steps": 7})[0] == "mine"
+    plain = dict(seeds=[0, 1, 2], context_lengths=[512, 1024], learning_rate_full=1e-4, data="texts")
+    as_in_notebooks = dict(
+        seeds=range(3), context_lengths=np.array([512, 1024]), learning_rate_full=np.float64(1e-4), data=Path("texts")
+    )
+    assert _resolve("convergence", as_in_notebooks) == _resolve("convergence", plain)
 
 
 def test_a_plan_is_a_table(tmp_path):

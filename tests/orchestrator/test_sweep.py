@@ -33,7 +33,7 @@ def test_it_ends_with_table_report_and_the_command_for_mlflow(finished):
     page = (command.storage / "sweeps").glob("*/report/report.html")
     assert os.path.realpath(report) == os.path.realpath(next(page))
     assert re.search(r"^MLflow: .* -m dashboards\.mlflow --storage ", output, re.M)
-    assert "nothing wins: only 2 documents are scored" in " ".join(output.split())
+    assert "no intervals and no winner: only 2 documents are scored" in " ".join(output.split())
     exported = re.search(r"^export \S+ 1024: .* -m workloads\.export (\S+) DIR$", output, re.M)[1]
     assert os.path.realpath(exported) in {os.path.realpath(path) for path in command.storage.glob("trials/*")}
 
@@ -109,7 +109,7 @@ def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
     read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
     status, output = SweepCommand(command.storage, *command.arguments[3:-2], "--tracking-uri", read_only).run()
     printed = " ".join(output.split())
-    assert status == 3 and "nothing wins: only 2 documents are scored" in printed
+    assert status == 3 and "no intervals and no winner: only 2 documents are scored" in printed
     assert "error: MLflow refuses " in printed and "(attempt to write a readonly database)" in printed
     assert "make them writable" in printed and "the results are kept in" in printed
     assert "logs them" not in printed and "Traceback" not in output

@@ -141,6 +141,11 @@ def test_a_recipe_printed_as_a_file_is_the_recipe_and_fits_the_schema(recipe, tm
         ("steps: [", "line 3: "),
         ("model: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("steps: 0", "--steps 0: expected at least 1"),
+        ("steps: !!int abc", "line 2: 'abc' is no int"),
+        ("document_mask: !!bool maybe", "line 2: 'maybe' is no bool"),
+        (f"steps: {'9' * 5000}", "line 2: '999"),
+        ("? [a, b]\n: 3", "line 2: a list or a mapping is no name"),
+        ("\n".join(f"field{n}: 1" for n in range(99)), "line 11: field 'field9' is unknown"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_error_with_its_line(text, message, tmp_path):
@@ -149,9 +154,31 @@ def test_a_mistake_is_one_error_with_its_line(text, message, tmp_path):
     assert message in str(error.value)
 
 
+def test_aliases_that_multiply_are_one_short_error(tmp_path):
+    nested = "".join(f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    with pytest.raises(InputError) as error:
+        parse([write(tmp_path, f"recipe: convergence\nsteps:\n  - &a0 [1]\n{nested}")])
+    assert len(str(error.value)) < 1000
+
+
+def test_a_saved_sweep_of_an_earlier_version_keeps_the_name_of_its_folder(tmp_path):
+    (tmp_path / "sweeps" / "mine").mkdir(parents=True)
+    text = find_recipe("convergence")().changed(steps=7).to_json()
+    assert parse([write(tmp_path / "sweeps" / "mine", text, "spec.json")])[0] == "mine"
+    assert parse([write(tmp_path, text, "spec.json")])[0].startswith("sweep-")
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_a_file(name, tmp_path):
+    assert parse([write(tmp_path, '\ufeff{"recipe": "convergence"}', name)])[0] == "a"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("...yaml", "recipe: convergence", "gives its sweep the name '..': expected letters"),
+        ("a.json", '{"recipe": ""' + "".join(f', "k{n}": 1' for n in range(50_000)) + "}", "is unknown"),
+        ("a.yaml", "#" * 2**20 + "\n", "is larger than 1,048,576 bytes"),
         ("a.json", '{"steps": 3, "steps": 4}', "steps is given twice"),
         ("a.json", "{", "is not JSON"),
         ("a.json", "[]", "no object"),

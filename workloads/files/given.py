@@ -33,7 +33,11 @@ def check_encoding(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError as error:
+        try:
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+        except UnicodeEncodeError:  # of a Python program or JSON: no bytes of a name
+            shown = ascii(path)
         raise InputError(
-            f"{os.fsencode(path).decode(errors='backslashreplace')}: this Python reads names of files as "
+            f"{shown}: this Python reads names of files as "
             f"{sys.getfilesystemencoding()}, in which this is none. Set PYTHONUTF8=1, or give it another name."
         ) from error
