@@ -310,7 +310,7 @@ def _hired(node: dict[str, Any]) -> Hired:
 
 
 def _is_spot(fields: dict[str, Any]) -> bool:
-    """Whether a node type asks for the spot market: AWS, Azure and Google each say so in their own way."""
+    """Whether a node type asks for the spot market, by the field of AWS, Azure or Google."""
     aws = fields.get("InstanceMarketOptions", {}).get("MarketType")
     azure = fields.get("azure_arm_parameters", {}).get("priority")
     google = [each for each in fields.get("scheduling") or () if isinstance(each, dict) and each.get("preemptible")]

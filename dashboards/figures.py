@@ -352,7 +352,7 @@ FIGURES = {
 
 
 def title(comparison: dict, name: str) -> str:
-    """A figure's title, which with axes tells of settings."""
+    """A figure's title; of a sweep with axes it names settings in place of methods."""
     text = FIGURES[name].title
     return text.replace("method", "setting") if comparison["axes"] else text
 

@@ -12,13 +12,13 @@ from orchestrator.spec import SweepSpec
 
 
 class SweepFlags(SweepSpec):
-    """A sweep as its flags say it: fields that can be axes are tuples of their values.
+    """A sweep as its flags give it: fields that can be axes are tuples of their values.
 
     Made by ``flags_of``, of a class with the flags' types; their help is that of ``SweepSpec``.
     """
 
     def __post_init__(self) -> None:
-        """Checks the sweep, so that what it cannot have is an error of the command line.
+        """Checks the sweep: values that it cannot have are errors of the command line.
 
         Raises:
             InputError: values that a sweep cannot have.

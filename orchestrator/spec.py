@@ -234,7 +234,7 @@ class SweepSpec(TrainingFields, Compared):
         return json.dumps(self.values(), indent=1)
 
     def digest(self) -> str:
-        """6 hexadecimal digits that tell this sweep from others of its recipe, for its name."""
+        """6 hexadecimal digits that distinguish this sweep from others of its recipe, for its name."""
         hashed = {name: getattr(self, name) for name in HASHED}
         for each in dataclasses.fields(self):
             default = {} if each.name == "axes" else each.default

@@ -20,9 +20,8 @@ from workloads.attention.patterns import PATTERNS, Attention
 from workloads.errors import InputError
 from workloads.models.positions import Positions
 
-# Raise RESULT_VERSION by hand when this package is meant to give other numbers for the same configuration: it is part
-# of every trial's identity. Golden losses in tests/workloads/training/test_loop.py show when numbers change, and
-# docs/log.md says why.
+# Part of every trial's identity: raise it when results are meant to change for the same configuration (docs/log.md says
+# why). Golden losses in tests/workloads/training/test_loop.py show when they change.
 RESULT_VERSION = 3
 
 Method = Literal["untuned", "lora", "lora+norm", "lora+embed", "lora+", "full"]

@@ -49,9 +49,8 @@ ENVIRONMENT = {
 }
 # On a cluster of this one machine: it is never preempted, and each trial saves a process.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# What a trial's driver holds while it waits for its workers: a place on the head node, without which there is no
-# cluster. A driver elsewhere could be lost with its node while its workers live and keep what they hold; and one that
-# held part of a CPU could keep out the worker that needs the rest.
+# A trial's driver runs on the head node, since one lost with another node would leave its workers alive. It holds no
+# share of a CPU, which could keep out a worker.
 DRIVER_RESOURCES = {HEAD_NODE_RESOURCE: 0.0001}  # the smallest share that Ray knows
 # A sweep passes only metrics through Ray's object store.
 OBJECT_STORE_BYTES = 150 * 2**20

@@ -18,7 +18,7 @@ _NAMES = 5
 
 
 def data_summary(sweep: Identified) -> Iterator[str]:
-    """One line each; of data that is not tokenised yet only what its files tell."""
+    """One line each; of data that is not tokenised yet, only what its files hold."""
     for what, read in (("data", sweep.corpus), ("held-out data", sweep.corpus.evaluation)):
         files = getattr(read.source, "files", None) if read else None
         if read and files is not None:

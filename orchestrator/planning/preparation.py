@@ -44,7 +44,7 @@ from workloads.errors import HubUnreachable, InputError
 from workloads.files.given import existing_path
 from workloads.models.known import KnownModel
 from workloads.models.positions import extend, original_context_length
-from workloads.models.source import ModelSource, check_vocabulary, refuse_no_end
+from workloads.models.source import ModelSource, check_vocabulary
 
 Report = Callable[[str], None]
 UNREAD = "unread"  # the identity of data that only a plan may go without
@@ -206,7 +206,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     """Finds out what the model and the data are, reading no more of them than that takes.
 
     Args:
-        report: is told what is being read.
+        report: called with what is being read.
 
     Raises:
         InputError: the model or the data cannot be read, or the model does not take what the sweep asks for.
@@ -219,7 +219,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
     if not isinstance(source, KnownModel):
         loaded = source.tokenizer()
         check_vocabulary(loaded, shape.vocab_size, spec.model)
-        refuse_no_end(loaded, spec.model)
+        source.refuse_no_end(loaded)
     _check_adaptation(spec, config, shape)
     used = dict.fromkeys((*spec.values_of("positions"), *spec.references))
     for length, positions in itertools.product(spec.context_lengths, used):
@@ -240,7 +240,7 @@ def identify(sweep: Checked, report: Report = lambda doing: None) -> Identified:
 
 
 def _data_identity(sweep: Checked) -> str:
-    """What the data is; for a plan alone the hub need not say it."""
+    """The identity of the data; ``UNREAD`` if only a plan is wanted and the hub does not give it."""
     try:
         return sweep.corpus.identity()
     except HubUnreachable:

@@ -82,7 +82,7 @@ def is_outage(error: Exception) -> bool:
 
 
 def cause(error: Exception) -> str:
-    """What the database or the server said, in one short line without MLflow's words around it or passwords."""
+    """The database's or the server's message, in one short line without MLflow's words around it or passwords."""
     text = str(error) or type(error).__name__
     found = re.search(r"\(\w+\.\w*Error\) (.+)", text) or re.search(r"\(Caused by (.+)\)", text)
     line = (found[1] if found else text).splitlines()[0].split(" Response body:")[0]

@@ -1,4 +1,4 @@
-"""A trial's state and results, as its journal tells them."""
+"""A trial's state and results, from its journal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ State = Literal["waiting", "starting", "running", "finished", "stopped", "failed
 
 @dataclass
 class TrialRecord:
-    """A trial's state and results, as its journal tells them; ``follow`` reads what has been added.
+    """A trial's state and results, from its journal; ``follow`` reads what has been added.
 
     Args:
         remedies: what was changed or waited for after each fault.

@@ -45,8 +45,8 @@ class SweepOverview:
         runs: its command runs now.
         state: preparing, running, finished, interrupted (its command was killed), unfinished.
         doing: what a command that prepares is doing.
-        left_seconds, left_hours, left_usd: until every trial has ended, at the pace so far, else as planned; None if
-            unknown.
+        left_seconds, left_hours: until every trial has ended, at the pace so far, else as planned; None if unknown.
+        left_usd: of left_hours, at the price of an hour so far, whole machines included; None if unknown.
     """
 
     name: str
@@ -103,6 +103,9 @@ class Overview:
         command = command or {}
         launches = [row.record.launched.time for row in rows.values() if row.record.launched]
         units = {trial.unit for trial in trials if trial.unit}
+        hours = sum(trial.hours for trial in trials)
+        paid = machines_usd([row.record for row in rows.values()], name) if hours else None
+        left = _left(trials, rows, planned, command)
         return SweepOverview(
             name=name,
             state=_state(command, runs, trials),
@@ -113,9 +116,10 @@ class Overview:
             doing=command.get("doing") if runs and not trials else None,
             trials=trials,
             unit=units.pop() if len(units) == 1 else None,
-            hours=sum(trial.hours for trial in trials),
-            usd=machines_usd([row.record for row in rows.values()], name) if any(t.hours for t in trials) else None,
-            **_left(trials, rows, planned, command),
+            hours=hours,
+            usd=paid,
+            **left,
+            left_usd=paid / hours * left["left_hours"] if paid is not None and left else None,
         )
 
     def find(self, text: str) -> TrialOverview:
@@ -236,15 +240,13 @@ def _state(command: dict[str, Any], runs: bool, trials: list[TrialOverview]) -> 
 
 def _left(
     trials: list[TrialOverview], rows: dict[str, Row], planned: dict[str, Any], command: dict[str, Any]
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """What is left of each trial: at its own pace while it trains, else at the pace of all, else as planned."""
     pace = seconds_a_token(rows.values())
     started = {f: row.record.started for f, row in rows.items() if row.record.started}
     devices = {f: each.devices for f, each in started.items() if each.devices is not None}
-    prices = [each.usd_per_device_hour for each in started.values() if each.usd_per_device_hour is not None]
     each: list[float] = []
     hours = 0.0
-    usd: float | None = 0.0
     for trial in trials:
         if trial.state in ENDED:
             continue
@@ -256,15 +258,12 @@ def _left(
             seconds = plan.get("seconds")  # planned from its step at that time
         if seconds is None:
             return {}
-        taken = seconds * devices.get(trial.fingerprint, max(devices.values(), default=plan.get("workers", 1))) / 3600
         each.append(seconds)
-        hours += taken
-        usd = usd + taken * prices[0] if prices and usd is not None else None
+        hours += seconds * devices.get(trial.fingerprint, max(devices.values(), default=plan.get("workers", 1))) / 3600
     if pace is not None and (to_come := command.get("tokens_to_come")):
         each.append(pace * to_come)
     concurrency = command.get("concurrency") or 1
     return {
         "left_seconds": max(max(each, default=0.0), sum(each) / concurrency),
         "left_hours": hours,
-        "left_usd": usd,
     }

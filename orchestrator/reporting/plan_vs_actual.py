@@ -122,7 +122,7 @@ def compare_with_plan(
 
 
 def _since(planned: Planned, storage: Storage) -> TrialRecord:
-    """What the trial's journal tells of this run of the sweep alone."""
+    """The part of the trial's journal that belongs to this run of the sweep."""
     record = TrialRecord(storage.trial(planned.trial.fingerprint).journal, offset=planned.journal_offset)
     record.follow()
     return record

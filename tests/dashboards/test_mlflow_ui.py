@@ -155,6 +155,14 @@ def test_a_remote_storage_root_and_a_foreign_address_are_refused(storage: Path, 
     assert "cannot listen on 192.0.2.1" in capsys.readouterr().err
 
 
+def test_an_mlflow_without_saved_views_is_named_instead_of_links(storage: Path, monkeypatch) -> None:
+    page = "http://127.0.0.1:5000"
+    assert len(ui._views(storage / "mlflow", page)) == len(VIEWS)
+    monkeypatch.setattr(ui.metadata, "version", lambda _: "3.14.0")
+    (note,) = ui._views(storage / "mlflow", page)
+    assert note.startswith("note: MLflow 3.14.0 has no saved views") and page not in note
+
+
 def test_basic_auth_names_all_that_it_lacks_before_anything_starts(storage: Path, monkeypatch, capsys) -> None:
     monkeypatch.delenv("MLFLOW_FLASK_SERVER_SECRET_KEY", raising=False)
     monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "too short")

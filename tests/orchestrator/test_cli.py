@@ -95,7 +95,7 @@ def test_a_flag_or_value_that_cannot_be_names_what_was_expected(arguments, hint,
     assert hint in " ".join((captured.err + captured.out).replace("│", " ").split())
 
 
-def test_how_the_learning_rates_were_chosen_is_said_only_of_those_that_were():
+def test_how_the_learning_rates_were_chosen_holds_only_for_those_that_were():
     recipe = parse(["convergence"])[1]
     assert "small grid" in recipe.learning_rates_chosen
     assert parse(["convergence", "--steps", "3", "--learning-rate-sweep", "0.3", "1"])[1].learning_rates_chosen == (
@@ -105,13 +105,13 @@ def test_how_the_learning_rates_were_chosen_is_said_only_of_those_that_were():
     assert given == "not stated of --learning-rate-lora, given as flags"
     own = parse(["--learning-rate-lora", "1e-4", "--learning-rates-chosen", "by a coin"])[1]
     assert own.learning_rates_chosen == "by a coin"
-    said, unsaid = (dataclasses.replace(recipe, learning_rates_chosen=words) for words in ("so", "or so"))
-    assert [t.fingerprint for t in expand(said, IDENTITIES, "float32").trials] == [
-        t.fingerprint for t in expand(unsaid, IDENTITIES, "float32").trials
+    one, other = (dataclasses.replace(recipe, learning_rates_chosen=words) for words in ("so", "or so"))
+    assert [t.fingerprint for t in expand(one, IDENTITIES, "float32").trials] == [
+        t.fingerprint for t in expand(other, IDENTITIES, "float32").trials
     ]
 
 
-def test_what_is_adapted_and_how_can_be_told_on_the_command_line():
+def test_what_is_adapted_and_how_can_be_given_on_the_command_line():
     flags = ["--methods", "lora+embed", "--train-layers", "last 2", "--lora-targets", "v_proj", "q_proj"]
     flags += ["--positions", "ntk", "--references", "none", "dynamic", "llama3", "--schedule", "cosine"]
     flags += ["--learning-rate-embeddings", "1e-4", "--quantization", "nf4"]

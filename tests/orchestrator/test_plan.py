@@ -44,11 +44,11 @@ def plan(tmp_path, text_folder, capsys, monkeypatch):
 
 
 def test_a_cluster_that_is_not_there_is_planned_for_with_its_price(plan, tmp_path):
-    status, told = plan("--cluster", "aws-p4d", "--context-lengths", "4096")
+    status, printed = plan("--cluster", "aws-p4d", "--context-lengths", "4096")
     assert status == 0
-    assert "6 trials: 6 to run" in told
-    assert "of 39 GiB" in told and "on 16 x NVIDIA A100-SXM4-40GB" in told
-    assert "21.96 USD an hour of a machine, p4d.24xlarge on demand" in told
+    assert "6 trials: 6 to run" in printed
+    assert "of 39 GiB" in printed and "on 16 x NVIDIA A100-SXM4-40GB" in printed
+    assert "21.96 USD an hour of a machine, p4d.24xlarge on demand" in printed
     assert not list((tmp_path / "runs").glob("data/*")) and not list((tmp_path / "runs").glob("sweeps/*"))
 
 
@@ -61,13 +61,13 @@ def test_nothing_but_the_plan_is_made(plan, monkeypatch):
 def test_what_does_not_fit_is_fitted_and_refused_on_request_with_what_would(plan):
     # 64 sequences of 64k tokens at once: hundreds of GiB of activations.
     too_large = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--batch", "64", "--methods", "lora+")
-    status, told = plan(*too_large, "--references", "--no-fit")
+    status, printed = plan(*too_large, "--references", "--no-fit")
     assert status == 2
-    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs more than the 39.4 GiB of" in told
-    assert "micro-batches of" in told and "would make it fit (--fit)" in told
-    assert "to do" not in told and " USD" not in told.replace("h USD", ""), "nothing can run, so nothing costs"
-    status, told = plan(*too_large, "--references")
-    assert status == 0 and "[1] runs with micro-batches of" in told and "error" not in told
+    assert "error: 1 of 1 trials do not fit into memory: lora+ 65536: needs more than the 39.4 GiB of" in printed
+    assert "micro-batches of" in printed and "would make it fit (--fit)" in printed
+    assert "to do" not in printed and " USD" not in printed.replace("h USD", ""), "nothing can run, so nothing costs"
+    status, printed = plan(*too_large, "--references")
+    assert status == 0 and "[1] runs with micro-batches of" in printed and "error" not in printed
 
 
 def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan):
@@ -75,19 +75,19 @@ def test_on_gpus_as_few_layers_recompute_as_it_takes_and_others_on_request(plan)
     flags = ("--cluster", "aws-p4d", "--context-lengths", "65536", "--methods", "lora+", "--references")
 
     def recomputed(batch, *more):
-        status, told = plan(*flags, *(() if "--fit" in more else ("--no-fit",)), "--batch", str(batch), *more)
-        return re.search(r"GiB (none|\d of 4) ", told)[1] if status == 0 else "refused"
+        status, printed = plan(*flags, *(() if "--fit" in more else ("--no-fit",)), "--batch", str(batch), *more)
+        return re.search(r"GiB (none|\d of 4) ", printed)[1] if status == 0 else "refused"
 
     chosen = {batch: recomputed(batch) for batch in (1, 16, 24, 32, 64)}
     assert chosen[1] == "none" and chosen[64] == "refused"
-    batch, number = next((batch, int(said[0])) for batch, said in chosen.items() if said[0] in "123")
+    batch, number = next((batch, int(layers[0])) for batch, layers in chosen.items() if layers[0] in "123")
     assert recomputed(batch, "--gradient-checkpointing", str(number)) == chosen[batch]
     assert recomputed(batch, "--gradient-checkpointing", str(number - 1)) == "refused"
     assert recomputed(1, "--gradient-checkpointing", "all") == "4 of 4"
     assert recomputed(batch, "--gradient-checkpointing", "none") == "refused"
     assert recomputed(batch, "--fit") == "none", "smaller micro-batches cost less"
-    status, told = plan(*flags, "--gradient-checkpointing", "5")
-    assert status == 2 and "gradient_checkpointing is 5, but the model has 4 layers" in told
+    status, printed = plan(*flags, "--gradient-checkpointing", "5")
+    assert status == 2 and "gradient_checkpointing is 5, but the model has 4 layers" in printed
 
 
 def test_on_a_cpu_nothing_is_recomputed_unless_asked_for(plan):
@@ -100,20 +100,20 @@ def test_layers_that_are_offloaded_are_shown_and_refused_beyond_the_hosts_memory
     assert "GiB none, 2 offloaded" in plan(*flags, "2")[1]
     assert "GiB 1 of 4, 2 offloaded" in plan(*flags, "2", "--gradient-checkpointing", "1")[1]
     assert " offloaded" not in plan(*flags, "auto")[1] + plan(*flags, "none")[1]
-    status, told = plan(*flags, "5")
-    assert status == 2 and "offload_activations is 5, but the model has 4 layers" in told
+    status, printed = plan(*flags, "5")
+    assert status == 2 and "offload_activations is 5, but the model has 4 layers" in printed
     # 64 sequences of 524,288 tokens at once, in 1,152 GiB of the host among 8 workers.
     large = ("--cluster", "aws-p4d", "--context-lengths", "524288", "--batch", "64", "--references")
-    status, told = plan(*flags, "3", *large)
-    assert status == 2 and "GiB of host memory for each worker" in told
+    status, printed = plan(*flags, "3", *large)
+    assert status == 2 and "GiB of host memory for each worker" in printed
 
 
-def test_a_budget_refuses_what_takes_more_and_what_cannot_be_told(plan):
+def test_a_budget_refuses_what_takes_more_and_what_cannot_be_known(plan):
     assert plan("--budget-hours", "100")[0] == 0
-    status, told = plan("--budget-hours", "0.001")
-    assert status == 2 and "--budget-hours 0.001: the rest of this sweep takes about" in told
-    status, told = plan("--budget-usd", "1")
-    assert status == 2 and "give --price-per-hour" in told
+    status, printed = plan("--budget-hours", "0.001")
+    assert status == 2 and "--budget-hours 0.001: the rest of this sweep takes about" in printed
+    status, printed = plan("--budget-usd", "1")
+    assert status == 2 and "give --price-per-hour" in printed
     assert plan("--budget-usd", "1", "--price-per-hour", "0.05")[0] == 0
 
 
@@ -121,21 +121,21 @@ def test_an_fp8_base_is_planned_for_gpus_that_have_it_and_for_cpus_in_bfloat16(p
     flags = ("--context-lengths", "1024", "--methods", "lora+", "--references", "--quantization", "fp8")
     gpus = [("NVIDIA A100-SXM4-80GB", 79.2 * 2**30)]
     monkeypatch.setattr("orchestrator.planning.cluster.visible_gpus", lambda: gpus)
-    status, told = plan(*flags)
-    assert status == 2 and "--quantization fp8 needs GPUs that multiply in FP8" in told
-    assert "NVIDIA A100-SXM4-80GB does not; leave it out" in told
+    status, printed = plan(*flags)
+    assert status == 2 and "--quantization fp8 needs GPUs that multiply in FP8" in printed
+    assert "NVIDIA A100-SXM4-80GB does not; leave it out" in printed
     gpus[:] = [("NVIDIA H200", 139.8 * 2**30)]
-    status, told = plan(*flags)
-    assert status == 0 and "1 to run" in told
+    status, printed = plan(*flags)
+    assert status == 0 and "1 to run" in printed
     gpus.clear()
     assert plan(*flags, "--precision", "bfloat16")[0] == 0
-    status, told = plan(*flags, "--precision", "float32")
-    assert status == 2 and "choose precision bfloat16" in told
+    status, printed = plan(*flags, "--precision", "float32")
+    assert status == 2 and "choose precision bfloat16" in printed
 
 
 def test_an_unknown_cluster_is_named_with_the_known_ones(plan):
-    status, told = plan("--cluster", "aws-p4")
-    assert status == 2 and "aws-p4d" in told
+    status, printed = plan("--cluster", "aws-p4")
+    assert status == 2 and "aws-p4d" in printed
 
 
 def write_trial(storage, trial, tokens_per_second, finished=True, hardware="1 x 1 CPU thread (this one)"):
@@ -162,13 +162,13 @@ def test_speeds_are_those_that_trials_here_have_had_and_finished_ones_cost_nothi
     assert "peak times an efficiency" in before
     storage = Storage.open(str(tmp_path / "runs"))
     write_trial(storage, trials["lora 2048"], 1234.0)
-    status, told = plan(*flags)
-    assert status == 0 and "2 trials: 1 to run, 1 already finished" in told
-    assert "speeds measured by 1 trial here on this hardware" in told
-    assert "infeasible" not in told and "lora 2048 known - - - - - - -" in told
+    status, printed = plan(*flags)
+    assert status == 0 and "2 trials: 1 to run, 1 already finished" in printed
+    assert "speeds measured by 1 trial here on this hardware" in printed
+    assert "infeasible" not in printed and "lora 2048 known - - - - - - -" in printed
     write_trial(storage, trials["full 2048"], 777.0, finished=False)
-    _, told = plan(*flags)
-    assert "full 2048 resume" in told and "777" in told and "from step 3 of 30" in told
+    _, printed = plan(*flags)
+    assert "full 2048 resume" in printed and "777" in printed and "from step 3 of 30" in printed
 
 
 def trials_of(tmp_path, text_folder, flags):
@@ -200,8 +200,8 @@ def test_bfloat16_is_taken_where_every_machine_that_trains_is_fast_in_it():
 
 def test_a_gpu_without_a_known_speed_is_planned_for_by_its_memory(plan, monkeypatch):
     monkeypatch.setattr("orchestrator.planning.cluster.visible_gpus", lambda: [("A GPU of tomorrow", float(2**36))])
-    status, told = plan("--methods", "lora")
-    assert status == 0 and "time unknown" in told and "the speed of A GPU of tomorrow is unknown" in told
+    status, printed = plan("--methods", "lora")
+    assert status == 0 and "time unknown" in printed and "the speed of A GPU of tomorrow is unknown" in printed
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(5, "5s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h")])
@@ -283,13 +283,13 @@ def test_the_7b_plan_needs_no_hub_and_is_cut_off_at_no_width(offline_plans, widt
 def test_the_total_is_of_whole_machines_and_the_head_by_hand(plan):
     """One trial on one GPU: a machine of 8 at 21.957642 USD an hour and the head at 0.768, as long as it runs."""
     flags = ("--cluster", "aws-p4d", "--context-lengths", "4096", "--methods", "lora", "--references")
-    _, told = plan(*flags, "--steps", "100000")
-    hours = float(re.search(r"billed: ([\d.,]+) hours of 1 machine,", told)[1].replace(",", ""))
-    total, gpu_hours = re.search(r"([\d.,]+) GPU hours, ([\d.,]+) USD", told).group(2, 1)
+    _, printed = plan(*flags, "--steps", "100000")
+    hours = float(re.search(r"billed: ([\d.,]+) hours of 1 machine,", printed)[1].replace(",", ""))
+    total, gpu_hours = re.search(r"([\d.,]+) GPU hours, ([\d.,]+) USD", printed).group(2, 1)
     assert float(gpu_hours) == pytest.approx(hours, abs=0.01)
     assert float(total) == pytest.approx(hours * (21.957642 + 0.768), rel=0.01)
-    assert "at most 22.73 USD an hour" in told
-    assert "spot usually costs less" in told and "0.77 USD an hour of the head, m6i.4xlarge" in told
+    assert "at most 22.73 USD an hour" in printed
+    assert "spot usually costs less" in printed and "0.77 USD an hour of the head, m6i.4xlarge" in printed
 
 
 def test_a_machines_own_price_and_a_cap_an_hour(plan, tmp_path):
@@ -297,19 +297,19 @@ def test_a_machines_own_price_and_a_cap_an_hour(plan, tmp_path):
     prices.write_text('"p4d.24xlarge" = 20.0\n"p4d.24xlarge spot" = 8.0\n"m6i.4xlarge" = 1.0\n')
     flags = ("--cluster", "aws-p4d", "--context-lengths", "4096", "--methods", "lora", "full", "--references")
     flags += ("--workers", "8", "--batch", "8", "--prices", str(prices))
-    _, told = plan(*flags)
-    assert "of 2 machines, idle GPUs included, at most 17.00 USD an hour" in told
-    status, told = plan(*flags, "--budget-usd-per-hour", "16.99")
-    assert status == 0 and "of 1 machine, idle GPUs included, at most 9.00 USD an hour" in told
-    assert "on 8 x NVIDIA A100" in told
-    status, told = plan(*flags, "--budget-usd-per-hour", "8.99")
-    assert status == 2 and "one machine and the head cost 9 US dollars an hour" in told
+    _, printed = plan(*flags)
+    assert "of 2 machines, idle GPUs included, at most 17.00 USD an hour" in printed
+    status, printed = plan(*flags, "--budget-usd-per-hour", "16.99")
+    assert status == 0 and "of 1 machine, idle GPUs included, at most 9.00 USD an hour" in printed
+    assert "on 8 x NVIDIA A100" in printed
+    status, printed = plan(*flags, "--budget-usd-per-hour", "8.99")
+    assert status == 2 and "one machine and the head cost 9 US dollars an hour" in printed
 
 
 def test_a_partial_total_says_how_many_trials_it_covers(plan):
     flags = ("--cluster", "aws-p4d", "--context-lengths", "4096", "524288", "--batch", "64", "--methods", "lora")
-    status, told = plan(*flags, "--references", "--no-fit")
-    assert status == 2 and "to do for 1 of 2 trials: about" in told
+    status, printed = plan(*flags, "--references", "--no-fit")
+    assert status == 2 and "to do for 1 of 2 trials: about" in printed
 
 
 def test_a_better_number_of_workers_is_what_a_plan_with_it_says(tmp_path, monkeypatch, capsys):
@@ -318,16 +318,16 @@ def test_a_better_number_of_workers_is_what_a_plan_with_it_says(tmp_path, monkey
     for name in ("model_info", "dataset_info"):
         monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
 
-    def told(*more):
+    def plan_with(*more):
         assert planning.main(["convergence-llama2-7b", *flags, "--storage", str(tmp_path / "runs"), *more]) == 0
         return capsys.readouterr().out
 
-    before = told()
+    before = plan_with()
     total = r"to do: about (\S+), .* hours, ([\d,.]+ USD),"
     workers, time, was, paid, had = re.search(
         r"better: (\d) workers a trial \(--workers \d\): (\S+) instead of (\S+), (.* USD) instead of (.* USD)", before
     ).groups()
     assert re.search(total, before).groups() == (was, had)
-    after = told("--workers", workers)
+    after = plan_with("--workers", workers)
     assert re.search(total, after).groups() == (time, paid)
     assert "better:" not in after

@@ -125,13 +125,13 @@ def test_what_waits_says_for_what(storage, trials):
     retry = {"kind": "transient", "remedy": "tried again after 80 s", "pause": 10_000}
     write(journals["lora+"], launched())
     write(journals["full"], launched(), ("started", STARTED), ("failed", {"reason": "OSError"}), began=NOW - 10)
-    write(journals["full"], ("retry", retry), began=time.time() - 5)  # its pause is told as what is left of it
+    write(journals["full"], ("retry", retry), began=time.time() - 5)  # of its pause, what is left is shown
     with running(storage, "mine"):
-        told = {method: seen(storage, trial) for method, trial in trials.items()}
-    assert (told["lora"].state, told["lora"].why) == ("waiting", "for its turn")
-    assert (told["lora+"].state, told["lora+"].why) == ("starting", "for 2 workers with 4 GPUs each to start")
-    assert told["full"].state == "pausing" and told["full"].remedies == ("transient: tried again after 80 s",)
-    assert told["full"].why.startswith("transient: tried again after 80 s, 2h4")
+        seen_now = {method: seen(storage, trial) for method, trial in trials.items()}
+    assert (seen_now["lora"].state, seen_now["lora"].why) == ("waiting", "for its turn")
+    assert (seen_now["lora+"].state, seen_now["lora+"].why) == ("starting", "for 2 workers with 4 GPUs each to start")
+    assert seen_now["full"].state == "pausing" and seen_now["full"].remedies == ("transient: tried again after 80 s",)
+    assert seen_now["full"].why.startswith("transient: tried again after 80 s, 2h4")
     assert seen(storage, trials["lora"]).state == "not started"
 
 
@@ -161,6 +161,13 @@ def test_hours_and_money_are_those_in_which_devices_were_held(storage, trials):
     pace = 20 / 19
     assert sweep.left_hours == pytest.approx(8 * pace * (76 + 100 + 100) / 3600)
     assert sweep.left_usd == pytest.approx(sweep.left_hours * 9)
+
+
+def test_money_left_counts_whole_machines_as_money_spent_does(storage, trials):
+    half = {**STARTED, "devices": 4, "machine_devices": 8, "usd_per_device_hour": 9.0}
+    write(storage.trial(trials["lora"].fingerprint).journal, launched(), ("started", half), *steps(1, 10))
+    sweep = Overview(storage).sweep("mine")
+    assert sweep.usd == pytest.approx(sweep.hours * 18) and sweep.left_usd == pytest.approx(sweep.left_hours * 18)
 
 
 def test_what_is_left_is_as_planned_where_nothing_has_run(storage, trials):
@@ -263,7 +270,7 @@ def test_what_is_put_aside_is_whole_also_where_that_was_interrupted(storage, tri
     assert folder.put_aside().name == "earlier-2" and (folder.path / "trial.json").exists()
 
 
-def test_disk_use_is_told_by_trial(storage, trials):
+def test_disk_use_is_shown_by_trial(storage, trials):
     first, second = (storage.trial(trials[method].fingerprint) for method in ("lora", "full"))
     for name, size in (("checkpoints/step-00000010/a", 3000), ("checkpoints/step-00000020/a", 2000)):
         (first.path / name).parent.mkdir(parents=True)
@@ -285,7 +292,7 @@ def test_a_look_starts_no_ray_and_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_holder_of_a_lease_is_told_until_it_is_released_or_dead(storage, trials):
+def test_the_holder_of_a_lease_is_named_until_it_is_released_or_dead(storage, trials):
     folder = storage.trial(trials["lora"].fingerprint)
     assert folder.holder() is None
     with held(folder):

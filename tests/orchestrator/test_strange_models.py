@@ -154,6 +154,7 @@ REFUSED = {
     "code of its own": (own_code, r"auto_map.*'mine', which is never run"),
     "unknown kind": (lambda folder: folder.config(model_type="llama9"), "'llama9', which the installed transformers"),
     "no EOS": (no_end, "no end-of-sequence token"),
+    "new EOS": (lambda folder: folder.json("tokenizer_config.json", eos_token="<end>"), "lacks its .* token '<end>'"),
     "pad beyond": (lambda folder: folder.config(pad_token_id=264), "pad_token_id is 264.*264 tokens"),
     "bitsandbytes": (quantised(quant_method="bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes"),
     "bitsandbytes without its name": (quantised(load_in_4bit=True), r"quantised \(bitsandbytes"),

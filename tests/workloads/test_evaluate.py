@@ -55,9 +55,9 @@ def test_perplexity_at_several_lengths_and_at_the_original_one(texts, tmp_path, 
             assert row["rules"][rule]["perplexity"] == pytest.approx(np.exp(nll / tokens))
             assert row["rules"][rule]["low"] is None
     assert result["model"]["identity"] == SOURCE.identity and result["model"]["original_context_length"] == 512
-    said = capsys.readouterr().out
-    assert said.index("4,096 tokens to forward") < said.index("Perplexity of")
-    assert "2 scored documents are too few for an interval; expected at least 5" in said
+    printed = capsys.readouterr().out
+    assert printed.index("4,096 tokens to forward") < printed.index("Perplexity of")
+    assert "2 scored documents are too few for an interval; expected at least 5" in printed
 
 
 def test_answers_to_other_questions_are_kept_and_the_same_question_is_answered_in_place(texts, tmp_path):
@@ -93,9 +93,9 @@ def test_positions_that_a_model_comes_with_are_replaced_with_a_note(texts, tmp_p
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
     flags = [tmp_path / "model", "--data", texts, "--documents", 1, "--lengths", 2048, "--positions", "yarn"]
     evaluated(tmp_path / "out", *flags)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "yarn replaces them by others, from 512 to 2,048, at every length that is scored" in said
-    assert "its original length is 256: then give --original-length" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "yarn replaces them by others, from 512 to 2,048, at every length that is scored" in printed
+    assert "its original length is 256: then give --original-length" in printed
 
 
 def test_the_original_length_that_a_sweep_takes_is_taken_here_too(extended, texts, tmp_path, capsys):
@@ -230,8 +230,8 @@ BROKEN = [
 @pytest.mark.parametrize(("kind", "message"), BROKEN)
 def test_a_broken_model_is_one_clear_error(kind, message, tmp_path, capsys):
     assert main([broken(tmp_path / "model", kind), "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(("kind", "message"), BROKEN)
@@ -261,7 +261,7 @@ def test_results_that_could_not_be_written_are_refused_before_they_are_computed(
     assert "--output /proc/results cannot be made" in capsys.readouterr().err
 
 
-def test_beyond_the_reach_without_positions_is_said(texts, tmp_path, capsys):
+def test_beyond_the_reach_without_positions_is_noted(texts, tmp_path, capsys):
     evaluated(tmp_path, "builtin:tiny", "--data", texts, "--lengths", 1024, "--documents", 1)
     assert "1,024 tokens lie beyond the 512" in capsys.readouterr().out
 

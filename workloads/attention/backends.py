@@ -33,9 +33,8 @@ from workloads.errors import InputError
 
 BACKENDS = tuple(name for name in get_args(AttentionBackend) if name != "auto")
 VARLEN_KERNELS = {"flash2": flash_attention_2, "flash3": flash_attention_3, "varlen": torch_flash_attention}
-# ``auto`` takes the first that can serve; FlashAttention-4 only on Hopper, where it was measured against cuDNN
-# (docs/performance.md). Document boundaries cost variable-length kernels nothing. FlashAttention-3 has not run yet: it
-# comes after the fast ones that have.
+# ``auto`` takes the first that can serve, FlashAttention-4 only on Hopper, where it was measured (docs/performance.md).
+# FlashAttention-3 comes after the fast ones since it has not run yet.
 PREFERRED: tuple[AttentionBackend, ...] = ("flash4", "cudnn", "flash2", "varlen", "flash3", "sdpa")
 PREFERRED_WITH_DOCUMENTS: tuple[AttentionBackend, ...] = ("flash2", "varlen", "flash3", "flex", "sdpa")
 PREFERRED_WITHOUT_GROUPS: tuple[AttentionBackend, ...] = ("flex", "sdpa")

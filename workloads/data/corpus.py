@@ -1,4 +1,4 @@
-"""A corpus: from its name, as the user gave it, to documents with a name, a text and a side of the split.
+"""A corpus: from its name, as the user gave it, to documents with a name, a text and a split.
 
 Three sources, recognised by the name alone:
 
@@ -53,8 +53,8 @@ class StdlibSource:
 
     def parts(self) -> Iterator[Part[str]]:
         """Streams modules, validation first."""
-        sides: tuple[Split, ...] = ("validation", "train")
-        yield from ((side, stdlib_documents(side)) for side in sides)
+        splits: tuple[Split, ...] = ("validation", "train")
+        yield from ((split, stdlib_documents(split)) for split in splits)
 
 
 BUILTINS = {"builtin:stdlib": StdlibSource}
@@ -132,17 +132,17 @@ class Corpus:
     def documents(
         self, split: Split | None = None, wanted: Wanted | None = None, division: Division | None = None
     ) -> Iterator[Document]:
-        """The documents of one side, or of both in one pass: streamed, in a fixed order, blank ones left out.
+        """The documents of one split, or of both in one pass: streamed, in a fixed order, blank ones left out.
 
         Args:
-            wanted: is called before each document; reading ends once neither side is wanted.
+            wanted: is called before each document; reading ends once neither split is wanted.
             division: receives how the documents are divided.
 
         Raises:
             InputError: there is none, a file cannot be read, or ``holdout`` has no effect.
         """
-        # Held-out documents are read for the training side too, which has no copies of them.
-        wanted = wanted or (lambda side: split in (None, side) or side == "validation")
+        # Held-out documents are read for the training split too, which has no copies of them.
+        wanted = wanted or (lambda each: split in (None, each) or each == "validation")
         empty = True
         for document in self._divided(wanted, division or Division()):
             if split in (None, document.split) and wanted(document.split) and document.text:
@@ -158,16 +158,16 @@ class Corpus:
         evaluation = None if self.evaluation is None else (self.evaluation.name, self.evaluation._parts())
         for found in divide(self._parts(), str, self.name, division, wanted, self.holdout, evaluation):
             name, text, order = found.name, found.item, found.order
-            if found.side is None:
+            if found.split is None:
                 cut = int(len(text) * (1 - (self.holdout or HOLDOUT)))
                 yield Document(name, text[:cut], "train", order)
                 yield Document(name, text[cut:], "validation", order)
             else:
-                yield Document(name, text, found.side, order)
+                yield Document(name, text, found.split, order)
 
     def _parts(self) -> Iterator[Part[str]]:
-        for side, texts in self.source.parts():
-            yield side, ((name, text) for name, text in texts if not is_blank(text))
+        for split, texts in self.source.parts():
+            yield split, ((name, text) for name, text in texts if not is_blank(text))
 
 
 def _source(text: str, text_column: str | None) -> tuple[str, Source]:

@@ -1,4 +1,4 @@
-"""A document, a row of a table, and hashes that tell them apart."""
+"""A document, a row of a table, and the hashes that identify them."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ _PIECE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A named text and its side. The name is unique on its side, and no absolute path.
+    """A named text and its split. The name is unique in its split, and no absolute path.
 
     ``order`` is a 64-bit hash; held-out documents are scored in its order.
     """

@@ -1,6 +1,6 @@
 """Instruction data as tokens, prepared once and read from memory-mapped files.
 
-``prepare_examples`` writes all examples of a side one after the other; a token belongs to an answer or to a prompt:
+``prepare_examples`` writes all examples of a split one after the other; a token belongs to an answer or to a prompt:
 
     <folder>/train.tokens, validation.tokens      tokens, unsigned integers
     <folder>/train.answers, validation.answers    one byte a token: 1 if it is of an answer
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 # Raised when a folder written before can no longer be read, or would hold other tokens.
 FORMAT_VERSION = 3
 
-SIDES: tuple[Split, ...] = ("train", "validation")
+SPLITS: tuple[Split, ...] = ("train", "validation")
 _ROWS_AT_ONCE = 64
 
 
@@ -102,7 +102,7 @@ class ExampleCorpus:
 
     def __post_init__(self) -> None:
         for counts in (self.tokens, self.examples):
-            check_index(self.dtype, **{side: counts[side] for side in SIDES})
+            check_index(self.dtype, **{split: counts[split] for split in SPLITS})
         check_names(self.validation_names, self.validation_hashes, self.examples["validation"])
 
     @classmethod
@@ -118,12 +118,12 @@ class ExampleCorpus:
         """Bytes of each of its files."""
         itemsize = np.dtype(self.dtype).itemsize
         return {
-            f"{side}.{kind}": size
-            for side in SIDES
+            f"{split}.{kind}": size
+            for split in SPLITS
             for kind, size in (
-                ("tokens", self.tokens[side] * itemsize),
-                ("answers", self.tokens[side]),
-                ("offsets", self.examples[side] * 8 + 8),
+                ("tokens", self.tokens[split] * itemsize),
+                ("answers", self.tokens[split]),
+                ("offsets", self.examples[split] * 8 + 8),
             )
         }
 
@@ -229,13 +229,13 @@ class ExampleCorpus:
             return np.flatnonzero(self._first_answers < context_length)
         return np.flatnonzero(self._lengths("train") <= context_length)
 
-    def _example(self, side: Split, index: int) -> tuple[np.ndarray, np.ndarray]:
-        begin, end = self._maps[side, "offsets"][index : index + 2]
-        tokens, answers = (self._maps[side, kind][begin:end] for kind in ("tokens", "answers"))
+    def _example(self, split: Split, index: int) -> tuple[np.ndarray, np.ndarray]:
+        begin, end = self._maps[split, "offsets"][index : index + 2]
+        tokens, answers = (self._maps[split, kind][begin:end] for kind in ("tokens", "answers"))
         return tokens.astype(np.int64), answers.astype(bool)
 
-    def _lengths(self, side: Split) -> np.ndarray:
-        return np.diff(self._maps[side, "offsets"])
+    def _lengths(self, split: Split) -> np.ndarray:
+        return np.diff(self._maps[split, "offsets"])
 
     @cached_property
     def _first_answers(self) -> np.ndarray:
@@ -250,16 +250,16 @@ class ExampleCorpus:
 
     @cached_property
     def _maps(self) -> dict[tuple[Split, str], np.ndarray]:
-        def mapped(side: Split, kind: str, dtype: str) -> np.ndarray:
-            path = self.folder / f"{side}.{kind}"
+        def mapped(split: Split, kind: str, dtype: str) -> np.ndarray:
+            path = self.folder / f"{split}.{kind}"
             # An empty file cannot be mapped.
             return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
 
         dtypes = {"tokens": self.dtype, "answers": "uint8", "offsets": "int64"}
-        maps = {(side, kind): mapped(side, kind, dtype) for side in SIDES for kind, dtype in dtypes.items()}
-        for side in SIDES:
+        maps = {(split, kind): mapped(split, kind, dtype) for split in SPLITS for kind, dtype in dtypes.items()}
+        for split in SPLITS:
             try:
-                check_offsets(maps[side, "offsets"], self.tokens[side], f"{side}.offsets")
+                check_offsets(maps[split, "offsets"], self.tokens[split], f"{split}.offsets")
             except ValueError as error:
                 raise InputError(f"prepared instruction data {self.folder}: {error}; delete that folder") from error
         return maps
@@ -303,7 +303,7 @@ def _write(
             "answer. Set its eos_token, or take another tokenizer."
         )
     dtype = np.min_scalar_type(max(tokenizer.eos_token_id, *tokenizer.get_vocab().values()))
-    offsets: dict[Split, list[int]] = {side: [0] for side in SIDES}
+    offsets: dict[Split, list[int]] = {split: [0] for split in SPLITS}
     names = []
     hashes = []
     characters = 0
@@ -311,7 +311,7 @@ def _write(
     rows = instructions.rows(division)
     with ExitStack() as stack:
         tokens_of, answers_of = (
-            {side: stack.enter_context(open(folder / f"{side}.{kind}", "wb")) for side in SIDES}
+            {split: stack.enter_context(open(folder / f"{split}.{kind}", "wb")) for split in SPLITS}
             for kind in ("tokens", "answers")
         )
         empty: list[str] = []
@@ -324,11 +324,11 @@ def _write(
             columns.update(form_of(row) for row, *_ in chunk)
             sample = sample or first_words(first_text(chunk[0][0]))
             encoded = encode_rows([row for row, *_ in chunk], tokenizer)
-            for (row, side, order), (tokens, answers) in zip(chunk, encoded, strict=True):
-                tokens_of[side].write(tokens.astype(dtype).data)
-                answers_of[side].write(answers.astype(np.uint8).data)
-                offsets[side].append(offsets[side][-1] + len(tokens))
-                if side == "validation":
+            for (row, split, order), (tokens, answers) in zip(chunk, encoded, strict=True):
+                tokens_of[split].write(tokens.astype(dtype).data)
+                answers_of[split].write(answers.astype(np.uint8).data)
+                offsets[split].append(offsets[split][-1] + len(tokens))
+                if split == "validation":
                     names.append(row.name)
                     hashes.append(order)
                     characters += len(example_text(row))
@@ -338,8 +338,8 @@ def _write(
         for file in (*tokens_of.values(), *answers_of.values()):
             file.flush()
             os.fsync(file.fileno())
-    for side in SIDES:
-        np.array(offsets[side], dtype=np.int64).tofile(folder / f"{side}.offsets")
+    for split in SPLITS:
+        np.array(offsets[split], dtype=np.int64).tofile(folder / f"{split}.offsets")
     refuse_same_data(instructions.name, len(offsets["train"]) - 1, division)
     prepared = ExampleCorpus(
         folder=folder,
@@ -347,8 +347,8 @@ def _write(
         corpus_identity=instructions.identity(),
         tokenizer_identity=tokenizer_identity,
         dtype=dtype.name,
-        tokens={side: offsets[side][-1] for side in SIDES},
-        examples={side: len(offsets[side]) - 1 for side in SIDES},
+        tokens={split: offsets[split][-1] for split in SPLITS},
+        examples={split: len(offsets[split]) - 1 for split in SPLITS},
         validation_names=names,
         validation_hashes=hashes,
         division=division,

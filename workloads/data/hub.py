@@ -95,17 +95,17 @@ class HubSource:
         return str(info.sha)
 
     def parts(self) -> Iterator[Part[str]]:
-        """The texts of each split that is read, by name, with its side; without one if they are to be divided."""
-        for side, name, rows in self._splits():
-            yield side, self._texts(name, rows)
+        """The texts of each split of the data set that is read, by name; without a split if they are to be divided."""
+        for split, name, rows in self._splits():
+            yield split, self._texts(name, rows)
 
     def row_parts(self) -> Iterator[Part[Row]]:
-        """The rows of each split that is read, by name, with its side; without one if they are to be divided."""
-        for side, name, rows in self._splits():
-            yield side, ((row.name, row) for row in self._rows(name, rows))
+        """The rows of each split of the data set that is read, by name; without a split if they are to be divided."""
+        for split, name, rows in self._splits():
+            yield split, ((row.name, row) for row in self._rows(name, rows))
 
     def _splits(self) -> list[tuple[Split | None, str, Iterable[dict]]]:
-        """The splits to read, as (side, name, rows); without a side if rows are to be divided."""
+        """What to read, as (split, its name in the data set, rows); without a split if rows are to be divided."""
         splits = self._load()
         if "train" in splits:
             train = "train"

@@ -77,7 +77,7 @@ class Instructions:
         return self.source.identity + share + evaluation
 
     def rows(self, division: Division | None = None) -> Iterator[tuple[Row, Split, int]]:
-        """Every row with its side, and the hash by which held-out rows are ordered.
+        """Every row with its split, and the hash by which held-out rows are ordered.
 
         Args:
             division: receives how the rows are divided.
@@ -91,13 +91,13 @@ class Instructions:
             self.source.row_parts(), example_text, self.name, division or Division(), share=self.holdout,
             evaluation=None if other is None else (other.name, other.source.row_parts()),
         ):  # fmt: skip
-            if found.side is None:
+            if found.split is None:
                 raise InputError(
                     f"instruction data {self.name} has a single row (copies do not count), and one is to be held out. "
                     "Add rows, or give held-out ones by --eval-data."
                 )
             is_empty = False
-            yield found.item, found.side, found.order
+            yield found.item, found.split, found.order
         if is_empty:
             raise InputError(f"instruction data {self.name} has no row. Give data that has some.")
 

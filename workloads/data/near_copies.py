@@ -58,7 +58,7 @@ def near_copies(
         return {}
     hashes = np.unique(np.concatenate(list(sketches.values())))
     shared = np.zeros(len(hashes), dtype=bool)
-    # Most training shingles are in no held-out document, which a table of some bits of the hash tells quickly.
+    # Most training shingles are in no held-out document; a table by some bits of the hash rules them out quickly.
     table = np.zeros(2**_TABLE_BITS, dtype=bool)
     table[_places(hashes)] = True
     for begin in range(0, len(train), _TOKENS_AT_ONCE):

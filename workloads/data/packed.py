@@ -1,6 +1,6 @@
 """Token sequences of a corpus, read from a memory-mapped stream.
 
-``prepare`` (see packing.py) wrote all documents of a side one after the other, each followed by the tokenizer's
+``prepare`` (see packing.py) wrote all documents of a split one after the other, each followed by the tokenizer's
 end-of-sequence token, as one stream of unsigned integers:
 
     <folder>/train.bin         tokens of the training documents

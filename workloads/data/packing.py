@@ -2,8 +2,8 @@
 
 The folder's name is a hash of the corpus's identity, the tokenizer's, and the format.
 
-A corpus with a budget of training tokens is the beginning of each side of the whole one: reading stops once the
-training side has its tokens and the validation side ``BUDGETED_VALIDATION_TOKENS``. No more than that is fetched of a
+A corpus with a budget of training tokens is the beginning of each split of the whole one: reading stops once the
+training split has its tokens and the validation split ``BUDGETED_VALIDATION_TOKENS``. No more than that is fetched of a
 data set larger than the disk, and the held-out documents are the same for every budget.
 """
 

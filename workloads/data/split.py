@@ -1,7 +1,7 @@
 """Which documents or examples are held out, and that none of them is trained on.
 
 A hash of its text, without white space, decides about a document. So the same texts are held out whatever their files
-are called, whether they come as text, JSON Lines or Parquet, and in any order; and a document's side does not change
+are called, whether they come as text, JSON Lines or Parquet, and in any order; and a document's split does not change
 when others are added. Held out are the hashes in the lowest tenth (``--holdout``) of all possible ones. Where those are
 fewer than eight documents, their number would be too random, and it is exact instead: the documents with the lowest
 hashes, a tenth of them (at most eight, at least one), and never more than half. Of a single document, the last tenth is
@@ -11,7 +11,7 @@ Data that brings its own split keeps it: ``builtin:stdlib``, and Hugging Face da
 With ``--eval-data`` the held-out documents are others: those of that data (of data with its own split, its held-out
 part), and ``--data`` is only trained on (of data with its own split, its training part).
 
-Copies, which are documents with the same hash, never stand on both sides: training loses those of held-out documents,
+Copies, which are documents with the same hash, are never in both splits: training loses those of held-out documents,
 and a document is held out once only.
 """
 
@@ -26,10 +26,10 @@ from workloads.errors import InputError
 
 Item = TypeVar("Item")
 
-# Items by name, of one side, or of none where they are to be divided.
+# Items by name, of one split, or of none where they are to be divided.
 Part = tuple[Split | None, Iterable[tuple[str, Item]]]
 
-# Whether items of this side are still wanted; this may change from True to False while they are read.
+# Whether items of this split are still wanted; this may change from True to False while they are read.
 Wanted = Callable[[Split], bool]
 
 HOLDOUT = 0.1
@@ -44,7 +44,7 @@ class Division:
 
     Args:
         rule: what is held out, in words.
-        copies_dropped: copies of held-out documents that were left out, of either side.
+        copies_dropped: copies of held-out documents that were left out, of either split.
         near_copies: the share of their shingles that training has too, of held-out documents that share more than half
             (near_copies.py), by name.
         shingle: tokens in a shingle.
@@ -67,11 +67,11 @@ class Division:
 
 @dataclass(frozen=True, slots=True)
 class Divided(Generic[Item]):
-    """An item with its side, None if it is the only one, and a 64-bit hash by which held-out items are ordered."""
+    """An item with its split, None if it is the only one, and a 64-bit hash by which held-out items are ordered."""
 
     name: str
     item: Item
-    side: Split | None
+    split: Split | None
     order: int
 
 
@@ -107,17 +107,17 @@ def divide(
     text_of: Callable[[Item], str],
     name: str,
     division: Division,
-    wanted: Wanted = lambda side: True,
+    wanted: Wanted = lambda split: True,
     share: float | None = None,
     evaluation: tuple[str, Iterable[Part[Item]]] | None = None,
 ) -> Iterator[Divided[Item]]:
-    """Streams items with their sides, without copies of held-out ones.
+    """Streams items with their splits, without copies of held-out ones.
 
     Args:
         text_of: an item's text, by which copies are recognised.
         name: of the data.
         division: receives how the data is divided.
-        wanted: parts of one side are read while that is wanted.
+        wanted: parts of one split are read while that is wanted.
         share: of the items to hold out.
         evaluation: other data to hold out, with its name.
 
@@ -126,19 +126,19 @@ def divide(
     """
     held_out: set[int] = set()
     if evaluation is None:
-        sided = _sided(parts, text_of, name, division, wanted, share)
+        assigned = _assigned(parts, text_of, name, division, wanted, share)
     else:
-        sided = _with_evaluation(parts, *evaluation, text_of, division, wanted)
-    for found, key in sided:
+        assigned = _with_evaluation(parts, *evaluation, text_of, division, wanted)
+    for found, key in assigned:
         if key in held_out:
             division.copies_dropped += 1
             continue
-        if found.side != "train":
+        if found.split != "train":
             held_out.add(key)
         yield found
 
 
-def _sided(
+def _assigned(
     parts: Iterable[Part[Item]],
     text_of: Callable[[Item], str],
     name: str,
@@ -146,15 +146,15 @@ def _sided(
     wanted: Wanted,
     share: float | None,
 ) -> Iterator[tuple[Divided[Item], int]]:
-    """Each item with its side, and the hash of its text."""
-    for side, items in parts:
-        if side is None:
+    """Each item with its split, and the hash of its text."""
+    for split, items in parts:
+        if split is None:
             yield from _by_text(items, text_of, share or HOLDOUT, division)
             continue
         if share is not None:
             raise InputError(f"--holdout {share:g} has no effect: {name} has its own held-out part. Leave it out.")
         division.rule = f"the held-out part of {name}, which has its own split"
-        yield from _while_wanted(side, items, text_of, wanted, by_name=True)
+        yield from _while_wanted(split, items, text_of, wanted, by_name=True)
 
 
 def _with_evaluation(
@@ -165,25 +165,25 @@ def _with_evaluation(
     division: Division,
     wanted: Wanted,
 ) -> Iterator[tuple[Divided[Item], int]]:
-    for side, items in eval_parts:
-        if side != "train":
-            division.rule = f"{'all of' if side is None else 'the held-out part of'} {eval_name} (--eval-data)"
-            yield from _while_wanted("validation", items, text_of, wanted, by_name=side is not None)
-    for side, items in parts:
-        if side != "validation":
-            yield from _while_wanted("train", items, text_of, wanted, by_name=side is not None)
+    for split, items in eval_parts:
+        if split != "train":
+            division.rule = f"{'all of' if split is None else 'the held-out part of'} {eval_name} (--eval-data)"
+            yield from _while_wanted("validation", items, text_of, wanted, by_name=split is not None)
+    for split, items in parts:
+        if split != "validation":
+            yield from _while_wanted("train", items, text_of, wanted, by_name=split is not None)
 
 
 def _while_wanted(
-    side: Split, items: Iterable[tuple[str, Item]], text_of: Callable[[Item], str], wanted: Wanted, by_name: bool
+    split: Split, items: Iterable[tuple[str, Item]], text_of: Callable[[Item], str], wanted: Wanted, by_name: bool
 ) -> Iterator[tuple[Divided[Item], int]]:
-    if not wanted(side):
+    if not wanted(split):
         return
     for name, item in items:
         key = text_hash(text_of(item))
         # The order of data with its own split outlives small changes of a text, such as a module's in a new Python.
-        yield Divided(name, item, side, name_hash(name) if by_name else key), key
-        if not wanted(side):
+        yield Divided(name, item, split, name_hash(name) if by_name else key), key
+        if not wanted(split):
             return
 
 
@@ -214,9 +214,9 @@ def _by_text(
         count = max(1, len(below), min(ENOUGH_HELD_OUT, round(len(keys) * share)))
         highest = sorted(keys)[min(count, len(keys) // 2)]
 
-    def sided(name: str, item: Item, key: int) -> tuple[Divided[Item], int]:
+    def assigned(name: str, item: Item, key: int) -> tuple[Divided[Item], int]:
         return Divided(name, item, "validation" if key < highest else "train", key), key
 
-    yield from (sided(*each) for each in first)
+    yield from (assigned(*each) for each in first)
     first.clear()
-    yield from (sided(*each) for each in hashed)
+    yield from (assigned(*each) for each in hashed)

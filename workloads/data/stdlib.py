@@ -1,7 +1,7 @@
 """``builtin:stdlib``: the running Python's own standard-library source, as documents.
 
 Long, coherent text that every machine already has, so a first sweep needs no download. The texts differ a little from
-one Python version to the next; a module's side of the split does not, since it depends only on its path.
+one Python version to the next; a module's split does not, since it depends only on its path.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ VALIDATION_SHARE = 0.10
 _EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 # Left out at the top: generated files. In encodings, 80 character tables are near-copies of one another, so any split
-# puts copies on both sides; pydoc_data is one file of prose that would be 43% of the held-out bytes; the
+# puts copies into both splits; pydoc_data is one file of prose that would be 43% of the held-out bytes; the
 # last two record how this Python was built, under a path that names its platform.
 _GENERATED = ("encodings/", "pydoc_data/", "config-", "_sysconfigdata")
 
@@ -36,7 +36,7 @@ def stdlib_files() -> list[tuple[str, Path]]:
 
 
 def split_of(relative_path: str) -> str:
-    """A module's side, "train" or "validation", by SHA-256 of its path in the library."""
+    """A module's split, "train" or "validation", by SHA-256 of its path in the library."""
     digest = hashlib.sha256(relative_path.encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64 else "train"
 

@@ -32,7 +32,7 @@ def documents_to_score(
     """Up to ``count`` documents that have ``span`` tokens, in the order of their hashes, each with its first span.
 
     Where fewer are long enough, further spans of them follow. Held-out documents are the same that a sweep's trials
-    score (``PackedCorpus.validation_windows``), without tokenising the training side.
+    score (``PackedCorpus.validation_windows``), without tokenising the training split.
 
     Raises:
         InputError: none is long enough; the message counts those of shorter lengths.
@@ -64,5 +64,5 @@ def documents_to_score(
 
 
 def _in_fixed_order(documents: Iterable[Document]) -> list[Document]:
-    # The two sides of a single document that was cut in two share its name.
+    # The two splits of a single document that was cut in two share its name.
     return sorted(documents, key=lambda document: (document.order, document.split))

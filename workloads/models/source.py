@@ -196,6 +196,34 @@ class ModelSource:
         except Exception as error:  # whatever a missing or broken file makes the tokenizer's own code raise
             raise InputError(f"model {self.name}: its tokenizer cannot be loaded ({reason(error)})") from error
 
+    def refuse_no_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises InputError if the tokenizer's files have no end-of-sequence token.
+
+        It separates documents and ends answers. To one that ``eos_token`` names and no file holds, transformers gives
+        an id after all others, whose embedding was never trained.
+        """
+        from tokenizers import Tokenizer
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
+        from transformers.utils import cached_file
+
+        end, what = tokenizer.eos_token, f"the tokenizer of {self.name}"
+        if end is None:
+            raise InputError(
+                f"{what} has no end-of-sequence token, which separates documents and ends answers; set eos_token in "
+                "its tokenizer_config.json"
+            )
+        file = cached_file(
+            self.pretrained, "tokenizer.json", revision=self.revision, _raise_exceptions_for_missing_entries=False
+        )
+        if file is None or Tokenizer.from_file(file).token_to_id(end) is not None:
+            return
+        settings = get_tokenizer_config(self.pretrained, revision=self.revision)
+        if not any(token["content"] == end for token in settings.get("added_tokens_decoder", {}).values()):
+            raise InputError(
+                f"{what} lacks its end-of-sequence token {end!r}, so the model has no trained embedding of it; set "
+                "eos_token in its tokenizer_config.json to a token of its tokenizer.json"
+            )
+
     def check_files(self, config: Any) -> tuple[Any, list[str]]:
         """Checks a model's weights: that they are all there, of the right shapes, and finite.
 
@@ -339,15 +367,6 @@ def _refuse_absent(what: str, loaded: dict[str, Any]) -> None:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter in PEFT's form."""
     return (folder / "adapter_config.json").is_file()
-
-
-def refuse_no_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises InputError if the tokenizer has no end-of-sequence token, which separates documents and ends answers."""
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer of {name} has no end-of-sequence token, which separates documents and ends answers; set "
-            "eos_token in its tokenizer_config.json"
-        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:

@@ -46,7 +46,7 @@ def test_instructions(tmp_path):
     assert "examples of" in counts and "held out" in counts
 
 
-def test_held_out_data_copies_and_near_copies_are_told(tmp_path):
+def test_held_out_data_copies_and_near_copies_are_printed(tmp_path):
     for name in ("train", "eval"):
         (tmp_path / name).mkdir()
     texts = ["\n".join(f"value_{number} = {number * step}" for number in range(300)) for step in (3, 7, 11)]

@@ -13,7 +13,7 @@ from workloads.models.source import ModelSource
 SOURCE = ModelSource.parse("builtin:tiny")
 
 
-def said(scored=20, original_length=512, examples=None, **changes):
+def notes_of(scored=20, original_length=512, examples=None, **changes):
     """The notes of a sweep of which there is nothing to say but what ``changes`` bring."""
     options = {name: changes.pop(name) for name in ("engine", "workers", "offload") if name in changes}
     spec = SweepSpec(**{"context_lengths": (1024,), "steps": 100, "eval_documents": 20, **changes})
@@ -21,7 +21,7 @@ def said(scored=20, original_length=512, examples=None, **changes):
 
 
 def test_there_is_nothing_to_say_of_a_usual_sweep():
-    assert said() == []
+    assert notes_of() == []
 
 
 @pytest.mark.parametrize(
@@ -34,21 +34,21 @@ def test_there_is_nothing_to_say_of_a_usual_sweep():
         ({"engine": "zero2"}, "--engine zero2 with one worker has nothing to shard"),
     ],
 )
-def test_what_is_allowed_but_hardly_meant_is_said(changes, note):
-    (only,) = said(**changes)
+def test_what_is_allowed_but_hardly_meant_is_noted(changes, note):
+    (only,) = notes_of(**changes)
     assert note in only
 
 
 def test_an_engine_that_has_an_effect_is_not_spoken_of():
-    assert said(engine="zero2", workers=2) == said(engine="zero3", offload=True) == []
+    assert notes_of(engine="zero2", workers=2) == notes_of(engine="zero3", offload=True) == []
 
 
-def test_short_examples_and_left_out_ones_are_told_with_their_share(tmp_path):
+def test_short_examples_and_left_out_ones_are_noted_with_their_share(tmp_path):
     rows = [{"instruction": f"{i:02}", "output": "b" * size} for i, size in enumerate([99] * 30 + [2000] * 10)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     examples = prepare_examples(
         Instructions.parse(str(tmp_path / "rows.json")), SOURCE.tokenizer, SOURCE.chat_identity, tmp_path / "data"
     )
-    left_out, unused = said(examples=examples, task="sft")
+    left_out, unused = notes_of(examples=examples, task="sft")
     assert "longer than 1,024 tokens and are dropped" in left_out
     assert "fill 11% of 1,024 tokens on average, 89% of the context is unused" in unused  # 113 tokens, one a byte

@@ -60,7 +60,7 @@ def test_another_version(ray_version, python_version):
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "reason"),
     [
         ("no-such-host.invalid:6379", "no machine of that name is known"),
         ("127.0.0.1", "expected HOST:PORT"),
@@ -69,9 +69,9 @@ def test_another_version(ray_version, python_version):
         ("ray://127.0.0.1:10001", "is Ray Client's"),
     ],
 )
-def test_addresses_that_lead_nowhere(address, said):
+def test_addresses_that_lead_nowhere(address, reason):
     message = refused(address)
-    assert message.startswith(f"--address {address}: ") and said in message
+    assert message.startswith(f"--address {address}: ") and reason in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -187,12 +187,12 @@ def test_what_no_search_can_be_is_refused(fields, message):
         spec(**fields)
 
 
-def test_ranges_can_be_told_on_the_command_line():
+def test_ranges_can_be_given_on_the_command_line():
     flags = ["--search", "random", "--search-learning-rate", "1e-4", "1e-2", "--search-rank", "4", "8"]
-    _, told, _ = parse(["convergence", *flags, "--search-group-size", "0.25", "512"])
-    assert (told.search_learning_rate, told.search_rank) == ((1e-4, 1e-2), (4, 8))
-    (base,) = (trial for trial in expand(told, IDENTITIES, "float32").trials if trial.label == "lora 2048")
-    space = Space.of(told, base)
+    _, given, _ = parse(["convergence", *flags, "--search-group-size", "0.25", "512"])
+    assert (given.search_learning_rate, given.search_rank) == ((1e-4, 1e-2), (4, 8))
+    (base,) = (trial for trial in expand(given, IDENTITIES, "float32").trials if trial.label == "lora 2048")
+    space = Space.of(given, base)
     assert space.choices == {"lora_rank": (4, 8), "group_size": (512.0,)}
 
 

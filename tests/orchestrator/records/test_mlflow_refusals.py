@@ -278,6 +278,10 @@ def test_what_is_deleted_on_a_server_is_made_again_too(storage, trials, journals
         journals[1].append(Step(**a_step(4, loss=6.0)))
         tracker.follow(trials, "first", PROVENANCE)
         assert tracker.trouble is None and tracker.store.notes
+        page = f"{tracker.uri}/#/experiments/{tracker.store.experiment_id}/runs?"
+        links = dict(tracker.links("first"))
+        assert "first: perplexity by step" in links and all(each.startswith(page) for each in links.values())
+        assert tracker.links("never run") == [] and tracker.trouble is None
         _, found = runs(tracker.uri)
         assert len(found) == 3  # a restored experiment has its deleted run back
         newest = {run.info.run_name: run for run in reversed(found)}

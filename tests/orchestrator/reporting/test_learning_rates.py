@@ -1,4 +1,4 @@
-"""How learning rates were chosen: said of the settings for which they were, and not of others."""
+"""How learning rates were chosen holds for the settings for which they were, and not for others."""
 
 import pytest
 
@@ -18,9 +18,9 @@ from orchestrator.reporting.learning_rates import learning_rates_chosen
 )
 def test_rates_of_a_recipe_with_other_settings_were_not_chosen_for_these(changes, named):
     recipe = RECIPES["convergence"]()
-    said = learning_rates_chosen(recipe.changed(**changes))
-    assert said.startswith("for the recipe convergence, not for these settings (") and named in said
-    assert said.endswith(f"): {recipe.learning_rates_chosen}")
+    text = learning_rates_chosen(recipe.changed(**changes))
+    assert text.startswith("for the recipe convergence, not for these settings (") and named in text
+    assert text.endswith(f"): {recipe.learning_rates_chosen}")
 
 
 @pytest.mark.parametrize("changes", [{}, {"methods": ["lora"]}, {"context_lengths": [2048], "seeds": [0, 1]}])

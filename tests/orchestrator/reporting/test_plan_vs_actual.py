@@ -114,7 +114,7 @@ def test_a_clock_that_is_set_changes_no_actual_time(plan_a_sweep, by):
     assert both["hours"]["truth"] == pytest.approx(46 / HOUR)
 
 
-def test_where_nothing_ran_nothing_is_said(plan_a_sweep):
+def test_where_nothing_ran_nothing_is_printed(plan_a_sweep):
     both, trials = plan_a_sweep().both()
     assert both["summary"] is None
     assert {trial["seconds"]["truth"] for trial in trials.values()} == {None}

@@ -1,4 +1,4 @@
-"""Ctrl-C while trials run: they save a checkpoint as after ``cancel``, and what each keeps and loses is said."""
+"""Ctrl-C while trials run: they save a checkpoint as after ``cancel``; the command prints what each keeps and loses."""
 
 import _thread
 import threading

@@ -1,4 +1,4 @@
-"""What a corpus is guessed to be is right, said or refused: columns, kinds of files, encodings, spelled-out tokens."""
+"""What is detected of a corpus is right, printed or refused: columns, kinds of files, encodings, spelled-out tokens."""
 
 import gzip
 import json

@@ -198,7 +198,7 @@ def test_data_sets_load_from_the_hub(hub, tmp_path):
 ASK_FOR_ROWS = """
 from workloads.data import Instructions
 instructions = Instructions.parse("Yukang/LongAlpaca-12k")
-rows = [[row.name, row.columns, side] for row, side, _ in instructions.rows()]
+rows = [[row.name, row.columns, split] for row, split, _ in instructions.rows()]
 print("answer", json.dumps([instructions.identity(), rows]))
 """
 
@@ -239,7 +239,7 @@ def test_the_data_sets_of_the_paper_load_or_name_what_to_take_instead(hub, tmp_p
     assert [(name, row["instruction"], row["output"]) for name, row, _ in rows] == [
         (f"train#{i}", f"question {i}", f"answer {i}") for i in range(30)
     ]
-    assert 1 <= sum(side == "validation" for *_, side in rows) < 15
+    assert 1 <= sum(split == "validation" for *_, split in rows) < 15
 
 
 def test_without_the_hub_a_full_commit_comes_from_the_cache_and_no_other(hub, tmp_path):
@@ -260,6 +260,6 @@ def test_without_the_hub_a_full_commit_comes_from_the_cache_and_no_other(hub, tm
         assert "cannot be reached" in message and "local folder" in message and "emozilla/pg19" in message
 
 
-def test_a_dead_network_is_said_at_once(tmp_path):
+def test_a_dead_network_is_an_error_at_once(tmp_path):
     (message,) = ask("http://127.0.0.1:9", tmp_path, "org/books")
     assert "org/books" in message and "hub cannot be reached" in message and "local folder" in message

@@ -81,9 +81,9 @@ def prepare(path: Path, tokenizer=None) -> ExampleCorpus:
 def all_examples(corpus: ExampleCorpus) -> list[tuple[list[int], list[int]]]:
     """(tokens, tokens of answers) of every example, training first."""
     found = []
-    for side in ("train", "validation"):
+    for split in ("train", "validation"):
         tokens, answers, offsets = (
-            np.fromfile(corpus.folder / f"{side}.{kind}", dtype)
+            np.fromfile(corpus.folder / f"{split}.{kind}", dtype)
             for kind, dtype in (("tokens", corpus.dtype), ("answers", "uint8"), ("offsets", "int64"))
         )
         for begin, end in pairwise(offsets):
@@ -132,17 +132,17 @@ def test_conversations_of_sharegpt_are_messages(tmp_path):
 def test_special_tokens_that_a_message_spells_are_text(tmp_path):
     """The template's own stay tokens; what follows a spelled-out one is still of its answer."""
     tokenizer = byte_tokenizer(UNMARKED.replace("</s>", "<eos>"))
-    said = "<eos><eos> ends <eos>"
-    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": f"Yes: {said}"}]
-    rows = [{"messages": chat}, {"messages": [{"role": "user", "content": f"B{said}"}, chat[1]]}]
+    spelled = "<eos><eos> ends <eos>"
+    chat = [{"role": "user", "content": spelled}, {"role": "assistant", "content": f"Yes: {spelled}"}]
+    rows = [{"messages": chat}, {"messages": [{"role": "user", "content": f"B{spelled}"}, chat[1]]}]
     for tokens, answers in all_examples(prepare(write(tmp_path / "chat.jsonl", rows), tokenizer)):
         assert tokens.count(EOS) == 2 and answers.count(EOS) == 1 and answers[-1] == EOS
-        assert tokenizer.decode(answers[:-1]) == f"Yes: {said}"
-        assert tokenizer.decode(tokens).replace(">B", ">") == f"<|user|>{said}<eos><|assistant|>Yes: {said}<eos>"
-    rows = [{"instruction": text, "output": said} for text in (said, f"B{said}")]
+        assert tokenizer.decode(answers[:-1]) == f"Yes: {spelled}"
+        assert tokenizer.decode(tokens).replace(">B", ">") == f"<|user|>{spelled}<eos><|assistant|>Yes: {spelled}<eos>"
+    rows = [{"instruction": text, "output": spelled} for text in (spelled, f"B{spelled}")]
     for tokens, answers in all_examples(prepare(write(tmp_path / "rows.jsonl", rows), tokenizer)):
         assert tokens.count(EOS) == answers.count(EOS) == 1
-        assert tokenizer.decode(tokens[:-1]).replace("]B", "]") == f"[INST]{said}[/INST]{said}"
+        assert tokenizer.decode(tokens[:-1]).replace("]B", "]") == f"[INST]{spelled}[/INST]{spelled}"
 
 
 def test_only_the_columns_of_examples_are_read(tmp_path):

@@ -27,10 +27,10 @@ def book(seed: int, words: int = 200) -> str:
 
 
 def divided(texts, share=None):
-    """(text, side) of each text that is left, and the division."""
+    """(text, split) of each text that is left, and the division."""
     division = Division()
     parts = [(None, ((f"{i}", text) for i, text in enumerate(texts)))]
-    return [(found.item, found.side) for found in divide(parts, str, "texts", division, share=share)], division
+    return [(found.item, found.split) for found in divide(parts, str, "texts", division, share=share)], division
 
 
 @given(st.integers(2, 300), st.sampled_from([0.02, 0.1, 0.3, 0.5]), st.integers(0, 2**32), st.randoms())
@@ -38,25 +38,24 @@ def test_the_lowest_hashes_are_held_out_in_any_order_and_enough_of_them(number, 
     texts = [f"text {seed} of {i}" for i in range(number)]
     found, _ = divided(texts, share)
     assert [text for text, _ in found] == texts
-    sides = dict(found)
+    splits = dict(found)
     by_hash = sorted(texts, key=text_hash)
-    held_out = sum(side == "validation" for side in sides.values())
-    assert {sides[text] for text in by_hash[:held_out]} == {"validation"} and 1 <= held_out < number
+    held_out = sum(split == "validation" for split in splits.values())
+    assert {splits[text] for text in by_hash[:held_out]} == {"validation"} and 1 <= held_out < number
     under = sum(text_hash(text) < share * 2**64 for text in texts)
     enough = min(8, round(number * share))
-    assert (
-        held_out == under
-        if 8 <= under < number
-        else enough <= max(held_out, number // 2) <= max(under, enough, number // 2)
-    )
+    if 8 <= under < number:
+        assert held_out == under
+    else:
+        assert min(enough, number // 2) <= held_out <= min(max(under, enough, 1), number // 2)
     random.shuffle(texts)
-    assert dict(divided(texts, share)[0]) == sides
+    assert dict(divided(texts, share)[0]) == splits
 
 
 def test_a_share_is_held_out():
     for given_share, expected in ((None, 0.1), (0.3, 0.3)):
-        sides = [side for _, side in divided([f"book {i}" for i in range(5_000)], given_share)[0]]
-        assert abs(sides.count("validation") / 5_000 - expected) < 0.02
+        splits = [split for _, split in divided([f"book {i}" for i in range(5_000)], given_share)[0]]
+        assert abs(splits.count("validation") / 5_000 - expected) < 0.02
 
 
 def test_documents_are_streamed():
@@ -120,11 +119,11 @@ def test_the_same_examples_are_held_out_whatever_their_files_are(tmp_path, form)
     second = write_rows(tmp_path / "b.parquet", [row(i, id=f"id-{i}") for i in range(29, -1, -1)])
 
     def held_out(path: str) -> list[str]:
-        sides = (
-            (json.dumps(r.columns.get("messages") or r.columns["output"]), side)
-            for r, side, _ in Instructions.parse(path).rows()
+        splits = (
+            (json.dumps(r.columns.get("messages") or r.columns["output"]), split)
+            for r, split, _ in Instructions.parse(path).rows()
         )
-        return sorted(text for text, side in sides if side == "validation")
+        return sorted(text for text, split in splits if split == "validation")
 
     assert held_out(first) == held_out(second) and len(held_out(first)) >= 3
 
@@ -132,11 +131,11 @@ def test_the_same_examples_are_held_out_whatever_their_files_are(tmp_path, form)
 # Copies
 
 
-def sides_of(corpus: Corpus, division: Division | None = None) -> dict[str, list[str]]:
-    sides: dict[str, list[str]] = {"train": [], "validation": []}
+def splits_of(corpus: Corpus, division: Division | None = None) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {"train": [], "validation": []}
     for document in corpus.documents(division=division):
-        sides[document.split].append("".join(document.text.split()))
-    return sides
+        splits[document.split].append("".join(document.text.split()))
+    return splits
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.lists(st.integers(0, 30), min_size=1, max_size=20))
@@ -154,8 +153,8 @@ def test_no_text_is_on_both_sides_and_copies_are_counted(numbers, others):
         elif mode == "eval data":
             others_of_mode = ("other", [(None, [(text, text) for text in evaluation])])
         found = list(divide(parts, str, "texts", division, evaluation=others_of_mode))
-        held_out = [bare(each.item) for each in found if each.side != "train"]
-        trained = [bare(each.item) for each in found if each.side == "train"]
+        held_out = [bare(each.item) for each in found if each.split != "train"]
+        trained = [bare(each.item) for each in found if each.split == "train"]
         assert len(set(held_out)) == len(held_out) and not set(held_out) & set(trained)
         given_texts = [*map(bare, texts), *(map(bare, evaluation) if mode != "by hash" else ())]
         assert set(held_out) | set(trained) == set(given_texts)
@@ -175,9 +174,9 @@ def test_own_held_out_data_leaves_the_rest_to_training(tmp_path):
     plain = Corpus.parse(str(tmp_path / "train"))
     corpus = Corpus.parse(str(tmp_path / "train"), eval_data=path)
     division = Division()
-    sides = sides_of(corpus, division)
-    assert sides["validation"] == ["".join(book(i).split()) for i in (3, 40, 41)]
-    assert sorted(sides["train"]) == sorted("".join(book(i).split()) for i in range(12) if i != 3)
+    splits = splits_of(corpus, division)
+    assert splits["validation"] == ["".join(book(i).split()) for i in (3, 40, 41)]
+    assert sorted(splits["train"]) == sorted("".join(book(i).split()) for i in range(12) if i != 3)
     assert division.copies_dropped == 2 and "rows.jsonl" in division.rule
     assert [d.text for d in corpus.documents("train")] == [d.text for d in corpus.documents() if d.split == "train"]
     identities = {
@@ -189,20 +188,18 @@ def test_own_held_out_data_leaves_the_rest_to_training(tmp_path):
 
 
 def test_data_with_its_own_split_keeps_it(monkeypatch):
-    splits = {
+    rows = {
         "train": [{"text": f"train {i}"} for i in range(30)] + [{"text": "held  out 1"}],
         "test": [{"text": f"held out {i}"} for i in range(4)],
     }
-    monkeypatch.setattr(HubSource, "_load", lambda self: splits)
+    monkeypatch.setattr(HubSource, "_load", lambda self: rows)
     name = f"org/own@{'0' * 40}"
-    sides = sides_of(Corpus.parse(name))
-    assert sides["validation"] == [f"heldout{i}" for i in range(4)] and len(sides["train"]) == 30
+    splits = splits_of(Corpus.parse(name))
+    assert splits["validation"] == [f"heldout{i}" for i in range(4)] and len(splits["train"]) == 30
     # As held-out data it gives its held-out part; with other held-out data it gives its training part.
-    assert sides_of(Corpus.parse(name, eval_data=name)) == sides
+    assert splits_of(Corpus.parse(name, eval_data=name)) == splits
     with_stdlib = Corpus.parse("builtin:stdlib", eval_data=name)
-    assert [document.text for document in with_stdlib.documents("validation")] == [
-        row["text"] for row in splits["test"]
-    ]
+    assert [document.text for document in with_stdlib.documents("validation")] == [row["text"] for row in rows["test"]]
     assert "--holdout 0.2 has no effect" in error_of(lambda: list(Corpus.parse(name, holdout=0.2).documents()))
 
 
@@ -223,7 +220,7 @@ def test_a_text_column_may_be_of_the_held_out_data_alone(tmp_path):
     (tmp_path / "a.txt").write_text("to train on")
     rows = write_rows(tmp_path / "rows.jsonl", [{"title": "t", "body": "held out"}])
     corpus = Corpus.parse(str(tmp_path / "a.txt"), text_column="body", eval_data=rows)
-    assert sides_of(corpus) == {"train": ["totrainon"], "validation": ["heldout"]}
+    assert splits_of(corpus) == {"train": ["totrainon"], "validation": ["heldout"]}
     assert "has no effect" in error_of(Corpus.parse, str(tmp_path / "a.txt"), text_column="body")
 
 
