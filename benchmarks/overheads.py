@@ -51,7 +51,7 @@ from workloads.training.loop import run
 
 # Steps of the trials in a timed sweep, and of the loop that times the journal.
 STEPS, LOOP_STEPS = 3, 200
-TINY = f"--context-lengths 64 --steps {STEPS} --batch 1 --eval-documents 2 --eval-every 100".split()
+TINY = f"convergence --context-lengths 64 --steps {STEPS} --batch 1 --eval-documents 2 --eval-every 100".split()
 # 3 methods and 2 lengths for each, with 6 references: 1,002 trials.
 SEEDS = [str(seed) for seed in range(166)]
 JOURNAL_STEPS = 100
@@ -150,7 +150,7 @@ def planning(folder: Path) -> dict[str, float]:
     for name, storage, flags in (
         ("default", empty, []), ("1,000 trials", empty, many), ("1,000 finished trials", full, many)
     ):  # fmt: skip
-        wall, cpu = command("orchestrator.plan", "--storage", str(storage.root), *flags)
+        wall, cpu = command("orchestrator.plan", "convergence", "--storage", str(storage.root), *flags)
         seconds |= {name: wall, f"{name}, CPU": cpu}
     for name, storage in (("1,000 trials", empty), ("1,000 finished trials", full)):
         plan = make_plan(storage, many)
@@ -161,7 +161,7 @@ def planning(folder: Path) -> dict[str, float]:
 
 
 def make_plan(storage: Storage, flags: list[str]) -> SweepPlan:
-    sweep = parse([*flags, "--storage", str(storage.root)])
+    sweep = parse(["convergence", *flags, "--storage", str(storage.root)])
     return plan_sweep(identify(check_sweep(*sweep)), Cluster.this_machine())
 
 
