@@ -8,8 +8,8 @@ RUN    := $(VENV)/bin/python
 sweep: $(VENV)/.installed
 	$(RUN) -m orchestrator.sweep $(ARGS)
 
-# Tests that start no Ray have one thread each, so two run at a time. A test of Ray is several processes already.
-FAST := -n 2 --dist loadfile -m 'not gpu and not ray'
+# A test of Ray or of several workers is several processes already. The others have one thread each, so two run at a time.
+FAST := -n 2 --dist loadfile -m 'not gpu and not ray and not workers'
 
 # All tests on a CPU; with ARGS, the ones that they select.
 test: $(VENV)/.installed
@@ -18,11 +18,11 @@ ifdef ARGS
 else
 	@status=0; \
 	$(RUN) -m pytest $(FAST) || status=$$?; \
-	$(RUN) -m pytest -m 'ray and not gpu' || status=$$?; \
+	$(RUN) -m pytest -m '(ray or workers) and not gpu' || status=$$?; \
 	exit $$status
 endif
 
-# The tests that start no Ray.
+# The tests that start neither Ray nor several workers.
 test-fast: $(VENV)/.installed
 	$(RUN) -m pytest $(FAST) $(ARGS)
 

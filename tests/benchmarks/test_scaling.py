@@ -17,6 +17,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
+@pytest.mark.workers
 def test_two_workers_train_together_and_are_told_beside_one(monkeypatch):
     monkeypatch.setattr(processes, "START_METHOD", FORK_SERVER.get_start_method())
     one = Point(workers=1, engine="ddp", seconds=[0.1], tokens_per_second=640.0)

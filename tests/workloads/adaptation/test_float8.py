@@ -363,6 +363,7 @@ def two_steps_of_a_worker(device):
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
+@pytest.mark.workers
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])])
 def test_workers_with_ddp_train_as_one(device, tmp_path):
     alone = two_steps_of_a_worker(device)

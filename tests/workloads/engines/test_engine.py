@@ -24,6 +24,7 @@ from workloads.training.checkpoint import load_checkpoint
 from workloads.training.loop import NonFiniteLoss, Trial, run
 from workloads.training.setup import build_model
 
+pytestmark = pytest.mark.workers
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ENGINES = ["ddp", *(pytest.param(engine, marks=needs_deepspeed) for engine in ("zero2", "zero3"))]

@@ -132,6 +132,7 @@ def shared_run(examples, folder):
     return {"losses": losses(events), "perplexities": evaluations(events)}
 
 
+@pytest.mark.workers
 def test_workers_with_unlike_shares_of_the_answers_train_what_one_trains(examples, tmp_path):
     """DDP over gloo, two processes: a mean of each worker's mean would be another loss."""
     together, _ = run_workers(tmp_path, "cpu", shared_run, examples.folder, tmp_path / "together")
