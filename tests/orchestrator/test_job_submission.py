@@ -94,10 +94,22 @@ def test_a_submitted_sweep_runs_on_the_cluster_and_its_runs_are_in_mlflow(cluste
     address, _, environment = cluster
     storage = tmp_path / "runs"
     flags = [*SMALL, "--methods", "lora", "--references", "none", "--data", str(text_folder), "--storage", str(storage)]
-    command = ["ray", "job", "submit", "--address", address, "--", "python", "-m", "orchestrator.sweep", *flags]
+    command = [
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--",
+        "python",
+        "-m",
+        "orchestrator.sweep",
+        "convergence",
+        *flags,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "LoRA reaches a perplexity of" in " ".join(done.stdout.split()) and "succeeded" in done.stdout
+    assert "LoRA measured lowest" in " ".join(done.stdout.split()) and "succeeded" in done.stdout
     _, trials, sweeps = mlflow_runs(storage)
     assert sorted(run.info.run_name for run in trials) == ["lora 1024", "untuned linear 1024", "untuned none 1024"]
     assert {run.info.status for run in trials + sweeps} == {"FINISHED"}

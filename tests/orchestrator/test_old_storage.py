@@ -18,9 +18,9 @@ FLAGS = (
     "--eval-every", "12", "--eval-documents", "4", "--precision", "float32",
 )  # fmt: skip
 LORA = "095eaad18e88c459"
-# What commit b1875aa itself reached without an interruption, at 1,024 tokens after 12 steps: its positions and data are
-# among those for which the numbers have not changed.
-PERPLEXITY = 3.8338428
+# At 1,024 tokens after 12 steps. Commit b1875aa reached 3.8338428, and so did version 3 before documents were held
+# out by their texts instead of their names.
+PERPLEXITY = 4.0186618
 
 
 def contents(folder):

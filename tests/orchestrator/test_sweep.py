@@ -104,17 +104,6 @@ def test_damaged_files_are_named_and_stop_no_sweep(finished):
     assert "it is written again" in output and (trial / "trial.json").read_bytes() == whole
 
 
-def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
-    command, _ = finished
-    read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
-    status, output = SweepCommand(command.storage, *command.arguments[3:-2], "--tracking-uri", read_only).run()
-    printed = " ".join(output.split())
-    assert status == 3 and "no intervals and no winner: only 2 documents are scored" in printed
-    assert "error: MLflow refuses " in printed and "(attempt to write a readonly database)" in printed
-    assert "make them writable" in printed and "the results are kept in" in printed
-    assert "logs them" not in printed and "Traceback" not in output
-
-
 def test_a_saved_sweep_with_an_axis_shares_the_trials(finished, text_folder):
     command, _ = finished
     (spec,) = (command.storage / "sweeps").glob("*/spec.json")
@@ -127,6 +116,17 @@ def test_a_saved_sweep_with_an_axis_shares_the_trials(finished, text_folder):
     assert {"lora 1024", "lora 1024 yarn"} <= {run.info.run_name for run in trials}
     shared = [run for run in trials if "shared" in run.data.tags["longspan.sweeps"].split(", ")]
     assert len(shared) == 5
+
+
+def test_results_that_mlflow_refuses_are_an_error_at_the_end(finished):
+    command, _ = finished
+    read_only = f"sqlite:///file:{command.storage / 'mlflow' / 'mlflow.db'}?mode=ro&uri=true"
+    status, output = SweepCommand(command.storage, *command.arguments[3:-2], "--tracking-uri", read_only).run()
+    printed = " ".join(output.split())
+    assert status == 3 and "no intervals and no winner: only 2 documents are scored" in printed
+    assert "error: MLflow refuses " in printed and "(attempt to write a readonly database)" in printed
+    assert "make them writable" in printed and "the results are kept in" in printed
+    assert "logs them" not in printed and "Traceback" not in output
 
 
 def test_two_workers_train_the_same_trial(finished, tmp_path, text_folder):
