@@ -21,11 +21,12 @@ def print_help(prog: str, what: str, records: Iterable[Any], whole: bool) -> Non
 
 def short_help(prog: str, what: str, fields: dict[str, Field]) -> str:
     """One screen: what the command does, the fields that matter most, and the names of the others by group."""
+    recipes = ", ".join(f"{name} (default)" if name == DEFAULT else name for name in RECIPES)
     lines = [
         f"usage: {prog} [RECIPE | FILE] [flags]",
         "",
         what,
-        f"RECIPE: {', '.join(f'{name} (default)' if name == DEFAULT else name for name in RECIPES)}.",
+        *textwrap.wrap(f"RECIPE: {recipes}.", WIDTH, subsequent_indent="    ", break_on_hyphens=False),
         "FILE: a sweep as .yaml or .json (--print-schema: for editors), or a spec.json.",
         "",
         *(f"{f'{fields[name].flag} {_short(fields[name])}':<{COLUMN}}{text}" for name, text in MOST_USED.items()),
