@@ -1,6 +1,7 @@
 """Ctrl-C while trials run: they save a checkpoint as after ``cancel``; the command prints what each keeps and loses."""
 
 import _thread
+import signal
 import threading
 
 import pytest
@@ -79,7 +80,10 @@ def test_a_second_ctrl_c_ends_the_wait(trials, monkeypatch):
     begin(storage, trial, steps=5)
     monkeypatch.setattr(interruption, "LIMIT_S", 600.0)
     again = threading.Timer(0.5, _thread.interrupt_main)
+    # As the command does: a process that a shell starts in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with storage.trial(trial.fingerprint).lease(leases.owner("one", "mine")):
         again.start()
         ask_for_checkpoints(storage, [trial], {"one"}, Console(quiet=True))
+    signal.signal(signal.SIGINT, before)
     assert pending_request(storage, f"trials/{trial.fingerprint}") is None
