@@ -13,7 +13,7 @@ TO_BE_MADE = {
     "clusters/mine.yaml",
     "clusters/gcp-a2.yaml",
     "workloads/attention/patterns/sink.py",
-    "workloads/evaluation/tasks/codeword.py",
+    "workloads/evaluation/tasks/colour.py",
 }
 
 
