@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from workloads.config import TrainingConfig, TrainingFields, labels
+from workloads.config import TrainingConfig, TrainingFields
 from workloads.errors import InputError
-from workloads.wording import has_effect
+from workloads.wording import LABELS, has_effect
 
 # These say what is learned and how it is scored: trials that differ in them cannot be compared.
 NOT_AXES = ("task", "original_length", "eval_every", "eval_documents")
@@ -25,7 +25,6 @@ AXES = ("positions", *(name for name in _OF_TRIALS if name not in ("positions", 
 LISTS = ("lora_targets",)
 # What None is called in a label; the other fields are left out of it then.
 OF_NONE = {"lora_targets": "default", "max_grad_norm": "none"}
-LABELS = labels(TrainingConfig)
 
 
 def flag(field: str) -> str:

@@ -229,10 +229,6 @@ class SweepSpec(TrainingFields, Compared):
         """This sweep with other values; a list makes a field an axis."""
         return SweepSpec.of(self.values() | values)
 
-    def to_json(self) -> str:
-        """The content of a sweep's spec.json; ``from_json`` is the inverse."""
-        return json.dumps(self.values(), indent=1)
-
     def digest(self) -> str:
         """6 hexadecimal digits that distinguish this sweep from others of its recipe, for its name."""
         hashed = {name: getattr(self, name) for name in HASHED}
@@ -241,21 +237,6 @@ class SweepSpec(TrainingFields, Compared):
             if each.name not in hashed and getattr(self, each.name) != default:
                 hashed[each.name] = getattr(self, each.name)
         return hashlib.sha256(json.dumps(hashed, indent=1).encode()).hexdigest()[:6]
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> SweepSpec:
-        """A saved sweep.
-
-        Raises:
-            InputError: it is not a JSON object, or has a field that a sweep does not have.
-        """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON ({error}); expected the spec.json of a sweep's folder") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{where} has no object; expected a sweep's fields")
-        return cls.of(values, where)
 
 
 def extra_rates(method: Method, train_layers: str) -> set[str]:

@@ -26,14 +26,14 @@ from orchestrator.records.storage import Storage
 from orchestrator.records.trial_record import TrialRecord
 from orchestrator.spec import SweepSpec
 from orchestrator.trial_spec import TrialSpec
-from workloads.config import TrainingConfig, group_size_in_tokens, labels
+from workloads.config import group_size_in_tokens
 from workloads.errors import InputError
+from workloads.wording import LABELS
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-LABELS = labels(TrainingConfig)
 # Without a given range, a search covers a method's own learning rate divided and multiplied by this.
 RATE_FACTOR = 10
 # Rates are rounded to this many digits: readable, and a typed one names the same trial.

@@ -163,7 +163,7 @@ def test_aliases_that_multiply_are_one_short_error(tmp_path):
 
 def test_a_saved_sweep_of_an_earlier_version_keeps_the_name_of_its_folder(tmp_path):
     (tmp_path / "sweeps" / "mine").mkdir(parents=True)
-    text = find_recipe("convergence")().changed(steps=7).to_json()
+    text = json.dumps(find_recipe("convergence")().changed(steps=7).values())
     assert parse([write(tmp_path / "sweeps" / "mine", text, "spec.json")])[0] == "mine"
     assert parse([write(tmp_path, text, "spec.json")])[0].startswith("sweep-")
 

@@ -69,7 +69,7 @@ def test_the_same_sweep_trains_anew_and_says_what_it_does_not_use(storage, runs)
     identities = runs[0].trial.identities
     assert ModelSource.parse("builtin:tiny").identity == identities.model
     _, default, _ = parse(["convergence"])
-    saved = SweepSpec.from_json((SWEEP / "spec.json").read_text(), "spec.json")
+    saved = SweepSpec.of(json.loads((SWEEP / "spec.json").read_text()))
     for spec in (default, saved):
         trials = expand(spec, identities, runs[0].trial.training.precision).trials
         assert [trial.of_earlier_versions()[-1] for trial in trials] == [run.trial for run in runs]
